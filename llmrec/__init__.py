@@ -1,0 +1,3 @@
+"""llmrec: fine-tune large language models for sequential recommendation (MME-SID)."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,176 @@
+"""Settings: frozen dataclasses, read from and shown to people. Imports no torch.
+
+A stage's config is a frozen, keyword-only dataclass whose fields are each followed by one
+string that gives meaning and unit; that string is the help text. Overrides on the command
+line (``stage.field=value``) are typed by the field's annotation.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import pydantic
+
+from llmrec.errors import ConfigError
+
+C = TypeVar("C")
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The config as plain JSON data (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[C], data: dict[str, Any]) -> C:
+    """The config that `as_dict` wrote; an unknown or missing field is an error."""
+    values = {}
+    hints = typing.get_type_hints(cls)
+    for name, value in data.items():
+        if name not in hints:
+            raise ConfigError(f"{cls.__name__} has no field {name!r}{_nearest(name, hints)}")
+        inner = dataclass_of(hints[name])
+        if inner is not None and value is not None:
+            values[name] = from_dict(inner, value)
+        else:
+            values[name] = pydantic.TypeAdapter(hints[name]).validate_python(value)
+    return cls(**values)
+
+
+def override(config: C, path: str, text: str, *, prefix: str = "") -> C:
+    """A copy of config with one field replaced.
+
+    Args:
+        config: a config dataclass, possibly holding others.
+        path: dotted field path inside it, such as ``lora_rank`` or ``sasrec.dropout_rate``.
+        text: the new value as typed on a command line; ``none`` clears an optional field,
+            commas separate the entries of a tuple.
+        prefix: what stands before `path` in messages.
+
+    Raises:
+        ConfigError: unknown field (with the nearest name), wrong type, or impossible value.
+    """
+    name, _, rest = path.partition(".")
+    full = f"{prefix}{name}"
+    hints = typing.get_type_hints(type(config))
+    if name not in hints:
+        raise ConfigError(f"unknown setting {full!r}{_nearest(name, hints, prefix)}")
+    old = getattr(config, name)
+    if rest:
+        if not dataclasses.is_dataclass(old):
+            raise ConfigError(f"{full!r} is a single value, so {full}.{rest!s} does not exist")
+        new = override(old, rest, text, prefix=f"{full}.")
+    elif dataclasses.is_dataclass(old):
+        names = ", ".join(field.name for field in dataclasses.fields(old))
+        raise ConfigError(f"{full!r} is a group; set one of its fields: {names}")
+    else:
+        new = parse_value(hints[name], text, full)
+    return dataclasses.replace(config, **{name: new})
+
+
+def parse_value(hint: Any, text: str, name: str) -> Any:
+    """Turn command-line text into a value of the annotated type."""
+    members = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if type(None) in members and text.lower() in ("none", "null"):
+        return None
+    adapter = pydantic.TypeAdapter(hint)
+    try:
+        if any(typing.get_origin(member) is tuple for member in members):
+            parts = [part.strip() for part in text.split(",") if part.strip()]
+            return adapter.validate_strings(parts)
+        return adapter.validate_strings(text)
+    except pydantic.ValidationError as error:
+        reason = error.errors()[0]["msg"][0].lower() + error.errors()[0]["msg"][1:]
+        raise ConfigError(
+            f"{name}={text!r}: {reason} (expected {type_name(hint)})"
+        ) from None
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf field as (dotted path, value)."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def changed_fields(before: Any, after: Any, prefix: str = "") -> list[str]:
+    """Sentences naming the leaves that differ between two JSON configs."""
+    found = []
+    for name in {**before, **after}:
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += changed_fields(old, new, f"{prefix}{name}.")
+        elif old != new or (name in before) != (name in after):
+            found.append(f"{prefix}{name}={json.dumps(old)} (now {json.dumps(new)})")
+    return found
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass, by field name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    docs = {}
+    for field, doc in zip(body, body[1:]):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+            if isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str):
+                docs[field.target.id] = " ".join(doc.value.value.split())
+    return docs
+
+
+def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(path, type, default, meaning) of every leaf field, for help texts."""
+    docs, hints = field_docs(cls), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        inner = dataclass_of(hints[field.name])
+        if inner is not None:
+            yield from describe(inner, f"{prefix}{field.name}.")
+            continue
+        default = "required" if field.default is dataclasses.MISSING else repr(field.default)
+        kind = type_name(hints[field.name])
+        yield f"{prefix}{field.name}", kind, default, docs.get(field.name, "")
+
+
+def type_name(hint: Any) -> str:
+    """An annotation as people read it: ``int``, ``'a' | 'b'``, ``str | none``."""
+    if hint is type(None):
+        return "none"
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(repr(value) for value in typing.get_args(hint))
+    if _is_union(hint):
+        return " | ".join(type_name(member) for member in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"{type_name(typing.get_args(hint)[0])}, ..."
+    return getattr(hint, "__name__", str(hint))
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError` unless condition holds; for ``__post_init__`` checks."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def dataclass_of(hint: Any) -> type | None:
+    """The dataclass in an annotation (``X`` or ``X | None``), if there is one."""
+    members = typing.get_args(hint) if _is_union(hint) else (hint,)
+    return next((member for member in members if dataclasses.is_dataclass(member)), None)
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _nearest(name: str, known: Any, prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    return f"; known: {', '.join(prefix + other for other in known)}"

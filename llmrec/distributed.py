@@ -1,0 +1,90 @@
+"""Processes and devices: thin over accelerate. Imports torch only when asked to.
+
+Stages run in the main process alone unless marked `every_process`; the others wait and then load
+the result from disk.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import random
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def every_process(function: F) -> F:
+    """Mark a stage whose work is shared by all processes."""
+    function.every_process = True
+    return function
+
+
+def runs_everywhere(function: Callable[..., Any]) -> bool:
+    return getattr(function, "every_process", False)
+
+
+@functools.cache
+def state() -> Any:
+    """The process group and device, made on first use (accelerate's PartialState).
+
+    The time limit of collective calls is a day, because processes wait while the main one trains.
+    On the CPU, torch gets this process's share of the physical cores; `accelerate launch` would
+    leave it one thread.
+    """
+    import torch
+    from accelerate import PartialState
+
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    found = PartialState(
+        cpu=on_cpu or not torch.cuda.is_available(), timeout=datetime.timedelta(days=1)
+    )
+    if found.device.type == "cpu":
+        torch.set_num_threads(num_threads())
+    return found
+
+
+def num_threads() -> int:
+    """Threads for this process on a CPU: $LLMREC_NUM_THREADS, or its share of the cores."""
+    import psutil
+
+    if "LLMREC_NUM_THREADS" in os.environ:
+        return int(os.environ["LLMREC_NUM_THREADS"])
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes; true without a launcher."""
+    return rank() == 0
+
+
+def wait() -> None:
+    """Wait until every process gets here; nothing to do when there is one."""
+    if world_size() > 1:
+        state().wait_for_everyone()
+
+
+def device() -> Any:
+    """The torch device of this process."""
+    return state().device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

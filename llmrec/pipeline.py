@@ -1,0 +1,238 @@
+"""The pipeline: seven calls in order, each remembered on disk.
+
+A stage is a function ``(config, *artefacts) -> artefact``. `RunDir.stage` calls it unless the run
+folder already holds its output for the same config and inputs. The output is written to a
+temporary folder, its manifest last, then renamed, so a folder with the stage's name is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import time
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmrec import __version__, distributed
+from llmrec.artifacts import Report, read_json, write_json
+from llmrec.config import as_dict, changed_fields
+from llmrec.errors import MissingArtifactError, StaleArtifactError
+
+logger = logging.getLogger("llmrec")
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "safetensors")
+
+
+def run(recipe: Any, run_dir: RunDir, *, until: str | None = None) -> Report | None:
+    """Run, in order, every stage that run_dir does not already hold.
+
+    Args:
+        recipe: a `llmrec.recipe.Recipe`.
+        run_dir: where stages keep their output.
+        until: name of the last stage to run; None runs all.
+
+    Returns:
+        The evaluation report, or None if `until` stopped the run before it.
+    """
+    from llmrec.collab.train import train_collab
+    from llmrec.data.prepare import prepare_data
+    from llmrec.encoders.encode import encode_items
+    from llmrec.evaluation.evaluate import evaluate
+    from llmrec.finetune.train import finetune
+    from llmrec.semantic_ids.learn import learn_semantic_ids
+
+    stage = run_dir.stage
+    data = stage(prepare_data, recipe.prepare_data)
+    if until == "prepare_data":
+        return None
+    collab = stage(train_collab, recipe.train_collab, data)
+    if until == "train_collab":
+        return None
+    content = stage(encode_items, recipe.encode_items, data)
+    if until == "encode_items":
+        return None
+    ids = stage(learn_semantic_ids, recipe.learn_semantic_ids, data, collab, content)
+    if until == "learn_semantic_ids":
+        return None
+    adapter = stage(finetune, recipe.finetune, data, collab, content, ids)
+    if until == "finetune":
+        return None
+    return stage(evaluate, recipe.evaluate, data, collab, content, ids, adapter)
+
+
+class RunDir:
+    """A folder with one sub-folder per finished stage."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def stage(self, function: Callable[..., Any], config: Any, *inputs: Any) -> Any:
+        """Return ``function(config, *inputs)``, from disk if this run has already computed it."""
+        return run_stage(function, config, inputs, self.root / function.__name__)
+
+
+def run_stage(function: Callable[..., Any], config: Any, inputs: tuple[Any, ...], folder: Path) -> Any:
+    """Compute one stage into folder unless folder already holds it, and load the result.
+
+    Under several processes, only the main one computes and writes, unless the function is marked
+    `distributed.every_process`; all of them load.
+
+    Raises:
+        StaleArtifactError: if the folder was made with another config or other inputs.
+        MissingArtifactError: if the folder holds something else, or is damaged.
+    """
+    artifact = typing.get_type_hints(function)["return"]
+    wanted = describe_stage(function.__name__, config, inputs)
+    status = check_folder(folder, wanted)
+    distributed.wait()
+    if status == "done":
+        logger.info("%s: already done, %s", function.__name__, folder)
+    else:
+        compute(function, config, inputs, folder, wanted)
+    distributed.wait()
+    return load(artifact, folder)
+
+
+def compute(
+    function: Callable[..., Any],
+    config: Any,
+    inputs: tuple[Any, ...],
+    folder: Path,
+    wanted: dict[str, Any],
+) -> None:
+    """Run the function and write its artefact: all of it or nothing."""
+    main = distributed.is_main()
+    if not main and not distributed.runs_everywhere(function):
+        return
+    logger.info("%s: started", function.__name__)
+    started = time.perf_counter()
+    result = function(config, *inputs)
+    if not main:
+        return
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        scratch.mkdir(parents=True)
+        result.save(scratch)
+        seconds = time.perf_counter() - started
+        write_manifest(scratch, wanted, seconds)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    logger.info("%s: finished in %.1f s, %s", function.__name__, seconds, folder)
+
+
+def describe_stage(name: str, config: Any, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """What makes a stage's output what it is: name, config and the files it was made from."""
+    return {
+        "schema": SCHEMA_VERSION,
+        "stage": name,
+        "config": as_dict(config),
+        "inputs": {artifact.stage: fingerprint(artifact) for artifact in inputs},
+    }
+
+
+def check_folder(folder: Path, wanted: dict[str, Any]) -> str:
+    """'done' or 'absent'; raises if the folder holds anything else."""
+    if not folder.exists():
+        return "absent"
+    manifest = read_manifest(folder)
+    found = {name: manifest.get(name) for name in wanted}
+    if found == wanted:
+        return "done"
+    changes = []
+    for name in ("schema", "stage"):
+        if found[name] != wanted[name]:
+            changes.append(f"{name}={found[name]} (now {wanted[name]})")
+    changes += changed_fields(found["config"] or {}, wanted["config"])
+    old_inputs = found["inputs"] or {}
+    for name, value in wanted["inputs"].items():
+        if old_inputs.get(name) != value:
+            changes.append(f"another {name}")
+    raise StaleArtifactError(
+        f"{folder} was made with {', '.join(changes)}. Use another folder, or delete {folder} to "
+        "recompute it"
+    )
+
+
+def write_manifest(folder: Path, wanted: dict[str, Any], seconds: float) -> None:
+    """Write the list of files with their hashes, and what made them; the last file of a stage."""
+    files = {
+        str(path.relative_to(folder)): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    versions = {"llmrec": __version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    manifest = {
+        **wanted,
+        "files": files,
+        "versions": versions,
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "processes": distributed.world_size(),
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished stage.
+
+    Raises:
+        MissingArtifactError: if there is none; the folder is not a finished stage.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise MissingArtifactError(
+            f"{folder} is not the output of a finished stage (no {MANIFEST}). Give the folder of a "
+            "finished stage, or delete this one"
+        )
+    return read_json(folder / MANIFEST)
+
+
+def load(artifact: type, folder: Path) -> Any:
+    """Load a stage's artefact after checking every file against the manifest.
+
+    Raises:
+        MissingArtifactError: if the folder is not a finished stage, or a file was changed.
+    """
+    manifest = read_manifest(folder)
+    if manifest["stage"] != artifact.stage:
+        raise MissingArtifactError(
+            f"{folder} holds the output of {manifest['stage']}, expected {artifact.stage}"
+        )
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected["bytes"] or (
+            sha256(path) != expected["sha256"]
+        ):
+            raise MissingArtifactError(f"{path} is missing or damaged; delete {folder} to recompute it")
+    loaded = artifact.load(folder)
+    object.__setattr__(loaded, "_fingerprint", fingerprint_of(manifest))
+    return loaded
+
+
+def fingerprint(artifact: Any) -> str:
+    """Hash of the files an artefact was loaded from."""
+    return artifact._fingerprint
+
+
+def fingerprint_of(manifest: dict[str, Any]) -> str:
+    hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
