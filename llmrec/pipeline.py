@@ -216,17 +216,18 @@ def load(artifact: type, folder: Path) -> Any:
         ):
             raise MissingArtifactError(f"{path} is missing or damaged; delete {folder} to recompute it")
     loaded = artifact.load(folder)
-    object.__setattr__(loaded, "_fingerprint", fingerprint_of(manifest))
+    object.__setattr__(loaded, "_manifest", manifest)
     return loaded
+
+
+def manifest_of(artifact: Any) -> dict[str, Any]:
+    """The manifest of a loaded artefact: stage, config, inputs, files, versions, seconds."""
+    return artifact._manifest
 
 
 def fingerprint(artifact: Any) -> str:
     """Hash of the files an artefact was loaded from."""
-    return artifact._fingerprint
-
-
-def fingerprint_of(manifest: dict[str, Any]) -> str:
-    hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    hashes = {name: entry["sha256"] for name, entry in manifest_of(artifact)["files"].items()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
