@@ -453,13 +453,11 @@ def load_arrays(path: Path, catalog: str) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="np") as handle:
             found = (handle.metadata() or {}).get("catalog")
-            arrays = {name: handle.get_tensor(name) for name in handle.keys()}
+            arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, FileNotFoundError) as error:
         raise MissingArtifactError(f"{path} cannot be read ({error}); recompute its stage") from None
     if found != catalog:
-        raise ArtifactMismatchError(
-            f"{path} belongs to catalogue {str(found)[:12]}, expected {catalog[:12]}"
-        )
+        raise ArtifactMismatchError(f"{path} belongs to catalogue {str(found)[:12]}, expected {catalog[:12]}")
     return arrays
 
 

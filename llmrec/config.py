@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import textwrap
 import types
@@ -45,35 +46,40 @@ def from_dict(cls: type[C], data: dict[str, Any]) -> C:
     return cls(**values)
 
 
-def override(config: C, path: str, text: str, *, prefix: str = "") -> C:
-    """A copy of config with one field replaced.
+def override(config: C, assignments: dict[str, str], *, prefix: str = "") -> C:
+    """A copy of config with fields replaced, all at once, so that checks see the final values.
 
     Args:
         config: a config dataclass, possibly holding others.
-        path: dotted field path inside it, such as ``lora_rank`` or ``sasrec.dropout_rate``.
-        text: the new value as typed on a command line; ``none`` clears an optional field,
-            commas separate the entries of a tuple.
-        prefix: what stands before `path` in messages.
+        assignments: dotted field paths, such as ``lora_rank`` or ``sasrec.dropout_rate``, and the new
+            values as typed on a command line; ``none`` clears an optional field, commas separate the
+            entries of a tuple.
+        prefix: what stands before the paths in messages.
 
     Raises:
         ConfigError: unknown field (with the nearest name), wrong type, or impossible value.
     """
-    name, _, rest = path.partition(".")
-    full = f"{prefix}{name}"
     hints = typing.get_type_hints(type(config))
-    if name not in hints:
-        raise ConfigError(f"unknown setting {full!r}{_nearest(name, hints, prefix)}")
-    old = getattr(config, name)
-    if rest:
-        if not dataclasses.is_dataclass(old):
-            raise ConfigError(f"{full!r} is a single value, so {full}.{rest!s} does not exist")
-        new = override(old, rest, text, prefix=f"{full}.")
-    elif dataclasses.is_dataclass(old):
-        names = ", ".join(field.name for field in dataclasses.fields(old))
-        raise ConfigError(f"{full!r} is a group; set one of its fields: {names}")
-    else:
-        new = parse_value(hints[name], text, full)
-    return dataclasses.replace(config, **{name: new})
+    changes: dict[str, Any] = {}
+    inner: dict[str, dict[str, str]] = {}
+    for path, text in assignments.items():
+        name, _, rest = path.partition(".")
+        full = f"{prefix}{name}"
+        if name not in hints:
+            raise ConfigError(f"unknown setting {full!r}{_nearest(name, hints, prefix)}")
+        group = dataclasses.is_dataclass(getattr(config, name))
+        if rest and not group:
+            raise ConfigError(f"{full!r} is a single value, so {full}.{rest} does not exist")
+        if group and not rest:
+            names = ", ".join(field.name for field in dataclasses.fields(getattr(config, name)))
+            raise ConfigError(f"{full!r} is a group; set one of its fields: {names}")
+        if group:
+            inner.setdefault(name, {})[rest] = text
+        else:
+            changes[name] = parse_value(hints[name], text, full)
+    for name, below in inner.items():
+        changes[name] = override(getattr(config, name), below, prefix=f"{prefix}{name}.")
+    return dataclasses.replace(config, **changes)
 
 
 def parse_value(hint: Any, text: str, name: str) -> Any:
@@ -89,9 +95,7 @@ def parse_value(hint: Any, text: str, name: str) -> Any:
         return adapter.validate_strings(text)
     except pydantic.ValidationError as error:
         reason = error.errors()[0]["msg"][0].lower() + error.errors()[0]["msg"][1:]
-        raise ConfigError(
-            f"{name}={text!r}: {reason} (expected {type_name(hint)})"
-        ) from None
+        raise ConfigError(f"{name}={text!r}: {reason} (expected {type_name(hint)})") from None
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -120,10 +124,10 @@ def field_docs(cls: type) -> dict[str, str]:
     """The string below each field of a dataclass, by field name."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     docs = {}
-    for field, doc in zip(body, body[1:]):
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
-            if isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str):
-                docs[field.target.id] = " ".join(doc.value.value.split())
+    for field, doc in itertools.pairwise(body):
+        is_text = isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign) and is_text and isinstance(doc.value.value, str):
+            docs[field.target.id] = " ".join(doc.value.value.split())
     return docs
 
 

@@ -38,9 +38,7 @@ def state() -> Any:
     from accelerate import PartialState
 
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    found = PartialState(
-        cpu=on_cpu or not torch.cuda.is_available(), timeout=datetime.timedelta(days=1)
-    )
+    found = PartialState(cpu=on_cpu or not torch.cuda.is_available(), timeout=datetime.timedelta(days=1))
     if found.device.type == "cpu":
         torch.set_num_threads(num_threads())
     return found

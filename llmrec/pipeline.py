@@ -159,8 +159,7 @@ def check_folder(folder: Path, wanted: dict[str, Any]) -> str:
         if old_inputs.get(name) != value:
             changes.append(f"another {name}")
     raise StaleArtifactError(
-        f"{folder} was made with {', '.join(changes)}. Use another folder, or delete {folder} to "
-        "recompute it"
+        f"{folder} was made with {', '.join(changes)}. Use another folder, or delete {folder} to recompute it"
     )
 
 
@@ -211,8 +210,10 @@ def load(artifact: type, folder: Path) -> Any:
         )
     for name, expected in manifest["files"].items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"] or (
-            sha256(path) != expected["sha256"]
+        if (
+            not path.is_file()
+            or path.stat().st_size != expected["bytes"]
+            or (sha256(path) != expected["sha256"])
         ):
             raise MissingArtifactError(f"{path} is missing or damaged; delete {folder} to recompute it")
     loaded = artifact.load(folder)

@@ -1,0 +1,91 @@
+"""What fine-tuning learned, as an artefact: LoRA matrices in PEFT's format, and everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmrec.artifacts import read_json, read_jsonl, write_json, write_jsonl
+from llmrec.errors import ArtifactMismatchError, MissingArtifactError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The trained weights of MME-SID; made by finetune.
+
+    Files: heads.safetensors (item tokens, gate, target table), log.jsonl, llmrec_config.json, and either
+    adapter_model.safetensors + adapter_config.json (LoRA; loads with plain PEFT on the base model) or
+    base/ (a base model that was trained in full).
+    """
+
+    stage: ClassVar[str] = "finetune"
+
+    catalog: str
+    settings: dict[str, Any]
+    """The finetune config, the prompt's token ids and the base model's revision and size."""
+    heads: dict[str, Tensor]
+    """Trained weights outside the base model, and train_count int64 (N + 1,)"""
+    lora: dict[str, Tensor] = field(default_factory=dict)
+    """LoRA matrices under PEFT's names; empty if the base was trained in full"""
+    lora_config: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Tensor] = field(default_factory=dict)
+    """The whole base model if it was trained in full, else empty"""
+    base_config: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Targets, tokens, seconds, trainable parameters by part, validation metrics."""
+    log: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of training (step, loss, tokens_per_second...) and of validation (epoch, valid_ndcg@10...)."""
+
+    def save(self, folder: Path) -> None:
+        self._save_tensors(folder / "heads.safetensors", self.heads)
+        write_json(folder / "llmrec_config.json", {"catalog": self.catalog, **self.settings})
+        write_json(folder / "metrics.json", self.metrics)
+        write_jsonl(folder / "log.jsonl", self.log)
+        if self.lora:
+            self._save_tensors(folder / "adapter_model.safetensors", self.lora)
+            write_json(folder / "adapter_config.json", self.lora_config)
+        if self.base:
+            (folder / "base").mkdir()
+            self._save_tensors(folder / "base" / "model.safetensors", self.base)
+            write_json(folder / "base" / "config.json", self.base_config)
+
+    def _save_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, path, metadata={"catalog": self.catalog, "format": "pt"})
+
+    @classmethod
+    def load(cls, folder: Path) -> Adapter:
+        settings = read_json(folder / "llmrec_config.json")
+        catalog = settings.pop("catalog")
+        optional: dict[str, Any] = {}
+        if (folder / "adapter_config.json").exists():
+            optional["lora"] = _load_tensors(folder / "adapter_model.safetensors", catalog)
+            optional["lora_config"] = read_json(folder / "adapter_config.json")
+        if (folder / "base").exists():
+            optional["base"] = _load_tensors(folder / "base" / "model.safetensors", catalog)
+            optional["base_config"] = read_json(folder / "base" / "config.json")
+        return cls(
+            catalog=catalog,
+            settings=settings,
+            heads=_load_tensors(folder / "heads.safetensors", catalog),
+            metrics=read_json(folder / "metrics.json"),
+            log=read_jsonl(folder / "log.jsonl"),
+            **optional,
+        )
+
+
+def _load_tensors(path: Path, catalog: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            found = (handle.metadata() or {}).get("catalog")
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, FileNotFoundError) as error:
+        raise MissingArtifactError(f"{path} cannot be read ({error}); recompute finetune") from None
+    if found != catalog:
+        raise ArtifactMismatchError(f"{path} belongs to catalogue {str(found)[:12]}, expected {catalog[:12]}")
+    return tensors

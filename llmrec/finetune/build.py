@@ -1,0 +1,237 @@
+"""From settings and artefacts to the MME-SID module, for training and for scoring alike."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaModel
+
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
+from llmrec.errors import ArtifactMismatchError, ConfigError
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.fusion import EqualWeights, FrequencyGate, ItemScores
+from llmrec.finetune.item_inputs import MODALITY_ORDER, ItemTokens
+from llmrec.finetune.model import MMESID
+from llmrec.finetune.prompt import Prompt, tokenize, tokenize_words
+
+# We load the decoder without its language-model head; PEFT users load it with one, where the decoder
+# is called `model`.
+DECODER_PREFIX = "base_model.model."
+CAUSAL_LM_PREFIX = "base_model.model.model."
+
+
+def load_prompt(config: FinetuneConfig) -> Prompt:
+    """The prompt in the base model's token ids."""
+    if config.is_mini:
+        return tokenize_words(config.prompt)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.base_model, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_cannot_load("tokenizer", config.base_model, error)) from None
+    return tokenize(config.prompt, tokenizer)
+
+
+def load_base(config: FinetuneConfig, prompt: Prompt) -> nn.Module:
+    """The base model: mini from its config, trained in full, or pretrained with fresh LoRA matrices."""
+    if config.is_mini:
+        return LlamaModel(
+            LlamaConfig(
+                vocab_size=prompt.vocab_size,
+                num_hidden_layers=config.mini.num_layers,
+                hidden_size=config.mini.hidden_size,
+                intermediate_size=config.mini.intermediate_size,
+                num_attention_heads=config.mini.num_heads,
+                attn_implementation="sdpa",
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    try:
+        base = AutoModel.from_pretrained(
+            config.base_model, revision=config.revision, dtype=dtype, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(_cannot_load("base model", config.base_model, error)) from None
+    return add_lora(base, config)
+
+
+def add_lora(base: nn.Module, config: FinetuneConfig) -> PeftModel:
+    """Freeze a decoder and put trainable float32 LoRA matrices on its linear layers."""
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout_rate,
+        target_modules=list(config.lora_targets),
+        bias="none",
+        revision=config.revision,
+    )
+    try:
+        model = get_peft_model(base, lora)
+    except ValueError as error:
+        raise ConfigError(
+            f"finetune.lora_targets={', '.join(config.lora_targets)} do not fit {config.base_model}: {error}"
+        ) from None
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def lora_weights(model: PeftModel, config: FinetuneConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """LoRA matrices and config as plain PEFT expects them on the causal language model."""
+    state = get_peft_model_state_dict(model)
+    renamed = {CAUSAL_LM_PREFIX + name.removeprefix(DECODER_PREFIX): value for name, value in state.items()}
+    plain = model.peft_config["default"].to_dict()
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}
+    plain |= {
+        "base_model_name_or_path": config.base_model,
+        "revision": getattr(model.config, "_commit_hash", None) or config.revision,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "peft_type": "LORA",
+    }
+    return renamed, plain
+
+
+def set_lora_weights(model: PeftModel, state: dict[str, Tensor]) -> None:
+    """Inverse of `lora_weights`; a missing or foreign matrix is an error."""
+    renamed = {DECODER_PREFIX + name.removeprefix(CAUSAL_LM_PREFIX): value for name, value in state.items()}
+    if renamed.keys() != get_peft_model_state_dict(model).keys():
+        raise ArtifactMismatchError("the LoRA matrices do not fit the base model; was it exchanged?")
+    set_peft_model_state_dict(model, renamed)
+
+
+def item_vectors(
+    config: FinetuneConfig, collab: CollabEmbeddings, content: ContentEmbeddings, ids: SemanticIds
+) -> dict[str, np.ndarray]:
+    """The frozen vectors of the modalities that have semantic IDs, scaled as configured."""
+    known = {"collab": collab.vectors, **content.vectors}
+    return {name: _scale(known[name], config.vectors) for name in MODALITY_ORDER if name in ids.modalities}
+
+
+def build_model(
+    config: FinetuneConfig,
+    base: nn.Module,
+    prompt: Prompt,
+    vectors: dict[str, np.ndarray],
+    ids: SemanticIds,
+    train_count: Tensor,
+    device: torch.device,
+) -> MMESID:
+    """Put the parts together on a device.
+
+    Args:
+        config: settings.
+        base: the decoder, see `load_base`.
+        prompt: the prompt in its token ids.
+        vectors: float32 (N + 1, D_m) by modality.
+        ids: codes and codebooks.
+        train_count: int64 (N + 1,).
+        device: where everything is put.
+    """
+    width = base.config.hidden_size
+    frozen = {name: torch.from_numpy(array).to(device) for name, array in vectors.items()}
+    codebooks = {name: torch.from_numpy(ids.codebooks[name]) for name in vectors}
+    if config.random_codes:
+        codebooks = {name: torch.randn_like(table) * 0.02 for name, table in codebooks.items()}
+    code_dim = codebooks[next(iter(vectors))].shape[-1]
+    if code_dim != width and not config.project_codes:
+        raise ConfigError(
+            f"code embeddings are {code_dim} wide and the base model {width}: set "
+            f"learn_semantic_ids.code_dim={width}, or finetune.project_codes=true"
+        )
+    if config.fusion == "frequency" and (train_count[1:] == train_count[1]).all():
+        raise ConfigError(
+            f"all items have {int(train_count[1])} training interactions, so there is no frequency to "
+            "fuse by; set finetune.fusion=equal"
+        )
+    tokens = ItemTokens(
+        frozen,
+        {name: torch.from_numpy(ids.codes[name]).to(device) for name in vectors},
+        codebooks,
+        width,
+        expansion=config.mlp_expansion,
+        out_activation=config.mlp_out_activation,
+        project_codes=config.project_codes,
+    )
+    if config.fusion == "target":
+        scores = ItemScores(frozen, nn.ModuleDict(), nn.Identity(), width)
+    else:
+        sources = 1 + len(vectors)
+        gate = (
+            FrequencyGate(train_count.to(device), sources, config.fusion_temperature)
+            if config.fusion == "frequency"
+            else EqualWeights(len(train_count) - 1, sources)
+        )
+        scores = ItemScores(frozen, tokens.projections, gate, width)
+    return MMESID(
+        base,
+        tokens,
+        scores,
+        torch.tensor(prompt.instruction, dtype=torch.long),
+        torch.tensor(prompt.response, dtype=torch.long),
+        share_instruction=config.share_instruction and config.layout == "packed",
+        dropout_rate=config.dropout_rate,
+    ).to(device)
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name; shared ones once."""
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}
+
+
+def parameter_counts(model: MMESID) -> dict[str, int]:
+    """Trainable parameters by part, and all parameters of the base model."""
+
+    def count(parameters: Any) -> int:
+        return sum(parameter.numel() for parameter in parameters)
+
+    tokens = model.item_tokens
+    gate = model.item_scores.gate
+    return {
+        "base_trainable": count(trainable(model.base).values()),
+        "base_total": count(model.base.parameters()),
+        "projections": count(tokens.projections.parameters()),
+        "code_embeddings": count(tokens.codebooks.parameters()) + count(tokens.code_projections.parameters()),
+        "item_mlp": count(tokens.mlp.parameters()),
+        "target_table": model.item_scores.target_table.numel(),
+        "gate": count(gate.parameters()),
+        "trainable": count(trainable(model).values()),
+    }
+
+
+def settings_of(config: FinetuneConfig, prompt: Prompt, base: nn.Module) -> dict[str, Any]:
+    """What `scoring.load_scorer` needs beside the weights."""
+    return {
+        "config": asdict(config),
+        "prompt": asdict(prompt),
+        "revision": getattr(base.config, "_commit_hash", None) or config.revision,
+        "hidden_size": base.config.hidden_size,
+    }
+
+
+def _scale(vectors: np.ndarray, how: str) -> np.ndarray:
+    if how == "raw":
+        return vectors
+    scaled = np.zeros_like(vectors)
+    rows = vectors[1:]
+    if how == "standardise":
+        rows = rows - rows.mean(axis=0)
+        scaled[1:] = rows / np.maximum(rows.std(), 1e-12)
+    else:
+        scaled[1:] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return scaled
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"the {what} of finetune.base_model={name!r} cannot be loaded: {reason}. Give a local folder with "
+        "config.json, tokenizer and safetensors weights, or a Hub id (gated models need `hf auth login`)"
+    )

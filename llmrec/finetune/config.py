@@ -1,0 +1,177 @@
+"""Settings of finetune."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llmrec.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniConfig:
+    """Size of the ``mini`` base model: a small Llama, trained in full, for CPUs and tests."""
+
+    hidden_size: int = 128
+    """Width H; equals learn_semantic_ids.code_dim unless finetune.project_codes is set."""
+
+    num_layers: int = 2
+    """Transformer blocks."""
+
+    num_heads: int = 4
+    """Attention heads."""
+
+    intermediate_size: int = 256
+    """Width inside the feed-forward part."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.hidden_size % (2 * self.num_heads) == 0,
+            "finetune.mini.hidden_size must be divisible by twice num_heads (rotary positions need an "
+            f"even head width), got {self.hidden_size} and {self.num_heads}",
+        )
+        require(self.num_layers >= 1, f"finetune.mini.num_layers must be >= 1, got {self.num_layers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Fine-tuning a causal language model on item tokens, with LoRA (MME-SID section 4.3)."""
+
+    base_model: str = "mini"
+    """Hub id or local folder of a Llama-like causal language model, or 'mini'."""
+
+    revision: str | None = None
+    """Commit of base_model on the Hub, so that a run can be repeated; none: the newest."""
+
+    mini: MiniConfig = field(default_factory=MiniConfig)
+
+    prompt: str = "chat"
+    """Template: a name in prompts/ or the path of a TOML file."""
+
+    lora_rank: int = 8
+    """Rank of the LoRA matrices."""
+
+    lora_alpha: float = 16.0
+    """LoRA scale; updates are multiplied by lora_alpha / lora_rank."""
+
+    lora_dropout_rate: float = 0.0
+    """Dropout before the LoRA matrices (official: 0.05)."""
+
+    lora_targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers that get LoRA matrices."""
+
+    project_codes: bool = False
+    """Put a linear map between code embeddings and the model; needed if code_dim differs from H."""
+
+    random_codes: bool = False
+    """Ablation MME-SID-random: start the code embeddings from N(0, 0.02) instead of the codebooks."""
+
+    mlp_expansion: float = 3.0
+    """Hidden width of the item MLP, in multiples of H (official: 3)."""
+
+    mlp_out_activation: Literal["gelu", "none"] = "gelu"
+    """After the item MLP: the published code has a GELU there, the paper's Eq. 13 none."""
+
+    vectors: Literal["raw", "standardise", "l2"] = "raw"
+    """Scaling of the frozen item vectors: as encoded, unit variance per modality, or unit rows."""
+
+    fusion: Literal["frequency", "equal", "target"] = "frequency"
+    """Weights of the score sources: by item frequency, all equal, or the target table alone."""
+
+    fusion_temperature: float = 1e-3
+    """Softmax temperature of the fusion weights; small ones pick one source per item."""
+
+    max_history: int | None = None
+    """Most recent items shown per user, in items; none: all of them."""
+
+    max_targets: int | None = 50
+    """Last so many items of a user's training history serve as targets; none: all."""
+
+    layout: Literal["packed", "per_prefix"] = "packed"
+    """packed: a user's history is encoded once for all targets; per_prefix: once per target."""
+
+    share_instruction: bool = True
+    """Encode the instruction once per micro-batch instead of once per row (packed layout)."""
+
+    epochs: int = 3
+    """Passes over the training targets."""
+
+    batch_targets: int = 16
+    """Targets per optimiser step, over all processes."""
+
+    micro_batch_tokens: int = 16384
+    """Most tokens in one forward pass of one process, padding included; lower it if memory runs out."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+
+    warmup_steps: int = 100
+    """Optimiser steps of linear warm-up, before a cosine to zero."""
+
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; it is scaled down to this."""
+
+    dropout_rate: float = 0.0
+    """Dropout on item tokens and on the read-out vector."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16: frozen base weights and matrix products in bfloat16."""
+
+    eval_every_epochs: int = 1
+    """Epochs between rankings of the validation items; 0: never."""
+
+    select: Literal["last", "valid"] = "last"
+    """Weights to keep: of the last epoch, or of the epoch with the best validation ndcg@10."""
+
+    log_every_steps: int = 20
+    """Optimiser steps between rows of the log."""
+
+    seed: int = 0
+    """Seed of initial weights, data order and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_targets", "micro_batch_tokens", "lora_rank", "log_every_steps"):
+            value = getattr(self, name)
+            require(value >= 1, f"finetune.{name} must be at least 1, got {value}")
+        for name in ("learning_rate", "lora_alpha", "fusion_temperature", "mlp_expansion", "clip_norm"):
+            value = getattr(self, name)
+            require(value > 0, f"finetune.{name} must be greater than 0, got {value}")
+        for name in ("lora_dropout_rate", "dropout_rate"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"finetune.{name} must lie in [0, 1), got {value}")
+        for name in ("max_history", "max_targets"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"finetune.{name} must be none or >= 1, got {value}")
+        for name in ("weight_decay", "warmup_steps", "eval_every_epochs"):
+            value = getattr(self, name)
+            require(value >= 0, f"finetune.{name} must be at least 0, got {value}")
+        require(
+            self.select == "last" or self.eval_every_epochs > 0,
+            "finetune.select='valid' needs finetune.eval_every_epochs >= 1, got 0",
+        )
+        self._refuse_settings_without_effect()
+
+    def _refuse_settings_without_effect(self) -> None:
+        if self.is_mini:
+            idle = ("revision", "lora_rank", "lora_alpha", "lora_dropout_rate", "lora_targets")
+            reason = "base_model='mini', which is trained in full"
+        else:
+            idle = ("mini",)
+            reason = f"base_model={self.base_model!r}"
+        if self.fusion != "frequency":
+            idle += ("fusion_temperature",)
+        defaults = {name: spec.default for name, spec in self.__dataclass_fields__.items()}
+        defaults["mini"] = MiniConfig()
+        for name in idle:
+            require(
+                getattr(self, name) == defaults[name],
+                f"finetune.{name} has no effect with "
+                + (reason if name != "fusion_temperature" else f"fusion={self.fusion!r}"),
+            )
+
+    @property
+    def is_mini(self) -> bool:
+        return self.base_model == "mini"

@@ -1,0 +1,132 @@
+"""Frequency-aware fusion: one score per item from several sources, as one matrix product."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FrequencyGate(nn.Module):
+    """Per-item mixing weights over the score sources, driven by popularity.
+
+    Rare items have weak collaborative vectors, so the gate can lean on text and image scores for them
+    and on collaborative scores for popular items. With the published temperature of 1e-3 it picks
+    almost one source for all items at the start, decided by the seed (specs A.7).
+
+    Source: MME-SID Eq. 13-14; Applied-Machine-Learning-Lab/MME-SID@bc95e1a model.py.
+    Differs: counts come from the train split (their count file is not published).
+
+    Args:
+        train_count: interactions per item in the train split, int64 (N + 1,), entry 0 is 0.
+        num_sources: S, number of score sources mixed.
+        temperature: softmax temperature, > 0, unitless; smaller selects harder.
+
+    Raises:
+        ValueError: if temperature <= 0, or if all counts are equal (frequency would be 0 / 0).
+    """
+
+    def __init__(self, train_count: Tensor, num_sources: int, temperature: float) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be > 0, got {temperature}")
+        values, inverse = torch.unique(train_count, return_inverse=True)
+        if len(values) == 1:
+            raise ValueError(f"all items have {int(values[0])} interactions; there is no frequency to use")
+        frequency = torch.log1p(values.double())
+        frequency = (frequency - frequency.min()) / (frequency.max() - frequency.min())
+        self.temperature = temperature
+        self.register_buffer("frequency", frequency.float()[:, None], persistent=False)
+        self.register_buffer("item_frequency", inverse, persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(1, 64),
+            nn.GELU(),
+            nn.Linear(64, 10),
+            nn.Linear(10, 64, bias=False),
+            nn.GELU(),
+            nn.Linear(64, num_sources),
+        )
+
+    def forward(self) -> Tensor:
+        """Mixing weights (N + 1, S); each row sums to 1. Computed once per distinct count."""
+        weights = F.softmax(self.mlp(self.frequency) / self.temperature, dim=-1)
+        return F.embedding(self.item_frequency, weights)
+
+
+class EqualWeights(nn.Module):
+    """The ablation without fusion: every source counts 1 / S."""
+
+    def __init__(self, num_items: int, num_sources: int) -> None:
+        super().__init__()
+        self.register_buffer(
+            "weights", torch.full((num_items + 1, num_sources), 1 / num_sources), persistent=False
+        )
+
+    def forward(self) -> Tensor:
+        """Mixing weights (N + 1, S)."""
+        return self.weights
+
+
+class ItemScores(nn.Module):
+    """Scores of the whole catalogue from a read-out vector h, as one product queries @ keys.T.
+
+    score(i) = w_i0 <h, V_i> + sum_m w_im <h, W_m E_m[i] + b_m>           (MME-SID Eq. 14)
+
+    The weights depend on the item alone, so all sources fold into one matrix. There are two exact
+    ways to it, and the cheaper one for the number of targets n is taken:
+
+    - folded: keys = w_0 V + sum_m w_m (E_m W_m^T + b_m), queries = h;  N H (sum D_m + n) products
+    - factored: <h, W E + b> = <W^T h, E> + <h, b>, so queries = [h, W_m^T h, <h, b_m>] and
+      keys = [w_0 V, w_m E_m, w_m];  n N (H + sum D_m + S) products, no N x H table per source
+
+    Args:
+        vectors: frozen item vectors by modality, float (N + 1, D_m), row 0 zero.
+        projections: the maps W_m, b_m by modality, nn.Linear(D_m, H); shared with the item inputs.
+        gate: module that returns mixing weights (N + 1, 1 + M), target table first.
+        hidden_size: H.
+    """
+
+    def __init__(
+        self,
+        vectors: dict[str, Tensor],
+        projections: nn.ModuleDict,
+        gate: nn.Module,
+        hidden_size: int,
+    ) -> None:
+        super().__init__()
+        num_rows = len(next(iter(vectors.values())))
+        self.modalities = tuple(projections)
+        self.projections = projections
+        self.gate = gate
+        self.target_table = nn.Parameter(torch.empty(num_rows, hidden_size))
+        nn.init.normal_(self.target_table, std=1 / math.sqrt(hidden_size))
+        for modality in self.modalities:
+            self.register_buffer(f"vectors_{modality}", vectors[modality], persistent=False)
+
+    def factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (n, X) and keys (N + 1, X) whose products are the scores; hidden is (n, H)."""
+        if not self.modalities:
+            return hidden, self.target_table
+        if len(hidden) > hidden.shape[1]:
+            return hidden, self.folded()
+        weights = self.gate()
+        queries, keys = [hidden], [weights[:, :1] * self.target_table]
+        for source, modality in enumerate(self.modalities, start=1):
+            projection = self.projections[modality]
+            weight = weights[:, source : source + 1]
+            queries += [hidden @ projection.weight, (hidden @ projection.bias)[:, None]]
+            keys += [weight * getattr(self, f"vectors_{modality}"), weight]
+        return torch.cat(queries, dim=1), torch.cat(keys, dim=1)
+
+    def folded(self) -> Tensor:
+        """The one item matrix (N + 1, H); score = h @ folded.T."""
+        if not self.modalities:
+            return self.target_table
+        weights = self.gate()
+        matrix = weights[:, :1] * self.target_table
+        for source, modality in enumerate(self.modalities, start=1):
+            projected = self.projections[modality](getattr(self, f"vectors_{modality}"))
+            matrix = matrix + weights[:, source : source + 1] * projected
+        return matrix

@@ -1,0 +1,103 @@
+"""MME-SID as one module: packed rows in, loss or read-out vectors out. Knows tensors only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from llmrec.finetune.fusion import ItemScores
+from llmrec.finetune.item_inputs import ItemTokens
+from llmrec.finetune.packing import PackedRows, TokenLayout, lay_out
+from llmrec.item_softmax import item_cross_entropy
+
+
+class MMESID(nn.Module):
+    """A causal language model that reads item tokens and scores the whole catalogue.
+
+    Args:
+        base: decoder without a language-model head, called with inputs_embeds, a 4-dimensional
+            attention mask and position_ids (any Llama-like Hugging Face model, with or without LoRA).
+        item_tokens: item ids to input embeddings.
+        item_scores: read-out vectors to catalogue scores.
+        instruction: int64 (I,) token ids before the history.
+        response: int64 (R,) token ids after it, R >= 1.
+        share_instruction: encode the instruction once per forward pass.
+        dropout_rate: dropout on item tokens and read-out vectors.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        item_tokens: ItemTokens,
+        item_scores: ItemScores,
+        instruction: Tensor,
+        response: Tensor,
+        *,
+        share_instruction: bool = True,
+        dropout_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.item_tokens = item_tokens
+        self.item_scores = item_scores
+        self.share_instruction = share_instruction
+        self.dropout = nn.Dropout(dropout_rate)
+        self.register_buffer("instruction", instruction, persistent=False)
+        self.register_buffer("response", response, persistent=False)
+
+    def forward(self, rows: PackedRows) -> Tensor:
+        """Sum over the rows' targets of the cross-entropy over items 1..N; shape ()."""
+        queries, keys = self.item_scores.factors(self.dropout(self.hidden(rows)))
+        return item_cross_entropy(queries, keys, rows.target)
+
+    def hidden(self, rows: PackedRows, token_table: Tensor | None = None) -> Tensor:
+        """Read-out vectors (n, H), one per target of the rows.
+
+        Args:
+            rows: what to encode.
+            token_table: item tokens (N + 1, H) computed before, for inference.
+        """
+        layout = lay_out(
+            rows,
+            instruction=len(self.instruction),
+            response=len(self.response),
+            shared=self.share_instruction,
+        )
+        embed = self.base.get_input_embeddings()
+        tokens = self._embed_items(rows.items, token_table, embed.weight.dtype)
+        copies = embed(self.response).repeat(rows.history.shape[1], 1).expand(len(tokens), -1, -1)
+        parts = [self.dropout(tokens), copies]
+        past = None
+        if self.share_instruction:
+            past = self._shared_instruction(embed, len(tokens))
+        else:
+            parts.insert(0, embed(self.instruction).expand(len(tokens), -1, -1))
+        hidden = self._run_base(torch.cat(parts, dim=1), layout, past)
+        return hidden.flatten(0, 1)[layout.readout]
+
+    def _embed_items(self, item: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Item tokens (G, T, H): each distinct item is computed once."""
+        if table is None:
+            item, index = torch.unique(item, return_inverse=True)
+            return F.embedding(index, self.item_tokens(item)).to(dtype)
+        return F.embedding(item, table).to(dtype)
+
+    def _shared_instruction(self, embed: nn.Module, num_rows: int) -> DynamicCache:
+        """Keys and values of the instruction, one pass, repeated for every row."""
+        past = DynamicCache()
+        self.base(inputs_embeds=embed(self.instruction)[None], past_key_values=past, use_cache=True)
+        past.batch_repeat_interleave(num_rows)
+        return past
+
+    def _run_base(self, embeddings: Tensor, layout: TokenLayout, past: Any) -> Tensor:
+        return self.base(
+            inputs_embeds=embeddings,
+            attention_mask=layout.visible,
+            position_ids=layout.position,
+            past_key_values=past,
+            use_cache=past is not None,
+        ).last_hidden_state

@@ -1,0 +1,111 @@
+"""A trained MME-SID as a scorer: histories in, scores of the whole catalogue out."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
+
+from llmrec import distributed
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds, check_same_catalog
+from llmrec.config import from_dict
+from llmrec.errors import ArtifactMismatchError
+from llmrec.evaluation.rank import Scorer
+from llmrec.finetune.adapter import Adapter
+from llmrec.finetune.build import build_model, item_vectors, load_base, set_lora_weights, trainable
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.model import MMESID
+from llmrec.finetune.packing import PackedRows
+from llmrec.finetune.prompt import Prompt
+
+TABLE_BLOCK = 4096
+
+
+class CatalogueScores:
+    """Scores of the whole catalogue from histories, with everything that can be computed once kept.
+
+    Item tokens and the folded item matrix are (N + 1, H) tables; a history is one row with one response.
+
+    Args:
+        model: the trained module; put into evaluation mode.
+        precision: 'bf16' to run the base model in bfloat16; tables and scores are float32.
+    """
+
+    def __init__(self, model: MMESID, precision: str) -> None:
+        self.model = model.eval()
+        self.precision = precision
+        device = model.instruction.device
+        with torch.inference_mode():
+            item = torch.arange(len(model.item_scores.target_table), device=device)
+            self.tokens = torch.cat([model.item_tokens(block) for block in item.split(TABLE_BLOCK)])
+            self.matrix = model.item_scores.folded().float()
+
+    @torch.inference_mode()
+    def __call__(self, history: Tensor) -> Tensor:
+        """Scores float32 (B, N + 1) of right-padded histories int64 (B, T); column 0 means nothing."""
+        length = (history > 0).sum(dim=1, keepdim=True)
+        rows = PackedRows(items=history, history=length, target=length[:, 0])
+        with autocast(history.device, self.precision):
+            hidden = self.model.hidden(rows, self.tokens)
+        return hidden.float() @ self.matrix.T
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """bfloat16 matrix products where asked for."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def scorer_of(model: MMESID, config: FinetuneConfig, name: str = "mme_sid") -> Scorer:
+    return Scorer(name=name, score=CatalogueScores(model, config.precision), max_history=config.max_history)
+
+
+def load_scorer(
+    adapter: Adapter, collab: CollabEmbeddings, content: ContentEmbeddings, ids: SemanticIds
+) -> Scorer:
+    """Rebuild the trained module from its artefacts.
+
+    Raises:
+        ArtifactMismatchError: if the artefacts do not belong together, or weights are missing or too many.
+    """
+    check_same_catalog(adapter, collab, content, ids)
+    config = from_dict(FinetuneConfig, adapter.settings["config"])
+    prompt = Prompt(**adapter.settings["prompt"])
+    if adapter.base:
+        base = LlamaModel(LlamaConfig.from_dict({**adapter.base_config, "_attn_implementation": "sdpa"}))
+        base.load_state_dict(adapter.base)
+    else:
+        base = load_base(config, prompt)
+        set_lora_weights(base, adapter.lora)
+    heads = dict(adapter.heads)
+    train_count = heads.pop("train_count")
+    vectors = item_vectors(config, collab, content, ids)
+    model = build_model(config, base, prompt, vectors, ids, train_count, distributed.device())
+    set_heads(model, heads)
+    return scorer_of(model, config)
+
+
+def heads_of(model: MMESID) -> dict[str, Tensor]:
+    """Trained weights outside the base model, by name; shared ones once."""
+    return {name: value for name, value in trainable(model).items() if not name.startswith("base.")}
+
+
+def set_heads(model: MMESID, heads: dict[str, Tensor]) -> None:
+    """Inverse of `heads_of`; names and shapes must match exactly."""
+    own = heads_of(model)
+    if own.keys() != heads.keys():
+        raise ArtifactMismatchError(
+            f"heads.safetensors does not fit the model: missing {sorted(own.keys() - heads.keys())}, "
+            f"unknown {sorted(heads.keys() - own.keys())}"
+        )
+    with torch.no_grad():
+        for name, value in heads.items():
+            if own[name].shape != value.shape:
+                raise ArtifactMismatchError(
+                    f"heads.safetensors: {name} has shape {tuple(value.shape)}, expected "
+                    f"{tuple(own[name].shape)}"
+                )
+            own[name].copy_(value)

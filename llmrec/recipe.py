@@ -1,0 +1,169 @@
+"""A recipe: one config per stage, in order, and the command line that runs it.
+
+A recipe file defines a function that returns a `Recipe` and ends with ``main(recipe)``. A variant
+calls that function and changes fields with `dataclasses.replace`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llmrec.collab.config import TrainCollabConfig
+from llmrec.config import as_dict, changed_fields, flatten, override
+from llmrec.data.config import PrepareDataConfig
+from llmrec.encoders.config import EncodeItemsConfig
+from llmrec.errors import ConfigError, LlmrecError
+from llmrec.evaluation.config import EvaluateConfig
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.stages import STAGES
+
+C = TypeVar("C")
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Numbers of a whole run; one field per stage, in order."""
+
+    prepare_data: PrepareDataConfig = field(default_factory=PrepareDataConfig)
+    train_collab: TrainCollabConfig = field(default_factory=TrainCollabConfig)
+    encode_items: EncodeItemsConfig = field(default_factory=EncodeItemsConfig)
+    learn_semantic_ids: LearnSemanticIdsConfig = field(default_factory=LearnSemanticIdsConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def main(recipe: Callable[[], Recipe], arguments: list[str] | None = None) -> None:
+    """Run a recipe from the command line, and exit.
+
+    Exit codes: 0 done, 2 something the user gave cannot work (one line says what), 130 interrupted.
+    """
+    sys.exit(guarded(lambda: run_recipe(recipe, arguments)))
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Run a command; errors meant for users become one line and an exit code."""
+    try:
+        command()
+    except LlmrecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted: finished stages are kept; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> None:
+    """Parse the command line of a recipe and do what it says."""
+    module = sys.modules[recipe.__module__]
+    name = Path(getattr(module, "__file__", None) or recipe.__module__).stem
+    options = parser(name, (module.__doc__ or recipe.__doc__ or "").strip()).parse_args(arguments)
+    chosen = apply_overrides(recipe(), options.set)
+    root = Path(options.run_dir or Path("runs") / name)
+    if options.print_config:
+        print("\n".join(f"{path}={format_value(value)}" for path, value in flatten(chosen)))
+        return
+    if options.dry_run:
+        print("\n".join(plan(chosen, root, options.until)))
+        return
+    set_up_logging()
+    from llmrec.pipeline import RunDir, run
+
+    report = run(chosen, RunDir(root), until=options.until)
+    from llmrec import distributed
+
+    if report is not None and distributed.is_main():
+        from llmrec.evaluation.evaluate import format_table
+
+        print(format_table(report.metrics))
+        print(f"report: {root / 'evaluate' / 'report.html'}")
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The command line every recipe has."""
+    made = argparse.ArgumentParser(
+        prog=f"{name}.py",
+        description=description,
+        epilog=f"stages, in order: {', '.join(STAGES)}. `llmrec STAGE --help` lists the settings of one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--run-dir", metavar="DIR", help=f"where stages keep their output (runs/{name})")
+    made.add_argument("--until", metavar="STAGE", choices=list(STAGES), help="last stage to run")
+    made.add_argument(
+        "--set",
+        metavar="STAGE.FIELD=VALUE",
+        action="extend",
+        nargs="+",
+        default=[],
+        help="change settings, such as finetune.lora_rank=16; may be repeated",
+    )
+    made.add_argument("--print-config", action="store_true", help="print every setting and leave")
+    made.add_argument("--dry-run", action="store_true", help="say what each stage would do and leave")
+    return made
+
+
+def apply_overrides(config: C, assignments: list[str]) -> C:
+    """The config with every ``path=value`` applied; of two for one path, the later wins."""
+    for assignment in assignments:
+        if "=" not in assignment:
+            raise ConfigError(f"--set {assignment!r} is not of the form field=value")
+    pairs = (assignment.partition("=") for assignment in assignments)
+    return override(config, {path.strip(): text for path, _, text in pairs})
+
+
+def plan(recipe: Recipe, root: Path, until: str | None) -> list[str]:
+    """One line per stage: done, to be computed, or made with other settings."""
+    from llmrec.pipeline import MANIFEST, read_manifest
+
+    lines, upstream_is_new = [], False
+    for name in STAGES:
+        folder = root / name
+        config = as_dict(getattr(recipe, name))
+        if not folder.exists():
+            status, upstream_is_new = "would be computed", True
+        elif not (folder / MANIFEST).exists():
+            status = "is not a finished stage; delete the folder"
+        elif changes := changed_fields(read_manifest(folder)["config"], config):
+            status = f"was made with {', '.join(changes)}; use another --run-dir or delete the folder"
+        elif upstream_is_new:
+            status = "was made from other inputs; delete the folder"
+        else:
+            status = "done"
+        lines.append(f"{name:20s} {status}")
+        if name == until:
+            break
+    return lines
+
+
+def format_value(value: Any) -> str:
+    """A setting as it is typed after ``--set``."""
+    if value is None:
+        return "none"
+    if isinstance(value, (tuple, list)):
+        return ",".join(str(part) for part in value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def set_up_logging() -> None:
+    """One line per stage and evaluation, from the main process, to standard error."""
+    from llmrec import distributed
+
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("llmrec").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
+
+
+def variant(recipe: Recipe, **stages: dict) -> Recipe:
+    """A copy of a recipe with fields of its stages changed: ``variant(r, finetune={"epochs": 1})``."""
+    changed = {name: dataclasses.replace(getattr(recipe, name), **fields) for name, fields in stages.items()}
+    return dataclasses.replace(recipe, **changed)

@@ -1,0 +1,106 @@
+"""The stages by name, with their settings and inputs: what command lines need. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, Report, SemanticIds
+from llmrec.collab.config import TrainCollabConfig
+from llmrec.data.config import PrepareDataConfig
+from llmrec.encoders.config import EncodeItemsConfig
+from llmrec.evaluation.config import EvaluateConfig
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of the pipeline, as command lines see it."""
+
+    name: str
+    summary: str
+    config: type
+    module: str
+    """Where the function called `name` lives."""
+    inputs: tuple[str, ...]
+    """Names of the stages whose artefacts it takes, in order."""
+    artifact: str
+    """Class of what it makes, as module:name."""
+
+    def function(self) -> Callable[..., Any]:
+        """The stage function; imports what it needs."""
+        return getattr(importlib.import_module(self.module), self.name)
+
+    def artifact_class(self) -> type:
+        module, _, name = self.artifact.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+def _stage(name: str, summary: str, config: type, module: str, inputs: str, artifact: type | str) -> Stage:
+    place = artifact if isinstance(artifact, str) else f"{artifact.__module__}:{artifact.__name__}"
+    return Stage(
+        name=name,
+        summary=summary,
+        config=config,
+        module=module,
+        inputs=tuple(inputs.split()),
+        artifact=place,
+    )
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        _stage(
+            "prepare_data",
+            "read interactions and items, filter, order, split",
+            PrepareDataConfig,
+            "llmrec.data.prepare",
+            "",
+            Interactions,
+        ),
+        _stage(
+            "train_collab",
+            "train a sequence model on item ids; its item vectors are the collaborative modality",
+            TrainCollabConfig,
+            "llmrec.collab.train",
+            "prepare_data",
+            CollabEmbeddings,
+        ),
+        _stage(
+            "encode_items",
+            "encode titles and pictures into vectors",
+            EncodeItemsConfig,
+            "llmrec.encoders.encode",
+            "prepare_data",
+            ContentEmbeddings,
+        ),
+        _stage(
+            "learn_semantic_ids",
+            "learn MM-RQ-VAE: codes for every item and the code embeddings behind them",
+            LearnSemanticIdsConfig,
+            "llmrec.semantic_ids.learn",
+            "prepare_data train_collab encode_items",
+            SemanticIds,
+        ),
+        _stage(
+            "finetune",
+            "fine-tune the language model on item tokens, with frequency-aware fusion",
+            FinetuneConfig,
+            "llmrec.finetune.train",
+            "prepare_data train_collab encode_items learn_semantic_ids",
+            "llmrec.finetune.adapter:Adapter",
+        ),
+        _stage(
+            "evaluate",
+            "rank the whole catalogue for every user and write the report",
+            EvaluateConfig,
+            "llmrec.evaluation.evaluate",
+            "prepare_data train_collab encode_items learn_semantic_ids finetune",
+            Report,
+        ),
+    )
+}

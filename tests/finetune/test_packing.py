@@ -1,0 +1,155 @@
+"""Packed prompts must be the prompts themselves: same values, same gradients, fewer tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import PROMPT, model
+from worlds import interactions
+
+from llmrec.artifacts import Targets
+from llmrec.finetune.packing import count_tokens, group_rows, pack
+
+NUM_ITEMS = 30
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def targets_of(histories: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, Targets]:
+    """Users given as (items, which positions are targets); the history is all before the position."""
+    item = torch.tensor([i for items, _ in histories for i in items])
+    rows, begin = [], 0
+    for user, (items, places) in enumerate(histories):
+        rows += [(user, begin, begin + place, items[place]) for place in places]
+        begin += len(items)
+    user, start, stop, target = np.array(rows).T
+    return item, Targets(user=user, start=start, stop=stop, item=target)
+
+
+def random_users(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, Targets]:
+    """One user per length, every position a target, so histories of 0..length - 1 items."""
+    rng = np.random.default_rng(seed)
+    return targets_of([(rng.integers(1, NUM_ITEMS + 1, n).tolist(), list(range(n))) for n in lengths])
+
+
+def plain_prompts(net, item: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Read-outs (n, H) by one ordinary left-to-right forward pass per target: no mask, no cache."""
+    embed, outputs = net.base.get_input_embeddings(), []
+    for start, stop in zip(targets.start, targets.stop):
+        history = net.item_tokens(item[start:stop])
+        tokens = torch.cat([embed(net.instruction), history, embed(net.response)])
+        outputs.append(net.base(inputs_embeds=tokens[None], use_cache=False).last_hidden_state[0, -1])
+    return torch.stack(outputs)
+
+
+def full_scores(net, hidden: torch.Tensor) -> torch.Tensor:
+    """Scores (n, N) by the sum of heads over explicitly projected tables."""
+    heads = net.item_scores
+    weights = heads.gate()
+    scores = weights[:, 0] * (hidden @ heads.target_table.T)
+    for source, name in enumerate(heads.modalities, start=1):
+        table = heads.projections[name](getattr(heads, f"vectors_{name}"))
+        scores = scores + weights[:, source] * (hidden @ table.T)
+    return scores[:, 1:]
+
+
+def gradients(net, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    net.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("layout", ["packed", "per_prefix"])
+def test_values_loss_and_every_gradient_equal_plain_prompts(layout, share, lora):
+    net = model(NUM_ITEMS, lora=lora, share_instruction=share, layout=layout)
+    item, targets = random_users([1, 2, 3, 5])
+    rows = pack(item, targets, group_rows(targets, layout))
+    expected_hidden = plain_prompts(net, item, targets)
+    torch.testing.assert_close(net.hidden(rows), expected_hidden, **EXACT)
+
+    scores = full_scores(net, expected_hidden)
+    expected_loss = F.cross_entropy(scores, torch.from_numpy(targets.item) - 1, reduction="sum")
+    expected = gradients(net, expected_loss)
+    loss = net(rows)
+    torch.testing.assert_close(loss, expected_loss, **EXACT)
+    got = gradients(net, loss)
+    assert got.keys() == expected.keys() and len(got) > 20
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], msg=lambda text, n=name: f"{n}: {text}", **EXACT)
+
+
+def test_histories_of_0_1_2_50_and_more_items_equal_plain_prompts():
+    net = model(NUM_ITEMS)
+    items = np.random.default_rng(1).integers(1, NUM_ITEMS + 1, 64).tolist()
+    item, targets = targets_of([(items, [0, 1, 2, 50, 51, 63]), (items[:3], [2])])
+    rows = pack(item, targets, group_rows(targets, "packed"))
+    assert rows.items.shape[0] == 2
+    expected = plain_prompts(net, item, targets)
+    torch.testing.assert_close(net.hidden(rows), expected, **EXACT)
+    net(rows).backward()
+    packed = {name: p.grad.clone() for name, p in net.named_parameters()}
+    loss = F.cross_entropy(full_scores(net, expected), torch.from_numpy(targets.item) - 1, reduction="sum")
+    for name, gradient in gradients(net, loss).items():
+        torch.testing.assert_close(packed[name], gradient, **EXACT)
+
+
+def test_a_copy_sees_neither_later_items_nor_other_copies():
+    net = model(NUM_ITEMS)
+    item, targets = targets_of([([4, 8, 15, 16, 23], [1, 3])])
+    before = net.hidden(pack(item, targets, group_rows(targets, "packed")))
+    changed = item.clone()
+    changed[1] = 9  # position 1 is in the history of the second target only
+    after = net.hidden(pack(changed, targets, group_rows(targets, "packed")))
+    assert torch.equal(before[0], after[0]) and not torch.allclose(before[1], after[1])
+    alone = net.hidden(pack(item, targets.take(np.array([1])), np.array([0])))
+    torch.testing.assert_close(before[1:], alone, **EXACT)
+
+
+def test_a_user_cut_into_two_steps_gives_the_same_read_outs():
+    net = model(NUM_ITEMS)
+    item, targets = random_users([6])
+    whole = net.hidden(pack(item, targets, group_rows(targets, "packed")))
+    for part in (np.arange(4), np.arange(4, 6)):
+        some = targets.take(part)
+        torch.testing.assert_close(net.hidden(pack(item, some, group_rows(some, "packed"))), whole[part], **EXACT)
+
+
+def test_a_limited_context_is_one_window_per_user():
+    data = interactions([[1, 2, 3, 4, 5, 6, 7, 8]], 8)
+    targets = data.targets("train", max_history=3, max_targets=3)
+    assert targets.item.tolist() == [4, 5, 6]
+    assert targets.start.tolist() == [2, 2, 2] and targets.stop.tolist() == [3, 4, 5]
+
+
+def test_token_counts_of_a_hand_made_example():
+    # Histories of 0, 1, 2 (user 0) and 0, 1 (user 1); I = 5, R = 3.
+    _, targets = random_users([3, 2])
+    count = {"instruction": len(PROMPT.instruction), "response": len(PROMPT.response)}
+    assert count_tokens(targets, layout="per_prefix", shared=False, **count) == 5 * (5 + 3) + 0 + 1 + 2 + 0 + 1
+    assert count_tokens(targets, layout="packed", shared=False, **count) == 2 * 5 + (2 + 1) + 5 * 3
+    assert count_tokens(targets, layout="packed", shared=True, **count) == 5 + (2 + 1) + 5 * 3
+    assert count_tokens(targets, layout="per_prefix", shared=False, min_slots=2, **count) == 5 * (5 + 3 + 2)
+
+
+@pytest.mark.real_data
+def test_token_counts_of_the_published_sequences(real_data):
+    """The counts of the official file, from its own text (150,041 targets, I = 17, R = 4)."""
+    sequences = []
+    for line in (real_data / "beauty" / "sequences_mme_sid.txt").read_text().splitlines():
+        sequences.append([int(number) for number in line.split()[1:]])
+    data = interactions(sequences, 12086)
+    targets = data.targets("train", max_targets=50)
+    assert len(targets) == 150_041
+    count = {"instruction": 17, "response": 4}
+    assert count_tokens(targets, layout="per_prefix", shared=False, min_slots=2, **count) == 4_315_886
+    assert count_tokens(targets, layout="packed", shared=False, **count) == 1_111_027
+    row = group_rows(targets, "packed")
+    shared = sum(
+        count_tokens(targets.take(np.flatnonzero(row // 64 == block)), layout="packed", shared=True, **count)
+        for block in range(row[-1] // 64 + 1)
+    )
+    print(f"shared instruction, 64 users a micro-batch: {shared:,} tokens")
+    assert shared < 750_000
