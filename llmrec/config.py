@@ -91,7 +91,7 @@ def parse_value(hint: Any, text: str, name: str) -> Any:
     try:
         if any(typing.get_origin(member) is tuple for member in members):
             parts = [part.strip() for part in text.split(",") if part.strip()]
-            return adapter.validate_strings(parts)
+            return adapter.validate_python(parts)
         return adapter.validate_strings(text)
     except pydantic.ValidationError as error:
         reason = error.errors()[0]["msg"][0].lower() + error.errors()[0]["msg"][1:]

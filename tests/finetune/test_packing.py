@@ -114,7 +114,9 @@ def test_a_user_cut_into_two_steps_gives_the_same_read_outs():
     whole = net.hidden(pack(item, targets, group_rows(targets, "packed")))
     for part in (np.arange(4), np.arange(4, 6)):
         some = targets.take(part)
-        torch.testing.assert_close(net.hidden(pack(item, some, group_rows(some, "packed"))), whole[part], **EXACT)
+        torch.testing.assert_close(
+            net.hidden(pack(item, some, group_rows(some, "packed"))), whole[part], **EXACT
+        )
 
 
 def test_a_limited_context_is_one_window_per_user():
@@ -128,7 +130,9 @@ def test_token_counts_of_a_hand_made_example():
     # Histories of 0, 1, 2 (user 0) and 0, 1 (user 1); I = 5, R = 3.
     _, targets = random_users([3, 2])
     count = {"instruction": len(PROMPT.instruction), "response": len(PROMPT.response)}
-    assert count_tokens(targets, layout="per_prefix", shared=False, **count) == 5 * (5 + 3) + 0 + 1 + 2 + 0 + 1
+    assert (
+        count_tokens(targets, layout="per_prefix", shared=False, **count) == 5 * (5 + 3) + 0 + 1 + 2 + 0 + 1
+    )
     assert count_tokens(targets, layout="packed", shared=False, **count) == 2 * 5 + (2 + 1) + 5 * 3
     assert count_tokens(targets, layout="packed", shared=True, **count) == 5 + (2 + 1) + 5 * 3
     assert count_tokens(targets, layout="per_prefix", shared=False, min_slots=2, **count) == 5 * (5 + 3 + 2)

@@ -59,9 +59,7 @@ def semantic_ids(num_items: int, modalities: tuple[str, ...], seed: int = 0) -> 
     return SemanticIds(
         catalog="tiny",
         codes={name: rng.integers(0, CODES, (num_items + 1, LEVELS)) for name in modalities},
-        codebooks={
-            name: rng.normal(size=(LEVELS, CODES, WIDTH)).astype(np.float32) for name in modalities
-        },
+        codebooks={name: rng.normal(size=(LEVELS, CODES, WIDTH)).astype(np.float32) for name in modalities},
     )
 
 

@@ -1,0 +1,125 @@
+"""Overrides are typed, unknown names are refused with the nearest one, help comes from the code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from llmrec.config import (
+    as_dict,
+    changed_fields,
+    describe,
+    field_docs,
+    flatten,
+    from_dict,
+    override,
+    require,
+)
+from llmrec.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """A group."""
+
+    rate: float = 0.5
+    """Share in [0, 1]."""
+
+    sizes: tuple[int, ...] = (2, 3)
+    """Widths, in units."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """A stage."""
+
+    count: int = 1
+    """How many,
+    in items."""
+
+    limit: int | None = None
+    """Most, in items; none: no limit."""
+
+    kind: Literal["a", "b"] = "a"
+    """Which one."""
+
+    on: bool = True
+    """Whether."""
+
+    path: str | None = None
+    """Where."""
+
+    inner: Inner = field(default_factory=Inner)
+
+    def __post_init__(self) -> None:
+        require(self.count >= 1, f"count must be >= 1, got {self.count}")
+        require(self.kind == "a" or self.limit is not None, "kind=b needs limit")
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("count", "7", 7),
+        ("limit", "5", 5),
+        ("limit", "none", None),
+        ("on", "false", False),
+        ("path", "none", None),
+        ("path", "7", "7"),
+        ("inner.rate", "1e-3", 1e-3),
+        ("inner.sizes", "4,5, 6", (4, 5, 6)),
+        ("inner.sizes", "4", (4,)),
+    ],
+)
+def test_text_becomes_a_value_of_the_annotated_type(path, text, value):
+    leaves = dict(flatten(override(Outer(), {path: text})))
+    assert leaves[path] == value and type(leaves[path]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "words"),
+    [
+        ("coutn", "1", "unknown setting 'coutn'; did you mean count?"),
+        ("inner.rat", "1", "unknown setting 'inner.rat'; did you mean inner.rate?"),
+        ("zzz", "1", "known: count, limit, kind, on, path, inner"),
+        ("count", "two", "count='two'"),
+        ("count", "1.5", "expected int"),
+        ("count", "0", "count must be >= 1, got 0"),
+        ("kind", "c", "'a' | 'b'"),
+        ("on", "maybe", "expected bool"),
+        ("inner", "1", "'inner' is a group; set one of its fields: rate, sizes"),
+        ("count.x", "1", "'count' is a single value"),
+        ("inner.sizes", "1,x", "inner.sizes='1,x'"),
+    ],
+)
+def test_bad_overrides_say_what_is_wrong(path, text, words):
+    with pytest.raises(ConfigError) as caught:
+        override(Outer(), {path: text})
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_fields_that_need_each_other_are_set_together_in_any_order():
+    for order in (["kind", "limit"], ["limit", "kind"]):
+        texts = {"kind": "b", "limit": "3"}
+        assert override(Outer(), {name: texts[name] for name in order}).limit == 3
+
+
+def test_a_config_survives_json():
+    config = override(Outer(), {"inner.sizes": "7,8", "limit": "4"})
+    assert from_dict(Outer, as_dict(config)) == config
+    with pytest.raises(ConfigError, match="no field 'cuont'; did you mean count"):
+        from_dict(Outer, {"cuont": 1})
+
+
+def test_changes_are_named_with_both_values():
+    before, after = as_dict(Outer()), as_dict(override(Outer(), {"inner.rate": "0.1", "count": "2"}))
+    assert changed_fields(before, after) == ["count=1 (now 2)", "inner.rate=0.5 (now 0.1)"]
+    assert changed_fields(before, before) == []
+
+
+def test_help_is_the_string_below_each_field():
+    assert field_docs(Outer)["count"] == "How many, in items."
+    described = {path: (kind, default) for path, kind, default, _ in describe(Outer)}
+    assert described["limit"] == ("int | none", "None")
+    assert described["inner.sizes"] == ("int, ...", "(2, 3)")

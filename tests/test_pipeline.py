@@ -1,0 +1,146 @@
+"""A stage is computed once, refused when stale, and complete or absent."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from llmrec import pipeline
+from llmrec.errors import MissingArtifactError, StaleArtifactError
+from llmrec.pipeline import RunDir, fingerprint, manifest_of
+
+CALLS: list[str] = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """An artefact with one file."""
+
+    stage: ClassVar[str] = "count"
+    value: int
+
+    def save(self, folder: Path) -> None:
+        (folder / "value.json").write_text(json.dumps(self.value))
+
+    @classmethod
+    def load(cls, folder: Path) -> Number:
+        return cls(value=json.loads((folder / "value.json").read_text()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubled(Number):
+    """Another artefact."""
+
+    stage: ClassVar[str] = "double"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings."""
+
+    number: int = 2
+    """A number."""
+
+
+def count(config: Config) -> Number:
+    CALLS.append("count")
+    return Number(value=config.number)
+
+
+def double(config: Config, number: Number) -> Doubled:
+    CALLS.append("double")
+    if config.number == 13:
+        raise KeyboardInterrupt
+    return Doubled(value=2 * number.value)
+
+
+@pytest.fixture(autouse=True)
+def no_calls():
+    CALLS.clear()
+
+
+def both(root: Path, first: int = 2, second: int = 2) -> Doubled:
+    run = RunDir(root)
+    return run.stage(double, Config(number=second), run.stage(count, Config(number=first)))
+
+
+def test_a_second_run_computes_nothing(tmp_path):
+    assert both(tmp_path).value == 4 and CALLS == ["count", "double"]
+    assert both(tmp_path).value == 4 and CALLS == ["count", "double"]
+
+
+def test_a_changed_field_is_refused_by_name_and_touches_nothing(tmp_path):
+    both(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(StaleArtifactError, match=r"count was made with number=2 \(now 3\)"):
+        both(tmp_path, first=3)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_other_inputs_are_refused_by_name(tmp_path):
+    both(tmp_path / "a", first=2)
+    both(tmp_path / "b", first=3)
+    (tmp_path / "a" / "count").rename(tmp_path / "kept")
+    (tmp_path / "b" / "count").rename(tmp_path / "a" / "count")
+    with pytest.raises(StaleArtifactError, match="double was made with another count"):
+        both(tmp_path / "a", first=3)
+
+
+def test_an_interrupted_stage_leaves_nothing_and_finished_ones_stay(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        both(tmp_path, second=13)
+    assert [path.name for path in tmp_path.iterdir()] == ["count"]
+    assert both(tmp_path).value == 4 and CALLS == ["count", "double", "double"]
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    def fail(self, folder):
+        (folder / "half.json").write_text("1")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Number, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        RunDir(tmp_path).stage(count, Config())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_manifest_lists_every_file_and_what_made_them(tmp_path):
+    made = both(tmp_path)
+    manifest = json.loads((tmp_path / "double" / "manifest.json").read_text())
+    assert manifest == manifest_of(made)
+    assert manifest["stage"] == "double" and manifest["config"] == {"number": 2}
+    assert manifest["files"]["value.json"]["bytes"] == 1
+    number = pipeline.load(Number, tmp_path / "count")
+    assert manifest["inputs"] == {"count": fingerprint(number)}
+    assert {"torch", "transformers", "llmrec"} <= manifest["versions"].keys()
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
+    both(tmp_path, first=12)
+    path = tmp_path / "count" / "value.json"
+    {
+        "flip": lambda: path.write_text("13"),
+        "truncate": lambda: path.write_text("1"),
+        "remove": path.unlink,
+    }[damage]()
+    with pytest.raises(MissingArtifactError, match=r"value\.json is missing or damaged"):
+        both(tmp_path, first=12)
+
+
+def test_a_folder_that_is_no_finished_stage_is_refused(tmp_path):
+    (tmp_path / "count").mkdir()
+    (tmp_path / "count" / "mine.txt").write_text("precious")
+    with pytest.raises(MissingArtifactError, match="not the output of a finished stage"):
+        both(tmp_path)
+    assert (tmp_path / "count" / "mine.txt").read_text() == "precious"
+
+
+def test_the_output_of_another_stage_is_refused(tmp_path):
+    both(tmp_path)
+    with pytest.raises(MissingArtifactError, match="holds the output of count, expected double"):
+        pipeline.load(Doubled, tmp_path / "count")

@@ -1,0 +1,121 @@
+"""Packed against per-prefix fine-tuning: wall-clock on the same training targets, in one process.
+
+    python tools/benchmark_packing.py --prepare-data runs/x/prepare_data --users 256
+
+Trains a random `mini` model of the given width for a few steps on the same users' targets in both
+layouts, alternating, and prints tokens, seconds, the ratio and the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llmrec import distributed, pipeline
+from llmrec.artifacts import Interactions, SemanticIds
+from llmrec.finetune import build
+from llmrec.finetune.config import FinetuneConfig, MiniConfig
+from llmrec.finetune.packing import count_tokens
+from llmrec.finetune.prompt import Prompt
+from llmrec.finetune.train import Trainer
+
+LAYOUTS = ("packed", "per_prefix")
+
+
+def trainer(data: Interactions, options: argparse.Namespace, layout: str) -> Trainer:
+    """A fresh trainer on random vectors and codes, with the same weights for every layout."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    config = FinetuneConfig(
+        mini=MiniConfig(
+            hidden_size=options.width, num_layers=options.layers, intermediate_size=2 * options.width
+        ),
+        layout=layout,
+        fusion_temperature=1.0,
+        batch_targets=options.batch_targets,
+        eval_every_epochs=0,
+    )
+    num_rows = data.num_items + 1
+    vectors = {name: rng.normal(size=(num_rows, 64)).astype(np.float32) for name in ("collab", "text")}
+    ids = SemanticIds(
+        catalog=data.catalog,
+        codes={name: rng.integers(0, 256, (num_rows, 4)) for name in vectors},
+        codebooks={name: rng.normal(size=(4, 256, options.width)).astype(np.float32) for name in vectors},
+    )
+    prompt = Prompt(
+        instruction=[n % 16 for n in range(options.instruction)],
+        response=list(range(options.response)),
+        vocab_size=16,
+    )
+    base = build.load_base(config, prompt)
+    count = torch.from_numpy(data.train_count)
+    return Trainer(
+        config, data, build.build_model(config, base, prompt, vectors, ids, count, distributed.device())
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prepare-data", required=True, help="output folder of prepare_data")
+    parser.add_argument("--users", type=int, default=512, help="users whose targets are trained on")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each layout")
+    parser.add_argument("--width", type=int, default=128, help="H of the mini base model")
+    parser.add_argument("--layers", type=int, default=2, help="its transformer blocks")
+    parser.add_argument("--instruction", type=int, default=17, help="I, instruction tokens")
+    parser.add_argument("--response", type=int, default=4, help="R, response tokens")
+    parser.add_argument("--batch-targets", type=int, default=1024, help="targets per optimiser step")
+    options = parser.parse_args()
+
+    data = pipeline.load(Interactions, Path(options.prepare_data))
+    trainers = {layout: trainer(data, options, layout) for layout in LAYOUTS}
+    targets = trainers["packed"].targets
+    users = np.random.default_rng(0).choice(np.unique(targets.user), options.users, replace=False)
+    chosen = np.flatnonzero(np.isin(targets.user, users))
+    steps = [
+        targets.take(part)
+        for part in np.split(chosen, range(options.batch_targets, len(chosen), options.batch_targets))
+    ]
+
+    seconds = {layout: [] for layout in LAYOUTS}
+    for _ in range(options.rounds + 1):
+        for layout in LAYOUTS:
+            begun = time.perf_counter()
+            losses = [float(trainers[layout]._train_step(step)[0]) for step in steps]
+            seconds[layout].append(time.perf_counter() - begun)
+            print(f"{layout:10s} {seconds[layout][-1]:8.2f} s, mean loss {sum(losses) / len(chosen):.6f}")
+    size = {"instruction": options.instruction, "response": options.response}
+    everything = dataclasses.replace(targets)
+    for layout in LAYOUTS:
+        per_epoch = count_tokens(everything, layout=layout, shared=False, **size)
+        print(
+            f"{layout:10s} {per_epoch:,} tokens an epoch (own instruction), median {statistics.median(seconds[layout][1:]):.2f} s"
+        )
+    ratios = [slow / fast for fast, slow in zip(seconds["packed"][1:], seconds["per_prefix"][1:])]
+    print(
+        f"per_prefix / packed: median {statistics.median(ratios):.2f}, min {min(ratios):.2f}, max {max(ratios):.2f}"
+    )
+    print(f"{len(chosen):,} targets of {options.users} users; {machine()}")
+
+
+def machine() -> str:
+    """What this ran on."""
+    kind = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
+    return f"{kind}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main()
