@@ -49,17 +49,25 @@ class MMESID(nn.Module):
         self.register_buffer("instruction", instruction, persistent=False)
         self.register_buffer("response", response, persistent=False)
 
-    def forward(self, rows: PackedRows) -> Tensor:
-        """Sum over the rows' targets of the cross-entropy over items 1..N; shape ()."""
-        queries, keys = self.item_scores.factors(self.dropout(self.hidden(rows)))
-        return item_cross_entropy(queries, keys, rows.target)
+    def forward(self, groups: list[PackedRows]) -> Tensor:
+        """Sum over the groups' targets of the cross-entropy over items 1..N; shape ().
 
-    def hidden(self, rows: PackedRows, token_table: Tensor | None = None) -> Tensor:
+        Groups are rows of similar length. Each distinct item is turned into a token once, and the
+        catalogue is scored once, for all of them.
+        """
+        items = torch.unique(torch.cat([rows.items.flatten() for rows in groups]))
+        tokens = self.item_tokens(items)
+        hidden = [self.hidden(rows, tokens, torch.searchsorted(items, rows.items)) for rows in groups]
+        queries, keys = self.item_scores.factors(self.dropout(torch.cat(hidden)))
+        return item_cross_entropy(queries, keys, torch.cat([rows.target for rows in groups]))
+
+    def hidden(self, rows: PackedRows, tokens: Tensor, index: Tensor | None = None) -> Tensor:
         """Read-out vectors (n, H), one per target of the rows.
 
         Args:
             rows: what to encode.
-            token_table: item tokens (N + 1, H) computed before, for inference.
+            tokens: item tokens (X, H).
+            index: int64 (G, T), which token stands in each slot; None: the item id itself.
         """
         layout = lay_out(
             rows,
@@ -68,23 +76,16 @@ class MMESID(nn.Module):
             shared=self.share_instruction,
         )
         embed = self.base.get_input_embeddings()
-        tokens = self._embed_items(rows.items, token_table, embed.weight.dtype)
-        copies = embed(self.response).repeat(rows.history.shape[1], 1).expand(len(tokens), -1, -1)
-        parts = [self.dropout(tokens), copies]
+        slots = F.embedding(rows.items if index is None else index, tokens).to(embed.weight.dtype)
+        copies = embed(self.response).repeat(rows.history.shape[1], 1).expand(len(slots), -1, -1)
+        parts = [self.dropout(slots), copies]
         past = None
         if self.share_instruction:
-            past = self._shared_instruction(embed, len(tokens))
+            past = self._shared_instruction(embed, len(slots))
         else:
-            parts.insert(0, embed(self.instruction).expand(len(tokens), -1, -1))
+            parts.insert(0, embed(self.instruction).expand(len(slots), -1, -1))
         hidden = self._run_base(torch.cat(parts, dim=1), layout, past)
         return hidden.flatten(0, 1)[layout.readout]
-
-    def _embed_items(self, item: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Item tokens (G, T, H): each distinct item is computed once."""
-        if table is None:
-            item, index = torch.unique(item, return_inverse=True)
-            return F.embedding(index, self.item_tokens(item)).to(dtype)
-        return F.embedding(item, table).to(dtype)
 
     def _shared_instruction(self, embed: nn.Module, num_rows: int) -> DynamicCache:
         """Keys and values of the instruction, one pass, repeated for every row."""

@@ -226,11 +226,11 @@ class Trainer:
         """One optimiser step; the summed loss of all processes' targets and the tokens it took."""
         total = torch.zeros((), device=self.device)
         micro_batches = list(self._micro_batches(targets))
-        for number, rows in enumerate(micro_batches, start=1):
+        for number, groups in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with self.accelerator.autocast():
-                    loss = self.wrapped(rows)
+                    loss = self.wrapped(groups)
                 # DDP averages gradients over processes; the step's loss is the mean over its targets.
                 scale = distributed.world_size() / len(targets)
                 self.accelerator.backward(loss * scale)
@@ -250,8 +250,8 @@ class Trainer:
         )
         return total, tokens
 
-    def _micro_batches(self, targets: Targets) -> Iterator[PackedRows]:
-        """This process's share of a step, in forward passes of similar row length."""
+    def _micro_batches(self, targets: Targets) -> Iterator[list[PackedRows]]:
+        """This process's share of a step: forward passes of a few groups of similar row length."""
         row = group_rows(targets, self.config.layout)
         length = row_lengths(targets, row, len(self.model.response))
         if not self.model.share_instruction:
@@ -264,9 +264,16 @@ class Trainer:
             )
         order = np.argsort(-length, kind="stable")
         mine = order[own::world]
+        groups, cells = [], 0
         for group in length_groups(length[mine], self.config.micro_batch_tokens):
+            size = len(group) * int(length[mine[group]].max())
+            if groups and cells + size > self.config.micro_batch_tokens:
+                yield groups
+                groups, cells = [], 0
             chosen = np.flatnonzero(np.isin(row, mine[group]))
-            yield pack(self.item, targets.take(chosen), row[chosen])
+            groups.append(pack(self.item, targets.take(chosen), row[chosen]))
+            cells += size
+        yield groups
 
     def _log_window(self, epoch: int, window: Progress, bar: tqdm) -> None:
         loss = float(window.loss) / window.targets

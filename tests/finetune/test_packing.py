@@ -43,6 +43,11 @@ def plain_prompts(net, item: torch.Tensor, targets: Targets) -> torch.Tensor:
     return torch.stack(outputs)
 
 
+def read_out(net, rows) -> torch.Tensor:
+    """Read-outs (n, H) of packed rows, with the tokens of the whole catalogue."""
+    return net.hidden(rows, net.item_tokens(torch.arange(NUM_ITEMS + 1)))
+
+
 def full_scores(net, hidden: torch.Tensor) -> torch.Tensor:
     """Scores (n, N) by the sum of heads over explicitly projected tables."""
     heads = net.item_scores
@@ -68,12 +73,12 @@ def test_values_loss_and_every_gradient_equal_plain_prompts(layout, share, lora)
     item, targets = random_users([1, 2, 3, 5])
     rows = pack(item, targets, group_rows(targets, layout))
     expected_hidden = plain_prompts(net, item, targets)
-    torch.testing.assert_close(net.hidden(rows), expected_hidden, **EXACT)
+    torch.testing.assert_close(read_out(net, rows), expected_hidden, **EXACT)
 
     scores = full_scores(net, expected_hidden)
     expected_loss = F.cross_entropy(scores, torch.from_numpy(targets.item) - 1, reduction="sum")
     expected = gradients(net, expected_loss)
-    loss = net(rows)
+    loss = net([rows])
     torch.testing.assert_close(loss, expected_loss, **EXACT)
     got = gradients(net, loss)
     assert got.keys() == expected.keys() and len(got) > 20
@@ -88,8 +93,8 @@ def test_histories_of_0_1_2_50_and_more_items_equal_plain_prompts():
     rows = pack(item, targets, group_rows(targets, "packed"))
     assert rows.items.shape[0] == 2
     expected = plain_prompts(net, item, targets)
-    torch.testing.assert_close(net.hidden(rows), expected, **EXACT)
-    net(rows).backward()
+    torch.testing.assert_close(read_out(net, rows), expected, **EXACT)
+    net([rows]).backward()
     packed = {name: p.grad.clone() for name, p in net.named_parameters()}
     loss = F.cross_entropy(full_scores(net, expected), torch.from_numpy(targets.item) - 1, reduction="sum")
     for name, gradient in gradients(net, loss).items():
@@ -99,23 +104,23 @@ def test_histories_of_0_1_2_50_and_more_items_equal_plain_prompts():
 def test_a_copy_sees_neither_later_items_nor_other_copies():
     net = model(NUM_ITEMS)
     item, targets = targets_of([([4, 8, 15, 16, 23], [1, 3])])
-    before = net.hidden(pack(item, targets, group_rows(targets, "packed")))
+    before = read_out(net, pack(item, targets, group_rows(targets, "packed")))
     changed = item.clone()
     changed[1] = 9  # position 1 is in the history of the second target only
-    after = net.hidden(pack(changed, targets, group_rows(targets, "packed")))
+    after = read_out(net, pack(changed, targets, group_rows(targets, "packed")))
     assert torch.equal(before[0], after[0]) and not torch.allclose(before[1], after[1])
-    alone = net.hidden(pack(item, targets.take(np.array([1])), np.array([0])))
+    alone = read_out(net, pack(item, targets.take(np.array([1])), np.array([0])))
     torch.testing.assert_close(before[1:], alone, **EXACT)
 
 
 def test_a_user_cut_into_two_steps_gives_the_same_read_outs():
     net = model(NUM_ITEMS)
     item, targets = random_users([6])
-    whole = net.hidden(pack(item, targets, group_rows(targets, "packed")))
+    whole = read_out(net, pack(item, targets, group_rows(targets, "packed")))
     for part in (np.arange(4), np.arange(4, 6)):
         some = targets.take(part)
         torch.testing.assert_close(
-            net.hidden(pack(item, some, group_rows(some, "packed"))), whole[part], **EXACT
+            read_out(net, pack(item, some, group_rows(some, "packed"))), whole[part], **EXACT
         )
 
 

@@ -1,0 +1,266 @@
+"""The fine-tuning stage: it learns, repeats itself, survives saving, and shares work over processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import vectors
+from worlds import cycle, interactions
+
+from llmrec import pipeline
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
+from llmrec.errors import ArtifactMismatchError, ConfigError, TrainingError
+from llmrec.evaluation.rank import rank_users
+from llmrec.finetune import train
+from llmrec.finetune.adapter import Adapter
+from llmrec.finetune.config import FinetuneConfig, MiniConfig
+from llmrec.finetune.scoring import load_scorer
+
+TINY = FinetuneConfig(
+    mini=MiniConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24),
+    prompt="compact",
+    fusion_temperature=1.0,
+    epochs=2,
+    batch_targets=64,
+    learning_rate=1e-2,
+    warmup_steps=2,
+)
+
+
+def inputs(data):
+    """Random vectors and codes for a data set, as the stages before finetune would hand over."""
+    made = vectors(data.num_items, {"collab": 6, "text": 5})
+    rng = np.random.default_rng(0)
+    collab = CollabEmbeddings(catalog=data.catalog, provider="precomputed", vectors=made["collab"])
+    content = ContentEmbeddings(
+        catalog=data.catalog,
+        vectors={"text": made["text"]},
+        missing={"text": np.zeros(data.num_items + 1, dtype=bool)},
+        encoders={"text": {}},
+    )
+    ids = SemanticIds(
+        catalog=data.catalog,
+        codes={name: rng.integers(0, 4, (data.num_items + 1, 2)) for name in made},
+        codebooks={name: rng.normal(size=(2, 4, 16)).astype(np.float32) for name in made},
+    )
+    return collab, content, ids
+
+
+def fit(config: FinetuneConfig, data=None) -> tuple[Adapter, tuple]:
+    data = data or cycle()
+    made = inputs(data)
+    return train.finetune(config, data, *made), made
+
+
+def weights(adapter: Adapter) -> dict[str, torch.Tensor]:
+    return {**adapter.heads, **{f"base.{name}": value for name, value in adapter.base.items()}}
+
+
+def test_learns_which_item_follows():
+    data = cycle(num_users=200)
+    adapter, made = fit(dataclasses.replace(TINY, epochs=15), data)
+    scorer = load_scorer(adapter, *made)
+    rank = rank_users(scorer, data, data.targets("test"), mask_seen=False).rank
+    assert (rank == 0).mean() > 0.95
+    losses = [row["loss"] for row in adapter.log if "loss" in row]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_one_seed_gives_one_result_and_another_seed_another():
+    first, second = weights(fit(TINY)[0]), weights(fit(TINY)[0])
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = weights(fit(dataclasses.replace(TINY, seed=1))[0])
+    assert not torch.equal(first["item_scores.target_table"], other["item_scores.target_table"])
+
+
+def test_layout_and_micro_batches_change_nothing_but_rounding():
+    """One step over all targets: the same gradient however they are laid out."""
+    whole = dataclasses.replace(TINY, batch_targets=10_000, epochs=2, warmup_steps=0)
+    expected = weights(fit(whole)[0])
+    for change in (
+        {"layout": "per_prefix"},
+        {"share_instruction": False},
+        {"micro_batch_tokens": 40},
+    ):
+        got = weights(fit(dataclasses.replace(whole, **change))[0])
+        for name, value in got.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-4, msg=f"{change}: {name}")
+
+
+def test_every_epoch_trains_every_target_once():
+    data = interactions([[1, 2, 3, 4, 5], [2, 3, 4], [5, 4, 3, 2, 1, 6, 7]], 7)
+    targets = data.targets("train")
+    for layout in ("packed", "per_prefix"):
+        config = dataclasses.replace(TINY, batch_targets=4, layout=layout)
+        steps = train.epoch_steps(targets, config, np.random.default_rng(0))
+        assert [len(step) for step in steps] == [4, 4, 1]
+        assert sorted(np.concatenate(steps).tolist()) == list(range(9))
+
+
+def test_the_best_epoch_is_kept_when_asked():
+    adapter, _ = fit(dataclasses.replace(TINY, epochs=4, select="valid"))
+    valid = {row["epoch"]: row["valid_ndcg@10"] for row in adapter.log if "valid_ndcg@10" in row}
+    assert adapter.metrics["epoch_kept"] == max(valid, key=valid.get)
+    assert adapter.metrics["valid"]["valid_ndcg@10"] == max(valid.values())
+
+
+def test_valid_and_test_items_change_no_weight():
+    data = cycle()
+    changed = data.item.copy()
+    changed[data.split > 0] = changed[data.split > 0] % data.num_items + 1
+    before, after = fit(TINY, data)[0], fit(TINY, dataclasses.replace(data, item=changed))[0]
+    assert all(torch.equal(value, weights(after)[name]) for name, value in weights(before).items())
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run():
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf).*lower finetune\.learning_rate"):
+        fit(dataclasses.replace(TINY, learning_rate=1e12, clip_norm=1e12, epochs=20))
+
+
+def test_code_width_and_constant_frequency_are_explained():
+    wide = dataclasses.replace(TINY, mini=MiniConfig(hidden_size=32, num_heads=2))
+    with pytest.raises(
+        ConfigError, match=r"16 wide and the base model 32: set learn_semantic_ids\.code_dim=32"
+    ):
+        fit(wide)
+    fit(dataclasses.replace(wide, project_codes=True, epochs=1))
+    flat = interactions([[1, 2, 3, 4], [2, 1, 4, 3]], 4)
+    flat.train_count  # noqa: B018
+    with pytest.raises(ConfigError, match=r"no frequency to fuse by; set finetune\.fusion=equal"):
+        fit(TINY, interactions([[1, 2, 3, 4], [3, 4, 1, 2]], 4))
+
+
+def test_foreign_or_missing_weights_are_refused():
+    adapter, made = fit(TINY)
+    heads = dict(adapter.heads)
+    heads.pop("item_scores.target_table")
+    with pytest.raises(ArtifactMismatchError, match=r"missing \['item_scores\.target_table'\]"):
+        load_scorer(dataclasses.replace(adapter, heads=heads), *made)
+    with pytest.raises(ArtifactMismatchError, match="different catalogues"):
+        load_scorer(dataclasses.replace(adapter, catalog="other"), *made)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    """A folder as the Hub has them: a causal language model of random weights and its tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(folder)
+    words = ["<unk>", "Items", "of", "this", "user", ",", "oldest", "first", ":", "next"]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def test_lora_is_saved_for_plain_peft_and_scores_survive(pretrained, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = FinetuneConfig(
+        base_model=str(pretrained), prompt="compact", epochs=3, batch_targets=64, learning_rate=1e-2,
+        fusion_temperature=1.0, warmup_steps=0,
+    )  # fmt: skip
+    adapter, made = fit(config)
+    assert not adapter.base and len(adapter.lora) == 2 * 3 * 2
+    adapter.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "heads.safetensors", "llmrec_config.json",
+        "log.jsonl", "metrics.json",
+    }  # fmt: skip
+
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pretrained), tmp_path)
+    loaded = {name: value for name, value in plain.state_dict().items() if "lora" in name}
+    assert len(loaded) == len(adapter.lora)
+    for name, value in loaded.items():
+        assert torch.equal(value, adapter.lora[name.replace(".default", "")])
+    assert any(value.abs().max() > 0 for name, value in loaded.items() if "lora_B" in name)
+
+    history = torch.tensor([[1, 2, 3], [4, 0, 0]])
+    scores = load_scorer(Adapter.load(tmp_path), *made).score(history)
+    assert torch.equal(scores, load_scorer(adapter, *made).score(history))
+    assert adapter.metrics["parameters"]["base_trainable"] == 2 * 3 * 4 * (16 + 24) * 2
+
+
+def test_missing_base_models_and_layers_are_explained(pretrained, tmp_path):
+    config = FinetuneConfig(base_model=str(tmp_path), prompt="compact")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        fit(config)
+    config = FinetuneConfig(base_model=str(pretrained), prompt="compact", lora_targets=("nothing",))
+    with pytest.raises(ConfigError, match="lora_targets=nothing do not fit"):
+        fit(config)
+    with pytest.raises(ConfigError, match=r"prompt 'chat' uses <\|begin_of_text\|>"):
+        fit(dataclasses.replace(config, prompt="chat"))
+
+
+@pytest.mark.real_data
+def test_lora_trains_a_real_pretrained_llama(real_data):
+    """The 260k-parameter story model has no tokenizer file, so the prompt is given in its ids."""
+    from llmrec.finetune import build
+    from llmrec.finetune.prompt import Prompt
+
+    config = FinetuneConfig(
+        base_model=str(real_data.parent / "models" / "tiny-llama-260k"), project_codes=True
+    )
+    prompt = Prompt(instruction=[1, 403, 407], response=[261], vocab_size=512)
+    base = build.load_base(config, prompt)
+    data = cycle(num_users=100)
+    collab, content, ids = inputs(data)
+    frozen = {name: value.clone() for name, value in base.named_parameters() if not value.requires_grad}
+    model = build.build_model(
+        config, base, prompt, build.item_vectors(config, collab, content, ids), ids,
+        torch.arange(data.num_items + 1), torch.device("cpu"),
+    )  # fmt: skip
+    trainer = train.Trainer(
+        dataclasses.replace(config, epochs=10, batch_targets=100, learning_rate=1e-2, warmup_steps=0,
+                            fusion="equal", fusion_temperature=1e-3), data, model,
+    )  # fmt: skip
+    trainer.run()
+    losses = [row["loss"] for row in trainer.log if "loss" in row]
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(value, base.get_parameter(name)) for name, value in frozen.items())
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import dataclasses
+import test_train
+from llmrec import pipeline
+from worlds import cycle
+data = cycle()
+config = dataclasses.replace(test_train.TINY, batch_targets=100)
+stub = type("Stub", (), {{"stage": "prepare_data", "_manifest": {{"files": {{}}}}}})()
+made = test_train.inputs(data)
+def finetune(config, stub) -> test_train.Adapter:
+    return test_train.train.finetune(config, data, *made)
+finetune.every_process = True
+pipeline.run_stage(finetune, config, (stub,), Path({out!r}))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model_as_one(tmp_path):
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    loaded = []
+    for world in (1, 2):
+        script = tmp_path / f"run{world}.py"
+        script.write_text(SCRIPT.format(paths=paths, out=str(tmp_path / f"out{world}")))
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(world)]
+        subprocess.run([*command, str(script)], check=True, capture_output=True)
+        loaded.append(pipeline.load(Adapter, tmp_path / f"out{world}"))
+    one, two = map(weights, loaded)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+    assert loaded[0].metrics["tokens"] == loaded[1].metrics["tokens"]

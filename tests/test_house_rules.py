@@ -1,0 +1,93 @@
+"""Rules of the house that a reader would otherwise have to remember."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(
+    path for folder in ("llmrec", "recipes", "tools") for path in (ROOT / folder).rglob("*.py")
+)
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "np.load", "numpy.load", "yaml.load"}
+FORBIDDEN_MODULES = {"pickle", "dill", "joblib", "shelve", "marshal"}
+FORBIDDEN_KEYWORDS = {("trust_remote_code", True), ("strict", False), ("allow_pickle", True)}
+
+
+def name_of(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{name_of(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def violations(source: str) -> list[str]:
+    """What a file does that no file of ours may do."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            if name_of(node.func) in FORBIDDEN_CALLS:
+                found.append(f"{node.lineno}: {name_of(node.func)}()")
+            for keyword in node.keywords:
+                value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+                if (keyword.arg, value) in FORBIDDEN_KEYWORDS:
+                    found.append(f"{node.lineno}: {keyword.arg}={value}")
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found += [
+                f"{node.lineno}: import {name}" for name in names if name.split(".")[0] in FORBIDDEN_MODULES
+            ]
+        elif isinstance(node, ast.ExceptHandler):
+            caught = name_of(node.type) if node.type else "everything"
+            if caught in ("everything", "Exception", "BaseException"):
+                found.append(f"{node.lineno}: except {caught}")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.match(r"/(home|root|tmp|work|usr|data|mnt)\b", node.value):
+                found.append(f"{node.lineno}: absolute path {node.value!r}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_breaks_the_rules(path):
+    assert violations(path.read_text()) == []
+
+
+def test_the_rules_catch_what_they_forbid():
+    bad = """
+import pickle
+from joblib import load
+try:
+    torch.load("x")
+    model.load_state_dict(state, strict=False)
+    AutoModel.from_pretrained(name, trust_remote_code=True)
+    np.load(path, allow_pickle=True)
+    eval("1")
+    open("/home/me/x")
+except Exception:
+    pass
+try:
+    pass
+except:
+    pass
+"""
+    assert len(violations(bad)) == 11
+
+
+def test_there_are_files_to_check():
+    assert len(SOURCES) > 30
+    assert {path.parent.name for path in SOURCES} >= {"data", "collab", "encoders", "semantic_ids", "finetune"}
+
+
+def test_importing_the_package_and_asking_for_help_needs_no_torch():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, llmrec, llmrec.cli, llmrec.recipe\n"
+        "llmrec.cli.parser().format_help()\n"
+        "heavy = {'torch', 'transformers', 'sklearn', 'accelerate', 'datasets', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
