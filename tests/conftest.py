@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("LLMREC_NUM_THREADS", "1")  # tests are small; more threads only wait
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

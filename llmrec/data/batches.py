@@ -1,0 +1,68 @@
+"""Sequences on the device: padding by index arithmetic, and batches of similar length.
+
+Histories are short (Beauty: median 6, at most 200), so a step that pads every user to the longest
+one computes mostly padding. `length_groups` cuts a step into a few groups instead.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pad_histories(item: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """The ranges ``item[start[b]:stop[b]]`` as rows, padded on the right with 0.
+
+    Args:
+        item: item ids one after another, int64 (n,).
+        start: first index of each range, int64 (B,).
+        stop: index after the last of each range, int64 (B,).
+
+    Returns:
+        int64 (B, T), T the longest range but at least 1.
+    """
+    length = stop - start
+    longest = max(int(length.max()), 1) if len(length) else 1
+    step = torch.arange(longest, device=item.device)
+    valid = step < length[:, None]
+    if not len(item):
+        return torch.zeros(valid.shape, dtype=torch.int64, device=item.device)
+    index = torch.where(valid, start[:, None] + step, 0)
+    return torch.where(valid, item[index], 0)
+
+
+def length_groups(
+    length: Tensor | np.ndarray, max_cells: int, *, overhead_cells: int = 1024
+) -> list[np.ndarray]:
+    """Cut sequences into groups of similar length so that the padded work is least.
+
+    A group of B sequences, the longest of length T, costs B * T cells plus a fixed overhead. The
+    cut of the sequences, sorted by length, with the least total cost is found exactly; groups of
+    more than max_cells are then cut further to bound memory.
+
+    Args:
+        length: lengths of the sequences, (B,).
+        max_cells: most cells of one group, padding included (one sequence is never cut).
+        overhead_cells: cost of one more group, in cells.
+
+    Returns:
+        Index arrays int64, together a permutation of 0..B-1, shortest sequences first.
+    """
+    length = np.asarray(length)
+    order = np.argsort(length, kind="stable")
+    value, rows = np.unique(length, return_counts=True)
+    bound = np.concatenate([[0], np.cumsum(rows)])
+    # best[k]: least cost of the k shortest distinct lengths; cut[k]: where their last group starts
+    best, cut = np.zeros(len(value) + 1), np.zeros(len(value) + 1, dtype=np.int64)
+    for k in range(1, len(value) + 1):
+        cost = best[:k] + (bound[k] - bound[:k]) * max(int(value[k - 1]), 1) + overhead_cells
+        cut[k] = cost.argmin()
+        best[k] = cost[cut[k]]
+    groups, k = [], len(value)
+    while k:
+        group = order[bound[cut[k]] : bound[k]]
+        size = max(max_cells // max(int(value[k - 1]), 1), 1)
+        groups[:0] = [group[first : first + size] for first in range(0, len(group), size)]
+        k = cut[k]
+    return groups

@@ -1,0 +1,165 @@
+"""Ranks of targets among the whole catalogue, by counting, in blocks that processes share.
+
+Blocks do not depend on the number of processes and every number is computed by one of them, so a
+sharded result equals the single-process one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmrec import distributed
+from llmrec.artifacts import Interactions, Targets
+from llmrec.data.batches import pad_histories
+from llmrec.errors import TrainingError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """A method to be ranked: histories in, scores of the whole catalogue out."""
+
+    name: str
+    score: Callable[[Tensor], Tensor]
+    """history int64 (B, T), right-padded with 0 -> float (B, N + 1); column 0 means nothing"""
+    max_history: int | None = None
+    """Most recent items it is shown; None: all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Where the targets stand, in the order of the targets."""
+
+    rank: np.ndarray
+    """float64 (E,), 0-based, ties count half"""
+    rank_seen_kept: np.ndarray
+    """float64 (E,), the same with the user's seen items as candidates"""
+    top: np.ndarray
+    """int64 (E, k) item ids, best first; 0 where fewer items are left"""
+
+
+def rank_targets(scores: Tensor, target: Tensor, seen: Tensor | None = None) -> Tensor:
+    """0-based ranks of the targets; float64 (B,).
+
+    Args:
+        scores: (B, N + 1); column 0 never counts.
+        target: int64 (B,), items 1..N; a target is never masked.
+        seen: int64 (B, T) items to leave out, 0 = padding; repeats do no harm.
+
+    Raises:
+        TrainingError: if a score is NaN.
+    """
+    own = scores.gather(1, target[:, None])
+    if torch.isnan(scores[:, 1:].sum(dim=1)).any() and torch.isnan(scores[:, 1:]).any():
+        raise TrainingError("a method gave NaN scores; its training went wrong")
+    ahead = _count_ahead(scores, own)
+    ahead -= torch.where(scores[:, 0] == own[:, 0], 0.5, (scores[:, 0] > own[:, 0]).double())
+    ahead -= 0.5  # the target ties with itself
+    if seen is not None:
+        ahead -= _seen_ahead(scores, own, target, seen)
+    return ahead
+
+
+def _count_ahead(scores: Tensor, own: Tensor) -> Tensor:
+    """Columns above the target's score plus half of those equal to it."""
+    above = (scores > own).sum(dim=1)
+    tied = (scores == own).sum(dim=1)
+    return above.double() + 0.5 * tied.double()
+
+
+def _seen_ahead(scores: Tensor, own: Tensor, target: Tensor, seen: Tensor) -> Tensor:
+    """The same count over the distinct seen items, the target left out."""
+    seen = seen.sort(dim=1).values
+    counts = (seen > 0) & (seen != target[:, None])
+    counts[:, 1:] &= seen[:, 1:] != seen[:, :-1]
+    found = scores.gather(1, seen)
+    ahead = (found > own).double() + 0.5 * (found == own).double()
+    return (ahead * counts).sum(dim=1)
+
+
+def top_items(scores: Tensor, k: int, seen: Tensor | None = None) -> Tensor:
+    """Best items int64 (B, k), seen ones left out; 0 where fewer are left."""
+    masked = scores.clone()
+    if seen is not None:
+        masked.scatter_(1, seen, -torch.inf)
+    masked[:, 0] = -torch.inf
+    best = masked.topk(min(k, masked.shape[1] - 1), dim=1)
+    found = torch.where(best.values == -torch.inf, 0, best.indices)
+    return torch.nn.functional.pad(found, (0, k - found.shape[1]))
+
+
+def rank_users(
+    scorer: Scorer,
+    data: Interactions,
+    targets: Targets,
+    *,
+    block_size: int = 256,
+    mask_seen: bool = True,
+    top_k: int = 0,
+    shard: bool = False,
+) -> Ranking:
+    """Rank every target by a scorer.
+
+    Args:
+        scorer: the method.
+        data: where the histories are.
+        targets: what to rank; the whole history of a target is masked, also where the scorer is shown
+            less of it.
+        block_size: targets scored at once; histories of similar length stand together.
+        mask_seen: whether `rank` and `top` leave out items of the history.
+        top_k: items to keep per target.
+        shard: share the blocks over processes; every process must call, and gets the whole result.
+            Without it no process talks to another.
+    """
+    device = distributed.device()
+    order = np.argsort(targets.stop - targets.start, kind="stable")
+    blocks = [order[first : first + block_size] for first in range(0, len(order), block_size)]
+    if shard:
+        blocks = blocks[distributed.rank() :: distributed.world_size()]
+    size = len(targets)
+    result = {
+        "rank": torch.zeros(size, dtype=torch.float64, device=device),
+        "rank_seen_kept": torch.zeros(size, dtype=torch.float64, device=device),
+        "top": torch.zeros(size, top_k, dtype=torch.int64, device=device),
+        "times": torch.zeros(size, dtype=torch.int64, device=device),
+    }
+    item = torch.from_numpy(data.item).to(device)
+    with torch.inference_mode():
+        for block in blocks:
+            _rank_block(scorer, item, targets.take(block), block, mask_seen, top_k, result)
+    if shard and distributed.world_size() > 1:
+        for values in result.values():
+            torch.distributed.all_reduce(values)
+    assert bool((result.pop("times") == 1).all()), "every target must be ranked exactly once"
+    return Ranking(**{name: values.cpu().numpy() for name, values in result.items()})
+
+
+def _rank_block(
+    scorer: Scorer,
+    item: Tensor,
+    targets: Targets,
+    place: np.ndarray,
+    mask_seen: bool,
+    top_k: int,
+    result: dict[str, Tensor],
+) -> None:
+    start, stop, target, place = (
+        torch.as_tensor(array, device=item.device)
+        for array in (targets.start, targets.stop, targets.item, place)
+    )
+    seen = pad_histories(item, start, stop)
+    shown = seen
+    if scorer.max_history is not None and seen.shape[1] > scorer.max_history:
+        shown = pad_histories(item, torch.maximum(start, stop - scorer.max_history), stop)
+    scores = scorer.score(shown)
+    kept = rank_targets(scores, target)
+    masked = rank_targets(scores, target, seen) if mask_seen else kept
+    result["rank"][place] = masked
+    result["rank_seen_kept"][place] = kept
+    if top_k:
+        result["top"][place] = top_items(scores, top_k, seen if mask_seen else None)
+    result["times"][place] += 1
