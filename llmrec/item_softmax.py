@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_CELLS = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Logits held at once, by device type: 2 MB fits a CPU's cache, 256 MB keeps a GPU busy."""
+CHUNK_CELLS = {"cpu": 1 << 19, "gpu": 1 << 26}
+"""Logits held at once: 2 MB fits a CPU's cache, 256 MB keeps a GPU busy."""
 
 MIN_CHUNK = 16
 """Fewest queries in a chunk, whatever the catalogue: below, matrix products become slow."""
@@ -40,7 +40,7 @@ def item_cross_entropy(
         Scalar, in float32 or float64.
     """
     if chunk_size is None:
-        cells = CHUNK_CELLS.get(queries.device.type, CHUNK_CELLS["cuda"])
+        cells = CHUNK_CELLS["cpu" if queries.device.type == "cpu" else "gpu"]
         chunk_size = max(cells // max(len(items) - 1, 1), MIN_CHUNK)
     with torch.autocast(queries.device.type, enabled=False):
         return _ItemCrossEntropy.apply(queries, items, target, chunk_size, torch.is_grad_enabled())

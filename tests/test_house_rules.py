@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted(
-    path for folder in ("llmrec", "recipes", "tools") for path in (ROOT / folder).rglob("*.py")
-)
+SOURCES = sorted(path for folder in ("llmrec", "recipes", "tools") for path in (ROOT / folder).rglob("*.py"))
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "np.load", "numpy.load", "yaml.load"}
 FORBIDDEN_MODULES = {"pickle", "dill", "joblib", "shelve", "marshal"}
 FORBIDDEN_KEYWORDS = {("trust_remote_code", True), ("strict", False), ("allow_pickle", True)}
@@ -77,7 +75,13 @@ except:
 
 def test_there_are_files_to_check():
     assert len(SOURCES) > 30
-    assert {path.parent.name for path in SOURCES} >= {"data", "collab", "encoders", "semantic_ids", "finetune"}
+    assert {path.parent.name for path in SOURCES} >= {
+        "data",
+        "collab",
+        "encoders",
+        "semantic_ids",
+        "finetune",
+    }
 
 
 def test_importing_the_package_and_asking_for_help_needs_no_torch():

@@ -8,7 +8,9 @@ import pyarrow as pa
 from llmrec.artifacts import Interactions
 
 
-def interactions(sequences: list[list[int]], num_items: int, *, titles: list[str] | None = None) -> Interactions:
+def interactions(
+    sequences: list[list[int]], num_items: int, *, titles: list[str] | None = None
+) -> Interactions:
     """Leave-one-out interactions from lists of item ids 1..N, one list a user, oldest first."""
     lengths = np.array([len(sequence) for sequence in sequences])
     offset = np.concatenate([[0], np.cumsum(lengths)])

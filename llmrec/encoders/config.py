@@ -1,0 +1,225 @@
+"""Settings of encode_items."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from llmrec.config import require
+
+PILLOW_PIXELS = 89_478_485
+"""Pillow warns of a decompression bomb beyond this (its MAX_IMAGE_PIXELS)."""
+
+TEXT_FIELDS: dict[str, set[str]] = {
+    "precomputed": {"path", "normalise", "missing"},
+    "tfidf": {"columns", "template", "dim", "seed", "normalise", "missing"},
+    "huggingface": {
+        *("model", "revision", "columns", "template", "pooling", "max_tokens"),
+        *("batch_size", "dtype", "normalise", "missing"),
+    },
+    "openclip": {
+        *("model", "pretrained", "columns", "template", "batch_size", "dtype", "normalise", "missing"),
+    },
+}
+"""Fields that take effect, by text encoder. ``none`` switches the whole group off, whatever it holds, so
+that one setting takes a modality out of a recipe."""
+
+IMAGE_FIELDS: dict[str, set[str]] = {
+    "precomputed": {"path", "normalise", "missing"},
+    "classical": {"dim", "seed", "max_pixels", "on_error", "normalise", "missing"},
+    "huggingface": {
+        *("model", "revision", "pooling", "batch_size", "dtype"),
+        *("max_pixels", "on_error", "normalise", "missing"),
+    },
+    "openclip": {
+        *("model", "pretrained", "batch_size", "dtype", "max_pixels", "on_error", "normalise", "missing"),
+    },
+}
+"""Fields that take effect, by image encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """How item texts become vectors."""
+
+    encoder: Literal["tfidf", "huggingface", "openclip", "precomputed", "none"] = "tfidf"
+    """tfidf: TF-IDF and truncated SVD, no download; huggingface: any transformers AutoModel;
+    openclip: the text side of a CLIP; precomputed: vectors from a file; none: no text."""
+
+    model: str | None = None
+    """huggingface: Hub id or local folder; openclip: a model name such as ViT-bigG-14, or
+    hf-hub:owner/name, or local-dir:folder."""
+
+    revision: str | None = None
+    """huggingface: commit or branch of the model on the Hub; none: the newest."""
+
+    pretrained: str | None = None
+    """openclip: name of the weights, such as laion2b_s39b_b160k, or a .safetensors file."""
+
+    path: str | None = None
+    """precomputed: .parquet (columns item_id, vector) or .safetensors (tensor vectors)."""
+
+    columns: tuple[str, ...] | None = None
+    """Item columns that make up the text, joined by '. ' in this order; none: title, then every other
+    text column."""
+
+    template: str | None = None
+    """Instead of columns: the text with column names in braces, such as '{title} by {brand}'."""
+
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    """huggingface: mean of the real tokens, the first, or the last one; auto: the model's own text
+    head if it has one (CLIP, SigLIP), else mean."""
+
+    max_tokens: int | None = None
+    """huggingface: longest text in tokens, the rest is cut off; none: what the model takes, at most 512."""
+
+    dim: int = 128
+    """tfidf: width after the SVD; fewer if the texts do not span as many directions."""
+
+    seed: int = 0
+    """tfidf: seed of the randomised SVD."""
+
+    batch_size: int = 64
+    """huggingface, openclip: texts per forward pass."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """huggingface, openclip: number format of the model; auto: float32 on a CPU, else as the weights
+    are stored (openclip: float16)."""
+
+    normalise: bool = False
+    """Scale every vector to length 1."""
+
+    missing: Literal["mean", "zero"] = "mean"
+    """Vector of items without text: the mean of the others, or zeros."""
+
+    def __post_init__(self) -> None:
+        check_encoder(self, "encode_items.text", TEXT_FIELDS)
+        require(
+            self.columns is None or self.template is None,
+            "encode_items.text.columns must be none where text.template is set, since the template names "
+            f"its columns, got columns={self.columns}",
+        )
+        require(
+            self.columns is None or len(set(self.columns)) == len(self.columns) > 0,
+            f"encode_items.text.columns must be different column names, at least one, got {self.columns}",
+        )
+        require(
+            self.template is None or bool(re.search(r"\{[^{}]+\}", self.template)),
+            f"encode_items.text.template must hold a column name in braces, got {self.template!r}",
+        )
+        require(
+            self.max_tokens is None or self.max_tokens >= 1,
+            f"encode_items.text.max_tokens must be >= 1 token, got {self.max_tokens}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig:
+    """How item pictures become vectors."""
+
+    encoder: Literal["classical", "huggingface", "openclip", "precomputed", "none"] = "classical"
+    """classical: colour histogram, gradient histogram and PCA, no download; huggingface: any
+    transformers vision model or CLIP; openclip: the image side of a CLIP; precomputed: vectors
+    from a file; none: no pictures."""
+
+    model: str | None = None
+    """huggingface: Hub id or local folder; openclip: a model name such as ViT-bigG-14, or
+    hf-hub:owner/name, or local-dir:folder."""
+
+    revision: str | None = None
+    """huggingface: commit or branch of the model on the Hub; none: the newest."""
+
+    pretrained: str | None = None
+    """openclip: name of the weights, such as laion2b_s39b_b160k, or a .safetensors file."""
+
+    path: str | None = None
+    """precomputed: .parquet (columns item_id, vector) or .safetensors (tensor vectors)."""
+
+    pooling: Literal["auto", "mean", "cls"] = "auto"
+    """huggingface: mean of all patches, or the first token; auto: the model's own image head (CLIP,
+    SigLIP), else its trained pooler, else mean."""
+
+    dim: int = 128
+    """classical: width after the PCA; fewer if the pictures do not span as many directions."""
+
+    seed: int = 0
+    """classical: seed of the PCA where it is randomised."""
+
+    batch_size: int = 64
+    """huggingface, openclip: pictures per forward pass."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """huggingface, openclip: number format of the model; auto: float32 on a CPU, else as the weights
+    are stored (openclip: float16)."""
+
+    max_pixels: int = 50_000_000
+    """Largest picture that is decoded, width times height; a larger one counts as broken."""
+
+    on_error: Literal["error", "missing"] = "error"
+    """A picture that cannot be read stops the run, or counts as missing."""
+
+    normalise: bool = False
+    """Scale every vector to length 1."""
+
+    missing: Literal["mean", "zero"] = "mean"
+    """Vector of items without a picture: the mean of the others, or zeros."""
+
+    def __post_init__(self) -> None:
+        check_encoder(self, "encode_items.image", IMAGE_FIELDS)
+        require(
+            1 <= self.max_pixels <= PILLOW_PIXELS,
+            f"encode_items.image.max_pixels must be 1 to {PILLOW_PIXELS} (Pillow's own limit), "
+            f"got {self.max_pixels}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeItemsConfig:
+    """Content vectors of the items, one set per modality (MME-SID section 4.1)."""
+
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+
+    image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+
+
+def check_encoder(config: Any, name: str, effective: dict[str, set[str]]) -> None:
+    """Checks that text and image encoders share.
+
+    Args:
+        config: the text or image settings.
+        name: their dotted path, for messages.
+        effective: which fields take effect, by encoder.
+    """
+    encoder = config.encoder
+    if encoder == "none":
+        return
+    require(
+        encoder in effective,
+        f"{name}.encoder must be one of {', '.join(effective)}, none, got {encoder!r}",
+    )
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        if setting.name == "encoder" or setting.name in effective[encoder] or value == setting.default:
+            continue
+        users = [other for other, names in effective.items() if setting.name in names]
+        require(
+            False,
+            f"{name}.{setting.name} must be left at {setting.default!r} with encoder={encoder!r}, where it "
+            f"has no effect (it belongs to {', '.join(users)}), got {value!r}",
+        )
+    needed = {"huggingface": "model", "openclip": "model", "precomputed": "path"}.get(encoder)
+    require(
+        needed is None or bool(getattr(config, needed)),
+        f"{name}.{needed} must be set with encoder={encoder!r}, got {getattr(config, needed or 'encoder')!r}",
+    )
+    if encoder == "openclip":
+        whole = config.model.startswith(("hf-hub:", "local-dir:"))
+        require(
+            whole == (config.pretrained is None),
+            f"{name}.pretrained must be {'none, since the model brings its weights' if whole else 'set'} "
+            f"with model={config.model!r}, got {config.pretrained!r}",
+        )
+    require(config.dim >= 1, f"{name}.dim must be >= 1, got {config.dim}")
+    require(config.seed >= 0, f"{name}.seed must be >= 0, got {config.seed}")
+    require(config.batch_size >= 1, f"{name}.batch_size must be >= 1, got {config.batch_size}")

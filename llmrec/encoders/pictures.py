@@ -1,0 +1,48 @@
+"""Reading pictures: any mode to RGB over white, turned upright, with a limit on their size."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from llmrec.errors import DataError
+
+
+def read_picture(file: Path, raw_id: str, *, max_pixels: int, on_error: str) -> Image.Image | None:
+    """The picture of an item as RGB; None if it cannot be read and on_error is ``missing``.
+
+    Raises:
+        DataError: the file is absent, broken, no picture or too large, and on_error is ``error``.
+    """
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ValueError(
+                    f"{width} x {height} pixels, more than image.max_pixels={max_pixels}; "
+                    "shrink it or raise the limit"
+                )
+            return to_rgb(image)
+    # Pillow's readers raise these for broken files; UnidentifiedImageError is an OSError.
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        if on_error == "missing":
+            return None
+        raise DataError(
+            f"{file}, the picture of item {raw_id!r}, cannot be read ({error}). Replace the file, delete it "
+            "and clear the item's image path, or set encode_items.image.on_error=missing"
+        ) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture in RGB: transparent parts white, 16-bit greys scaled, EXIF orientation applied."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        grey = np.asarray(image, np.int64) // 257
+        return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,164 @@
+"""The trainer: what it trains on, when it stops, what it keeps, what it refuses."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+from worlds import cycle, interactions, two_communities
+
+from llmrec import distributed
+from llmrec.artifacts import SPLIT_CODES, CollabEmbeddings, Interactions
+from llmrec.collab import train
+from llmrec.collab.config import SASRecConfig, TrainCollabConfig
+from llmrec.collab.provider import load_provider
+from llmrec.collab.sasrec import SASRec
+from llmrec.collab.train import train_collab
+from llmrec.errors import ArtifactMismatchError, ConfigError, DataError, TrainingError
+from llmrec.evaluation.metrics import ndcg_at_k
+from llmrec.evaluation.rank import Scorer, rank_users
+
+TINY = SASRecConfig(embed_dim=8, num_layers=1, inner_dim=16, max_history=12, dropout_rate=0.0)
+
+
+def tiny(**settings) -> TrainCollabConfig:
+    return TrainCollabConfig(**({"sasrec": TINY, "batch_size": 16, "epochs": 3} | settings))
+
+
+def without(data: Interactions, *splits: str) -> Interactions:
+    """The same data with the interactions of some splits left out."""
+    keep = ~np.isin(data.split, [SPLIT_CODES[name] for name in splits])
+    total = np.concatenate([[0], np.cumsum(keep)])
+    return replace(
+        data,
+        item=data.item[keep],
+        timestamp=data.timestamp[keep],
+        split=data.split[keep],
+        offset=total[data.offset],
+    )
+
+
+def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best_epoch():
+    data = two_communities()
+    collab = train_collab(tiny(epochs=60, learning_rate=0.03, patience=4), data)
+    history = [row["valid_ndcg@10"] for row in collab.log]
+    best = int(np.argmax(history))
+    assert collab.metrics["best_epoch"] == best + 1
+    assert collab.metrics["epochs"] == len(history) == best + 1 + 4 < 60
+    model = load_provider(collab)
+    scorer = Scorer(name="again", score=model.score, max_history=model.max_history)
+    rank = rank_users(scorer, data, data.targets("valid"), shard=False).rank
+    assert ndcg_at_k(rank, 10).mean() == collab.metrics["valid_ndcg@10"] == history[best]
+
+
+def test_patience_counts_validations_not_epochs():
+    collab = train_collab(
+        tiny(epochs=60, learning_rate=0.03, patience=3, eval_every_epochs=2), two_communities()
+    )
+    ranked = [row["epoch"] for row in collab.log if "valid_ndcg@10" in row]
+    assert ranked == list(range(2, len(collab.log) + 1, 2))
+    assert collab.metrics["epochs"] == collab.metrics["best_epoch"] + 6
+
+
+def test_the_loss_falls_and_every_epoch_is_logged():
+    collab = train_collab(tiny(epochs=8, select="last", learning_rate=0.01), cycle())
+    losses = [row["train_loss"] for row in collab.log]
+    assert losses[0] == pytest.approx(np.log(12), rel=0.1)
+    assert losses[-1] < losses[0] - 0.5
+    assert [row["epoch"] for row in collab.log] == list(range(1, 9))
+    assert all(set(row) == {"epoch", "train_loss", "seconds"} for row in collab.log)
+    assert collab.metrics == {
+        "best_epoch": 8,
+        "epochs": 8,
+        "num_parameters": sum(array.size for array in collab.state.values()),
+        "num_targets": 64 * 5,
+        "items_never_trained": 0,
+    }
+
+
+def test_a_step_does_not_depend_on_how_its_users_are_grouped(monkeypatch):
+    """One padded batch and many small groups give the same update."""
+    rng = np.random.default_rng(0)
+    data = interactions([rng.integers(1, 31, size).tolist() for size in rng.integers(4, 13, 40)], 30)
+    weights = []
+    for overhead, cells in ((10**6, 10**6), (0, 24)):
+        monkeypatch.setattr(train, "OVERHEAD_CELLS", {"cpu": overhead, "gpu": overhead})
+        monkeypatch.setattr(train, "MAX_CELLS", {"cpu": cells, "gpu": cells})
+        users = train.TrainingUsers.of(data, 12, distributed.device())
+        torch.manual_seed(0)
+        model = SASRec(num_items=30, **{**vars(TINY), "num_negatives": 0}).to(distributed.device())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        groups = list(users.groups(np.arange(len(users.length))))
+        assert (len(groups) == 1) == (overhead > 0)
+        assert sum(int((group[:, 1:] != 0).sum()) for group in groups) == users.num_targets
+        train.train_step(model, optimizer, 1e9, groups)
+        weights.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_only_users_with_two_train_items_are_trained_on():
+    data = interactions([[1, 2, 3], [4, 3, 2, 1], [5, 4, 3, 2, 1]], 5)
+    users = train.TrainingUsers.of(data, 12, torch.device("cpu"))
+    sequences = [row[row != 0].tolist() for group in users.groups(np.arange(2)) for row in group]
+    assert sequences == [[4, 3], [5, 4, 3]]
+    assert users.num_targets == 3
+
+
+def test_nothing_to_learn_from_is_an_error_of_the_data():
+    with pytest.raises(DataError, match="none of 2 users has two items in the train split"):
+        train_collab(tiny(), interactions([[1, 2, 3], [3, 2, 1]], 3))
+
+
+def test_a_split_without_validation_targets_needs_the_last_epoch():
+    data = without(two_communities(), "valid")
+    with pytest.raises(ConfigError, match=r"set train_collab\.select=last"):
+        train_collab(tiny(), data)
+    collab = train_collab(tiny(select="last"), data)
+    assert collab.metrics["best_epoch"] == 3
+
+
+def test_few_validation_targets_are_warned_about(caplog):
+    with caplog.at_level(logging.WARNING, logger="llmrec"):
+        train_collab(tiny(epochs=1), two_communities())
+    assert "only 60 validation targets" in caplog.text
+
+
+def test_a_diverged_loss_names_the_setting_to_change():
+    with pytest.raises(TrainingError, match=r"in epoch [12]; lower train_collab.learning_rate \(now 1e\+3"):
+        train_collab(tiny(learning_rate=1e30, sasrec=replace(TINY, loss="bce")), cycle())
+
+
+def test_items_never_trained_are_counted():
+    collab = train_collab(tiny(epochs=1), interactions([[1, 2, 3, 4], [2, 1, 4, 3]], 6))
+    assert collab.metrics["items_never_trained"] == 4
+
+
+def test_ready_made_vectors_are_taken_as_they_are_and_gaps_counted(tmp_path, caplog):
+    data = interactions([[1, 2, 3, 4], [2, 1, 4, 3]], 4)
+    vectors = [[1.0, 2.0], [3.0, 4.0], None, [5.0, 6.0]]
+    file = tmp_path / "vectors.parquet"
+    table = pa.table({"item_id": data.raw_ids, "vector": pa.array(vectors, pa.list_(pa.float32()))})
+    pq.write_table(table, file)
+    with caplog.at_level(logging.WARNING, logger="llmrec"):
+        collab = train_collab(TrainCollabConfig(provider="precomputed", vectors=str(file)), data)
+    assert collab.vectors.tolist() == [[0, 0], [1, 2], [3, 4], [0, 0], [5, 6]]
+    assert collab.metrics == {"items_without_vector": 1}
+    assert "1 of 4 items have no vector" in caplog.text
+    collab.save(tmp_path)
+    loaded = CollabEmbeddings.load(tmp_path)
+    assert loaded.provider == "precomputed"
+    with pytest.raises(ArtifactMismatchError, match="no model to score with"):
+        load_provider(loaded)
+
+
+def test_weights_of_another_size_are_refused_by_name():
+    collab = train_collab(tiny(epochs=1), two_communities())
+    wrong = replace(collab, model={**collab.model, "inner_dim": 4})
+    with pytest.raises(ArtifactMismatchError, match="inner"):
+        load_provider(wrong)
