@@ -1,0 +1,126 @@
+"""Where a method is good: groups of items, lengths of histories, differences that are no accident."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.stats import wilcoxon
+
+from llmrec.artifacts import Interactions, Targets
+from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k, summarise
+from llmrec.evaluation.rank import Ranking
+
+GROUPS = ("head", "mid", "tail", "cold")
+LENGTHS = ((0, 5), (6, 10), (11, 20), (21, None))
+
+
+def item_groups(train_count: np.ndarray, head_rate: float, mid_rate: float) -> np.ndarray:
+    """Group of every item as an index into GROUPS, int64 (N + 1,); entry 0 means nothing.
+
+    Items are ordered by train interactions (equal ones by id): the first head_rate of them are head,
+    the next mid_rate mid, the rest tail; items without any are cold wherever they stand.
+    """
+    count = train_count[1:]
+    place = np.empty(len(count), dtype=np.int64)
+    place[np.argsort(-count, kind="stable")] = np.arange(len(count))
+    bounds = np.round(np.array([head_rate, head_rate + mid_rate]) * len(count))
+    group = np.searchsorted(bounds, place, side="right")
+    group[count == 0] = GROUPS.index("cold")
+    return np.concatenate([[0], group])
+
+
+def by_group(
+    rankings: dict[str, Ranking], targets: Targets, group_of_item: np.ndarray, ks: tuple[int, ...]
+) -> dict[str, Any]:
+    """Metrics of every method over the users whose target is in each group of items."""
+    group = group_of_item[targets.item]
+    return {
+        name: _slice(rankings, group == number, ks)
+        for number, name in enumerate(GROUPS)
+        if (group == number).any()
+    }
+
+
+def by_length(rankings: dict[str, Ranking], targets: Targets, ks: tuple[int, ...]) -> dict[str, Any]:
+    """Metrics of every method over users with histories of each length, in items."""
+    length = targets.stop - targets.start
+    found = {}
+    for low, high in LENGTHS:
+        chosen = (length >= low) & (length <= (length.max() if high is None else high))
+        if chosen.any():
+            found[f"{low}+" if high is None else f"{low}-{high}"] = _slice(rankings, chosen, ks)
+    return found
+
+
+def _slice(rankings: dict[str, Ranking], chosen: np.ndarray, ks: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "num_users": int(chosen.sum()),
+        "share": float(chosen.mean()),
+        "rows": {name: summarise(ranking.rank[chosen], ks) for name, ranking in rankings.items()},
+    }
+
+
+def recommendations(top: np.ndarray, train_count: np.ndarray) -> dict[str, float]:
+    """Coverage and popularity of the ten best items of every user.
+
+    Args:
+        top: int64 (U, k) item ids, best first, 0 = none.
+        train_count: int64 (N + 1,).
+    """
+    shown = top[:, :10]
+    shown = shown[shown > 0]
+    return {
+        "coverage@10": float(len(np.unique(shown)) / (len(train_count) - 1)),
+        "mean_train_count@10": float(train_count[shown].mean()) if len(shown) else 0.0,
+    }
+
+
+def paired(first: np.ndarray, second: np.ndarray, *, samples: int, seed: int) -> dict[str, Any]:
+    """Is the first method better than the second, user by user?
+
+    Args:
+        first: float64 (U,) ranks of one method.
+        second: float64 (U,) ranks of the other, same users.
+        samples: bootstrap resamplings of users.
+        seed: of the bootstrap.
+
+    Returns:
+        For recall@10 and ndcg@10: mean difference, its 95 % bootstrap interval, and the two-sided p of
+        Wilcoxon's signed-rank test (None if no user differs).
+    """
+    rng = np.random.default_rng(seed)
+    found = {}
+    for name, metric in (("recall@10", recall_at_k), ("ndcg@10", ndcg_at_k)):
+        difference = metric(first, 10) - metric(second, 10)
+        means = [difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(samples)]
+        low, high = np.quantile(means, [0.025, 0.975])
+        differs = difference[difference != 0]
+        found[name] = {
+            "difference": float(difference.mean()),
+            "low": float(low),
+            "high": float(high),
+            "wilcoxon_p": float(wilcoxon(differs).pvalue) if len(differs) else None,
+        }
+    return found
+
+
+def rankings_columns(
+    data: Interactions,
+    targets: Targets,
+    rankings: dict[str, Ranking],
+    group_of_item: np.ndarray,
+) -> dict[str, Any]:
+    """Columns of rankings.parquet, one row per ranked user, in raw ids."""
+    raw = np.array(["", *data.raw_ids], dtype=object)
+    users = np.array(data.user_raw_ids, dtype=object)
+    columns: dict[str, Any] = {
+        "user": users[targets.user].tolist(),
+        "target": raw[targets.item].tolist(),
+        "history_length": targets.stop - targets.start,
+        "target_group": np.array(GROUPS, dtype=object)[group_of_item[targets.item]].tolist(),
+    }
+    for name, ranking in rankings.items():
+        columns[f"rank_{name}"] = ranking.rank
+        columns[f"top_{name}"] = [[item for item in row if item] for row in raw[ranking.top].tolist()]
+    return columns

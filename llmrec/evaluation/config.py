@@ -1,0 +1,57 @@
+"""Settings of evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmrec.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Ranking the whole catalogue for every user with a test item."""
+
+    ks: tuple[int, ...] = (5, 10, 20)
+    """Cut-offs of recall, nDCG and MRR."""
+
+    mask_seen: bool = True
+    """Leave items of a user's history out of the ranking (the other figure is reported beside it)."""
+
+    batch_size: int = 256
+    """Users scored at once."""
+
+    top_k: int = 20
+    """Best items kept per user and method in rankings.parquet."""
+
+    head_rate: float = 0.1
+    """Share of items, the most popular in the train split, that count as head."""
+
+    mid_rate: float = 0.4
+    """Share of items after the head that count as mid; the rest is tail, or cold if never trained."""
+
+    num_examples: int = 8
+    """Users shown as examples in the report."""
+
+    bootstrap_samples: int = 2000
+    """Resamplings of users behind the confidence intervals of differences."""
+
+    seed: int = 0
+    """Seed of the bootstrap and of the examples."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.ks) and min(self.ks) >= 1 and len(set(self.ks)) == len(self.ks),
+            f"evaluate.ks must be different numbers of at least 1, got {self.ks}",
+        )
+        require(10 in self.ks, f"evaluate.ks must hold 10, which tables and tests use, got {self.ks}")
+        for name in ("batch_size", "top_k", "bootstrap_samples"):
+            value = getattr(self, name)
+            require(value >= 1, f"evaluate.{name} must be at least 1, got {value}")
+        require(self.num_examples >= 0, f"evaluate.num_examples must be >= 0, got {self.num_examples}")
+        for name in ("head_rate", "mid_rate"):
+            value = getattr(self, name)
+            require(0 < value < 1, f"evaluate.{name} must lie between 0 and 1, got {value}")
+        require(
+            self.head_rate + self.mid_rate < 1,
+            f"evaluate.head_rate + evaluate.mid_rate must be below 1, got {self.head_rate + self.mid_rate}",
+        )

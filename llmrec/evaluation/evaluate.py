@@ -1,0 +1,187 @@
+"""evaluate: rank the whole catalogue for every user and write down what came out."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from llmrec import distributed
+from llmrec.artifacts import (
+    CollabEmbeddings,
+    ContentEmbeddings,
+    Interactions,
+    Report,
+    SemanticIds,
+    Targets,
+    check_same_catalog,
+)
+from llmrec.errors import DataError
+from llmrec.evaluation import analysis, report
+from llmrec.evaluation.config import EvaluateConfig
+from llmrec.evaluation.metrics import METRICS, summarise
+from llmrec.evaluation.rank import Ranking, Scorer, rank_targets, rank_users, top_items
+from llmrec.finetune.adapter import Adapter
+
+logger = logging.getLogger("llmrec")
+
+
+@distributed.every_process
+def evaluate(
+    config: EvaluateConfig,
+    data: Interactions,
+    collab: CollabEmbeddings,
+    content: ContentEmbeddings,
+    ids: SemanticIds,
+    adapter: Adapter,
+) -> Report:
+    """Rank MME-SID beside the collaborative model itself, popularity and, where known, the truth.
+
+    Users are shared over processes; the result is that of one process.
+    """
+    from llmrec.collab.provider import load_provider
+    from llmrec.finetune.scoring import load_scorer
+
+    check_same_catalog(data, collab, content, ids, adapter)
+    scorers = [load_scorer(adapter, collab, content, ids)]
+    if collab.state:
+        model = load_provider(collab)
+        scorers.append(Scorer(name=collab.provider, score=model.score, max_history=model.max_history))
+    scorers.append(popularity(data))
+    targets = data.targets("test")
+    if not len(targets):
+        raise DataError("no user has a test item; change prepare_data.split or its rates")
+    rankings = rank_methods(config, data, targets, scorers)
+    metrics = summarise_all(config, data, targets, rankings)
+    metrics["labels"] = labels(collab, rankings)
+    groups = analysis.item_groups(data.train_count, config.head_rate, config.mid_rate)
+    page = report.render(metrics, data, targets, rankings, [data, collab, content, ids, adapter], config)
+    return Report(
+        catalog=data.catalog,
+        metrics=metrics,
+        rankings=pa.table(analysis.rankings_columns(data, targets, rankings, groups)),
+        html=page,
+    )
+
+
+def popularity(data: Interactions) -> Scorer:
+    """The same scores for everyone: interactions in the train split."""
+    count = torch.from_numpy(data.train_count).float().to(distributed.device())
+    return Scorer(name="popularity", score=lambda history: count.expand(len(history), -1))
+
+
+def rank_methods(
+    config: EvaluateConfig, data: Interactions, targets: Targets, scorers: list[Scorer]
+) -> dict[str, Ranking]:
+    """Rank every target by every method, and by the true probabilities where they are known."""
+    rankings = {}
+    for scorer in scorers:
+        rankings[scorer.name] = rank_users(
+            scorer,
+            data,
+            targets,
+            block_size=config.batch_size,
+            mask_seen=config.mask_seen,
+            top_k=config.top_k,
+            shard=True,
+        )
+        shown = summarise(rankings[scorer.name].rank, (10,))
+        logger.info(
+            "evaluate: %s, recall@10 %.4f, ndcg@10 %.4f", scorer.name, shown["recall@10"], shown["ndcg@10"]
+        )
+    if data.true_scores is not None:
+        truth = torch.from_numpy(data.true_scores[targets.user])
+        rank = rank_targets(truth, torch.from_numpy(targets.item)).numpy()
+        top = top_items(truth, config.top_k).numpy()
+        rankings["best_possible"] = Ranking(rank=rank, rank_seen_kept=rank, top=top)
+    return rankings
+
+
+def summarise_all(
+    config: EvaluateConfig, data: Interactions, targets: Targets, rankings: dict[str, Ranking]
+) -> dict[str, Any]:
+    """Every number of metrics.json."""
+    rows = {name: summarise(ranking.rank, config.ks) for name, ranking in rankings.items()}
+    groups = analysis.item_groups(data.train_count, config.head_rate, config.mid_rate)
+    metrics = {
+        "num_users": len(targets),
+        "num_items": data.num_items,
+        "split": data.summary.get("split"),
+        "mask_seen": config.mask_seen,
+        "rows": rows,
+        "seen_kept": {
+            name: summarise(ranking.rank_seen_kept, config.ks) for name, ranking in rankings.items()
+        },
+        "groups": analysis.by_group(rankings, targets, groups, config.ks),
+        "group_rates": {"head": config.head_rate, "mid": config.mid_rate},
+        "history_length": analysis.by_length(rankings, targets, config.ks),
+        "recommendations": {
+            name: analysis.recommendations(ranking.top, data.train_count)
+            for name, ranking in rankings.items()
+        },
+        "ratios": ratios(rows),
+        "paired": {},
+    }
+    names = list(rankings)
+    for other in names[1:]:
+        if other != "best_possible":
+            metrics["paired"][f"{names[0]} - {other}"] = analysis.paired(
+                rankings[names[0]].rank,
+                rankings[other].rank,
+                samples=config.bootstrap_samples,
+                seed=config.seed,
+            )
+    if "market" in data.summary:
+        metrics["expected_best"] = data.summary["market"]["best_reachable"]
+    return metrics
+
+
+def ratios(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """recall@10 of each method over popularity's and over the best possible."""
+    found: dict[str, dict[str, float]] = {}
+    for name, row in rows.items():
+        if name in ("popularity", "best_possible"):
+            continue
+        found[name] = {
+            f"over_{other}": row["recall@10"] / rows[other]["recall@10"]
+            for other in ("popularity", "best_possible")
+            if other in rows and rows[other]["recall@10"] > 0
+        }
+    return found
+
+
+def labels(collab: CollabEmbeddings, rankings: dict[str, Ranking]) -> dict[str, str]:
+    """Names as tables show them; the loss is part of a model's name."""
+    shown = {name: name for name in rankings}
+    if collab.provider in shown and "loss" in collab.model:
+        shown[collab.provider] = f"{collab.provider} ({collab.model['loss']})"
+    return shown
+
+
+def format_table(metrics: dict[str, Any]) -> str:
+    """The headline table as aligned text, with the ratios below."""
+    rows, shown = metrics["rows"], metrics.get("labels", {})
+    ks = sorted({int(name.partition("@")[2]) for name in next(iter(rows.values()))})
+    names = [f"{metric}@{k}" for metric in METRICS for k in ks]
+    lines = [f"{'method':16s}" + "".join(f"{name:>10s}" for name in names)]
+    for method, row in rows.items():
+        lines.append(f"{shown.get(method, method):16s}" + "".join(f"{row[name]:10.4f}" for name in names))
+    lines.append(f"{metrics['num_users']:,} users, {metrics['num_items']:,} items, {metrics['split']}")
+    for method, found in metrics["ratios"].items():
+        parts = []
+        if "over_popularity" in found:
+            parts.append(f"{found['over_popularity']:.1f} x popularity")
+        if "over_best_possible" in found:
+            parts.append(f"{found['over_best_possible']:.1%} of the best possible")
+        if parts:
+            lines.append(f"recall@10 of {shown.get(method, method)}: {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def pick_examples(targets: Targets, number: int, seed: int) -> np.ndarray:
+    """A few users, drawn at random; indices into the targets."""
+    rng = np.random.default_rng(seed)
+    return np.sort(rng.choice(len(targets), min(number, len(targets)), replace=False))

@@ -1,0 +1,232 @@
+"""report.html: one page that stands alone, offline, on paper and on a phone."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+
+from llmrec import __version__
+from llmrec.artifacts import Interactions, Targets
+from llmrec.config import as_dict
+from llmrec.evaluation.config import EvaluateConfig
+from llmrec.evaluation.metrics import METRICS
+from llmrec.evaluation.rank import Ranking
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  after the choice of backend
+
+COLOURS = ("#3565c4", "#d1701f", "#888888", "#2f9661", "#8e4bb8")
+STYLE = {
+    # Text as text and fixed ids: small files, readable in light and dark, equal bytes for equal input.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "llmrec",
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": "#7a7a7a",
+    "axes.labelcolor": "#7a7a7a",
+    "axes.edgecolor": "#9a9a9a",
+    "xtick.color": "#7a7a7a",
+    "ytick.color": "#7a7a7a",
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+}
+
+
+def render(
+    metrics: dict[str, Any],
+    data: Interactions,
+    targets: Targets,
+    rankings: dict[str, Ranking],
+    artifacts: list[Any],
+    config: EvaluateConfig,
+) -> str:
+    """The page as HTML.
+
+    Args:
+        metrics: see evaluate.summarise_all.
+        data: for titles and the data summary.
+        targets: what was ranked.
+        rankings: by method.
+        artifacts: outputs of all stages before, for curves, quality and provenance.
+        config: of evaluate.
+    """
+    by_stage = {artifact.stage: artifact for artifact in artifacts}
+    collab, ids = by_stage.get("train_collab"), by_stage.get("learn_semantic_ids")
+    adapter = by_stage.get("finetune")
+    shown = metrics.get("labels", {})
+
+    def label(name: str) -> str:
+        return shown.get(name, name)
+
+    with matplotlib.rc_context(STYLE):
+        charts = {
+            "groups": bars(metrics["groups"], "recall@10", label),
+            "lengths": bars(metrics["history_length"], "recall@10", label),
+            "curves": curves(collab, ids, adapter),
+            "fusion": fusion_curve(adapter),
+        }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"figure": figure, "percent": "{:.1%}".format, "share": "{:.0%}".format}
+    return environment.get_template("report.html.j2").render(
+        metrics=metrics,
+        label=label,
+        columns=[f"{metric}@{k}" for metric in METRICS for k in config.ks],
+        best=best_values(metrics["rows"]),
+        charts=charts,
+        quality=ids.quality if ids is not None else {},
+        summary=data.summary,
+        examples=examples(data, targets, rankings, config),
+        stages=[provenance(artifact) for artifact in artifacts],
+        evaluate_config=as_dict(config),
+        version=__version__,
+    )
+
+
+def best_values(rows: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The largest value of each metric among real methods, to be set in bold."""
+    real = [row for name, row in rows.items() if name != "best_possible"]
+    return {name: max(row[name] for row in real) for name in real[0]}
+
+
+def bars(slices: dict[str, Any], metric: str, label: Callable[[str], str]) -> str:
+    """Grouped bars of one metric: one cluster per slice, one bar per method; SVG."""
+    methods = list(next(iter(slices.values()))["rows"])
+    figure_, axes = plt.subplots(figsize=(6, 2.4))
+    place, width = np.arange(len(slices)), 0.8 / len(methods)
+    for number, method in enumerate(methods):
+        values = [part["rows"][method][metric] for part in slices.values()]
+        axes.bar(place + (number - (len(methods) - 1) / 2) * width, values, width, label=label(method))
+    axes.set_xticks(place, [f"{name}\n{part['num_users']:,} users" for name, part in slices.items()])
+    axes.set_ylabel(metric)
+    legend_above(axes)
+    return svg(figure_)
+
+
+def curves(collab: Any, ids: Any, adapter: Any) -> list[str]:
+    """Losses over training, one SVG per stage that logged them."""
+    panels = []
+    rows = [row for row in (collab.log if collab else []) if "train_loss" in row]
+    if rows:
+        panels.append(("train_collab", rows, "epoch", "train_loss", "valid_ndcg@10"))
+    rows = [row for row in (ids.log if ids else []) if "loss" in row]
+    if rows:
+        panels.append(("learn_semantic_ids", rows, "epoch", "loss", None))
+    if adapter is not None and adapter.log:
+        panels.append(("finetune", adapter.log, "step", "loss", "valid_ndcg@10"))
+    return [curve(*panel) for panel in panels]
+
+
+def curve(title: str, rows: list[dict[str, Any]], x: str, loss: str, valid: str | None) -> str:
+    """Train loss and, on a second axis, a validation metric over epochs or steps; SVG."""
+    figure_, axes = plt.subplots(figsize=(3.4, 2.4))
+    shown = [row for row in rows if loss in row]
+    axes.plot([row[x] for row in shown], [row[loss] for row in shown], color=COLOURS[0])
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(x)
+    axes.set_ylabel("train loss", color=COLOURS[0])
+    ranked = [row for row in rows if valid in row]
+    if ranked:
+        twin = axes.twinx()
+        twin.plot([row[x] for row in ranked], [row[valid] for row in ranked], color=COLOURS[1])
+        twin.set_ylabel("valid ndcg@10", color=COLOURS[1])
+        twin.spines["right"].set_visible(True)
+    return svg(figure_)
+
+
+def fusion_curve(adapter: Any) -> str:
+    """Mean fusion weight of every score source over training; SVG, or '' without fusion."""
+    rows = [row for row in (adapter.log if adapter else []) if row.get("fusion")]
+    if not rows:
+        return ""
+    figure_, axes = plt.subplots(figsize=(6, 2.2))
+    for source in rows[0]["fusion"]["mean_weight"]:
+        axes.plot(
+            [row["epoch"] for row in rows],
+            [row["fusion"]["mean_weight"][source] for row in rows],
+            marker="o",
+            markersize=3,
+            label=source,
+        )
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("mean weight")
+    axes.set_ylim(0, 1)
+    legend_above(axes)
+    return svg(figure_)
+
+
+def legend_above(axes: Any) -> None:
+    """The legend in a line above the plot, where it hides nothing."""
+    axes.legend(frameon=False, fontsize=8, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+
+
+def svg(figure_: Any) -> str:
+    """A figure as an inline SVG element, and close it."""
+    buffer = io.StringIO()
+    figure_.tight_layout()
+    figure_.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    plt.close(figure_)
+    text = buffer.getvalue()
+    # The metadata block only names vocabularies by web address.
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+
+def examples(
+    data: Interactions, targets: Targets, rankings: dict[str, Ranking], config: EvaluateConfig
+) -> list[dict[str, Any]]:
+    """A few random users: the end of the history, the target, its rank, and the first method's best five."""
+    from llmrec.evaluation.evaluate import pick_examples
+
+    names = ["", *(title or raw for title, raw in zip(data.titles, data.raw_ids))]
+    first = next(iter(rankings.values()))
+    shown = []
+    for place in pick_examples(targets, config.num_examples, config.seed):
+        history = data.item[targets.start[place] : targets.stop[place]]
+        shown.append(
+            {
+                "user": data.user_raw_ids[targets.user[place]],
+                "length": len(history),
+                "history": [names[item] for item in history[-5:]],
+                "target": names[targets.item[place]],
+                "rank": int(np.floor(first.rank[place])) + 1,
+                "top": [(names[item], item == targets.item[place]) for item in first.top[place][:5] if item],
+            }
+        )
+    return shown
+
+
+def provenance(artifact: Any) -> dict[str, Any]:
+    """What made a stage's output, as far as it was loaded from a run folder."""
+    manifest = getattr(artifact, "_manifest", None) or {}
+    return {
+        "stage": artifact.stage,
+        "config": manifest.get("config", {}),
+        "seconds": manifest.get("seconds"),
+        "peak_memory_bytes": manifest.get("peak_memory_bytes"),
+        "versions": manifest.get("versions", {}),
+        "metrics": getattr(artifact, "metrics", {}),
+    }
+
+
+def figure(value: Any) -> str:
+    """A number as people read it: four digits for rates, thousands separated."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+    return str(value)
