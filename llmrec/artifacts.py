@@ -210,8 +210,8 @@ class Interactions:
             user_raw_ids=users,
             items=items,
             offset=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            item=table["item_id"].to_numpy(),
-            timestamp=table["timestamp"].to_numpy(),
+            item=table["item_id"].to_numpy().copy(),  # arrow's own memory is read-only
+            timestamp=table["timestamp"].to_numpy().copy(),
             split=np.select([split == name for name in SPLIT_CODES], list(SPLIT_CODES.values())).astype(
                 np.int8
             ),

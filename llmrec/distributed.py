@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import datetime
 import functools
+import logging
 import os
 import random
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+logger = logging.getLogger("llmrec")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,6 +41,11 @@ def state() -> Any:
     from accelerate import PartialState
 
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if on_cpu and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        logger.warning(
+            "`accelerate launch --cpu` starts one process whatever --num_processes says; on a CPU use "
+            "`torchrun --nproc_per_node N` (or mpirun) for more"
+        )
     found = PartialState(cpu=on_cpu or not torch.cuda.is_available(), timeout=datetime.timedelta(days=1))
     if found.device.type == "cpu":
         torch.set_num_threads(num_threads())

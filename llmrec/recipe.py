@@ -161,6 +161,8 @@ def set_up_logging() -> None:
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("llmrec").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
+    # It reports at start that optional CPU kernels are absent, which we do not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def variant(recipe: Recipe, **stages: dict) -> Recipe:

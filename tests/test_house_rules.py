@@ -13,6 +13,7 @@ SOURCES = sorted(path for folder in ("llmrec", "recipes", "tools") for path in (
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "np.load", "numpy.load", "yaml.load"}
 FORBIDDEN_MODULES = {"pickle", "dill", "joblib", "shelve", "marshal"}
 FORBIDDEN_KEYWORDS = {("trust_remote_code", True), ("strict", False), ("allow_pickle", True)}
+ABSOLUTE = re.compile(r"/(home|root|tmp|work|usr|data|mnt)\b")
 
 
 def name_of(node: ast.expr) -> str:
@@ -41,9 +42,8 @@ def violations(source: str) -> list[str]:
             caught = name_of(node.type) if node.type else "everything"
             if caught in ("everything", "Exception", "BaseException"):
                 found.append(f"{node.lineno}: except {caught}")
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if re.match(r"/(home|root|tmp|work|usr|data|mnt)\b", node.value):
-                found.append(f"{node.lineno}: absolute path {node.value!r}")
+        elif isinstance(node, ast.Constant) and ABSOLUTE.match(str(node.value)):
+            found.append(f"{node.lineno}: absolute path {node.value!r}")
     return found
 
 

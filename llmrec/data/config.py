@@ -7,50 +7,64 @@ from typing import Literal
 
 from llmrec.config import require
 
+OWN_COLUMNS = ("raw_id", "title", "train_count", "image_path")
+"""Columns of items.parquet that text columns must not be named like."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleMarketConfig:
     """The built-in world whose true next-item probabilities are known."""
 
     num_users: int = 2000
-    """Users drawn."""
+    """Users drawn; every one has 2, 3 or 4 interests."""
 
     num_items: int = 600
     """Items, spread evenly over the interests."""
 
     num_interests: int = 24
-    """Kinds of things (a noun each); at most 24."""
+    """Kinds of things, a noun each; 4 to 24."""
 
-    mean_length: float = 14.0
-    """Mean interactions per user; lengths lie in 5..24."""
+    max_length: int = 20
+    """Most interactions of a user; lengths are uniform in 5 to this."""
 
     stay_rate: float = 0.75
     """Probability of staying in the current interest at each step."""
 
-    colour_affinity: float = 8.0
-    """Items of the previous item's colour are 1 + this times as likely."""
+    colour_affinity: float = 6.0
+    """Items of the previous item's colour are 1 + this times as likely as others."""
+
+    popularity_exponent: float = 1.0
+    """Weight of the r-th most popular item of an interest is r to the power of minus this."""
 
     cold_rate: float = 0.05
     """Share of items that become available only in the last week."""
 
     def __post_init__(self) -> None:
-        require(
-            4 <= self.num_interests <= 24,
-            f"prepare_data.market.num_interests must lie in 4..24, got {self.num_interests}",
+        def check(name: str, condition: bool, expected: str) -> None:
+            require(condition, f"prepare_data.market.{name} must {expected}, got {getattr(self, name)}")
+
+        check("num_users", self.num_users >= 1, "be >= 1")
+        check("num_interests", 4 <= self.num_interests <= 24, "lie in 4..24")
+        most = 144 * self.num_interests
+        check("num_items", self.num_items <= most, f"be at most 144 per interest ({most})")
+        check("stay_rate", 0 < self.stay_rate < 1, "lie between 0 and 1")
+        check("cold_rate", 0 <= self.cold_rate <= 0.5, "lie in [0, 0.5]")
+        check("colour_affinity", self.colour_affinity >= 0, "be >= 0")
+        check("popularity_exponent", self.popularity_exponent >= 0, "be >= 0")
+        # An interest must never run out of items, or the true probabilities would not be exact.
+        least = self.num_items // self.num_interests - -(-self.num_cold // self.num_interests)
+        check("max_length", self.max_length >= 5, "be >= 5")
+        check(
+            "max_length",
+            self.max_length <= least,
+            f"be at most {least}, the items of the smallest interest that are not cold "
+            "(fewer interests or more items allow more)",
         )
-        require(
-            self.num_items >= 8 * self.num_interests,
-            "prepare_data.market.num_items must be at least 8 per interest "
-            f"({8 * self.num_interests}), got {self.num_items}",
-        )
-        require(self.num_users >= 1, f"prepare_data.market.num_users must be >= 1, got {self.num_users}")
-        for name in ("stay_rate", "cold_rate"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"prepare_data.market.{name} must lie in [0, 1), got {value}")
-        require(
-            5 <= self.mean_length <= 24,
-            f"prepare_data.market.mean_length must lie in 5..24, got {self.mean_length}",
-        )
+
+    @property
+    def num_cold(self) -> int:
+        """Items that become available only in the last week."""
+        return round(self.cold_rate * self.num_items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +76,10 @@ class PrepareDataConfig:
     `user item item ...`, oldest item first."""
 
     interactions: str | None = None
-    """File of interactions (source=table: .csv or .parquet; source=sequences: text)."""
+    """File of interactions (source=table: .csv, .tsv or .parquet; source=sequences: text)."""
 
     items: str | None = None
-    """File of items, .csv or .parquet; none: items are known by their id alone."""
+    """File of items, .csv, .tsv or .parquet; none: items are known by their id alone."""
 
     user_column: str = "user_id"
     """Column of the user in the interactions file."""
@@ -74,28 +88,29 @@ class PrepareDataConfig:
     """Column of the item, in both files."""
 
     timestamp_column: str = "timestamp"
-    """Column of the time in the interactions file; integers or decimal numbers."""
+    """Column of the time in the interactions file; whole or decimal numbers, such as Unix seconds."""
 
     rating_column: str | None = None
-    """Column of the rating, if min_rating is used."""
-
-    title_column: str = "title"
-    """Column of the title in the items file; missing titles become ''."""
-
-    text_columns: tuple[str, ...] = ()
-    """Further text columns of the items file to keep, such as brand, categories."""
-
-    image_column: str | None = None
-    """Column of the picture's path in the items file, relative to that file's folder."""
+    """Column of the rating; goes with min_rating."""
 
     min_rating: float | None = None
     """Drop interactions with a lower rating; none: keep all."""
 
-    k_core: int = 5
-    """Drop users and items with fewer interactions, again and again until none is left; 0: keep all."""
+    title_column: str | None = "title"
+    """Column of the title in the items file; none: it has no titles."""
+
+    text_columns: tuple[str, ...] = ()
+    """Further text columns of the items file to keep, such as brand,categories."""
+
+    image_column: str | None = None
+    """Column of the picture's path in the items file, relative to that file's folder; none: no pictures."""
 
     unknown_items: Literal["error", "drop"] = "error"
     """Interactions with an item that the items file lacks: refuse, or drop and count."""
+
+    k_core: int | None = None
+    """Drop users and items with fewer interactions, again and again until none is left; 0: keep all;
+    none: 5 for tables, 0 for sequences."""
 
     split: Literal["leave_one_out", "global_time"] = "leave_one_out"
     """leave_one_out: last item of a user is test, the one before valid; global_time: two points in
@@ -105,49 +120,68 @@ class PrepareDataConfig:
     """global_time: share of interactions between the two points in time."""
 
     test_rate: float = 0.1
-    """global_time: share of interactions after the second point."""
+    """global_time: share of interactions after the second point in time."""
 
     ties: Literal["file", "shuffle"] = "file"
     """Order of a user's interactions with equal timestamps: as in the file, or shuffled."""
 
     seed: int = 0
-    """Seed of the sample market and of shuffled ties."""
+    """Seed of the sample market, or of shuffled ties."""
 
     market: SampleMarketConfig = field(default_factory=SampleMarketConfig)
 
     def __post_init__(self) -> None:
-        for name in ("valid_rate", "test_rate"):
-            value = getattr(self, name)
-            require(0 < value < 0.5, f"prepare_data.{name} must lie between 0 and 0.5, got {value}")
-        require(self.k_core >= 0, f"prepare_data.k_core must be >= 0, got {self.k_core}")
-        require(
-            (self.rating_column is None) == (self.min_rating is None),
-            "prepare_data.rating_column and prepare_data.min_rating go together, got "
-            f"{self.rating_column!r} and {self.min_rating}",
-        )
+        self._check_values()
         if self.source == "sample_market":
-            self._refuse(
-                set(self.__dataclass_fields__) - {"source", "seed", "market"}, "source='sample_market'"
-            )
+            unused = set(self.__dataclass_fields__) - {"source", "seed", "market"}
+            self._refuse(unused, "source='sample_market'")
             return
         require(
             self.interactions is not None,
-            f"prepare_data.source={self.source!r} needs prepare_data.interactions, the path of a file",
+            f"prepare_data.interactions must be the path of a file with source={self.source!r}, got none",
         )
         self._refuse({"market"}, f"source={self.source!r}")
         if self.source == "sequences":
-            self._refuse(
-                {"user_column", "timestamp_column", "rating_column", "ties"},
-                "source='sequences', whose lines hold users and items in order and nothing else",
-            )
-            require(
-                self.split == "leave_one_out",
-                "prepare_data.split='global_time' needs timestamps, which source='sequences' lacks",
-            )
+            lacks = {"user_column", "timestamp_column", "rating_column", "min_rating", "ties", "split"}
+            self._refuse(lacks, "source='sequences', whose lines hold no times, ratings or column names")
         if self.items is None:
-            self._refuse({"title_column", "text_columns", "image_column", "unknown_items"}, "no items file")
+            about_items = {"title_column", "text_columns", "image_column", "unknown_items"}
+            if self.source == "sequences":
+                about_items.add("item_column")
+            self._refuse(about_items, "no items file")
         if self.split == "leave_one_out":
             self._refuse({"valid_rate", "test_rate"}, "split='leave_one_out'")
+        if self.ties == "file":
+            self._refuse({"seed"}, "ties='file'")
+
+    @property
+    def least_interactions(self) -> int:
+        """k of the k-core filter; 0 if there is none."""
+        if self.k_core is None:
+            return 5 if self.source == "table" else 0
+        return self.k_core
+
+    def _check_values(self) -> None:
+        for name in ("valid_rate", "test_rate"):
+            value = getattr(self, name)
+            require(0 < value < 0.5, f"prepare_data.{name} must lie between 0 and 0.5, got {value}")
+        require(
+            self.k_core is None or self.k_core >= 0, f"prepare_data.k_core must be >= 0, got {self.k_core}"
+        )
+        require(self.seed >= 0, f"prepare_data.seed must be >= 0, got {self.seed}")
+        require(
+            (self.rating_column is None) == (self.min_rating is None),
+            "prepare_data.rating_column and prepare_data.min_rating must be given together, got "
+            f"{self.rating_column!r} and {self.min_rating}",
+        )
+        for name in self.text_columns:
+            require(
+                name not in OWN_COLUMNS
+                and name not in (self.title_column, self.image_column)
+                and self.text_columns.count(name) == 1,
+                "prepare_data.text_columns must be columns besides title and picture, each once and none "
+                f"named {', '.join(OWN_COLUMNS)}; got {','.join(self.text_columns)}",
+            )
 
     def _refuse(self, names: set[str], reason: str) -> None:
         """Settings that cannot take effect are an error."""
@@ -156,5 +190,6 @@ class PrepareDataConfig:
             default = SampleMarketConfig() if name == "market" else spec.default
             require(
                 getattr(self, name) == default,
-                f"prepare_data.{name} has no effect with {reason}; leave it out",
+                f"prepare_data.{name} must be left out with {reason}, where it has no effect; "
+                f"got {getattr(self, name)!r}",
             )

@@ -1,8 +1,14 @@
-"""Readers of interactions and items: CSV, parquet, and lines of item ids. No pandas, no Python loop."""
+"""Readers of interactions: CSV, parquet, and lines of item ids. No pandas, no loop over rows.
+
+Rows in messages are those a person sees: row 1 of a CSV file is its header, blank lines count. Parquet
+files have no header, so there row 1 is the first row of data.
+"""
 
 from __future__ import annotations
 
+import csv
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,94 +20,58 @@ import pyarrow.parquet as pq
 
 from llmrec.errors import DataError
 
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+NO_ID = ("", "nan", "null", "none")
+"""Ids that are a missing value, in any case of letters."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """Interactions as read, one entry a row, all arrays of one length."""
+    """Interactions as read, in file order. Users and items are numbers in the order of raw ids."""
 
     user: np.ndarray
-    """Raw user ids, str objects"""
+    """int64 (n,), index into users"""
     item: np.ndarray
-    """Raw item ids, str objects"""
+    """int64 (n,), index into items"""
     timestamp: np.ndarray
-    """int64; the position in the user's line where the source has no time"""
+    """int64 (n,); the position in the user's line where the source has no time"""
     rating: np.ndarray | None = None
-    """float64, if asked for"""
-    row: np.ndarray
-    """Row in the file as a person counts them, from 1, header included"""
+    """float64 (n,), if asked for"""
+    users: np.ndarray
+    """Distinct raw user ids, str objects"""
+    items: np.ndarray
+    """Distinct raw item ids, str objects"""
+    place: Callable[[int], str]
+    """File and row of the n-th interaction, for messages"""
 
     def __len__(self) -> int:
         return len(self.user)
-
-    def take(self, index: np.ndarray) -> Log:
-        """The chosen rows, in that order."""
-        rating = None if self.rating is None else self.rating[index]
-        return Log(
-            user=self.user[index],
-            item=self.item[index],
-            timestamp=self.timestamp[index],
-            rating=rating,
-            row=self.row[index],
-        )
-
-
-def read_table(path: Path) -> pa.Table:
-    """A CSV (all columns as text) or parquet file.
-
-    Raises:
-        DataError: missing, empty, not UTF-8, or rows with a wrong number of columns.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        if path.suffix == ".parquet":
-            table = pq.read_table(path)
-        else:
-            table = _read_csv(path)
-    except pa.ArrowInvalid as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} cannot be read as {path.suffix or 'CSV'}: {reason}") from None
-    if table.num_rows == 0:
-        raise DataError(f"{path} has no rows below its header")
-    return table
-
-
-def _read_csv(path: Path) -> pa.Table:
-    with path.open("rb") as handle:
-        if not handle.read(1):
-            raise DataError(f"{path} is empty; expected a header line with column names")
-    names = pacsv.open_csv(path).schema.names
-    return pacsv.read_csv(
-        path,
-        parse_options=pacsv.ParseOptions(newlines_in_values=True),
-        convert_options=pacsv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
-        ),
-    )
 
 
 def read_log(path: Path, *, user: str, item: str, timestamp: str, rating: str | None = None) -> Log:
     """Interactions from a table; user, item, timestamp and rating are names of columns.
 
+    Times with decimals are kept in millionths, so that their order survives.
+
     Raises:
         DataError: a column is missing, an id is empty, a time or rating is not a number.
     """
-    table = read_table(path)
-    users, items = (text_column(table, path, name, required=True) for name in (user, item))
-    times = _numbers(table, path, timestamp)
-    if np.any(times != np.floor(times)) or np.abs(times).max() > 2**53:
-        times = np.round(times * 1e6)  # fractions of seconds: microseconds keep their order
+    table = read_table(path, [name for name in (user, item, timestamp, rating) if name is not None])
+    users, user_number = numbered(id_column(table, path, user))
+    items, item_number = numbered(id_column(table, path, item))
     return Log(
-        user=users,
-        item=items,
-        timestamp=times.astype(np.int64),
-        rating=None if rating is None else _numbers(table, path, rating),
-        row=np.arange(2, table.num_rows + 2),
+        user=user_number,
+        item=item_number,
+        timestamp=_times(table, path, timestamp),
+        rating=None if rating is None else _decimals(table, path, rating),
+        users=users,
+        items=items,
+        place=lambda index: f"{path}, row {file_row(path, index)}",
     )
 
 
 def read_sequences(path: Path) -> Log:
-    """Interactions from lines ``user item item ...``, oldest first; rows are line numbers.
+    """Interactions from lines ``user item item ...``, oldest first; blank lines are skipped.
 
     Raises:
         DataError: missing or empty file, a line without items, a user with two lines.
@@ -109,66 +79,259 @@ def read_sequences(path: Path) -> Log:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    lines = [(number, line) for number, line in enumerate(lines, start=1) if line]
-    if not lines:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
+    words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(pa.array(lines, pa.string())))
+    filled = np.flatnonzero([bool(line.strip()) for line in lines])
+    if not len(filled):
         raise DataError(f"{path} is empty; expected lines `user item item ...`")
-    first_line: dict[str, int] = {}
-    for number, line in lines:
-        if len(line) == 1:
-            raise DataError(f"{path}, line {number}: user {line[0]!r} has no items; delete the line")
-        if line[0] in first_line:
-            raise DataError(
-                f"{path}, line {number}: user {line[0]!r} already stands in line {first_line[line[0]]}; "
-                "put all items of a user in one line"
-            )
-        first_line[line[0]] = number
-    length = np.array([len(line) - 1 for _, line in lines])
+    words = words.take(pa.array(filled))
+    length = pc.list_value_length(words).to_numpy() - 1
+    users, user = numbered(pc.list_element(words, 0))
+    if (length == 0).any():
+        place = int(np.argmin(length))
+        raise DataError(
+            f"{path}, row {filled[place] + 1}: user {users[user[place]]!r} has no items; expected "
+            "`user item item ...`, so delete the line"
+        )
+    if (np.bincount(user) > 1).any():
+        twice = int(np.argmax(np.bincount(user) > 1))
+        first, second = filled[np.flatnonzero(user == twice)[:2]] + 1
+        raise DataError(
+            f"{path}, row {second}: user {users[twice]!r} already stands in row {first}; put all items of "
+            "a user in one line"
+        )
+    start = np.cumsum(length) - length
+    is_item = np.ones(length.sum() + len(length), dtype=bool)
+    is_item[start + np.arange(len(length))] = False
+    items, item = numbered(pc.list_flatten(words).filter(pa.array(is_item)))
+    row = np.repeat(filled + 1, length)
     return Log(
-        user=np.repeat(np.array([line[0] for _, line in lines], dtype=object), length),
-        item=np.array([word for _, line in lines for word in line[1:]], dtype=object),
-        timestamp=np.concatenate([np.arange(size) for size in length]),
-        row=np.repeat([number for number, _ in lines], length),
+        user=np.repeat(user, length),
+        item=item,
+        timestamp=np.arange(len(item)) - np.repeat(start, length),
+        users=users,
+        items=items,
+        place=lambda index: f"{path}, row {row[index]}",
     )
 
 
-def text_column(table: pa.Table, path: Path, name: str, *, required: bool = False) -> np.ndarray:
-    """A column as str objects, '' for null; with `required`, an empty entry is an error."""
-    column = pc.fill_null(pc.cast(_column(table, path, name), pa.string()), "")
-    values = pc.utf8_trim_whitespace(column).to_numpy(zero_copy_only=False)
-    if required and (empty := np.flatnonzero(values == "")).size:
-        raise DataError(f"{path}, row {empty[0] + 2}, column {name!r}: empty, expected an id")
-    return values
+def read_table(path: Path, columns: list[str]) -> pa.Table:
+    """Some columns of a CSV (all as text) or parquet file.
 
-
-def _numbers(table: pa.Table, path: Path, name: str) -> np.ndarray:
-    """A column as float64; anything that is not a finite number is an error with its row."""
-    column = _column(table, path, name)
-    if pa.types.is_timestamp(column.type):
-        column = pc.cast(pc.cast(column, pa.timestamp("s"), safe=False), pa.int64())
+    Raises:
+        DataError: missing or empty file, a missing column, not UTF-8, rows of a wrong length.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    suffix = path.suffix.lower()
     try:
-        values = pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False)
-    except pa.ArrowInvalid:
-        values = np.full(len(column), np.nan)
-        for place, text in enumerate(column.to_pylist()):
-            try:
-                values[place] = float(text)
-            except (TypeError, ValueError):
-                break
-    if (bad := np.flatnonzero(~np.isfinite(values))).size:
-        got = column[int(bad[0])].as_py()
-        raise DataError(f"{path}, row {bad[0] + 2}, column {name!r}: {got!r} is not a number")
+        if suffix == ".parquet":
+            _check_columns(path, pq.read_schema(path).names, columns)
+            table = pq.read_table(path, columns=list(dict.fromkeys(columns)))
+        elif suffix in DELIMITERS:
+            table = _read_csv(path, columns)
+        else:
+            raise DataError(f"{path}: unknown kind of file, expected .csv, .tsv or .parquet")
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} cannot be read as {suffix[1:]}: {reason}") from None
+    if table.num_rows == 0:
+        raise DataError(f"{path} has no rows of data; expected at least one")
+    return table
+
+
+def _read_csv(path: Path, columns: list[str]) -> pa.Table:
+    delimiter = DELIMITERS[path.suffix.lower()]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            names = next((row for row in csv.reader(handle, delimiter=delimiter) if row), [])
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
+    except csv.Error as error:
+        raise DataError(f"{path}, row 1: {error}") from None
+    if not names:
+        raise DataError(f"{path} is empty; expected a header line with column names")
+    _check_columns(path, names, columns)
+    try:
+        return pacsv.read_csv(
+            path,
+            parse_options=pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=pacsv.ConvertOptions(
+                column_types=dict.fromkeys(columns, pa.string()),
+                include_columns=list(dict.fromkeys(columns)),
+                strings_can_be_null=False,
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        raise _why_unreadable(path, delimiter, str(error)) from None
+
+
+def _why_unreadable(path: Path, delimiter: str, reason: str) -> DataError:
+    """Read the file again, slowly, for the row that pyarrow does not name."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            reader = csv.reader(handle, delimiter=delimiter)
+            width, number = None, 0
+            for number, row in enumerate(reader, start=1):
+                if row and width is not None and len(row) != width:
+                    return DataError(
+                        f"{path}, row {number}: {len(row)} columns, expected {width} as in the header; "
+                        f'put "quotes" around values that hold a {delimiter!r}'
+                    )
+                width = width or len(row) or None
+    except UnicodeDecodeError:
+        return _not_utf8(path)
+    except csv.Error as error:
+        return DataError(f"{path}, row {number + 1}: {error}")
+    if number <= 1:
+        return DataError(f"{path} has no rows of data; expected at least one")
+    return DataError(f"{path} cannot be read as {path.suffix[1:]}: {reason.splitlines()[0]}")
+
+
+def _not_utf8(path: Path) -> DataError:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return DataError(
+                f"{path}, row {number}: byte {line[error.start]:#04x} is not UTF-8 text; save the file as "
+                "UTF-8"
+            )
+    raise AssertionError("called for a file that is UTF-8")
+
+
+def file_row(path: Path, index: int) -> int:
+    """Row in the file, as a person counts them, of the row of data at this index."""
+    if path.suffix.lower() == ".parquet":
+        return index + 1
+    with path.open(encoding="utf-8-sig", newline="") as handle:
+        reader = csv.reader(handle, delimiter=DELIMITERS[path.suffix.lower()])
+        try:
+            filled = (number for number, row in enumerate(reader, start=1) if row)
+            return next(number for place, number in enumerate(filled, start=-1) if place == index)
+        except csv.Error:  # a text longer than the csv module takes; rare, and blank lines are too
+            return index + 2
+
+
+def id_column(table: pa.Table, path: Path, name: str) -> pa.ChunkedArray:
+    """A column of raw ids as text, exactly as given; a missing one is an error with its row."""
+    values = text_column(table, name)
+    missing = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(values)), pa.array(NO_ID)).to_numpy()
+    if missing.any():
+        index = int(np.argmax(missing))
+        got = repr(values[index].as_py()) if values[index].as_py() else "empty"
+        raise DataError(
+            f"{path}, row {file_row(path, index)}, column {name!r}: {got}, expected an id; delete the row or "
+            f"fill it in ({missing.sum()} such rows)"
+        )
     return values
 
 
-def _column(table: pa.Table, path: Path, name: str) -> pa.ChunkedArray:
-    if name not in table.column_names:
-        close = difflib.get_close_matches(name, table.column_names, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+def text_column(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column as text, '' for null; whole numbers as people write them."""
+    values = table[name]
+    if pa.types.is_floating(values.type):
+        whole = pc.all(pc.equal(pc.floor(values), values), min_count=0).as_py()
+        values = pc.if_else(pc.is_finite(values), values, None)
+        values = pc.cast(values, pa.int64()) if whole and _fits_int64(values) else values
+    return pc.fill_null(pc.cast(values, pa.string()), "")
+
+
+def numbered(values: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct texts in order, and the index of each value among them.
+
+    The order is that of numbers if all are whole numbers, else that of characters; it does not depend on
+    the order of the values.
+    """
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    encoded = values.dictionary_encode()
+    order = pc.array_sort_indices(encoded.dictionary).to_numpy()
+    names = encoded.dictionary.to_numpy(zero_copy_only=False)
+    if pc.all(pc.match_substring_regex(encoded.dictionary, r"^-?[0-9]+$")).as_py():
+        order = np.array(sorted(order, key=lambda place: int(names[place])), dtype=np.int64)
+    place = np.empty(len(names), dtype=np.int64)
+    place[order] = np.arange(len(names))
+    return names[order], place[encoded.indices.to_numpy()]
+
+
+def _times(table: pa.Table, path: Path, name: str) -> np.ndarray:
+    """A column as int64 times; parquet dates and timestamps as Unix seconds, or millionths of them."""
+    column = table[name]
+    if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
+        column = pc.cast(pc.cast(column, pa.timestamp("us"), safe=False), pa.int64())
+        seconds = pc.divide(column, 1_000_000)
+        if pc.all(pc.equal(pc.multiply(seconds, 1_000_000), column)).as_py():
+            column = seconds
+    if pa.types.is_string(column.type):
+        column = pc.utf8_trim_whitespace(column)
+    if column.null_count == 0 and not pa.types.is_floating(column.type):
+        try:
+            return pc.cast(column, pa.int64()).to_numpy()
+        except pa.ArrowInvalid:
+            pass  # decimal numbers, or no numbers at all
+    values = _decimals(table, path, name)
+    if not np.array_equal(values, np.floor(values)):
+        values = np.round(values * 1e6)
+    if (large := np.abs(values) >= 2**63).any():
+        index = int(np.argmax(large))
         raise DataError(
-            f"{path} has no column {name!r}; {hint}it has: {', '.join(table.column_names)}. Column names "
-            "are settings of prepare_data, such as user_column"
+            f"{path}, row {file_row(path, index)}, column {name!r}: {table[name][index].as_py()} is too "
+            "large for a time; expected Unix seconds or milliseconds"
         )
-    return table[name]
+    return values.astype(np.int64)
+
+
+def _decimals(table: pa.Table, path: Path, name: str) -> np.ndarray:
+    """A column as float64; anything that is not a finite number is an error with its row."""
+    column = table[name]
+    if pa.types.is_string(column.type):
+        column = pc.utf8_trim_whitespace(column)
+    try:
+        values = pc.cast(column, pa.float64(), safe=False).to_numpy()
+        bad = np.flatnonzero(~np.isfinite(values))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        bad = [_first_that_fails(column)]
+    if len(bad):
+        index = int(bad[0])
+        got = table[name][index].as_py()
+        raise DataError(
+            f"{path}, row {file_row(path, index)}, column {name!r}: {got!r} is not a number; expected one "
+            "such as 1318896000 or 4.5"
+        )
+    return values
+
+
+def _first_that_fails(column: pa.ChunkedArray) -> int:
+    """Index of the first value that cannot be cast to float64, by halving."""
+    low, high = 0, len(column)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            pc.cast(column.slice(low, middle - low), pa.float64())
+            low = middle
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            high = middle
+    return low
+
+
+def _fits_int64(values: pa.ChunkedArray) -> bool:
+    most = pc.max(pc.abs(values)).as_py()
+    return most is not None and most < 2**53
+
+
+def _check_columns(path: Path, names: list[str], wanted: list[str]) -> None:
+    for name in wanted:
+        if names.count(name) > 1:
+            raise DataError(f"{path} has {names.count(name)} columns named {name!r}; rename all but one")
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+                hint = f"columns must be separated by {DELIMITERS.get(path.suffix.lower())!r}. "
+            raise DataError(
+                f"{path} has no column {name!r}; {hint}It has: {', '.join(names)}. Name it with "
+                "prepare_data.user_column, item_column, timestamp_column, title_column and so on"
+            )

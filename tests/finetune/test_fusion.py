@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_packing import full_scores, gradients, random_users
-from tiny import WIDTH, model
+from tiny_mme_sid import WIDTH, model
 
 from llmrec.finetune.fusion import EqualWeights, FrequencyGate
 from llmrec.finetune.packing import group_rows, pack

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PROMPT, model
+from tiny_mme_sid import PROMPT, model
 from worlds import interactions
 
 from llmrec.artifacts import Targets

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import vectors
+from tiny_mme_sid import vectors
 from worlds import cycle, interactions
 
 from llmrec import pipeline
@@ -257,9 +257,10 @@ def test_two_processes_train_the_same_model_as_one(tmp_path):
     for world in (1, 2):
         script = tmp_path / f"run{world}.py"
         script.write_text(SCRIPT.format(paths=paths, out=str(tmp_path / f"out{world}")))
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(world)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
         subprocess.run([*command, str(script)], check=True, capture_output=True)
         loaded.append(pipeline.load(Adapter, tmp_path / f"out{world}"))
+        assert pipeline.manifest_of(loaded[-1])["processes"] == world
     one, two = map(weights, loaded)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)

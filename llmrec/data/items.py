@@ -1,0 +1,94 @@
+"""The items file: titles, other texts and pictures by raw item id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llmrec.data.config import PrepareDataConfig
+from llmrec.data.sources import Log, file_row, id_column, read_table, text_column
+from llmrec.errors import DataError
+
+
+class ItemFile:
+    """What an items file says; nothing at all where there is no such file.
+
+    Raises:
+        DataError: missing columns, an empty id, two rows for one item.
+    """
+
+    def __init__(self, config: PrepareDataConfig) -> None:
+        self.path = Path(config.items) if config.items is not None else None
+        self.title, self.texts, self.image = config.title_column, config.text_columns, config.image_column
+        self.columns: dict[str, pa.ChunkedArray] = {}
+        if self.path is None:
+            return
+        optional = [name for name in (self.title, *self.texts, self.image) if name is not None]
+        table = read_table(self.path, [config.item_column, *optional])
+        self.ids = id_column(table, self.path, config.item_column).combine_chunks()
+        self.columns = {name: text_column(table, name) for name in optional}
+        self._refuse_second_rows(config.item_column)
+
+    @property
+    def root(self) -> Path | None:
+        """Folder that picture paths are relative to."""
+        return None if self.path is None or self.image is None else self.path.resolve().parent
+
+    def knows(self, log: Log, what: str) -> np.ndarray:
+        """Which interactions have an item of this file; bool (n,).
+
+        Args:
+            log: the interactions.
+            what: 'error' to refuse unknown items, 'drop' to let them pass as False.
+        """
+        if self.path is None:
+            return np.ones(len(log), dtype=bool)
+        known = pc.is_in(pa.array(log.items, pa.string()), self.ids).to_numpy(zero_copy_only=False)[log.item]
+        if what == "error" and not known.all():
+            index = int(np.argmin(known))
+            raise DataError(
+                f"{log.place(index)}: item {log.items[log.item[index]]!r} is not in {self.path} "
+                f"({(~known).sum()} such interactions). Add it there, or set prepare_data.unknown_items=drop"
+            )
+        return known
+
+    def table(self, raw_ids: np.ndarray) -> tuple[pa.Table, dict[str, int]]:
+        """Columns raw_id, title, further texts and image_path in the order of raw_ids; and counts."""
+        names = pa.array(raw_ids, pa.string())
+        empty = pa.repeat(pa.scalar(""), len(names))
+        columns: dict[str, Any] = {"raw_id": names, "title": empty}
+        counts = {}
+        if self.path is None:
+            return pa.table(columns | {"image_path": pa.nulls(len(names), pa.string())}), counts
+        place = pc.index_in(names, self.ids)
+        taken = {name: column.take(place) for name, column in self.columns.items()}
+        if self.title is not None:
+            columns["title"] = pc.utf8_trim_whitespace(taken[self.title])
+            counts["items_without_title"] = pc.sum(pc.equal(columns["title"], "")).as_py()
+        columns |= {name: taken[name] for name in self.texts}
+        images = [None] * len(names)
+        if self.image is not None:
+            given = [name.strip() for name in taken[self.image].to_pylist()]
+            images = [name if name and (self.root / name).is_file() else None for name in given]
+            counts["items_without_picture_path"] = given.count("")
+            counts["missing_picture_files"] = images.count(None) - given.count("")
+        counts["items_without_interactions"] = len(self.ids) - len(names)
+        return pa.table(columns | {"image_path": pa.array(images, pa.string())}), counts
+
+    def _refuse_second_rows(self, column: str) -> None:
+        encoded = self.ids.dictionary_encode().indices.to_numpy()
+        count = np.bincount(encoded)
+        if (count > 1).any():
+            second = np.ones(len(encoded), dtype=bool)
+            second[np.unique(encoded, return_index=True)[1]] = False
+            index = int(np.argmax(second))
+            first = int(np.argmax(encoded == encoded[index]))
+            raise DataError(
+                f"{self.path}, row {file_row(self.path, index)}, column {column!r}: item "
+                f"{self.ids[index].as_py()!r} already stands in row {file_row(self.path, first)}; keep one "
+                f"row per item ({second.sum()} rows too many)"
+            )

@@ -1,0 +1,76 @@
+"""What a reader of results must know about the data: counts, lengths, ties, leaks."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from llmrec.artifacts import SPLIT_CODES
+from llmrec.data import ties
+
+logger = logging.getLogger("llmrec")
+
+
+def summarise(offset: np.ndarray, split: np.ndarray, train_count: np.ndarray) -> dict[str, Any]:
+    """Counts of what is left after filters.
+
+    Args:
+        offset: first row of each user, int64 (U + 1,).
+        split: split codes, int8 (n,).
+        train_count: train interactions of each item, int64 (N,), without the padding row.
+    """
+    length = np.diff(offset)
+    return {
+        "num_users": len(length),
+        "num_items": len(train_count),
+        "num_interactions": len(split),
+        "split_counts": {name: int((split == code).sum()) for name, code in SPLIT_CODES.items()},
+        "history_length": {
+            "min": int(length.min()),
+            "median": float(np.median(length)),
+            "mean": float(length.mean()),
+            "max": int(length.max()),
+        },
+        "items_never_trained": int((train_count == 0).sum()),
+    }
+
+
+def future_rate(timestamp: np.ndarray, split: np.ndarray) -> float:
+    """Share of train interactions later than the median test interaction."""
+    middle = np.median(timestamp[split == SPLIT_CODES["test"]])
+    return float((timestamp[split == SPLIT_CODES["train"]] > middle).mean())
+
+
+def warnings_of(summary: dict[str, Any]) -> list[str]:
+    """Sentences for the log and the report."""
+    found = []
+    if "ties" in summary and (sentence := ties.warning(summary["ties"])):
+        found.append(sentence)
+    if summary.get("train_after_test_rate"):
+        found.append(
+            "Leave-one-out lets a model train on the future of other users: "
+            f"{summary['train_after_test_rate']:.1%} of train interactions are later than the median test "
+            "interaction. prepare_data.split=global_time does not."
+        )
+    if summary.get("items_without_title"):
+        found.append(f"{summary['items_without_title']} of {summary['num_items']} items have no title.")
+    if lost := summary.get("missing_picture_files"):
+        found.append(f"The pictures of {lost} of {summary['num_items']} items are named but do not exist.")
+    if lost := summary.get("items_without_picture_path"):
+        found.append(f"{lost} of {summary['num_items']} items name no picture.")
+    return found
+
+
+def log_summary(summary: dict[str, Any]) -> None:
+    """One line of counts, one per warning."""
+    logger.info(
+        "prepare_data: %d users, %d items, %d interactions (%s)",
+        summary["num_users"],
+        summary["num_items"],
+        summary["num_interactions"],
+        ", ".join(f"{count} {name}" for name, count in summary["split_counts"].items() if count),
+    )
+    for sentence in summary["warnings"]:
+        logger.warning("prepare_data: %s", sentence)

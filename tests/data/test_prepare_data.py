@@ -1,0 +1,280 @@
+"""prepare_data on small tables written by hand: every documented outcome, in numbers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llmrec.artifacts import Interactions
+from llmrec.data.config import PrepareDataConfig
+from llmrec.data.prepare import prepare_data
+
+SMALL = "user_id,item_id,timestamp\nann,9,3\nann,10,1\nann,8,2\nbob,10,5\nbob,9,4\nbob,7,6\n"
+
+
+def prepare(folder: Path, interactions: str, items: str | None = None, **settings) -> Interactions:
+    (folder / "log.csv").write_text(interactions)
+    if items is not None:
+        (folder / "items.csv").write_text(items)
+        settings["items"] = str(folder / "items.csv")
+    chosen = {"k_core": 0} | settings
+    return prepare_data(PrepareDataConfig(source="table", interactions=str(folder / "log.csv"), **chosen))
+
+
+def histories(data: Interactions) -> dict[str, list[str]]:
+    """Raw items of every raw user, in order."""
+    raw = np.array(["", *data.raw_ids])
+    return {
+        user: raw[data.item[data.offset[place] : data.offset[place + 1]]].tolist()
+        for place, user in enumerate(data.user_raw_ids)
+    }
+
+
+def same(one: Interactions, other: Interactions) -> bool:
+    arrays = ("offset", "item", "timestamp", "split")
+    return (
+        one.user_raw_ids == other.user_raw_ids
+        and one.items.equals(other.items)
+        and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
+    )
+
+
+def test_users_are_ordered_in_time_and_split_from_the_end(tmp_path):
+    data = prepare(tmp_path, SMALL)
+    assert histories(data) == {"ann": ["10", "8", "9"], "bob": ["9", "10", "7"]}
+    assert data.split.tolist() == [0, 1, 2, 0, 1, 2]
+    assert data.summary["split_counts"] == {"train": 2, "valid": 2, "test": 2, "context": 0}
+
+
+def test_whole_number_ids_are_ordered_as_numbers_and_others_as_text(tmp_path):
+    assert prepare(tmp_path, SMALL).raw_ids == ["7", "8", "9", "10"]
+    assert prepare(tmp_path, SMALL.replace(",7,", ",7b,")).raw_ids == ["10", "7b", "8", "9"]
+
+
+def test_raw_ids_stay_as_they_are_written(tmp_path):
+    data = prepare(tmp_path, SMALL.replace("ann,9", "ann,09").replace(",7,", ",007,"))
+    assert data.raw_ids == ["007", "8", "09", "9", "10"]
+
+
+def test_the_order_of_rows_changes_nothing_when_times_differ(tmp_path):
+    rng = random.Random(0)
+    rows = [
+        f"u{user},{item},{1000 * user + time}"
+        for user in range(30)
+        for time, item in enumerate(rng.sample(range(40), rng.randint(3, 12)))
+    ]
+    expected = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]), k_core=3)
+    for _ in range(3):
+        rng.shuffle(rows)
+        again = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]), k_core=3)
+        assert same(expected, again)
+
+
+def test_train_counts_know_nothing_of_valid_and_test_targets(tmp_path):
+    header, *rows = SMALL.splitlines()
+    longer = [*rows, "ann,7,20", "ann,8,21", "bob,8,20", "bob,9,21"]
+    swapped = [*rows, "ann,8,20", "ann,7,21", "bob,9,20", "bob,8,21"]
+    one, other = (prepare(tmp_path, "\n".join([header, *chosen])) for chosen in (longer, swapped))
+    assert not np.array_equal(one.item, other.item)
+    assert one.items.equals(other.items)
+    assert dict(zip(one.raw_ids, one.train_count[1:].tolist())) == {"7": 1, "8": 1, "9": 2, "10": 2}
+
+
+def test_exact_duplicates_go_and_repeats_at_other_times_stay(tmp_path):
+    data = prepare(tmp_path, SMALL + "ann,9,3\nann,9,3\nann,9,7\n")
+    assert histories(data)["ann"] == ["10", "8", "9", "9"]
+    assert data.summary["dropped"]["duplicate"] == 2
+    assert data.summary["read"]["interactions"] == 9
+
+
+def test_ratings_below_the_minimum_go_and_a_good_copy_of_a_bad_row_stays(tmp_path):
+    rows = ["a,1,1,5", "a,2,2,3.5", "a,3,3,4", "a,4,4,4", "a,5,5,1", "a,5,5,4.5"]
+    text = "\n".join(["user_id,item_id,timestamp,stars", *rows])
+    data = prepare(tmp_path, text, rating_column="stars", min_rating=4)
+    assert histories(data) == {"a": ["1", "3", "4", "5"]}
+    assert data.summary["dropped"]["low_rating"] == 2
+
+
+def test_ties_stay_in_file_order_and_are_measured(tmp_path, caplog):
+    rows = [f"u{user},{item},{item // 3}" for user in range(4) for item in (1, 2, 3, 4, 5)]
+    data = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]))
+    assert histories(data)["u0"] == ["1", "2", "3", "4", "5"]
+    figures = data.summary["ties"]
+    assert figures["tied_pair_rate"] == 0.75
+    assert figures["ascending_rate"] == 1.0
+    assert figures["tied_last_pair_user_rate"] == 1.0
+    assert "75.0% of neighbouring interactions have equal timestamps, 100.0% of these" in caplog.text
+    assert any("ties=shuffle" in sentence for sentence in data.summary["warnings"])
+
+    rows = [f"u{user},{item},{item // 3}" for user in range(4) for item in (2, 1, 5, 4, 3)]
+    backwards = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]))
+    assert histories(backwards)["u0"] == ["2", "1", "5", "4", "3"]
+    assert any("descending" in sentence for sentence in backwards.summary["warnings"])
+
+
+def test_shuffled_ties_depend_on_the_seed_alone_and_keep_times_in_order(tmp_path):
+    rows = [f"u{user},{item},{item // 10}" for user in range(20) for item in range(20)]
+    text = "\n".join(["user_id,item_id,timestamp", *rows])
+    reverse = "\n".join(["user_id,item_id,timestamp", *rows[::-1]])
+    one = prepare(tmp_path, text, ties="shuffle", seed=1)
+    assert same(one, prepare(tmp_path, reverse, ties="shuffle", seed=1))
+    assert not same(one, prepare(tmp_path, text, ties="shuffle", seed=2))
+    assert (np.diff(one.timestamp.reshape(20, 20)) >= 0).all()
+    assert len({tuple(items[:10]) for items in histories(one).values()}) > 1
+    figures = one.summary["ties"]
+    assert figures["order"] == "shuffle"
+    assert figures["ascending_rate"] == 1.0
+    assert 0.35 < figures["ascending_rate_after_shuffle"] < 0.65
+
+
+def test_k_core_goes_on_until_nothing_changes(tmp_path):
+    # Item 4 has one row; without it user c has two; without c item 3 has two, then b has two, ...
+    rows = ["a,1,1", "a,2,2", "a,5,3", "b,1,1", "b,2,2", "b,5,3", "c,1,1", "c,2,2", "c,5,4", "c,3,3"]
+    rows += ["d,3,1", "d,4,2", "d,1,3"]
+    data = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]), k_core=3)
+    assert histories(data) == {"a": ["1", "2", "5"], "b": ["1", "2", "5"], "c": ["1", "2", "5"]}
+    assert data.summary["dropped"]["k_core"] == 4
+    assert data.summary["read"]["users"] == 4
+
+
+def test_items_bring_titles_texts_and_pictures(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "7.png").write_bytes(b"x")
+    items = (
+        "item_id,name,brand,image\n10,Ten,Acme,pictures/10.png\n9,,Acme,\n8,Eight,,\n"
+        '7,"Seven, ""best""",Zed,pictures/7.png\n99,Unused,,\n'
+    )
+    data = prepare(tmp_path, SMALL, items, title_column="name", text_columns=("brand",), image_column="image")
+    assert data.titles == ['Seven, "best"', "Eight", "", "Ten"]
+    assert data.items["brand"].to_pylist() == ["Zed", "", "Acme", "Acme"]
+    assert data.items["image_path"].to_pylist() == ["pictures/7.png", None, None, None]
+    assert data.image_file(1) == tmp_path / "pictures" / "7.png"
+    summary = data.summary
+    assert summary["items_without_title"] == 1
+    assert summary["missing_picture_files"] == 1
+    assert summary["items_without_picture_path"] == 2
+    assert summary["items_without_interactions"] == 1
+    assert "The pictures of 1 of 4 items are named but do not exist." in summary["warnings"]
+
+
+def test_an_items_file_may_have_no_titles(tmp_path):
+    data = prepare(tmp_path, SMALL, "item_id\n7\n8\n9\n10\n", title_column=None)
+    assert data.titles == [""] * 4
+    assert "items_without_title" not in data.summary
+
+
+def test_without_an_items_file_titles_are_empty(tmp_path):
+    data = prepare(tmp_path, SMALL)
+    assert data.titles == [""] * 4
+    assert data.image_root is None
+
+
+def test_interactions_with_unknown_items_can_be_dropped(tmp_path):
+    text = SMALL + "bob,404,9\nann,404,8\n"
+    data = prepare(tmp_path, text, "item_id,title\n7,a\n8,b\n9,c\n10,d\n", unknown_items="drop")
+    assert data.raw_ids == ["7", "8", "9", "10"]
+    assert data.summary["dropped"]["unknown_item"] == 2
+
+
+def test_blank_lines_byte_order_marks_and_tabs_are_read(tmp_path):
+    expected = prepare(tmp_path, SMALL)
+    (tmp_path / "other.tsv").write_text("\ufeff" + SMALL.replace(",", "\t").replace("\n", "\n\n"))
+    config = PrepareDataConfig(source="table", interactions=str(tmp_path / "other.tsv"), k_core=0)
+    assert same(prepare_data(config), expected)
+
+
+@pytest.mark.parametrize("kind", ["text", "whole", "float", "timestamp"])
+def test_parquet_gives_what_csv_gives(tmp_path, kind):
+    expected = prepare(tmp_path, SMALL)
+    times = pa.array([3, 1, 2, 5, 4, 6])
+    if kind == "timestamp":
+        times = times.cast(pa.timestamp("s"))
+    item = pa.array([9, 10, 8, 10, 9, 7])
+    item = {"text": item.cast(pa.large_string()), "float": item.cast(pa.float64())}.get(kind, item)
+    table = pa.table({"user_id": ["ann"] * 3 + ["bob"] * 3, "item_id": item, "timestamp": times})
+    pq.write_table(table, tmp_path / "log.parquet")
+    config = PrepareDataConfig(source="table", interactions=str(tmp_path / "log.parquet"), k_core=0)
+    assert same(prepare_data(config), expected)
+
+
+def test_nanoseconds_and_fractions_of_seconds_keep_their_order(tmp_path):
+    start = 1_700_000_000_000_000_000
+    rows = [f"u,{item},{start + 3 - item}" for item in range(4)]
+    data = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]))
+    assert histories(data)["u"] == ["3", "2", "1", "0"]
+    assert data.timestamp[0] == start
+    rows = [f"u,{item},1700000000.{3 - item}5" for item in range(4)]
+    data = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]))
+    assert histories(data)["u"] == ["3", "2", "1", "0"]
+
+
+def test_sequences_keep_their_order_and_need_no_filter(tmp_path):
+    (tmp_path / "log.txt").write_text("\n10 3 1 2\n2  5 3 5 1 \n\n")
+    config = PrepareDataConfig(source="sequences", interactions=str(tmp_path / "log.txt"))
+    data = prepare_data(config)
+    assert data.user_raw_ids == ["2", "10"]
+    assert histories(data) == {"2": ["5", "3", "5", "1"], "10": ["3", "1", "2"]}
+    assert data.timestamp.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert "ties" not in data.summary
+
+
+def test_a_global_time_split_counts_what_it_leaves_out(tmp_path):
+    rows = [
+        "a,1,0",
+        "a,2,10",
+        "a,3,60",
+        "a,4,65",
+        "a,5,80",
+        "a,6,90",
+    ]  # train x2, valid, context, test, after
+    rows += ["b,1,5", "b,2,15", "b,3,85"]  # train x2, no valid target, test
+    rows += ["c,1,61", "c,2,62"]  # context only
+    rows += ["d,1,81", "d,2,82"]  # no history before the test period
+    rows += ["e,1,1", "e,2,2", "e,3,3", "e,4,4", "e,5,5", "e,6,6", "e,7,7"]
+    text = "\n".join(["user_id,item_id,timestamp", *rows])
+    data = prepare(tmp_path, text, split="global_time", valid_rate=0.2, test_rate=0.25)
+    assert (data.summary["valid_from"], data.summary["test_from"]) == (60, 80)
+    assert histories(data)["a"] == ["1", "2", "3", "4", "5"]
+    assert data.split.tolist() == [0, 0, 1, 3, 2, 0, 0, 2] + [0] * 7
+    assert data.user_raw_ids == ["a", "b", "e"]
+    dropped = data.summary["dropped"]
+    assert (dropped["after_test_item"], dropped["test_without_history"], dropped["context_only"]) == (1, 2, 2)
+    assert data.train_count.sum() == 11
+    assert "train_after_test_rate" not in data.summary
+
+
+def test_leave_one_out_says_how_much_of_the_future_it_trains_on(tmp_path):
+    rows = ["a,1,0", "a,2,1", "a,3,2", "b,1,7", "b,2,11", "b,3,12", "b,4,13", "c,1,2", "c,2,4", "c,3,7"]
+    data = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]))
+    # Test times 2, 13, 7: median 7. Train times 0, 7, 11, 2: one is later.
+    assert data.summary["train_after_test_rate"] == 0.25
+    assert any("25.0% of train interactions are later" in sentence for sentence in data.summary["warnings"])
+
+
+def test_times_that_are_positions_say_nothing_about_the_future(tmp_path):
+    rows = [f"u{user},{item},{item}" for user in range(3) for item in range(3 + user)]
+    data = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]))
+    assert data.summary["times_are_positions"]
+    assert "train_after_test_rate" not in data.summary
+    assert data.summary["warnings"] == []
+
+
+def test_the_result_survives_saving_and_loading(tmp_path):
+    data = prepare(tmp_path, SMALL, "item_id,title\n7,a\n8,b\n9,c\n10,d\n")
+    (tmp_path / "stage").mkdir()
+    data.save(tmp_path / "stage")
+    loaded = Interactions.load(tmp_path / "stage")
+    assert same(loaded, data)
+    assert loaded.summary == data.summary
+
+
+def test_the_summary_names_the_files_by_hash(tmp_path):
+    files = prepare(tmp_path, SMALL).summary["files"]
+    assert files["interactions"]["name"] == "log.csv"
+    assert files["interactions"]["bytes"] == len(SMALL)
+    assert len(files["interactions"]["sha256"]) == 64

@@ -1,0 +1,256 @@
+"""Recipes and commands as people use them: help, overrides, plans, and one whole tiny run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from llmrec import cli
+from llmrec.artifacts import ContentEmbeddings, Interactions
+from llmrec.collab.config import SASRecConfig, TrainCollabConfig
+from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
+from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
+from llmrec.evaluation.config import EvaluateConfig
+from llmrec.finetune.config import FinetuneConfig, MiniConfig
+from llmrec.recipe import Recipe, apply_overrides, main, plan, variant
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.stages import STAGES
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+
+
+def tiny() -> Recipe:
+    """Every stage, in seconds."""
+    return Recipe(
+        prepare_data=PrepareDataConfig(
+            market=SampleMarketConfig(num_users=120, num_items=96, num_interests=8, max_length=10)
+        ),
+        train_collab=TrainCollabConfig(
+            sasrec=SASRecConfig(embed_dim=16, num_layers=1, num_heads=2, inner_dim=32, dropout_rate=0.1),
+            epochs=3,
+        ),
+        encode_items=EncodeItemsConfig(text=TextEncoderConfig(dim=16), image=ImageEncoderConfig(dim=16)),
+        learn_semantic_ids=LearnSemanticIdsConfig(
+            num_codes=8, num_levels=2, code_dim=16, hidden_dims=(32,), epochs=5, batch_size=96
+        ),
+        finetune=FinetuneConfig(
+            mini=MiniConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32),
+            prompt="compact",
+            fusion_temperature=1.0,
+            epochs=2,
+            batch_targets=128,
+            learning_rate=3e-3,
+            warmup_steps=2,
+        ),
+        evaluate=EvaluateConfig(bootstrap_samples=50, num_examples=3),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run folder of the tiny recipe."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    with pytest.raises(SystemExit) as left:
+        main(tiny, ["--run-dir", str(folder)])
+    assert left.value.code == 0
+    return folder
+
+
+def run(arguments: list[str], capsys) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of the tiny recipe."""
+    with pytest.raises(SystemExit) as left:
+        main(tiny, arguments)
+    captured = capsys.readouterr()
+    return left.value.code, captured.out, captured.err
+
+
+def test_a_run_leaves_one_finished_folder_per_stage(finished):
+    assert sorted(path.name for path in finished.iterdir()) == sorted(STAGES)
+    for name in STAGES:
+        manifest = json.loads((finished / name / "manifest.json").read_text())
+        assert manifest["stage"] == name and manifest["files"]
+
+
+def test_metrics_and_rankings_have_one_row_per_user(finished):
+    metrics = json.loads((finished / "evaluate" / "metrics.json").read_text())
+    rankings = pq.read_table(finished / "evaluate" / "rankings.parquet")
+    assert metrics["num_users"] == rankings.num_rows == 120
+    assert list(metrics["rows"]) == ["mme_sid", "sasrec", "popularity", "best_possible"]
+    rank = rankings["rank_mme_sid"].to_numpy()
+    assert metrics["rows"]["mme_sid"]["recall@10"] == pytest.approx((rank < 10).mean())
+    assert all(0 <= value <= 1 for row in metrics["rows"].values() for value in row.values())
+    best = metrics["rows"]["best_possible"]["recall@10"]
+    assert best > metrics["rows"]["popularity"]["recall@10"]
+
+
+def test_a_second_run_computes_nothing_and_prints_the_same_table(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    code, out, _ = run(["--run-dir", str(finished)], capsys)
+    assert code == 0 and "mme_sid" in out and "report.html" in out
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_a_changed_setting_of_a_finished_stage_is_refused_by_name(finished, capsys):
+    code, out, err = run(["--run-dir", str(finished), "--set", "train_collab.epochs=4"], capsys)
+    assert code == 2 and out == ""
+    assert "train_collab was made with epochs=3 (now 4)" in err and "Traceback" not in err
+
+
+def test_a_dry_run_says_what_would_happen(finished, capsys, tmp_path):
+    code, out, _ = run(["--run-dir", str(finished), "--dry-run"], capsys)
+    assert code == 0 and out.count("done") == len(STAGES)
+    _, out, _ = run(["--run-dir", str(tmp_path / "new"), "--dry-run", "--until", "encode_items"], capsys)
+    assert out.count("would be computed") == 3 and not (tmp_path / "new").exists()
+    changed = variant(tiny(), finetune={"epochs": 7})
+    assert any("epochs=2 (now 7)" in line for line in plan(changed, finished, None))
+
+
+def test_until_stops_after_a_stage(tmp_path, capsys):
+    code, _, _ = run(["--run-dir", str(tmp_path), "--until", "prepare_data"], capsys)
+    assert code == 0 and [path.name for path in tmp_path.iterdir()] == ["prepare_data"]
+
+
+def test_print_config_prints_what_set_takes(capsys):
+    code, out, _ = run(["--print-config", "--set", "finetune.learning_rate=0.5"], capsys)
+    assert code == 0 and "finetune.learning_rate=0.5" in out
+    lines = out.strip().splitlines()
+    assert apply_overrides(tiny(), lines) == apply_overrides(tiny(), ["finetune.learning_rate=0.5"])
+
+
+def test_interrupting_keeps_finished_stages_and_goes_on_from_there(tmp_path, capsys, monkeypatch):
+    import llmrec.encoders.encode as module
+
+    original = module.encode_items
+
+    def encode_items(config: EncodeItemsConfig, data: Interactions) -> ContentEmbeddings:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "encode_items", encode_items)
+    code, _, err = run(["--run-dir", str(tmp_path)], capsys)
+    assert code == 130 and "goes on from there" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prepare_data", "train_collab"]
+    kept = (tmp_path / "train_collab" / "manifest.json").stat().st_mtime_ns
+    monkeypatch.setattr(module, "encode_items", original)
+    code, _, _ = run(["--run-dir", str(tmp_path), "--until", "encode_items"], capsys)
+    assert code == 0 and (tmp_path / "encode_items").exists()
+    assert (tmp_path / "train_collab" / "manifest.json").stat().st_mtime_ns == kept
+
+
+def test_the_report_stands_alone_and_shows_every_part(finished):
+    from html.parser import HTMLParser
+
+    page = (finished / "evaluate" / "report.html").read_text()
+    found = {"links": [], "headings": [], "heading": False}
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found["links"] += [value for name, value in attrs if name in ("src", "href")]
+            found["heading"] = tag == "h2"
+
+        def handle_data(self, text):
+            if found["heading"]:
+                found["headings"].append(text)
+                found["heading"] = False
+
+    Reader().feed(page)
+    assert [link for link in found["links"] if not link.startswith("#")] == []
+    assert {"Methods", "Training", "Fusion weights", "Semantic IDs", "Examples", "Data"} <= set(
+        found["headings"]
+    )
+    assert page.count("<svg") >= 5 and "<script" not in page
+
+
+def test_the_stage_table_matches_the_functions():
+    for stage in STAGES.values():
+        function = stage.function()
+        assert function.__name__ == stage.name
+        hints = typing.get_type_hints(function)
+        names = list(inspect.signature(function).parameters)
+        assert hints[names[0]] is stage.config and hints["return"] is stage.artifact_class()
+        assert [hints[name].stage for name in names[1:]] == list(stage.inputs)
+        assert getattr(Recipe(), stage.name) == stage.config()
+        assert (ROOT / "tools" / f"{stage.name}.py").exists()
+
+
+def test_every_setting_has_a_meaning():
+    from llmrec.config import describe
+
+    for stage in STAGES.values():
+        for path, _, _, meaning in describe(stage.config):
+            assert len(meaning) > 5, f"{stage.name}.{path} lacks its string"
+
+
+@pytest.mark.parametrize("verb", [[], *([name] for name in STAGES)], ids=lambda verb: " ".join(verb) or "-")
+def test_help_is_complete(verb, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([*verb, "--help"])
+    out = capsys.readouterr().out
+    assert left.value.code == 0
+    expected = STAGES if not verb else [f.name for f in dataclasses.fields(STAGES[verb[0]].config)]
+    assert all(name in out for name in expected)
+
+
+def test_stages_run_one_by_one_with_explicit_folders(finished, tmp_path, capsys):
+    """A stage run by its command makes the same files as in the recipe."""
+    settings = [
+        line.removeprefix("train_collab.")
+        for line in _config_lines(capsys)
+        if line.startswith("train_collab.")
+    ]
+    out = tmp_path / "collab"
+    command = ["train_collab", "--prepare-data", str(finished / "prepare_data"), "--out", str(out)]
+    with pytest.raises(SystemExit) as left:
+        cli.main([*command, "--set", *settings])
+    assert left.value.code == 0
+    for name in ("item_embeddings.safetensors", "model.safetensors", "metrics.json"):
+        assert (out / name).read_bytes() == (finished / "train_collab" / name).read_bytes()
+
+
+def _config_lines(capsys) -> list[str]:
+    _, out, _ = run(["--print-config"], capsys)
+    return out.strip().splitlines()
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_like_one(finished, tmp_path):
+    folders = [f"--{name.replace('_', '-')}={finished / name}" for name in STAGES if name != "evaluate"]
+    # `accelerate launch --cpu` starts one process whatever --num_processes says, so torchrun it is.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(ROOT / "tools" / "evaluate.py")
+    options = ["--set", "bootstrap_samples=50", "num_examples=3"]
+    subprocess.run(
+        [*command, script, *folders, "--out", str(tmp_path / "two"), *options],
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
+    manifest = json.loads((tmp_path / "two" / "manifest.json").read_text())
+    assert manifest["processes"] == 2
+    for name in ("metrics.json", "rankings.parquet"):
+        assert (tmp_path / "two" / name).read_bytes() == (finished / "evaluate" / name).read_bytes()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_and_explains_itself(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert isinstance(module.recipe(), Recipe)
+    assert f"recipes/{path.name}" in module.__doc__
+    widths = module.recipe()
+    if widths.finetune.is_mini and not widths.finetune.project_codes:
+        assert widths.learn_semantic_ids.code_dim == widths.finetune.mini.hidden_size
+
+
+def test_there_are_recipes():
+    assert {"mme_sid_sample", "mme_sid_beauty"} <= {path.stem for path in RECIPES}
