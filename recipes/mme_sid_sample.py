@@ -16,7 +16,7 @@ def recipe() -> Recipe:
     return Recipe(
         prepare_data=PrepareDataConfig(source="sample_market"),
         train_collab=TrainCollabConfig(sasrec=SASRecConfig(embed_dim=64, dropout_rate=0.3)),
-        learn_semantic_ids=LearnSemanticIdsConfig(num_codes=64, code_dim=64, reconstruction="mmd+mse"),
+        learn_semantic_ids=LearnSemanticIdsConfig(num_codes=64, code_dim=64, commitment_weight=1.0),
         finetune=FinetuneConfig(
             base_model="mini",
             mini=MiniConfig(hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128),

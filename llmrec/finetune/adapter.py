@@ -42,21 +42,18 @@ class Adapter:
     """Rows of training (step, loss, tokens_per_second...) and of validation (epoch, valid_ndcg@10...)."""
 
     def save(self, folder: Path) -> None:
-        self._save_tensors(folder / "heads.safetensors", self.heads)
+        # One entry per header: with more, their order, and so the file's bytes, would be left to chance.
+        _save_tensors(folder / "heads.safetensors", self.heads, {"catalog": self.catalog})
         write_json(folder / "llmrec_config.json", {"catalog": self.catalog, **self.settings})
         write_json(folder / "metrics.json", self.metrics)
         write_jsonl(folder / "log.jsonl", self.log)
         if self.lora:
-            self._save_tensors(folder / "adapter_model.safetensors", self.lora)
+            _save_tensors(folder / "adapter_model.safetensors", self.lora, {"format": "pt"})
             write_json(folder / "adapter_config.json", self.lora_config)
         if self.base:
             (folder / "base").mkdir()
-            self._save_tensors(folder / "base" / "model.safetensors", self.base)
+            _save_tensors(folder / "base" / "model.safetensors", self.base, {"format": "pt"})
             write_json(folder / "base" / "config.json", self.base_config)
-
-    def _save_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, path, metadata={"catalog": self.catalog, "format": "pt"})
 
     @classmethod
     def load(cls, folder: Path) -> Adapter:
@@ -64,10 +61,10 @@ class Adapter:
         catalog = settings.pop("catalog")
         optional: dict[str, Any] = {}
         if (folder / "adapter_config.json").exists():
-            optional["lora"] = _load_tensors(folder / "adapter_model.safetensors", catalog)
+            optional["lora"] = _load_tensors(folder / "adapter_model.safetensors")
             optional["lora_config"] = read_json(folder / "adapter_config.json")
         if (folder / "base").exists():
-            optional["base"] = _load_tensors(folder / "base" / "model.safetensors", catalog)
+            optional["base"] = _load_tensors(folder / "base" / "model.safetensors")
             optional["base_config"] = read_json(folder / "base" / "config.json")
         return cls(
             catalog=catalog,
@@ -79,13 +76,18 @@ class Adapter:
         )
 
 
-def _load_tensors(path: Path, catalog: str) -> dict[str, Tensor]:
+def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, path, metadata=metadata)
+
+
+def _load_tensors(path: Path, catalog: str | None = None) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as handle:
             found = (handle.metadata() or {}).get("catalog")
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, FileNotFoundError) as error:
         raise MissingArtifactError(f"{path} cannot be read ({error}); recompute finetune") from None
-    if found != catalog:
+    if catalog is not None and found != catalog:
         raise ArtifactMismatchError(f"{path} belongs to catalogue {str(found)[:12]}, expected {catalog[:12]}")
     return tensors

@@ -1,0 +1,180 @@
+"""Settings of learn_semantic_ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmrec.config import require
+
+MIN_SINKHORN_EPS = 0.0015
+"""Below, exp(1 / eps) leaves the range of float64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnSemanticIdsConfig:
+    """MM-RQ-VAE: one residual-quantised autoencoder per modality (MME-SID section 4.2)."""
+
+    modalities: tuple[Literal["collab", "text", "image"], ...] | None = None
+    """Modalities that get semantic IDs; none: all that exist."""
+
+    num_levels: int = 4
+    """Codes per item and modality (L)."""
+
+    num_codes: int = 256
+    """Codes in the codebook of one level (K); at most the number of items, better a tenth of it."""
+
+    code_dim: int = 128
+    """Width of a code embedding; the base model's width, so that codes can enter it directly."""
+
+    hidden_dims: tuple[int, ...] = (512, 256)
+    """Widths between an item vector and its latent vector; the decoder mirrors them (official: 3 x 4096)."""
+
+    normalise: Literal["none", "standardise", "l2"] = "standardise"
+    """Scaling of item vectors before the encoder. standardise: zero mean, and one factor per modality
+    for unit variance, so distances keep their order; l2: unit rows; none: as they come (official)."""
+
+    reconstruction: Literal["mmd", "mse", "mmd+mse"] = "mmd+mse"
+    """What decoded vectors are compared by: mmd: the whole batch as a set (the paper's); mse: each item
+    with itself; mmd+mse: the weighted sum."""
+
+    mmd_estimator: Literal["tllib", "unbiased"] = "tllib"
+    """Reported MMD value: with tllib's constant 2 / (B - 1), or without; gradients are the same."""
+
+    mmd_weight: float = 3.0
+    """Weight of the MMD reconstruction loss (official: 3)."""
+
+    mse_weight: float = 1.0
+    """Weight of the mean squared reconstruction error."""
+
+    alignment: Literal["infonce", "mmd", "none"] = "infonce"
+    """Pulls the first modality's latent vectors and each other's together: infonce: item by item; mmd: as
+    sets (what the published code does). Left out, and said so, when there is one modality only."""
+
+    alignment_weight: float = 0.01
+    """Weight of the alignment loss (official: 0.01)."""
+
+    alignment_temperature: float = 0.1
+    """Softmax temperature of alignment='infonce'."""
+
+    commitment_weight: float = 0.25
+    """Weight of pulling latent vectors to their codes, inside the quantisation loss (official: 0.01)."""
+
+    quantization_weight: float = 1.0
+    """Weight of the quantisation loss."""
+
+    rq_reduce: Literal["mean", "sum"] = "mean"
+    """Quantisation loss: mean over numbers and levels, or squared norms summed over both (Eq. 5)."""
+
+    sinkhorn: bool = True
+    """Spread the items of a training batch evenly over the codes of the last level (Sinkhorn)."""
+
+    sinkhorn_eps: float = 0.003
+    """Entropy of the even assignment, in half ranges of the batch's distances; smaller is sharper."""
+
+    sinkhorn_iterations: int = 50
+    """Row and column scalings per batch."""
+
+    init: Literal["kmeans", "random"] = "kmeans"
+    """First codes: k-means on each level's residuals of all items, or small uniform noise."""
+
+    kmeans_iterations: int = 10
+    """Rounds of k-means (official: 10, with bounds on cluster sizes, which this one has not)."""
+
+    restart_dead_codes: bool = True
+    """After an epoch, move each code that no item used to the residual of a random item."""
+
+    min_utilisation: float = 0.5
+    """Fail if fewer than this share of a level's codes is used by any item after training."""
+
+    epochs: int = 100
+    """Passes over the items; the last one is kept."""
+
+    batch_size: int = 1024
+    """Items per optimiser step at most; the items are dealt into batches of equal size."""
+
+    learning_rate: float = 1e-3
+    """Step size of AdamW, constant (official: 2e-4, for thousands of epochs)."""
+
+    weight_decay: float = 1e-4
+    """AdamW weight decay."""
+
+    log_every_epochs: int = 5
+    """Epochs between log rows; the last epoch always has one."""
+
+    seed: int = 0
+    """Seed of initial weights, initial codes, batches, restarts and the sample for Kendall's tau."""
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            require(value >= least, f"learn_semantic_ids.{name} must be at least {least}, got {value}")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            require(value > 0, f"learn_semantic_ids.{name} must be greater than 0, got {value}")
+        for name in ("alignment_weight", "commitment_weight", "weight_decay"):
+            value = getattr(self, name)
+            require(value >= 0, f"learn_semantic_ids.{name} must be at least 0, got {value}")
+        require(
+            all(width >= 1 for width in self.hidden_dims),
+            f"learn_semantic_ids.hidden_dims must be widths of at least 1, got {self.hidden_dims}",
+        )
+        require(
+            0 <= self.min_utilisation <= 1,
+            f"learn_semantic_ids.min_utilisation must lie in [0, 1], got {self.min_utilisation}",
+        )
+        if self.modalities is not None:
+            require(
+                0 < len(set(self.modalities)) == len(self.modalities),
+                "learn_semantic_ids.modalities must be different names out of collab, text and image (none: "
+                f"all that exist), got {self.modalities}",
+            )
+        require(
+            self.log_every_epochs <= self.epochs,
+            "learn_semantic_ids.log_every_epochs must be at most learn_semantic_ids.epochs, got "
+            f"{self.log_every_epochs} and {self.epochs}",
+        )
+        self._refuse_settings_without_effect()
+
+    def _refuse_settings_without_effect(self) -> None:
+        """A setting that cannot change the result is a mistake of whoever set it."""
+        if self.reconstruction == "mse":
+            self.refuse_changed(["mmd_weight"], "reconstruction='mse'")
+            if self.alignment != "mmd":
+                self.refuse_changed(["mmd_estimator"], "reconstruction='mse'")
+        if self.reconstruction == "mmd":
+            self.refuse_changed(["mse_weight"], "reconstruction='mmd'")
+        if self.alignment == "none":
+            self.refuse_changed(["alignment_weight"], "alignment='none'")
+        if self.alignment != "infonce":
+            self.refuse_changed(["alignment_temperature"], f"alignment={self.alignment!r}")
+        if not self.sinkhorn:
+            self.refuse_changed(["sinkhorn_eps", "sinkhorn_iterations"], "sinkhorn=false")
+        if self.init != "kmeans":
+            self.refuse_changed(["kmeans_iterations"], f"init={self.init!r}")
+
+    def refuse_changed(self, names: list[str], reason: str) -> None:
+        """Raise ConfigError if one of the settings, which have no effect, differs from its default."""
+        for name in names:
+            require(
+                getattr(self, name) == type(self).__dataclass_fields__[name].default,
+                f"learn_semantic_ids.{name} has no effect with {reason}; leave it out",
+            )
+
+
+LEAST = {
+    "num_levels": 1,
+    "num_codes": 2,
+    "code_dim": 1,
+    "sinkhorn_eps": MIN_SINKHORN_EPS,
+    "sinkhorn_iterations": 1,
+    "kmeans_iterations": 1,
+    "epochs": 1,
+    "batch_size": 2,
+    "log_every_epochs": 1,
+    "seed": 0,
+}
+"""Smallest possible values."""
+
+POSITIVE = ("mmd_weight", "mse_weight", "alignment_temperature", "quantization_weight", "learning_rate")
+"""Settings that must be greater than 0; another setting switches a loss off."""

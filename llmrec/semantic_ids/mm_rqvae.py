@@ -1,0 +1,248 @@
+"""MM-RQ-VAE: one residual-quantised autoencoder per modality, tied by an alignment loss (MME-SID 4.2).
+
+    loss = sum over modalities of  w_mmd MMD(SG(s), s_hat) + w_mse mean (s - s_hat)^2 + w_rq L_RQ
+         + w_align  sum over the others of  alignment(first modality, other)
+
+The first modality is collab where it takes part. Following the published code, alignment compares
+the straight-through sums of code embeddings, so it trains encoders and not codebooks. Unlike it, the
+default alignment is InfoNCE, as in the paper: a set-level MMD cannot align items one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmrec.semantic_ids.losses import info_nce, mmd
+from llmrec.semantic_ids.quantizer import Quantized, ResidualQuantizer
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One modality of a batch."""
+
+    source: Tensor
+    """(B, D_m), scaled item vectors"""
+    quantized: Quantized
+    decoded: Tensor
+    """(B, D_m), on the scale of source"""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Parts of a batch's loss, unweighted, and their weighted sum."""
+
+    total: Tensor
+    parts: dict[str, dict[str, Tensor]]
+    """By modality: mmd, mse, quantization, alignment, where used"""
+
+
+class MMRQVAE(nn.Module):
+    """The autoencoders of all modalities and their joint loss; see the module text.
+
+    Args:
+        dims: width D_m of the item vectors by modality; the first one anchors the alignment.
+        num_levels: L.
+        num_codes: K.
+        code_dim: D.
+        hidden_dims: widths between item vector and latent vector.
+        normalise: none, standardise (see `Scaling.fit`) or l2.
+        reconstruction: mmd, mse or mmd+mse.
+        mmd_estimator: see `llmrec.semantic_ids.losses.mmd`.
+        mmd_weight: w_mmd.
+        mse_weight: w_mse.
+        alignment: infonce, mmd or none.
+        alignment_weight: w_align.
+        alignment_temperature: of InfoNCE.
+        quantization_weight: w_rq.
+        commitment_weight: inside L_RQ.
+        rq_reduce: mean or sum, see `ResidualQuantizer`.
+        sinkhorn_eps: see `ResidualQuantizer`; None switches it off.
+        sinkhorn_iterations: scalings per batch.
+    """
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        *,
+        num_levels: int,
+        num_codes: int,
+        code_dim: int,
+        hidden_dims: tuple[int, ...],
+        normalise: Literal["none", "standardise", "l2"],
+        reconstruction: Literal["mmd", "mse", "mmd+mse"],
+        mmd_estimator: Literal["tllib", "unbiased"],
+        mmd_weight: float,
+        mse_weight: float,
+        alignment: Literal["infonce", "mmd", "none"],
+        alignment_weight: float,
+        alignment_temperature: float,
+        quantization_weight: float,
+        commitment_weight: float,
+        rq_reduce: Literal["mean", "sum"],
+        sinkhorn_eps: float | None,
+        sinkhorn_iterations: int,
+    ) -> None:
+        super().__init__()
+        self.mmd_estimator = mmd_estimator
+        self.alignment = alignment
+        self.alignment_temperature = alignment_temperature
+        used = reconstruction.split("+")
+        self.weights = {
+            "mmd": mmd_weight if "mmd" in used else 0.0,
+            "mse": mse_weight if "mse" in used else 0.0,
+            "quantization": quantization_weight,
+            "alignment": alignment_weight,
+        }
+        self.autoencoders = nn.ModuleDict(
+            {
+                name: ModalityAutoencoder(
+                    (dim, *hidden_dims, code_dim),
+                    ResidualQuantizer(
+                        num_levels,
+                        num_codes,
+                        code_dim,
+                        commitment_weight=commitment_weight,
+                        reduce=rq_reduce,
+                        sinkhorn_eps=sinkhorn_eps,
+                        sinkhorn_iterations=sinkhorn_iterations,
+                    ),
+                    normalise,
+                )
+                for name, dim in dims.items()
+            }
+        )
+
+    def forward(
+        self, vectors: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None
+    ) -> tuple[dict[str, Encoded], Losses]:
+        """Autoencode a batch of items and compare.
+
+        Args:
+            vectors: item vectors (B, D_m) by modality, row i of each about the same item.
+            present: by modality, bool (B,): items that have a vector. A modality that is not named
+                has all of them. Only rows with a vector take part; B in its outputs is their number,
+                and a modality with fewer than two of them is left out of the batch.
+        """
+        present = present or {}
+        rows = {
+            name: vectors[name][present[name]] if name in present else vectors[name]
+            for name in self.autoencoders
+        }
+        encoded = {name: self.autoencoders[name](found) for name, found in rows.items() if len(found) >= 2}
+        parts = {name: self.own_losses(found) for name, found in encoded.items()}
+        if self.alignment != "none":
+            anchor, *others = self.autoencoders
+            for other in others:
+                if anchor in encoded and other in encoded:
+                    pair = common_rows(encoded, present, anchor, other)
+                    parts[other]["alignment"] = self.align(*pair)
+        total = sum(self.weights[part] * value for found in parts.values() for part, value in found.items())
+        return encoded, Losses(total, parts)
+
+    def own_losses(self, found: Encoded) -> dict[str, Tensor]:
+        """Reconstruction and quantisation of one modality."""
+        losses = {"quantization": found.quantized.loss}
+        if self.weights["mmd"]:
+            losses["mmd"] = mmd(found.source.detach(), found.decoded, estimator=self.mmd_estimator)
+        if self.weights["mse"]:
+            losses["mse"] = F.mse_loss(found.decoded, found.source.detach())
+        return losses
+
+    def align(self, anchor: Tensor, other: Tensor) -> Tensor:
+        """How far the latent vectors (B, D) of two modalities are apart."""
+        if len(anchor) < 2:
+            return anchor.new_zeros(())
+        if self.alignment == "mmd":
+            return mmd(anchor, other, estimator=self.mmd_estimator)
+        return info_nce(anchor, other, self.alignment_temperature)
+
+
+class ModalityAutoencoder(nn.Module):
+    """Scaling, encoder, residual quantiser, decoder of one modality.
+
+    Args:
+        widths: of the item vector, the hidden layers and the code embeddings; the decoder mirrors them.
+        quantizer: the codes.
+        normalise: none, standardise or l2.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, ...],
+        quantizer: ResidualQuantizer,
+        normalise: Literal["none", "standardise", "l2"],
+    ) -> None:
+        super().__init__()
+        self.scaling = Scaling(widths[0], normalise)
+        self.encoder = mlp(widths)
+        self.quantizer = quantizer
+        self.decoder = mlp(widths[::-1])
+
+    def forward(self, vectors: Tensor) -> Encoded:
+        """Item vectors (B, D_m) as given, to codes and back."""
+        source = self.scaling(vectors)
+        quantized = self.quantizer(self.encoder(source))
+        return Encoded(source, quantized, self.decoder(quantized.vectors))
+
+    def encode(self, vectors: Tensor) -> Tensor:
+        """Latent vectors (B, D)."""
+        return self.encoder(self.scaling(vectors))
+
+
+class Scaling(nn.Module):
+    """Item vectors to what the encoder sees; figures of `fit` are part of the saved weights."""
+
+    def __init__(self, dim: int, normalise: Literal["none", "standardise", "l2"]) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("factor", torch.ones(()))
+
+    @torch.no_grad()
+    def fit(self, vectors: Tensor) -> None:
+        """standardise: take mean and overall spread from all item vectors (n, D_m).
+
+        One factor for all columns, not one each, so that distances keep their order.
+        """
+        if self.normalise == "standardise":
+            mean = vectors.mean(dim=0)
+            spread = (vectors - mean).square().mean().sqrt()
+            self.mean.copy_(mean)
+            self.factor.copy_(1 / spread if spread > 0 else torch.ones_like(spread))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        if self.normalise == "l2":
+            return F.normalize(vectors, dim=-1)
+        if self.normalise == "standardise":
+            return (vectors - self.mean) * self.factor
+        return vectors
+
+
+def mlp(widths: tuple[int, ...]) -> nn.Sequential:
+    """Linear layers with ReLU between and nothing at the end; Xavier-normal weights, zero biases."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        linear = nn.Linear(before, after)
+        nn.init.xavier_normal_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def common_rows(
+    encoded: Mapping[str, Encoded], present: Mapping[str, Tensor], a: str, b: str
+) -> tuple[Tensor, Tensor]:
+    """Quantised vectors of the items that have both modalities, in the same order."""
+    first, second = encoded[a].quantized.vectors, encoded[b].quantized.vectors
+    if b in present:
+        first = first[present[b][present[a]] if a in present else present[b]]
+    if a in present:
+        second = second[present[a][present[b]] if b in present else present[a]]
+    return first, second

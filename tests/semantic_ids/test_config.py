@@ -1,0 +1,51 @@
+"""Settings that are impossible, or that could not take effect, are refused by name."""
+
+import pytest
+
+from llmrec.config import as_dict, describe, from_dict, override
+from llmrec.errors import ConfigError
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_levels": 0}, r"num_levels must be at least 1, got 0"),
+        ({"num_codes": 1}, r"num_codes must be at least 2, got 1"),
+        ({"batch_size": 1}, r"batch_size must be at least 2, got 1"),
+        ({"sinkhorn_eps": 1e-4}, r"sinkhorn_eps must be at least 0\.0015, got 0\.0001"),
+        ({"learning_rate": 0.0}, r"learning_rate must be greater than 0, got 0\.0"),
+        ({"learning_rate": float("nan")}, r"learning_rate must be greater than 0, got nan"),
+        ({"commitment_weight": -1.0}, r"commitment_weight must be at least 0, got -1\.0"),
+        ({"hidden_dims": (64, 0)}, r"hidden_dims must be widths of at least 1, got \(64, 0\)"),
+        ({"min_utilisation": 1.5}, r"min_utilisation must lie in \[0, 1\], got 1\.5"),
+        ({"modalities": ()}, r"modalities must be different names"),
+        ({"modalities": ("text", "text")}, r"modalities must be different names"),
+        ({"epochs": 3, "log_every_epochs": 5}, r"log_every_epochs must be at most .*epochs, got 5 and 3"),
+        ({"reconstruction": "mmd", "mse_weight": 2.0}, r"mse_weight has no effect with reconstruction='mmd'"),
+        ({"reconstruction": "mse", "mmd_weight": 2.0}, r"mmd_weight has no effect with reconstruction='mse'"),
+        ({"reconstruction": "mse", "mmd_estimator": "unbiased"}, r"mmd_estimator has no effect"),
+        ({"alignment": "none", "alignment_weight": 0.1}, r"alignment_weight has no effect"),
+        ({"alignment": "mmd", "alignment_temperature": 0.2}, r"alignment_temperature has no effect"),
+        ({"sinkhorn": False, "sinkhorn_iterations": 5}, r"sinkhorn_iterations has no effect"),
+        ({"init": "random", "kmeans_iterations": 5}, r"kmeans_iterations has no effect with init='random'"),
+    ],
+)
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(ConfigError, match=rf"^learn_semantic_ids\.{message}"):
+        LearnSemanticIdsConfig(**changes)
+
+
+def test_settings_survive_json_and_the_command_line():
+    config = override(
+        LearnSemanticIdsConfig(),
+        {"modalities": "text,image", "hidden_dims": "64,32", "reconstruction": "mse", "epochs": "7"},
+    )
+    assert (config.modalities, config.hidden_dims, config.epochs) == (("text", "image"), (64, 32), 7)
+    assert from_dict(LearnSemanticIdsConfig, as_dict(config)) == config
+    with pytest.raises(ConfigError, match="modalities"):
+        override(LearnSemanticIdsConfig(), {"modalities": "sound"})
+
+
+def test_every_setting_says_what_it_means():
+    assert all(meaning for _, _, _, meaning in describe(LearnSemanticIdsConfig))

@@ -1,0 +1,69 @@
+"""k-means against scikit-learn's."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans
+
+from llmrec.semantic_ids.kmeans import init_codebooks, kmeans, lloyd, plus_plus
+from llmrec.semantic_ids.quantizer import ResidualQuantizer, squared_distances
+
+
+def blobs(clusters=8, each=30, dim=6, spread=0.05, seed=0):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(clusters, dim))
+    rows = np.repeat(centres, each, axis=0) + spread * rng.normal(size=(clusters * each, dim))
+    return torch.from_numpy(rows.astype(np.float32)), torch.from_numpy(centres.astype(np.float32))
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 50])
+def test_lloyd_equals_scikit_learn_from_the_same_seeds(rounds):
+    rows = torch.randn(300, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seeds = rows[:12].clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        oracle = KMeans(12, init=seeds.numpy(), n_init=1, max_iter=rounds, tol=0).fit(rows.numpy())
+    found = lloyd(rows, seeds, rounds)
+    np.testing.assert_allclose(found.numpy(), oracle.cluster_centers_, atol=1e-10)
+
+
+def test_separated_groups_are_found():
+    rows, centres = blobs()
+    found = kmeans(rows, 8, 10, torch.Generator().manual_seed(0))
+    assert float(torch.cdist(centres, found).min(dim=1).values.max()) < 0.05
+
+
+def test_seeds_are_different_rows_as_long_as_there_are_any():
+    rows = torch.tensor([[0.0, 0.1], [1.0, 0.3], [5.0, 0.7]]).repeat_interleave(10, dim=0)
+    seeds = plus_plus(rows, 5, torch.Generator().manual_seed(3))
+    assert seeds.shape == (5, 2) and len(seeds[:3].unique(dim=0)) == 3
+    assert (seeds[:, None] == rows).all(dim=-1).any(dim=1).all()
+
+
+def test_an_empty_cluster_takes_the_row_that_is_served_worst():
+    rows = torch.tensor([[0.0], [0.2], [0.1], [9.0]])
+    assert lloyd(rows, torch.tensor([[0.0], [100.0]]), 2).flatten().tolist() == pytest.approx([0.1, 9.0])
+
+
+def test_each_level_is_fitted_to_what_the_levels_before_left():
+    rows, _ = blobs(spread=0.3)
+    made = ResidualQuantizer(3, 6, 6)
+    init_codebooks(made, rows, 10, torch.Generator().manual_seed(0))
+    residual, errors = rows, []
+    for book in made.codebooks.detach():
+        label = squared_distances(residual, book).argmin(dim=1)
+        for code in range(6):
+            own = residual[label == code]
+            assert len(own) > 0
+        residual = residual - book[label]
+        errors.append(float(residual.square().sum()))
+    assert errors[0] > 1.2 * errors[1] > 1.2**2 * errors[2]
+
+
+def test_one_seed_gives_equal_bytes():
+    rows, _ = blobs(spread=0.5)
+    first, second = (kmeans(rows, 16, 10, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, kmeans(rows, 16, 10, torch.Generator().manual_seed(2)))

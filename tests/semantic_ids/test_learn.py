@@ -1,0 +1,302 @@
+"""The stage from end to end on a small world whose modalities share their groups of items."""
+
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from worlds import interactions, two_communities
+
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
+from llmrec.errors import ArtifactMismatchError, ConfigError, DataError, TrainingError
+from llmrec.pipeline import fingerprint, run_stage
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.semantic_ids.learn import assign, learn_semantic_ids, num_batches
+
+NUM_ITEMS = 240
+SMALL = LearnSemanticIdsConfig(
+    num_levels=3,
+    num_codes=16,
+    code_dim=12,
+    hidden_dims=(24,),
+    reconstruction="mmd+mse",
+    epochs=30,
+    batch_size=80,
+    learning_rate=3e-3,
+    log_every_epochs=10,
+)
+
+
+def clustered(num_items=NUM_ITEMS, groups=12, seed=0):
+    """Items of one group have similar vectors in every modality; users like two groups each."""
+    rng = np.random.default_rng(seed)
+    group = np.arange(num_items) % groups
+    made = {}
+    for name, dim in {"collab": 8, "text": 20, "image": 14}.items():
+        centres = rng.normal(size=(groups, dim))
+        rows = centres[group] + 0.4 * rng.normal(size=(num_items, dim))
+        made[name] = np.concatenate([np.zeros((1, dim)), rows]).astype(np.float32)
+    members = [np.flatnonzero(group == number) + 1 for number in range(groups)]
+    sequences = []
+    for user in range(60):
+        liked = np.concatenate([members[user % groups], members[(user + 5) % groups]])
+        sequences.append(rng.permutation(liked)[:8].tolist())
+    return interactions(sequences, num_items), made
+
+
+def artefacts(data, made, missing=None):
+    collab = CollabEmbeddings(catalog=data.catalog, provider="precomputed", vectors=made["collab"])
+    rest = {name: table for name, table in made.items() if name != "collab"}
+    flags = {name: np.zeros(data.num_items + 1, dtype=bool) for name in rest} | (missing or {})
+    encoders = {name: {} for name in rest}
+    return collab, ContentEmbeddings(catalog=data.catalog, vectors=rest, missing=flags, encoders=encoders)
+
+
+@pytest.fixture(scope="module")
+def learned():
+    data, made = clustered()
+    return learn_semantic_ids(SMALL, data, *artefacts(data, made)), data, made
+
+
+def test_every_item_gets_codes_and_codebooks_are_used(learned):
+    ids, data, _ = learned
+    assert ids.modalities == ("collab", "text", "image") and ids.catalog == data.catalog
+    for name, codes in ids.codes.items():
+        assert codes.shape == (NUM_ITEMS + 1, 3) and codes.dtype == np.int64 and not codes[0].any()
+        assert ids.codebooks[name].shape == (3, 16, 12) and ids.codebooks[name].dtype == np.float32
+        assert min(level["utilisation"] for level in ids.quality["modalities"][name]["levels"]) > 0.8
+    alone = [found["collision_rate"] for found in ids.quality["modalities"].values()]
+    assert ids.quality["joined"]["collision_rate"] < 0.2 * min(alone)
+
+
+def test_training_lowers_the_loss_and_reconstructs(learned):
+    ids, _, _ = learned
+    assert [row["epoch"] for row in ids.log] == [10, 20, 30]
+    assert ids.log[-1]["loss"] < 0.9 * ids.log[0]["loss"]
+    assert set(ids.log[0]["parts"]["text"]) == {"mmd", "mse", "quantization", "alignment"}
+    for found in ids.quality["modalities"].values():
+        assert found["reconstruction_error"] < 0.5
+
+
+def test_codes_keep_the_order_of_distances_and_random_codes_do_not(learned):
+    for found in learned[0].quality["modalities"].values():
+        tau = found["tau"]
+        assert tau["num_samples"] == 60 * 5
+        assert tau["latent"] > 0.3 and tau["decoded"] > 0.3 and abs(tau["random_codes"]) < 0.2
+
+
+def test_items_of_one_group_share_first_codes(learned):
+    ids, _, _ = learned
+    group = np.arange(NUM_ITEMS) % 12
+    for codes in ids.codes.values():
+        first = codes[1:, 0]
+        same = (first[:, None] == first)[group[:, None] == group].mean()
+        other = (first[:, None] == first)[group[:, None] != group].mean()
+        assert same > 5 * other
+
+
+def test_the_frozen_quantiser_gives_the_exported_codes_alone_or_in_company(learned):
+    ids, _, made = learned
+    for name, codes in assign(ids, made).items():
+        assert np.array_equal(codes[1:], ids.codes[name][1:])
+    few = assign(ids, {"text": made["text"][[7]]})
+    assert np.array_equal(few["text"], ids.codes["text"][[7]])
+
+
+def test_codes_survive_the_disk(learned, tmp_path):
+    ids, _, made = learned
+    ids.save(tmp_path)
+    loaded = SemanticIds.load(tmp_path)
+    assert loaded.quality == ids.quality and loaded.log == ids.log
+    assert np.array_equal(assign(loaded, {"image": made["image"]})["image"][1:], ids.codes["image"][1:])
+
+
+def test_vectors_that_do_not_fit_are_refused(learned):
+    ids, _, made = learned
+    with pytest.raises(
+        ArtifactMismatchError, match=r"text vectors of shape \(5, 3\) do not fit.*text \(n, 20\)"
+    ):
+        assign(ids, {"text": np.zeros((5, 3), dtype=np.float32)})
+    bare = dataclasses.replace(ids, model={}, state={})
+    with pytest.raises(ArtifactMismatchError, match="saved without the quantiser"):
+        assign(bare, made)
+
+
+def test_one_seed_gives_equal_files_and_another_seed_others(tmp_path):
+    data, made = clustered(num_items=80)
+    config = dataclasses.replace(SMALL, epochs=4, log_every_epochs=2, num_codes=8)
+    inputs = (data, *artefacts(data, made))
+    prints = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(prints))
+        ids = learn_semantic_ids(dataclasses.replace(config, seed=seed), *inputs)
+        folder = tmp_path / name
+        folder.mkdir()
+        ids.save(folder)
+        prints.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+    assert prints[0] == prints[1] and prints[0] != prints[2]
+
+
+def test_valid_and_test_items_change_no_byte():
+    data, made = clustered()
+    changed = data.item.copy()
+    changed[data.split > 0] = changed[data.split > 0] % data.num_items + 1
+    config = dataclasses.replace(SMALL, epochs=2, log_every_epochs=1)
+    before = learn_semantic_ids(config, data, *artefacts(data, made))
+    after = learn_semantic_ids(config, dataclasses.replace(data, item=changed), *artefacts(data, made))
+    assert before.quality == after.quality and before.log == after.log
+    for name in before.modalities:
+        assert np.array_equal(before.codes[name], after.codes[name])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reconstruction": "mmd"},
+        {"reconstruction": "mse", "alignment": "mmd"},
+        {"alignment": "none", "sinkhorn": False, "normalise": "l2"},
+        {"init": "random", "rq_reduce": "sum", "normalise": "none"},
+        {"num_levels": 1, "hidden_dims": (), "mmd_estimator": "unbiased", "restart_dead_codes": False},
+    ],
+)
+def test_every_option_runs(changes):
+    data, made = clustered(num_items=80)
+    config = dataclasses.replace(SMALL, epochs=3, log_every_epochs=1, min_utilisation=0.0, **changes)
+    ids = learn_semantic_ids(config, data, *artefacts(data, made))
+    assert len(ids.log) == 3 and json.dumps(ids.quality, allow_nan=False)
+
+
+def test_restarts_keep_codes_alive():
+    data, made = clustered()
+    config = dataclasses.replace(SMALL, init="random", epochs=20, min_utilisation=0.0)
+    used = {}
+    for restart in (True, False):
+        ids = learn_semantic_ids(
+            dataclasses.replace(config, restart_dead_codes=restart), data, *artefacts(data, made)
+        )
+        used[restart] = ids.quality["modalities"]["text"]["levels"][0]["utilisation"]
+    assert used[True] > used[False] + 0.2
+
+
+def test_a_subset_of_modalities_and_a_missing_one():
+    data, made = clustered(num_items=80)
+    collab, content = artefacts(data, made)
+    config = dataclasses.replace(SMALL, epochs=2, log_every_epochs=1, modalities=("image", "collab"))
+    assert learn_semantic_ids(config, data, collab, content).modalities == ("collab", "image")
+    del made["image"]
+    with pytest.raises(ConfigError, match=r"asks for image, but there are vectors for collab, text only"):
+        learn_semantic_ids(config, data, *artefacts(data, made))
+
+
+def test_one_modality_has_no_alignment_and_says_so(caplog):
+    data, made = clustered(num_items=80)
+    config = dataclasses.replace(SMALL, epochs=2, log_every_epochs=1, modalities=("text",))
+    with caplog.at_level(logging.INFO, logger="llmrec"):
+        ids = learn_semantic_ids(config, data, *artefacts(data, made))
+    assert "no alignment loss, as there is one modality (text)" in caplog.text
+    assert "alignment" not in ids.log[0]["parts"]["text"]
+    for changes, name in (
+        ({"alignment": "mmd"}, "alignment"),
+        ({"alignment_weight": 0.1}, "alignment_weight"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name}.* has no effect with one modality \(text\)"):
+            learn_semantic_ids(dataclasses.replace(config, **changes), data, *artefacts(data, made))
+
+
+def test_items_without_a_vector_get_codes_but_are_not_trained_on():
+    data, made = clustered(num_items=120)
+    missing = np.zeros(121, dtype=bool)
+    missing[3::7] = True
+    zeroed, filled = dict(made), dict(made)
+    zeroed["image"] = np.where(missing[:, None], 0, made["image"]).astype(np.float32)
+    filled["image"] = np.where(missing[:, None], 50, made["image"]).astype(np.float32)
+    config = dataclasses.replace(SMALL, epochs=3, log_every_epochs=3)
+    first, second = (
+        learn_semantic_ids(config, data, *artefacts(data, tables, {"image": missing}))
+        for tables in (zeroed, filled)
+    )
+    assert first.quality["modalities"]["image"]["num_items"] == 120 - missing.sum()
+    assert first.quality["modalities"] == second.quality["modalities"]
+    for name in first.modalities:
+        assert np.array_equal(first.codebooks[name], second.codebooks[name])
+    assert len(np.unique(first.codes["image"][missing], axis=0)) == 1
+
+
+def test_collapse_is_an_error_with_the_numbers():
+    data, made = clustered()
+    config = dataclasses.replace(
+        SMALL,
+        num_codes=64,
+        init="random",
+        restart_dead_codes=False,
+        sinkhorn=False,
+        epochs=2,
+        log_every_epochs=1,
+    )
+    message = r"codebooks collapsed: share of codes used per level 0\.\d+, .*at least 0\.5.*num_codes, now 64"
+    with pytest.raises(TrainingError, match=message):
+        learn_semantic_ids(config, data, *artefacts(data, made))
+
+
+def test_more_codes_than_items_is_an_error_with_advice():
+    data, made = clustered(num_items=80)
+    config = dataclasses.replace(SMALL, num_codes=256)
+    with pytest.raises(ConfigError, match=r"collab vector \(80\), got 256; .*num_codes=8$"):
+        learn_semantic_ids(config, data, *artefacts(data, made))
+
+
+def test_equal_vectors_are_an_error():
+    data, made = clustered(num_items=80)
+    made["text"][1:] = 1.0
+    config = dataclasses.replace(SMALL, num_codes=8)
+    with pytest.raises(DataError, match="all 80 text vectors are equal"):
+        learn_semantic_ids(config, data, *artefacts(data, made))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run():
+    data, made = clustered(num_items=80)
+    config = dataclasses.replace(SMALL, num_codes=8, learning_rate=1e30)
+    with pytest.raises(TrainingError, match=r"the loss became (nan|inf) in epoch \d+; lower"):
+        learn_semantic_ids(config, data, *artefacts(data, made))
+
+
+def test_catalogues_must_be_the_same():
+    data, made = clustered(num_items=80)
+    collab, content = artefacts(data, made)
+    with pytest.raises(ArtifactMismatchError, match="different catalogues"):
+        learn_semantic_ids(SMALL, two_communities(), collab, content)
+
+
+@pytest.mark.parametrize(
+    ("num_items", "batch_size", "expected"),
+    [(12101, 1024, 12), (1024, 1024, 1), (3, 2, 1), (2, 2, 1), (9, 2, 4)],
+)
+def test_batches_are_of_equal_size_and_never_a_single_item(num_items, batch_size, expected):
+    assert num_batches(num_items, batch_size) == expected
+    sizes = [len(part) for part in torch.arange(num_items).tensor_split(expected)]
+    assert min(sizes) >= 2 and max(sizes) - min(sizes) <= 1
+
+
+def test_the_pipeline_runs_and_remembers_the_stage(tmp_path):
+    data, made = clustered(num_items=80)
+    inputs = []
+    for artefact in (data, *artefacts(data, made)):
+        folder = tmp_path / artefact.stage
+        inputs.append(run_stage(passing_on(artefact), SMALL, (), folder))
+    config = dataclasses.replace(SMALL, epochs=2, log_every_epochs=1, num_codes=8)
+    first = run_stage(learn_semantic_ids, config, tuple(inputs), tmp_path / "learn_semantic_ids")
+    again = run_stage(learn_semantic_ids, config, tuple(inputs), tmp_path / "learn_semantic_ids")
+    assert fingerprint(first) == fingerprint(again) and first.modalities == ("collab", "text", "image")
+
+
+def passing_on(artefact):
+    """A stage that returns what it is given."""
+
+    def stage(config):
+        return artefact
+
+    stage.__name__ = artefact.stage
+    stage.__annotations__ = {"return": type(artefact)}
+    return stage

@@ -1,0 +1,143 @@
+"""The residual quantiser against plain loops, and the facts its gradients rest on."""
+
+import pytest
+import torch
+
+from llmrec.semantic_ids.quantizer import ResidualQuantizer, sinkhorn, squared_distances
+
+
+def quantizer(levels=3, codes=5, dim=4, **settings):
+    torch.manual_seed(0)
+    made = ResidualQuantizer(levels, codes, dim, **settings).double()
+    with torch.no_grad():
+        made.codebooks.normal_()
+    return made
+
+
+def latents(rows=11, dim=4, seed=1):
+    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def by_hand(made, latent, weight):
+    """Codes, sums and loss of each row, one level after the other."""
+    codes, sums, loss = [], [], 0.0
+    for row in latent:
+        residual, chosen, total = row, [], torch.zeros_like(row)
+        for book in made.codebooks.detach():
+            best = min(range(len(book)), key=lambda k: float((residual - book[k]).square().sum()))
+            loss += (1 + weight) * float((residual - book[best]).square().sum())
+            total, residual = total + book[best], residual - book[best]
+            chosen.append(best)
+        codes.append(chosen)
+        sums.append(total)
+    return torch.tensor(codes), torch.stack(sums), loss
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_codes_sums_and_loss_equal_plain_loops(reduce):
+    made = quantizer(reduce=reduce, commitment_weight=0.3).eval()
+    latent = latents()
+    codes, sums, loss = by_hand(made, latent, 0.3)
+    found = made(latent)
+    assert torch.equal(found.codes, codes)
+    torch.testing.assert_close(found.vectors, sums, rtol=0, atol=1e-12)
+    count = len(latent) * (3 * 4 if reduce == "mean" else 1)
+    assert float(found.loss) == pytest.approx(loss / count, rel=1e-12)
+
+
+def test_what_is_left_after_the_sum_of_codes_is_the_last_residual():
+    made, latent = quantizer().eval(), latents()
+    found = made(latent)
+    last_codes = made.codebooks[-1][found.codes[:, -1]]
+    torch.testing.assert_close(
+        latent - found.vectors, found.residuals[:, -1] - last_codes, rtol=0, atol=1e-12
+    )
+
+
+def test_the_gradient_of_the_sum_goes_straight_through():
+    made, latent = quantizer(), latents().requires_grad_()
+    weight = latents(seed=2)
+    (made(latent).vectors * weight).sum().backward()
+    torch.testing.assert_close(latent.grad, weight)
+    assert made.codebooks.grad is None
+
+
+def test_only_the_first_level_pulls_the_input_and_every_level_trains_its_own_codebook():
+    made, latent = quantizer(commitment_weight=0.3).eval(), latents().requires_grad_()
+    found = made(latent)
+    found.loss.backward()
+    first = made.codebooks.detach()[0][found.codes[:, 0]]
+    numbers = latent.numel() * 3
+    torch.testing.assert_close(latent.grad, 0.3 * 2 * (latent.detach() - first) / numbers, rtol=0, atol=1e-12)
+    for level in range(3):
+        expected = torch.zeros_like(made.codebooks[level])
+        for row, code in enumerate(found.codes[:, level]):
+            residual = found.residuals[row, level]
+            expected[code] += 2 * (made.codebooks.detach()[level, code] - residual) / numbers
+        torch.testing.assert_close(made.codebooks.grad[level], expected, rtol=0, atol=1e-12)
+
+
+def test_gradients_equal_those_of_the_published_way_of_writing_it():
+    """There each level returns r + SG(q - r), and the next one gets r minus that."""
+    made, latent = quantizer(commitment_weight=0.3).eval(), latents().requires_grad_()
+    found = made(latent)
+    (found.loss + found.vectors.square().sum()).backward()
+    mine, books = latent.grad.clone(), made.codebooks.grad.clone()
+    latent.grad = made.codebooks.grad = None
+    residual, total, losses = latent, 0, []
+    for level, book in enumerate(made.codebooks):
+        q = book[found.codes[:, level]]
+        losses.append((residual.detach() - q).square().mean() + 0.3 * (residual - q.detach()).square().mean())
+        q = residual + (q - residual).detach()
+        residual, total = residual - q, total + q
+    (sum(losses) / len(losses) + total.square().sum()).backward()
+    torch.testing.assert_close(mine, latent.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(books, made.codebooks.grad, rtol=0, atol=1e-12)
+
+
+def test_sinkhorn_equals_alternate_scaling_of_the_whole_matrix():
+    distances = squared_distances(latents(40), latents(6, seed=3))
+    middle = (distances.max() + distances.min()) / 2
+    half = distances.max() - middle + 1e-5
+    share = torch.exp(-((distances - middle) / half) / 0.05)
+    share = share / share.sum()
+    for _ in range(20):
+        share = share / share.sum(dim=1, keepdim=True) / 40
+        share = share / share.sum(dim=0, keepdim=True) / 6
+    torch.testing.assert_close(sinkhorn(distances, 0.05, 20), share * 40, rtol=1e-10, atol=1e-14)
+
+
+def test_sinkhorn_gives_every_code_an_equal_share_of_the_batch():
+    distances = squared_distances(latents(200, 8), latents(16, 8, seed=3)).float()
+    share = sinkhorn(distances, 0.003, 50)
+    assert share.dtype == torch.float64 and share.isfinite().all()
+    torch.testing.assert_close(share.sum(dim=0), torch.full((16,), 200 / 16, dtype=torch.float64))
+    count = torch.bincount(share.argmax(dim=1), minlength=16)
+    nearest = torch.bincount(distances.argmin(dim=1), minlength=16)
+    assert count.min() >= 8 and count.max() <= 18
+    assert nearest.min() < 5
+
+
+def test_the_last_level_spreads_in_training_and_takes_the_nearest_otherwise():
+    made, latent = quantizer(levels=2, codes=10), latents(400)
+    with torch.no_grad():
+        made.codebooks[1, 1:] += 20
+    training = made.train()(latent).codes
+    nearest = made.eval()(latent).codes
+    assert set(training[:, 1].tolist()) == set(range(10)) and set(nearest[:, 1].tolist()) == {0}
+    assert torch.equal(nearest, by_hand(made, latent, 0.25)[0])
+    assert torch.equal(training[:, 0], nearest[:, 0])
+    made.sinkhorn_eps = None
+    assert torch.equal(made.train()(latent).codes, nearest)
+
+
+def test_restart_moves_dead_codes_to_residuals_and_leaves_the_others():
+    made, latent = quantizer().eval(), latents()
+    before = made.codebooks.detach().clone()
+    residuals = made(latent).residuals
+    used = torch.ones(3, 5, dtype=torch.bool)
+    used[1, 2] = used[1, 4] = False
+    made.restart(used, residuals, torch.Generator().manual_seed(0))
+    assert torch.equal(made.codebooks[used], before[used])
+    for code in (2, 4):
+        assert (made.codebooks[1, code] == residuals[:, 1]).all(dim=1).any()

@@ -1,0 +1,120 @@
+"""Valid and test items must not reach anything that is trained (design: contract on splits)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from worlds import interactions
+
+from llmrec.artifacts import Interactions
+from llmrec.collab.config import SASRecConfig, TrainCollabConfig
+from llmrec.collab.train import train_collab
+from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
+from llmrec.encoders.encode import encode_items
+from llmrec.finetune.config import FinetuneConfig, MiniConfig
+from llmrec.finetune.train import finetune
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.semantic_ids.learn import learn_semantic_ids
+
+NUM_ITEMS = 30
+TIMES = ("seconds", "train_seconds", "tokens_per_second", "targets_per_second")
+"""Fields that measure the machine, and differ between equal runs."""
+
+
+def market() -> Interactions:
+    rng = np.random.default_rng(3)
+    words = ("red", "blue", "tea", "pot", "drum", "kite", "lamp")
+    titles = [" ".join(rng.choice(words, 3, replace=False)) for _ in range(NUM_ITEMS)]
+    sequences = [rng.permutation(NUM_ITEMS)[: rng.integers(4, 12)] + 1 for _ in range(80)]
+    return interactions([row.tolist() for row in sequences], NUM_ITEMS, titles=titles)
+
+
+def changed(data: Interactions, splits: tuple[int, ...]) -> Interactions:
+    """The same data with other items in the given splits."""
+    item = data.item.copy()
+    chosen = np.isin(data.split, splits)
+    item[chosen] = item[chosen] % NUM_ITEMS + 1
+    return dataclasses.replace(data, item=item)
+
+
+def upstream_of_evaluate(data: Interactions, select: str, folder: Path) -> dict[str, bytes]:
+    """Every file of every stage between prepare_data and evaluate, without what a clock says."""
+    collab = train_collab(
+        TrainCollabConfig(
+            sasrec=SASRecConfig(embed_dim=8, num_layers=1, num_heads=1, inner_dim=16), epochs=2, select=select
+        ),
+        data,
+    )
+    content = encode_items(
+        EncodeItemsConfig(text=TextEncoderConfig(dim=4), image=ImageEncoderConfig(encoder="none")), data
+    )
+    ids = learn_semantic_ids(
+        LearnSemanticIdsConfig(num_codes=4, num_levels=2, code_dim=8, hidden_dims=(16,), epochs=5),
+        data,
+        collab,
+        content,
+    )
+    adapter = finetune(
+        FinetuneConfig(
+            mini=MiniConfig(hidden_size=8, num_layers=1, num_heads=1, intermediate_size=16),
+            prompt="compact",
+            fusion_temperature=1.0,
+            epochs=1,
+            batch_targets=100,
+            eval_every_epochs=0 if select == "last" else 1,
+            select=select,
+        ),
+        data,
+        collab,
+        content,
+        ids,
+    )
+    for artifact in (collab, content, ids, adapter):
+        (folder / artifact.stage).mkdir(parents=True)
+        artifact.save(folder / artifact.stage)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): without_times(path) for path in files}
+
+
+def without_times(path: Path) -> bytes:
+    if path.suffix not in (".json", ".jsonl"):
+        return path.read_bytes()
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    return json.dumps([strip(json.loads(line)) for line in lines]).encode()
+
+
+def strip(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: strip(inner) for name, inner in value.items() if name not in TIMES}
+    return [strip(inner) for inner in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    ("splits", "select"), [((2,), "valid"), ((1, 2), "last")], ids=["test items", "valid and test items"]
+)
+def test_other_targets_leave_every_upstream_file_identical(splits, select, tmp_path):
+    data = market()
+    before = upstream_of_evaluate(data, select, tmp_path / "before")
+    after = upstream_of_evaluate(changed(data, splits), select, tmp_path / "after")
+    assert len(before) >= 12
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+def test_other_train_items_do_change_the_files(tmp_path):
+    """The comparison above can fail."""
+    data = market()
+    item = data.item.copy()
+    first = data.offset[:-1]
+    item[first] = item[first] % NUM_ITEMS + 1
+    count = np.bincount(item[data.split == 0], minlength=NUM_ITEMS + 1)[1:]
+    place = data.items.column_names.index("train_count")
+    other = dataclasses.replace(data, item=item, items=data.items.set_column(place, "train_count", [count]))
+    before = upstream_of_evaluate(data, "last", tmp_path / "before")
+    after = upstream_of_evaluate(other, "last", tmp_path / "after")
+    different = {name for name in before if before[name] != after[name]}
+    assert {"train_collab/item_embeddings.safetensors", "finetune/heads.safetensors"} <= different
