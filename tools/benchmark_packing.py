@@ -9,7 +9,6 @@ layouts, alternating, and prints tokens, seconds, the ratio and the machine.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import platform
 import statistics
@@ -94,16 +93,13 @@ def main() -> None:
             seconds[layout].append(time.perf_counter() - begun)
             print(f"{layout:10s} {seconds[layout][-1]:8.2f} s, mean loss {sum(losses) / len(chosen):.6f}")
     size = {"instruction": options.instruction, "response": options.response}
-    everything = dataclasses.replace(targets)
     for layout in LAYOUTS:
-        per_epoch = count_tokens(everything, layout=layout, shared=False, **size)
-        print(
-            f"{layout:10s} {per_epoch:,} tokens an epoch (own instruction), median {statistics.median(seconds[layout][1:]):.2f} s"
-        )
+        tokens = count_tokens(targets, layout=layout, shared=False, **size)
+        middle = statistics.median(seconds[layout][1:])
+        print(f"{layout:10s} median {middle:.2f} s; an epoch has {tokens:,} tokens, instruction in every row")
     ratios = [slow / fast for fast, slow in zip(seconds["packed"][1:], seconds["per_prefix"][1:])]
-    print(
-        f"per_prefix / packed: median {statistics.median(ratios):.2f}, min {min(ratios):.2f}, max {max(ratios):.2f}"
-    )
+    middle = statistics.median(ratios)
+    print(f"per_prefix / packed: median {middle:.2f}, min {min(ratios):.2f}, max {max(ratios):.2f}")
     print(f"{len(chosen):,} targets of {options.users} users; {machine()}")
 
 

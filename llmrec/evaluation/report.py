@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 from llmrec import __version__
@@ -18,9 +19,6 @@ from llmrec.config import as_dict
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import METRICS
 from llmrec.evaluation.rank import Ranking
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  after the choice of backend
 
 COLOURS = ("#3565c4", "#d1701f", "#888888", "#2f9661", "#8e4bb8")
 STYLE = {
@@ -66,6 +64,7 @@ def render(
     def label(name: str) -> str:
         return shown.get(name, name)
 
+    plt.switch_backend("Agg")  # files only, whatever display there is
     with matplotlib.rc_context(STYLE):
         charts = {
             "groups": bars(metrics["groups"], "recall@10", label),
