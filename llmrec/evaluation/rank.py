@@ -69,7 +69,7 @@ def rank_targets(scores: Tensor, target: Tensor, seen: Tensor | None = None) -> 
 
 
 def seen_ahead(scores: Tensor, target: Tensor, seen: Tensor) -> Tensor:
-    """What distinct seen items add to the ranks of `rank_targets`; float64 (B,). Targets are no seen items."""
+    """What distinct seen items, targets aside, add to the ranks of `rank_targets`; float64 (B,)."""
     own = scores.gather(1, target[:, None])
     seen = seen.sort(dim=1).values
     counts = (seen > 0) & (seen != target[:, None])

@@ -1,0 +1,114 @@
+"""Groups, lengths, differences and the page, on cases small enough to count by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from worlds import interactions
+
+from llmrec.errors import ConfigError
+from llmrec.evaluation import analysis, evaluate, report
+from llmrec.evaluation.config import EvaluateConfig
+from llmrec.evaluation.rank import Ranking
+
+
+def ranking(rank: list[float], top: list[list[int]] | None = None) -> Ranking:
+    values = np.array(rank, dtype=np.float64)
+    return Ranking(rank=values, rank_seen_kept=values + 1, top=np.array(top or [[1]] * len(rank)))
+
+
+def test_items_are_grouped_by_popularity_and_cold_ones_stand_apart():
+    count = np.array([0, 5, 50, 0, 7, 7, 1, 0, 2, 3, 1])
+    group = analysis.item_groups(count, head_rate=0.1, mid_rate=0.4)
+    names = [analysis.GROUPS[number] for number in group[1:]]
+    assert names == ["mid", "head", "cold", "mid", "mid", "tail", "cold", "tail", "mid", "tail"]
+
+
+def test_slices_are_means_over_the_users_they_name():
+    data = interactions([[1, 2, 3], [2, 3, 1], [1, 3, 2], [3, 1, 2]], 3)
+    targets = data.targets("test")
+    rankings = {"a": ranking([0, 20, 3, 4])}
+    found = analysis.by_group(rankings, targets, np.array([0, 0, 1, 3]), (10,))
+    assert {name: part["num_users"] for name, part in found.items()} == {"head": 1, "mid": 2, "cold": 1}
+    assert found["head"]["rows"]["a"]["recall@10"] == 0 and found["mid"]["rows"]["a"]["recall@10"] == 1
+    lengths = analysis.by_length(rankings, targets, (10,))
+    assert list(lengths) == ["0-5"] and lengths["0-5"]["rows"]["a"]["recall@10"] == 0.75
+
+
+def test_coverage_and_popularity_of_recommendations():
+    found = analysis.recommendations(np.array([[1, 2, 0], [2, 3, 1]]), np.array([0, 10, 4, 1, 9]))
+    assert found["coverage@10"] == 3 / 4
+    assert found["mean_train_count@10"] == pytest.approx((10 + 4 + 4 + 1 + 10) / 5)
+
+
+def test_paired_differences_find_what_is_there_and_nothing_else():
+    rng = np.random.default_rng(0)
+    second = np.where(rng.random(2000) < 0.3, 0.0, 50.0)
+    better = np.where(rng.random(2000) < 0.4, 0.0, 50.0)
+    found = analysis.paired(better, second, samples=500, seed=0)["recall@10"]
+    assert found["difference"] == pytest.approx((better < 10).mean() - (second < 10).mean())
+    assert found["low"] < 0.1 < found["high"] and found["low"] > 0 and found["wilcoxon_p"] < 1e-6
+    same = analysis.paired(second, second, samples=50, seed=0)["ndcg@10"]
+    assert same["difference"] == same["low"] == same["high"] == 0 and same["wilcoxon_p"] is None
+
+
+def metrics_of(data, rankings, config=None):
+    config = config or EvaluateConfig(bootstrap_samples=20)
+    return evaluate.summarise_all(config, data, data.targets("test"), rankings)
+
+
+def test_ratios_and_table_say_what_the_rows_say():
+    data = interactions([[1, 2, 3], [2, 3, 1], [1, 3, 2], [3, 1, 2]], 3)
+    rankings = {
+        "mme_sid": ranking([0, 0, 0, 30]), "popularity": ranking([0, 30, 30, 30]),
+        "best_possible": ranking([0, 0, 0, 0]),
+    }  # fmt: skip
+    metrics = metrics_of(data, rankings)
+    assert metrics["ratios"] == {"mme_sid": {"over_popularity": 3.0, "over_best_possible": 0.75}}
+    assert metrics["seen_kept"]["mme_sid"]["recall@10"] == 0.75
+    table = evaluate.format_table(metrics)
+    assert "3.0 x popularity, 75.0% of the best possible" in table
+    assert table.splitlines()[1].split()[:3] == ["mme_sid", "0.7500", "0.7500"]
+
+
+def test_methods_are_ranked_with_the_truth_where_it_is_known():
+    data = interactions([[1, 2, 3], [2, 3, 1]], 4)
+    truth = np.zeros((2, 5), dtype=np.float32)
+    truth[0, [3, 4]], truth[1, [1, 4]] = (0.9, 0.1), (0.2, 0.8)
+    data = dataclasses.replace(data, true_scores=truth)
+    rankings = evaluate.rank_methods(
+        EvaluateConfig(top_k=2), data, data.targets("test"), [evaluate.popularity(data)]
+    )
+    assert rankings["best_possible"].rank.tolist() == [0, 1]
+    assert rankings["best_possible"].top.tolist() == [[3, 4], [4, 1]]
+
+
+def test_the_page_escapes_titles_and_shows_examples():
+    titles = ["<script>alert(1)</script>", "Salt & Pepper", "日本茶"]
+    data = interactions([[1, 2, 3], [2, 3, 1], [1, 3, 2]], 3, titles=titles)
+    targets = data.targets("test")
+    rankings = {"mme_sid": ranking([0, 1, 2], [[3, 2], [2, 1], [1, 3]]), "popularity": ranking([2, 2, 2])}
+    metrics = metrics_of(data, rankings)
+    page = report.render(metrics, data, targets, rankings, [data], EvaluateConfig())
+    assert "<script>alert" not in page and "&lt;script&gt;" in page
+    assert "Salt &amp; Pepper" in page and "日本茶" in page
+    assert (
+        "http://www.w3.org/2000/svg" in page and 'src="' not in page and "href=" not in page.split("<svg")[0]
+    )
+    assert page == report.render(metrics, data, targets, rankings, [data], EvaluateConfig())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ks": (5, 20)}, "must hold 10"),
+        ({"ks": (10, 10)}, "different numbers"),
+        ({"head_rate": 0.7}, "must be below 1"),
+        ({"top_k": 0}, "at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        EvaluateConfig(**settings)
