@@ -83,7 +83,12 @@ def add_arguments(made: argparse.ArgumentParser, stage: Stage) -> None:
             f"--{name.replace('_', '-')}", dest=name, metavar="DIR", required=True,
             help=f"output folder of {name}",
         )  # fmt: skip
-    made.add_argument("--out", metavar="DIR", required=True, help="where to put the output; must not exist")
+    made.add_argument(
+        "--out",
+        metavar="DIR",
+        required=True,
+        help="where to put the output; one that exists is never overwritten",
+    )
     made.add_argument(
         "--set", metavar="FIELD=VALUE", action="extend", nargs="+", default=[], help="change settings"
     )

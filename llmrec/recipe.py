@@ -66,9 +66,9 @@ def guarded(command: Callable[[], None]) -> int:
 
 def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> None:
     """Parse the command line of a recipe and do what it says."""
-    module = sys.modules[recipe.__module__]
-    name = Path(getattr(module, "__file__", None) or recipe.__module__).stem
-    options = parser(name, (module.__doc__ or recipe.__doc__ or "").strip()).parse_args(arguments)
+    name = Path(recipe.__code__.co_filename).stem
+    description = recipe.__globals__.get("__doc__") or ""
+    options = parser(name, description.strip()).parse_args(arguments)
     chosen = apply_overrides(recipe(), options.set)
     root = Path(options.run_dir or Path("runs") / name)
     if options.print_config:
