@@ -205,8 +205,8 @@ def times_are_positions(log: Log) -> bool:
     latest = np.full(len(count), np.iinfo(np.int64).min)
     np.minimum.at(earliest, log.user, log.timestamp)
     np.maximum.at(latest, log.user, log.timestamp)
-    same_start = bool((earliest == earliest[0]).all())
-    return same_start and bool((latest - earliest + 1 == count).all()) and count.max() > 1
+    same_start = (earliest == earliest[0]).all()
+    return bool(same_start and (latest - earliest + 1 == count).all() and count.max() > 1)
 
 
 def files_of(config: PrepareDataConfig) -> dict[str, dict[str, Any]]:

@@ -259,7 +259,9 @@ def test_leave_one_out_says_how_much_of_the_future_it_trains_on(tmp_path):
 def test_times_that_are_positions_say_nothing_about_the_future(tmp_path):
     rows = [f"u{user},{item},{item}" for user in range(3) for item in range(3 + user)]
     data = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]))
-    assert data.summary["times_are_positions"]
+    assert data.summary["times_are_positions"] is True
+    data.save(tmp_path)
+    assert Interactions.load(tmp_path).summary == data.summary
     assert "train_after_test_rate" not in data.summary
     assert data.summary["warnings"] == []
 
