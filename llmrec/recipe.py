@@ -7,7 +7,6 @@ calls that function and changes fields with `dataclasses.replace`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import sys
@@ -164,8 +163,3 @@ def set_up_logging() -> None:
     # It reports at start that optional CPU kernels are absent, which we do not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-
-def variant(recipe: Recipe, **stages: dict) -> Recipe:
-    """A copy of a recipe with fields of its stages changed: ``variant(r, finetune={"epochs": 1})``."""
-    changed = {name: dataclasses.replace(getattr(recipe, name), **fields) for name, fields in stages.items()}
-    return dataclasses.replace(recipe, **changed)

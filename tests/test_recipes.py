@@ -21,7 +21,7 @@ from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
-from llmrec.recipe import Recipe, apply_overrides, main, plan, variant
+from llmrec.recipe import Recipe, apply_overrides, main, plan
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stages import STAGES
 
@@ -111,7 +111,7 @@ def test_a_dry_run_says_what_would_happen(finished, capsys, tmp_path):
     assert code == 0 and out.count("done") == len(STAGES)
     _, out, _ = run(["--run-dir", str(tmp_path / "new"), "--dry-run", "--until", "encode_items"], capsys)
     assert out.count("would be computed") == 3 and not (tmp_path / "new").exists()
-    changed = variant(tiny(), finetune={"epochs": 7})
+    changed = dataclasses.replace(tiny(), finetune=dataclasses.replace(tiny().finetune, epochs=7))
     assert any("epochs=2 (now 7)" in line for line in plan(changed, finished, None))
 
 
