@@ -162,4 +162,3 @@ def set_up_logging() -> None:
     logging.getLogger("llmrec").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
     # It reports at start that optional CPU kernels are absent, which we do not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
