@@ -35,8 +35,8 @@ class LearnSemanticIdsConfig:
     for unit variance, so distances keep their order; l2: unit rows; none: as they come (official)."""
 
     reconstruction: Literal["mmd", "mse", "mmd+mse"] = "mmd+mse"
-    """What decoded vectors are compared by: mmd: the whole batch as a set (the paper's); mse: each item
-    with itself; mmd+mse: the weighted sum."""
+    """What decoded vectors are compared by: mmd: the whole batch as a set (the paper's), which alone ties
+    no item to its own reconstruction; mse: each item with itself; mmd+mse: the weighted sum."""
 
     mmd_estimator: Literal["tllib", "unbiased"] = "tllib"
     """Reported MMD value: with tllib's constant 2 / (B - 1), or without; gradients are the same."""
