@@ -66,13 +66,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prepare-data", required=True, help="output folder of prepare_data")
-    parser.add_argument("--users", type=int, default=512, help="users whose targets are trained on")
+    parser.add_argument("--users", type=int, default=600, help="users whose targets are trained on")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each layout")
     parser.add_argument("--width", type=int, default=128, help="H of the mini base model")
     parser.add_argument("--layers", type=int, default=2, help="its transformer blocks")
     parser.add_argument("--instruction", type=int, default=17, help="I, instruction tokens")
     parser.add_argument("--response", type=int, default=4, help="R, response tokens")
-    parser.add_argument("--batch-targets", type=int, default=1024, help="targets per optimiser step")
+    parser.add_argument("--batch-targets", type=int, default=4096, help="targets per optimiser step")
     options = parser.parse_args()
 
     data = pipeline.load(Interactions, Path(options.prepare_data))
