@@ -137,8 +137,28 @@ def describe_stage(name: str, config: Any, inputs: tuple[Any, ...]) -> dict[str,
         "schema": SCHEMA_VERSION,
         "stage": name,
         "config": as_dict(config),
+        "sources": source_hashes(config),
         "inputs": {artifact.stage: fingerprint(artifact) for artifact in inputs},
     }
+
+
+def source_hashes(config: Any) -> dict[str, str]:
+    """Hashes of the users' own files that a config names in ``source_files``, by setting.
+
+    Files that are gone are left out: what was made from them may still be used.
+    """
+    files = getattr(config, "source_files", dict)()
+    return {name: sha256(Path(path)) for name, path in files.items() if Path(path).is_file()}
+
+
+def changed_sources(manifest: dict[str, Any], sources: dict[str, str]) -> list[str]:
+    """Phrases naming the users' files whose content is no longer what a stage was made from."""
+    before = manifest.get("sources") or {}
+    return [
+        f"other content of the {name} file"
+        for name, digest in sources.items()
+        if before.get(name, digest) != digest
+    ]
 
 
 def check_folder(folder: Path, wanted: dict[str, Any]) -> str:
@@ -146,10 +166,10 @@ def check_folder(folder: Path, wanted: dict[str, Any]) -> str:
     if not folder.exists():
         return "absent"
     manifest = read_manifest(folder)
-    found = {name: manifest.get(name) for name in wanted}
-    if found == wanted:
+    found = {name: manifest.get(name) for name in wanted if name != "sources"}
+    changes = changed_sources(manifest, wanted["sources"])
+    if not changes and found == {name: wanted[name] for name in found}:
         return "done"
-    changes = []
     for name in ("schema", "stage"):
         if found[name] != wanted[name]:
             changes.append(f"{name}={found[name]} (now {wanted[name]})")

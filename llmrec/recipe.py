@@ -123,17 +123,20 @@ def apply_overrides(config: C, assignments: list[str]) -> C:
 
 def plan(recipe: Recipe, root: Path, until: str | None) -> list[str]:
     """One line per stage: done, to be computed, or made with other settings."""
-    from llmrec.pipeline import MANIFEST, read_manifest
+    from llmrec.pipeline import MANIFEST, changed_sources, read_manifest, source_hashes
 
     lines, upstream_is_new = [], False
     for name in STAGES:
         folder = root / name
-        config = as_dict(getattr(recipe, name))
+        config = getattr(recipe, name)
         if not folder.exists():
             status, upstream_is_new = "would be computed", True
         elif not (folder / MANIFEST).exists():
             status = "is not a finished stage; delete the folder"
-        elif changes := changed_fields(read_manifest(folder)["config"], config):
+        elif changes := [
+            *changed_fields((manifest := read_manifest(folder))["config"], as_dict(config)),
+            *changed_sources(manifest, source_hashes(config)),
+        ]:
             status = f"was made with {', '.join(changes)}; use another --run-dir or delete the folder"
         elif upstream_is_new:
             status = "was made from other inputs; delete the folder"

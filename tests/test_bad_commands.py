@@ -175,3 +175,14 @@ def test_an_output_folder_that_holds_something_else_is_kept(shop, tmp_path, caps
     code, err = call(prepare(shop, out), capsys)
     assert code == 2 and "not the output of a finished stage" in err
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_whose_content_changed_is_noticed(shop, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(prepare(shop, out), capsys)[0] == 0
+    assert call(prepare(shop, out), capsys)[0] == 0
+    edit(shop["interactions"], ",100,", ",99,")
+    code, err = call(prepare(shop, out), capsys)
+    assert code == 2 and "was made with other content of the interactions file" in err
+    Path(shop["interactions"]).unlink()
+    assert call(prepare(shop, out), capsys)[0] == 0

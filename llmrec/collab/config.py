@@ -107,6 +107,10 @@ class TrainCollabConfig:
         )
         self._refuse_settings_without_effect()
 
+    def source_files(self) -> dict[str, str]:
+        """The users' own files that the result depends on, by setting."""
+        return {} if self.vectors is None else {"vectors": self.vectors}
+
     def _refuse_settings_without_effect(self) -> None:
         """A setting that cannot change the result is a mistake of whoever set it."""
         precomputed = self.provider == "precomputed"

@@ -154,6 +154,11 @@ class PrepareDataConfig:
         if self.ties == "file":
             self._refuse({"seed"}, "ties='file'")
 
+    def source_files(self) -> dict[str, str]:
+        """The users' own files that the result depends on, by setting."""
+        named = {"interactions": self.interactions, "items": self.items}
+        return {name: path for name, path in named.items() if path is not None}
+
     @property
     def least_interactions(self) -> int:
         """k of the k-core filter; 0 if there is none."""

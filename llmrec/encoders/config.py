@@ -182,6 +182,11 @@ class EncodeItemsConfig:
 
     image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
 
+    def source_files(self) -> dict[str, str]:
+        """The users' own files that the result depends on, by setting."""
+        named = {"text.path": self.text.path, "image.path": self.image.path}
+        return {name: path for name, path in named.items() if path is not None}
+
 
 def check_encoder(config: Any, name: str, effective: dict[str, set[str]]) -> None:
     """Checks that text and image encoders share.
