@@ -52,7 +52,10 @@ def test_whole_number_and_dictionary_ids_match_raw_ids_as_text(tmp_path):
 
 
 def test_a_null_vector_says_that_the_item_has_none(tmp_path):
-    for kind in (pa.list_(pa.float32()), pa.list_(pa.float32(), 2)):
+    kinds = [pa.list_(pa.float32())]
+    if int(pa.__version__.split(".")[0]) >= 26:  # 25 cannot read back a null list of fixed size
+        kinds.append(pa.list_(pa.float32(), 2))
+    for kind in kinds:
         path = parquet(tmp_path / "v.parquet", RAW_IDS, pa.array([[1.0, 2.0], None, [5.0, 6.0]], kind))
         vectors, missing = read_vectors(path, RAW_IDS, "image")
         assert missing.tolist() == [False, False, True, False]
