@@ -130,8 +130,6 @@ def test_code_width_and_constant_frequency_are_explained():
     ):
         fit(wide)
     fit(dataclasses.replace(wide, project_codes=True, epochs=1))
-    flat = interactions([[1, 2, 3, 4], [2, 1, 4, 3]], 4)
-    flat.train_count  # noqa: B018
     with pytest.raises(ConfigError, match=r"no frequency to fuse by; set finetune\.fusion=equal"):
         fit(TINY, interactions([[1, 2, 3, 4], [3, 4, 1, 2]], 4))
 
