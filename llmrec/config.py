@@ -27,8 +27,14 @@ C = TypeVar("C")
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """The config as plain JSON data (tuples become lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """The config as plain JSON data (tuples become lists).
+
+    Fields that the config names in ``idle_fields`` are left out: they hold their defaults, so that a
+    model added later does not make what exists look as if it had been made differently.
+    """
+    idle = getattr(config, "idle_fields", list)()
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in idle}
+    return json.loads(json.dumps(values))
 
 
 def from_dict(cls: type[C], data: dict[str, Any]) -> C:

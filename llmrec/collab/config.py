@@ -5,55 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from llmrec.collab.configs.sasrec import SASRecConfig
 from llmrec.config import require
-
-
-@dataclass(frozen=True, kw_only=True)
-class SASRecConfig:
-    """SASRec: a causal transformer over item ids (Kang and McAuley 2018)."""
-
-    embed_dim: int = 64
-    """Width D of the item vectors and of the transformer."""
-
-    num_layers: int = 2
-    """Transformer blocks."""
-
-    num_heads: int = 2
-    """Attention heads; divides embed_dim."""
-
-    inner_dim: int = 256
-    """Width inside the feed-forward part."""
-
-    dropout_rate: float = 0.5
-    """Dropout on input vectors, attention weights and both residual branches (0.2 suits dense data)."""
-
-    max_history: int = 50
-    """Most recent items the model sees, in items (200 suits MovieLens-1M)."""
-
-    loss: Literal["ce", "bce", "sampled_ce"] = "ce"
-    """ce: softmax over all items; bce: one random negative per position, as published; sampled_ce:
-    softmax over the target and num_negatives random items."""
-
-    num_negatives: int = 256
-    """Negatives per position for loss='sampled_ce', in items, outside the user's training items."""
-
-    def __post_init__(self) -> None:
-        for name in ("embed_dim", "num_layers", "num_heads", "inner_dim", "max_history", "num_negatives"):
-            value = getattr(self, name)
-            require(value >= 1, f"train_collab.sasrec.{name} must be at least 1, got {value}")
-        require(
-            self.embed_dim % self.num_heads == 0,
-            "train_collab.sasrec.embed_dim must be divisible by num_heads, got "
-            f"{self.embed_dim} and {self.num_heads}",
-        )
-        require(
-            0 <= self.dropout_rate < 1,
-            f"train_collab.sasrec.dropout_rate must lie in [0, 1), got {self.dropout_rate}",
-        )
-        require(
-            self.loss == "sampled_ce" or self.num_negatives == default_of(SASRecConfig, "num_negatives"),
-            f"train_collab.sasrec.num_negatives has no effect with loss={self.loss!r}",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +21,10 @@ class TrainCollabConfig:
 
     sasrec: SASRecConfig = field(default_factory=SASRecConfig)
 
+    layout: Literal["auto", "prefixes"] = "auto"
+    """How histories become training rows. auto: every user once, where the model allows it; prefixes: one
+    row per target, as most published code does, far slower and equal in the limit (no dropout)."""
+
     epochs: int = 200
     """Most passes over the training users."""
 
@@ -76,6 +33,9 @@ class TrainCollabConfig:
 
     learning_rate: float = 1e-3
     """Step size of Adam, constant."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW) of every weight, per unit of learning_rate."""
 
     clip_norm: float = 5.0
     """Largest norm of the gradient; it is scaled down to this."""
@@ -99,6 +59,9 @@ class TrainCollabConfig:
         for name in ("learning_rate", "clip_norm"):
             value = getattr(self, name)
             require(value > 0, f"train_collab.{name} must be greater than 0, got {value}")
+        require(
+            self.weight_decay >= 0, f"train_collab.weight_decay must be at least 0, got {self.weight_decay}"
+        )
         require(self.seed >= 0, f"train_collab.seed must be at least 0, got {self.seed}")
         require(
             self.eval_every_epochs <= self.epochs or self.select == "last",
@@ -111,6 +74,10 @@ class TrainCollabConfig:
         """The users' own files that the result depends on, by setting."""
         return {} if self.vectors is None else {"vectors": self.vectors}
 
+    def idle_fields(self) -> list[str]:
+        """Settings of the models that are not trained; they hold defaults and are not written down."""
+        return [name for name in PROVIDER_FIELDS if name != self.provider]
+
     def _refuse_settings_without_effect(self) -> None:
         """A setting that cannot change the result is a mistake of whoever set it."""
         precomputed = self.provider == "precomputed"
@@ -118,7 +85,7 @@ class TrainCollabConfig:
             not precomputed or self.vectors is not None,
             "train_collab.vectors must be a file of item vectors with provider='precomputed', got none",
         )
-        idle = [name for name in PROVIDER_FIELDS if name != self.provider]
+        idle = self.idle_fields()
         reason = f"provider={self.provider!r}"
         if precomputed:
             idle += [name for name in names(self) if name not in ("provider", "vectors", *idle)]

@@ -1,46 +1,54 @@
 """What a sequential model must offer to give collaborative vectors, and the models that do.
 
 To add a model: one file with one `nn.Module` that keeps to `CollabProvider`, its name in
-`PROVIDERS`, its settings as a nested config in `collab/config.py`. The contract tests then run
-over it.
+`PROVIDERS`, its settings in `collab/configs/`, named in `collab/config.py`. The contract tests then
+run over it, with the small settings of `tests/collab/cases.py`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings
+from llmrec.collab.losses import Loss
 from llmrec.collab.sasrec import SASRec
+from llmrec.data.batches import Batch
 from llmrec.errors import ArtifactMismatchError
+from llmrec.evaluation.rank import Scorer
 
 
 class CollabProvider(Protocol):
     """A sequence model that learns one vector per item. The trainer knows nothing else.
 
-    An `nn.Module` whose constructor takes ``num_items`` and the fields of its config by name.
-    Sequences are item ids padded on the right with 0; what stands at a position may depend on it
-    and on earlier ones only, so padding never matters.
+    An `nn.Module` whose constructor takes ``num_items`` and the fields of its config by name. Item ids
+    are padded on the right with 0, and padding never changes a number. Scores do not depend on what
+    else is in a batch, and are the same every time: a model that draws noise in training uses its mean,
+    or noise fixed at construction, when it scores.
     """
+
+    layout: Literal["positions", "prefixes"]
+    """Rows it is trained on. positions: every user once, a target at each position, for models whose state
+    at a position depends on it and on earlier ones only; prefixes: one row per target, which stands at the
+    row's last item."""
+
+    uses_time: bool
+    """Whether `score` takes the times of the history too."""
 
     max_history: int
     """Most items of a history the model can take."""
 
-    def loss(self, sequence: Tensor) -> tuple[Tensor, int]:
-        """Sum of the losses of predicting each next item, and how many items were predicted.
-
-        Args:
-            sequence: train items of B users, int64 (B, T), T at most max_history + 1; position t
-                predicts position t + 1.
-        """
+    def loss(self, batch: Batch) -> Loss:
+        """Sum of the losses of predicting the batch's targets."""
 
     def score(self, history: Tensor) -> Tensor:
         """Scores of every item as the next one, (B, N + 1), from histories int64 (B, T).
 
-        Column 0 means nothing. An empty history (all padding) gives finite scores.
+        With `uses_time`, a second argument holds their times, int64 (B, T). Column 0 means nothing. An
+        empty history (all padding) gives finite scores.
         """
 
     def item_embeddings(self) -> Tensor:
@@ -76,3 +84,17 @@ def load_provider(collab: CollabEmbeddings) -> nn.Module:
         )
     model.load_state_dict({name: torch.from_numpy(array) for name, array in found.items()})
     return model.to(distributed.device()).eval()
+
+
+def provider_scorer(collab: CollabEmbeddings) -> Scorer:
+    """The trained model of an artefact as a method to rank.
+
+    Raises:
+        ArtifactMismatchError: the artefact holds ready-made vectors, or another version's model.
+    """
+    return scorer_of(load_provider(collab), collab.provider)
+
+
+def scorer_of(model: nn.Module, name: str) -> Scorer:
+    """A provider as a method to rank, under the given name."""
+    return Scorer(name=name, score=model.score, max_history=model.max_history, uses_time=model.uses_time)

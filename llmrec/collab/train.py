@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from llmrec import distributed
-from llmrec.artifacts import CollabEmbeddings, Interactions, Targets
+from llmrec.artifacts import SPLIT_CODES, CollabEmbeddings, Interactions, Targets
 from llmrec.collab.config import TrainCollabConfig
-from llmrec.collab.provider import PROVIDERS
-from llmrec.data.batches import length_groups, pad_histories
+from llmrec.collab.losses import Loss
+from llmrec.collab.provider import PROVIDERS, scorer_of
+from llmrec.data.batches import Batch, length_groups, pad_histories
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError, DataError, TrainingError
 from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k
-from llmrec.evaluation.rank import Scorer, rank_users
+from llmrec.evaluation.rank import rank_users
 from llmrec.progress import progress
 
 logger = logging.getLogger("llmrec")
@@ -50,9 +52,10 @@ def train_collab(config: TrainCollabConfig, data: Interactions) -> CollabEmbeddi
     distributed.seed_everything(config.seed)
     settings = {"num_items": data.num_items, **asdict(getattr(config, config.provider))}
     model = PROVIDERS[config.provider](**settings).to(distributed.device())
-    users = TrainingUsers.of(data, model.max_history, distributed.device())
+    layout = model.layout if config.layout == "auto" else config.layout
+    rows = TrainingRows.of(data, model.max_history, layout, distributed.device())
     valid = validation_targets(config, data)
-    metrics, log = fit(model, config, data, users, valid)
+    metrics, log = fit(model, config, data, rows, valid)
     state = {name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()}
     return CollabEmbeddings(
         catalog=data.catalog,
@@ -63,7 +66,7 @@ def train_collab(config: TrainCollabConfig, data: Interactions) -> CollabEmbeddi
         metrics={
             **metrics,
             "num_parameters": sum(weight.numel() for weight in model.parameters()),
-            "num_targets": users.num_targets,
+            "num_targets": rows.num_targets,
             "items_never_trained": int((data.train_count[1:] == 0).sum()),
         },
         log=log,
@@ -84,21 +87,34 @@ def use_precomputed(config: TrainCollabConfig, data: Interactions) -> CollabEmbe
     )
 
 
-@dataclass(frozen=True)
-class TrainingUsers:
-    """Train sequences on the device: the users that have something to predict."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingRows:
+    """Train sequences on the device, cut into rows; users with nothing to predict are left out.
+
+    Row r shows the items ``start[r] .. stop[r] - 2`` and predicts those from ``first_target[r]`` to
+    ``stop[r] - 1``: with layout ``positions`` all but the first, with ``prefixes`` the last alone. Both
+    layouts hold the same targets, the last max_history of every user.
+    """
 
     item: Tensor
     """int64 (n,)"""
+    time: Tensor
+    """int64 (n,)"""
     start: Tensor
-    """int64 (users,), first index of the last max_history + 1 train items"""
+    """int64 (rows,)"""
     stop: Tensor
-    """int64 (users,)"""
+    """int64 (rows,)"""
+    first_target: Tensor
+    """int64 (rows,)"""
     length: np.ndarray
-    """int64 (users,), stop - start, at least 2"""
+    """int64 (rows,), items shown, at least 1"""
+    offset: np.ndarray
+    """int64 (users + 1,), the rows of user u are offset[u] .. offset[u + 1] - 1"""
+    num_targets: int
+    """Next items predicted in one epoch."""
 
     @classmethod
-    def of(cls, data: Interactions, max_history: int, device: torch.device) -> TrainingUsers:
+    def of(cls, data: Interactions, max_history: int, layout: str, device: torch.device) -> TrainingRows:
         offset, item = data.train_sequences()
         start, stop = np.maximum(offset[:-1], offset[1:] - max_history - 1), offset[1:]
         keep = stop - start >= 2
@@ -108,20 +124,43 @@ class TrainingUsers:
                 "no next item to learn from; give longer histories or filter less in prepare_data"
             )
         start, stop = start[keep], stop[keep]
-        on_device = [torch.as_tensor(array, device=device) for array in (item, start, stop)]
-        return cls(*on_device, length=stop - start)
+        targets = stop - start - 1
+        if layout == "positions":
+            first_target, rows = start + 1, np.ones_like(targets)
+        else:
+            place = np.arange(targets.sum()) - np.repeat(np.cumsum(targets) - targets, targets)
+            start, rows = np.repeat(start, targets), targets
+            first_target = start + 1 + place
+            stop = first_target + 1
+        time = data.timestamp[data.split == SPLIT_CODES["train"]]
+        arrays = {"item": item, "time": time, "start": start, "stop": stop, "first_target": first_target}
+        return cls(
+            **{name: torch.as_tensor(array, device=device) for name, array in arrays.items()},
+            length=stop - start - 1,
+            offset=np.concatenate([[0], np.cumsum(rows)]),
+            num_targets=int(targets.sum()),
+        )
 
     @property
-    def num_targets(self) -> int:
-        """Next items predicted in one epoch."""
-        return int((self.length - 1).sum())
+    def num_users(self) -> int:
+        return len(self.offset) - 1
 
-    def groups(self, users: np.ndarray) -> Iterator[Tensor]:
-        """The sequences of some users, padded (B, T), in groups of similar length."""
+    def batches(self, users: np.ndarray, *, step: int = 0, epoch: int = 1) -> Iterator[Batch]:
+        """The rows of some users in batches of similar length."""
         kind = "cpu" if self.item.device.type == "cpu" else "gpu"
-        for group in length_groups(self.length[users], MAX_CELLS[kind], overhead_cells=OVERHEAD_CELLS[kind]):
-            chosen = torch.as_tensor(users[group], device=self.item.device)
-            yield pad_histories(self.item, self.start[chosen], self.stop[chosen])
+        count = self.offset[users + 1] - self.offset[users]
+        place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        rows = np.repeat(self.offset[users], count) + place
+        for group in length_groups(self.length[rows], MAX_CELLS[kind], overhead_cells=OVERHEAD_CELLS[kind]):
+            chosen = torch.as_tensor(rows[group], device=self.item.device)
+            start, stop = self.start[chosen], self.stop[chosen]
+            sequence = pad_histories(self.item, start, stop)
+            place = torch.arange(1, sequence.shape[1], device=start.device)
+            wanted = start[:, None] + place >= self.first_target[chosen, None]
+            target = torch.where(wanted, sequence[:, 1:], 0)
+            shown = torch.where(start[:, None] + place < stop[:, None], sequence[:, :-1], 0)
+            time = pad_histories(self.time, start, stop - 1)
+            yield Batch(item=shown, target=target, time=time, step=step, epoch=epoch)
 
 
 def validation_targets(config: TrainCollabConfig, data: Interactions) -> Targets | None:
@@ -143,7 +182,7 @@ def fit(
     model: nn.Module,
     config: TrainCollabConfig,
     data: Interactions,
-    users: TrainingUsers,
+    rows: TrainingRows,
     valid: Targets | None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train until the last epoch or until validation stops it; leaves the chosen weights in model.
@@ -151,18 +190,21 @@ def fit(
     Returns:
         Metrics of the chosen epoch, and one log row per epoch.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     rng = np.random.default_rng(config.seed)
     log: list[dict[str, Any]] = []
     best, best_state = {"best_epoch": config.epochs}, None
     for epoch in range(1, config.epochs + 1):
         started = time.perf_counter()
-        row = {"epoch": epoch, "train_loss": train_epoch(model, optimizer, config, users, rng, epoch)}
+        row = {"epoch": epoch, **train_epoch(model, optimizer, config, rows, rng, epoch)}
+        row["train_seconds"] = round(time.perf_counter() - started, 3)
         if valid is not None and epoch % config.eval_every_epochs == 0:
             row |= validate(model, data, valid)
         row["seconds"] = round(time.perf_counter() - started, 3)
         log.append(row)
-        logger.info("train_collab: %s", ", ".join(f"{name} {value:.5g}" for name, value in row.items()))
+        logger.info("train_collab: %s", describe(row))
         if "valid_ndcg@10" not in row:
             continue
         if row["valid_ndcg@10"] > best.get("valid_ndcg@10", -1.0):
@@ -179,57 +221,84 @@ def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: TrainCollabConfig,
-    users: TrainingUsers,
+    rows: TrainingRows,
     rng: np.random.Generator,
     epoch: int,
-) -> float:
-    """One pass over all users in a new order; returns the mean loss per predicted item."""
+) -> dict[str, Any]:
+    """One pass over all users in a new order.
+
+    Returns:
+        ``train_loss``, the mean loss per target, and ``parts``, the means of what the model reports, if any.
+    """
     model.train()
-    order = rng.permutation(len(users.length))
+    order = rng.permutation(rows.num_users)
     steps = np.split(order, range(config.batch_size, len(order), config.batch_size))
-    losses, num_targets = [], 0
-    for step in progress(steps, f"train_collab epoch {epoch} of at most {config.epochs}", unit="step"):
-        loss, number = train_step(model, optimizer, config.clip_norm, users.groups(step))
-        losses.append(loss)
-        num_targets += number
-    mean = float(torch.stack(losses).double().sum()) / num_targets
-    if not math.isfinite(mean):
+    sums, num_targets = Sums(), 0
+    before = (epoch - 1) * len(steps)
+    label = f"train_collab epoch {epoch} of at most {config.epochs}"
+    for number, users in enumerate(progress(steps, label, unit="step")):
+        batches = rows.batches(users, step=before + number, epoch=epoch)
+        num_targets += train_step(model, optimizer, config.clip_norm, batches, sums)
+    means = sums.over(num_targets)
+    if not math.isfinite(means["train_loss"]):
         raise TrainingError(
-            f"train_collab: the training loss became {mean} in epoch {epoch}; lower "
+            f"train_collab: the training loss became {means['train_loss']} in epoch {epoch}; lower "
             f"train_collab.learning_rate (now {config.learning_rate})"
         )
-    return mean
+    return means
+
+
+class Sums:
+    """Running sums of losses and of the parts that models report, left on the device until read."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Tensor] = defaultdict(float)
+
+    def add(self, loss: Loss) -> None:
+        for name, value in {"train_loss": loss.total.detach(), **loss.parts}.items():
+            self.parts[name] = self.parts[name] + value.detach().double()
+
+    def over(self, num_targets: int) -> dict[str, Any]:
+        """The means per target: ``train_loss`` and, if there are any, ``parts``."""
+        means = {name: (value / num_targets).tolist() for name, value in self.parts.items()}
+        loss = {"train_loss": means.pop("train_loss")}
+        return {**loss, "parts": means} if means else loss
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float, groups: Iterable[Tensor]
-) -> tuple[Tensor, int]:
-    """One update from the mean loss over all targets of the groups.
-
-    Returns:
-        Sum of the losses, a scalar left on the device, and how many targets it covers.
-    """
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clip_norm: float,
+    batches: Iterable[Batch],
+    sums: Sums,
+) -> int:
+    """One update from the mean loss over all targets of the batches, added to sums; their number."""
     optimizer.zero_grad(set_to_none=True)
-    total, num_targets = 0.0, 0
-    for sequence in groups:
-        loss, number = model.loss(sequence)
-        loss.backward()
-        total = total + loss.detach()
-        num_targets += number
+    num_targets = 0
+    for batch in batches:
+        loss = model.loss(batch)
+        loss.total.backward()
+        sums.add(loss)
+        num_targets += loss.num_targets
     for weight in model.parameters():
         if weight.grad is not None:
             weight.grad /= num_targets
     nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
-    return total, num_targets
+    return num_targets
 
 
 def validate(model: nn.Module, data: Interactions, targets: Targets) -> dict[str, float]:
     """Mean recall@10 and ndcg@10 of the validation targets, over all unseen items."""
     model.eval()
-    scorer = Scorer(name="valid", score=model.score, max_history=model.max_history)
-    rank = rank_users(scorer, data, targets, shard=False).rank
+    rank = rank_users(scorer_of(model, "valid"), data, targets, shard=False).rank
     return {
         "valid_ndcg@10": float(np.mean(ndcg_at_k(rank, 10))),
         "valid_recall@10": float(np.mean(recall_at_k(rank, 10))),
     }
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A log row as one line; vectors are left to the log file."""
+    shown = {name: value for name, value in row.items() if name != "parts"} | row.get("parts", {})
+    return ", ".join(f"{name} {value:.5g}" for name, value in shown.items() if not isinstance(value, list))

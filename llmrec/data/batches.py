@@ -6,16 +6,34 @@ one computes mostly padding. `length_groups` cuts a step into a few groups inste
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Histories and what to predict from them: what a sequence model trains on in one forward pass."""
+
+    item: Tensor
+    """int64 (B, T), shown items, padded on the right with 0"""
+    target: Tensor
+    """int64 (B, T), the item to predict after seeing item[:, : t + 1]; 0 where there is none"""
+    time: Tensor
+    """int64 (B, T), timestamps of the shown items as the data gives them, 0 on padding"""
+    step: int = 0
+    """Optimiser steps taken before this one."""
+    epoch: int = 1
+    """Pass over the data that this batch belongs to, from 1."""
 
 
 def pad_histories(item: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     """The ranges ``item[start[b]:stop[b]]`` as rows, padded on the right with 0.
 
     Args:
-        item: item ids one after another, int64 (n,).
+        item: item ids (or their timestamps) one after another, int64 (n,).
         start: first index of each range, int64 (B,).
         stop: index after the last of each range, int64 (B,).
 

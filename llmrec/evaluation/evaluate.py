@@ -42,14 +42,13 @@ def evaluate(
 
     Users are shared over processes; the result is that of one process.
     """
-    from llmrec.collab.provider import load_provider
+    from llmrec.collab.provider import provider_scorer
     from llmrec.finetune.scoring import load_scorer
 
     check_same_catalog(data, collab, content, ids, adapter)
     scorers = [load_scorer(adapter, collab, content, ids)]
     if collab.state:
-        model = load_provider(collab)
-        scorers.append(Scorer(name=collab.provider, score=model.score, max_history=model.max_history))
+        scorers.append(provider_scorer(collab))
     scorers.append(popularity(data))
     targets = data.targets("test")
     if not len(targets):

@@ -24,10 +24,12 @@ class Scorer:
     """A method to be ranked: histories in, scores of the whole catalogue out."""
 
     name: str
-    score: Callable[[Tensor], Tensor]
+    score: Callable[..., Tensor]
     """history int64 (B, T), right-padded with 0 -> float (B, N + 1); column 0 means nothing"""
     max_history: int | None = None
     """Most recent items it is shown; None: all of them."""
+    uses_time: bool = False
+    """Whether `score` takes the timestamps of the history, int64 (B, T), as its second argument."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +128,10 @@ def rank_users(
         "times": torch.zeros(size, dtype=torch.int64, device=device),
     }
     item = torch.from_numpy(data.item).to(device)
+    time = torch.from_numpy(data.timestamp).to(device) if scorer.uses_time else None
     with torch.inference_mode():
         for block in blocks:
-            _rank_block(scorer, item, targets.take(block), block, mask_seen, top_k, result)
+            _rank_block(scorer, item, time, targets.take(block), block, mask_seen, top_k, result)
     if shard and distributed.world_size() > 1:
         for values in result.values():
             torch.distributed.all_reduce(values)
@@ -139,6 +142,7 @@ def rank_users(
 def _rank_block(
     scorer: Scorer,
     item: Tensor,
+    time: Tensor | None,
     targets: Targets,
     place: np.ndarray,
     mask_seen: bool,
@@ -150,10 +154,11 @@ def _rank_block(
         for array in (targets.start, targets.stop, targets.item, place)
     )
     seen = pad_histories(item, start, stop)
-    shown = seen
+    first, shown = start, seen
     if scorer.max_history is not None and seen.shape[1] > scorer.max_history:
-        shown = pad_histories(item, torch.maximum(start, stop - scorer.max_history), stop)
-    scores = scorer.score(shown)
+        first = torch.maximum(start, stop - scorer.max_history)
+        shown = pad_histories(item, first, stop)
+    scores = scorer.score(shown) if time is None else scorer.score(shown, pad_histories(time, first, stop))
     kept = rank_targets(scores, target)
     masked = kept - seen_ahead(scores, target, seen) if mask_seen else kept
     result["rank"][place] = masked

@@ -17,12 +17,12 @@ from llmrec import distributed
 from llmrec.artifacts import SPLIT_CODES, CollabEmbeddings, Interactions
 from llmrec.collab import train
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
-from llmrec.collab.provider import load_provider
+from llmrec.collab.provider import load_provider, provider_scorer
 from llmrec.collab.sasrec import SASRec
 from llmrec.collab.train import train_collab
 from llmrec.errors import ArtifactMismatchError, ConfigError, DataError, TrainingError
 from llmrec.evaluation.metrics import ndcg_at_k
-from llmrec.evaluation.rank import Scorer, rank_users
+from llmrec.evaluation.rank import rank_users
 
 TINY = SASRecConfig(embed_dim=8, num_layers=1, inner_dim=16, max_history=12, dropout_rate=0.0)
 
@@ -51,9 +51,7 @@ def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best_epoch():
     best = int(np.argmax(history))
     assert collab.metrics["best_epoch"] == best + 1
     assert collab.metrics["epochs"] == len(history) == best + 1 + 4 < 60
-    model = load_provider(collab)
-    scorer = Scorer(name="again", score=model.score, max_history=model.max_history)
-    rank = rank_users(scorer, data, data.targets("valid"), shard=False).rank
+    rank = rank_users(provider_scorer(collab), data, data.targets("valid"), shard=False).rank
     assert ndcg_at_k(rank, 10).mean() == collab.metrics["valid_ndcg@10"] == history[best]
 
 
@@ -72,7 +70,7 @@ def test_the_loss_falls_and_every_epoch_is_logged():
     assert losses[0] == pytest.approx(np.log(12), rel=0.1)
     assert losses[-1] < losses[0] - 0.5
     assert [row["epoch"] for row in collab.log] == list(range(1, 9))
-    assert all(set(row) == {"epoch", "train_loss", "seconds"} for row in collab.log)
+    assert all(set(row) == {"epoch", "train_loss", "train_seconds", "seconds"} for row in collab.log)
     assert collab.metrics == {
         "best_epoch": 8,
         "epochs": 8,
@@ -82,32 +80,76 @@ def test_the_loss_falls_and_every_epoch_is_logged():
     }
 
 
-def test_a_step_does_not_depend_on_how_its_users_are_grouped(monkeypatch):
-    """One padded batch and many small groups give the same update."""
-    rng = np.random.default_rng(0)
-    data = interactions([rng.integers(1, 31, size).tolist() for size in rng.integers(4, 13, 40)], 30)
+def uneven(seed: int = 0) -> Interactions:
+    rng = np.random.default_rng(seed)
+    return interactions([rng.integers(1, 31, size).tolist() for size in rng.integers(4, 13, 40)], 30)
+
+
+@pytest.mark.parametrize(
+    ("layout", "overhead", "cells"), [("positions", 0, 24), ("prefixes", 10**6, 10**6), ("prefixes", 0, 24)]
+)
+def test_a_step_depends_neither_on_how_rows_are_grouped_nor_on_their_layout(
+    layout, overhead, cells, monkeypatch
+):
+    """One padded batch of users, many small ones, and one row per target give the same update."""
     weights = []
-    for overhead, cells in ((10**6, 10**6), (0, 24)):
-        monkeypatch.setattr(train, "OVERHEAD_CELLS", {"cpu": overhead, "gpu": overhead})
-        monkeypatch.setattr(train, "MAX_CELLS", {"cpu": cells, "gpu": cells})
-        users = train.TrainingUsers.of(data, 12, distributed.device())
+    for case in (("positions", 10**6, 10**6), (layout, overhead, cells)):
+        monkeypatch.setattr(train, "OVERHEAD_CELLS", {"cpu": case[1], "gpu": case[1]})
+        monkeypatch.setattr(train, "MAX_CELLS", {"cpu": case[2], "gpu": case[2]})
+        rows = train.TrainingRows.of(uneven(), 7, case[0], distributed.device())
         torch.manual_seed(0)
         model = SASRec(num_items=30, **{**vars(TINY), "num_negatives": 0}).to(distributed.device())
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        groups = list(users.groups(np.arange(len(users.length))))
-        assert (len(groups) == 1) == (overhead > 0)
-        assert sum(int((group[:, 1:] != 0).sum()) for group in groups) == users.num_targets
-        train.train_step(model, optimizer, 1e9, groups)
+        batches = list(rows.batches(np.arange(rows.num_users)))
+        assert (len(batches) == 1) == (case[1] > 0)
+        sums = train.Sums()
+        assert train.train_step(model, optimizer, 1e9, batches, sums) == rows.num_targets
         weights.append(nn.utils.parameters_to_vector(model.parameters()).detach())
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["positions", "prefixes"])
+def test_rows_hold_the_last_items_of_every_user_their_targets_and_times(layout):
+    data = uneven()
+    offset, item = data.train_sequences()
+    rows = train.TrainingRows.of(data, 5, layout, torch.device("cpu"))
+    expected = []
+    for user in range(data.num_users):
+        mine = item[offset[user] : offset[user + 1]].tolist()[-6:]
+        first = int(offset[user + 1] - offset[user]) - len(mine)  # timestamps are positions
+        for end in range(1, len(mine)):
+            expected.append((tuple(mine[:end]), tuple(range(first, first + end)), mine[end]))
+    found = []
+    for batch in rows.batches(np.arange(rows.num_users), step=3, epoch=2):
+        assert (batch.step, batch.epoch) == (3, 2)
+        for shown, target, time in zip(batch.item.tolist(), batch.target.tolist(), batch.time.tolist()):
+            length = sum(value != 0 for value in shown)
+            assert not any(shown[length:] + target[length:] + time[length:])
+            ends = [end for end in range(1, length + 1) if target[end - 1]]
+            assert ends == (list(range(1, length + 1)) if layout == "positions" else [length])
+            found += [(tuple(shown[:end]), tuple(time[:end]), target[end - 1]) for end in ends]
+    assert sorted(found) == sorted(expected)
+    assert rows.num_targets == len(expected)
+
+
 def test_only_users_with_two_train_items_are_trained_on():
     data = interactions([[1, 2, 3], [4, 3, 2, 1], [5, 4, 3, 2, 1]], 5)
-    users = train.TrainingUsers.of(data, 12, torch.device("cpu"))
-    sequences = [row[row != 0].tolist() for group in users.groups(np.arange(2)) for row in group]
-    assert sequences == [[4, 3], [5, 4, 3]]
-    assert users.num_targets == 3
+    rows = train.TrainingRows.of(data, 12, "positions", torch.device("cpu"))
+    shown = [row[row != 0].tolist() for batch in rows.batches(np.arange(2)) for row in batch.item]
+    assert shown == [[4], [5, 4]]
+    assert rows.num_targets == 3
+
+
+def test_the_parts_a_model_reports_are_logged_as_means_per_target(monkeypatch):
+    class Talking(SASRec):
+        def loss(self, batch):
+            loss = super().loss(batch)
+            number = torch.tensor(float(loss.num_targets))
+            return replace(loss, parts={"two": 2 * number, "pair": torch.stack([number, 3 * number])})
+
+    monkeypatch.setitem(train.PROVIDERS, "sasrec", Talking)
+    collab = train_collab(tiny(epochs=2, select="last"), cycle())
+    assert [row["parts"] for row in collab.log] == [{"two": 2.0, "pair": [1.0, 3.0]}] * 2
 
 
 def test_nothing_to_learn_from_is_an_error_of_the_data():

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmrec.collab import sasrec
-from llmrec.collab.sasrec import SASRec, draw_unseen
+from llmrec.collab import losses
+from llmrec.collab.losses import draw_unseen
+from llmrec.collab.sasrec import SASRec
+from llmrec.data.batches import Batch
 
 SIZES = {
     "num_items": 30,
@@ -18,6 +20,13 @@ SIZES = {
     "dropout_rate": 0.0,
     "max_history": 10,
 }
+
+
+def batch(*sequences: list[int]) -> Batch:
+    """Train sequences padded with 0, every next item a target."""
+    item = torch.tensor(sequences)
+    shown = torch.where(item[:, 1:] != 0, item[:, :-1], 0)
+    return Batch(item=shown, target=item[:, 1:], time=torch.zeros_like(shown))
 
 
 def model(**settings) -> SASRec:
@@ -53,9 +62,9 @@ def test_the_padding_vector_stays_zero_through_training():
     sas = model()
     optimizer = torch.optim.Adam(sas.parameters(), lr=0.1)
     for _ in range(3):
-        loss, _ = sas.loss(torch.tensor([[1, 2, 3, 0], [4, 0, 0, 0]]))
+        loss = sas.loss(batch([1, 2, 3, 0], [4, 0, 0, 0]))
         optimizer.zero_grad()
-        loss.backward()
+        loss.total.backward()
         optimizer.step()
     assert not sas.item_embeddings()[0].any()
     assert sas.item_embeddings()[1:].any()
@@ -64,10 +73,11 @@ def test_the_padding_vector_stays_zero_through_training():
 @pytest.mark.parametrize("loss", ["ce", "bce", "sampled_ce"])
 def test_losses_equal_a_loop_over_positions(loss, monkeypatch):
     sas = model(loss=loss, num_negatives=4)
-    sequence = torch.tensor([[3, 9, 4, 1], [8, 2, 0, 0], [5, 0, 0, 0]])
+    rows = [[3, 9, 4, 1], [8, 2, 0, 0], [5, 0, 0, 0]]
+    sequence = torch.tensor(rows)
     drawn = torch.randint(1, 31, (3, 4 if loss == "sampled_ce" else 3))
-    monkeypatch.setattr(sasrec, "draw_unseen", lambda *_: drawn)
-    found, number = sas.loss(sequence)
+    monkeypatch.setattr(losses, "draw_unseen", lambda *_: drawn)
+    found = sas.loss(batch(*rows))
     hidden, table, expected = sas.encode(sequence[:, :-1]), sas.item.weight, 0.0
     for row, position in [(0, 0), (0, 1), (0, 2), (1, 0)]:
         query, target = hidden[row, position], int(sequence[row, position + 1])
@@ -79,8 +89,8 @@ def test_losses_equal_a_loop_over_positions(loss, monkeypatch):
         else:
             candidates = table[[target, *drawn[row].tolist()]]
             expected = expected - F.log_softmax(candidates @ query, 0)[0]
-    assert number == 4
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert found.num_targets == 4
+    torch.testing.assert_close(found.total, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_negatives_are_uniform_over_the_unseen_items():

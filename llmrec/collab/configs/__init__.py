@@ -1,0 +1,1 @@
+"""Settings of the sequence models, one file a model. Imports no torch."""

@@ -1,0 +1,56 @@
+"""Settings of SASRec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmrec.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SASRecConfig:
+    """SASRec: a causal transformer over item ids (Kang and McAuley 2018)."""
+
+    embed_dim: int = 64
+    """Width D of the item vectors and of the transformer."""
+
+    num_layers: int = 2
+    """Transformer blocks."""
+
+    num_heads: int = 2
+    """Attention heads; divides embed_dim."""
+
+    inner_dim: int = 256
+    """Width inside the feed-forward part."""
+
+    dropout_rate: float = 0.5
+    """Dropout on input vectors, attention weights and both residual branches (0.2 suits dense data)."""
+
+    max_history: int = 50
+    """Most recent items the model sees, in items (200 suits MovieLens-1M)."""
+
+    loss: Literal["ce", "bce", "sampled_ce"] = "ce"
+    """ce: softmax over all items; bce: one random negative per position, as published; sampled_ce:
+    softmax over the target and num_negatives random items."""
+
+    num_negatives: int = 256
+    """Negatives per position for loss='sampled_ce', in items, outside the user's training items."""
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "num_layers", "num_heads", "inner_dim", "max_history", "num_negatives"):
+            value = getattr(self, name)
+            require(value >= 1, f"train_collab.sasrec.{name} must be at least 1, got {value}")
+        require(
+            self.embed_dim % self.num_heads == 0,
+            "train_collab.sasrec.embed_dim must be divisible by num_heads, got "
+            f"{self.embed_dim} and {self.num_heads}",
+        )
+        require(
+            0 <= self.dropout_rate < 1,
+            f"train_collab.sasrec.dropout_rate must lie in [0, 1), got {self.dropout_rate}",
+        )
+        require(
+            self.loss == "sampled_ce" or self.num_negatives == SASRecConfig.num_negatives,
+            f"train_collab.sasrec.num_negatives has no effect with loss={self.loss!r}",
+        )

@@ -1,0 +1,37 @@
+"""Every provider with small settings, for the contract tests: one case per loss and variant worth it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llmrec.collab.config import TrainCollabConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """A provider as the contract tests train it."""
+
+    provider: str
+    settings: dict[str, Any]
+    trainer: dict[str, Any] = field(default_factory=dict)
+    by_design: dict[str, str] = field(default_factory=dict)
+    """Contract tests that it must fail, by the test's name, and why."""
+
+    def config(self, **trainer: Any) -> TrainCollabConfig:
+        """Small enough for a second; keyword arguments replace the trainer's settings."""
+        defaults = getattr(TrainCollabConfig(), self.provider)
+        trainer = {"epochs": 15, "batch_size": 16, "learning_rate": 1e-2} | self.trainer | trainer
+        model = {self.provider: replace(defaults, **self.settings)}
+        return TrainCollabConfig(provider=self.provider, **model, **trainer)
+
+
+SASREC = {"embed_dim": 16, "inner_dim": 32, "max_history": 12, "dropout_rate": 0.1}
+
+CASES: dict[str, Case] = {
+    "sasrec-ce": Case("sasrec", SASREC),
+    "sasrec-bce": Case("sasrec", SASREC | {"loss": "bce"}),
+    "sasrec-sampled_ce": Case("sasrec", SASREC | {"loss": "sampled_ce", "num_negatives": 16}),
+}
+"""By name; every provider and every loss it offers is here. embed_dim 16 and max_history 12 where a
+model has these."""
