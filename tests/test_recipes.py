@@ -16,9 +16,10 @@ import pytest
 
 from llmrec import cli
 from llmrec.artifacts import ContentEmbeddings, Interactions
-from llmrec.collab.config import SASRecConfig, TrainCollabConfig
+from llmrec.collab.config import PROVIDER_FIELDS, SASRecConfig, TrainCollabConfig
 from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
+from llmrec.errors import ConfigError
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
 from llmrec.recipe import Recipe, apply_overrides, main, plan
@@ -250,6 +251,30 @@ def test_every_recipe_builds_and_explains_itself(path):
     widths = module.recipe()
     if widths.finetune.is_mini and not widths.finetune.project_codes:
         assert widths.learn_semantic_ids.code_dim == widths.finetune.mini.hidden_size
+
+
+def test_the_downstream_recipe_differs_in_the_provider_alone():
+    import mme_sid_sample
+    import providers_sample
+
+    base = mme_sid_sample.recipe()
+    assert providers_sample.recipe() == base
+    for provider in PROVIDER_FIELDS:
+        made = providers_sample.recipe(provider)
+        assert made.train_collab.provider == provider
+        assert dataclasses.replace(made, train_collab=base.train_collab) == base
+
+
+def test_the_downstream_table_names_what_it_shows():
+    import providers_sample
+
+    row = {"recall@10": 0.5, "ndcg@10": 0.25}
+    text = providers_sample.table(
+        {"sasrec": {"sasrec": row, "mme_sid": {"recall@10": 0.75, "ndcg@10": 0.125}}}
+    )
+    assert text.splitlines()[-1].split() == ["sasrec", "0.5000", "0.2500", "0.7500", "0.1250"]
+    with pytest.raises(ConfigError, match="--providers must be among sasrec"):
+        providers_sample.run_all(["--providers", "sasrek"])
 
 
 def test_there_are_recipes():

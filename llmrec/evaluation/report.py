@@ -70,6 +70,7 @@ def render(
             "groups": bars(metrics["groups"], "recall@10", label),
             "lengths": bars(metrics["history_length"], "recall@10", label),
             "curves": curves(collab, ids, adapter),
+            "parts": part_curves(collab.log if collab else []),
             "fusion": fusion_curve(adapter),
         }
     environment = jinja2.Environment(
@@ -141,6 +142,31 @@ def curve(title: str, rows: list[dict[str, Any]], x: str, loss: str, valid: str 
         twin.plot([row[x] for row in ranked], [row[valid] for row in ranked], color=COLOURS[1])
         twin.set_ylabel("valid ndcg@10", color=COLOURS[1])
         twin.spines["right"].set_visible(True)
+    return svg(figure_)
+
+
+def part_curves(log: list[dict[str, Any]]) -> list[str]:
+    """What a sequence model reported about itself over training, one SVG per quantity.
+
+    A vector has one line per entry, named by its place: experts, interests, weights.
+    """
+    rows = [row for row in log if row.get("parts")]
+    return [part_curve(name, rows) for name in (rows[0]["parts"] if rows else ())]
+
+
+def part_curve(name: str, rows: list[dict[str, Any]]) -> str:
+    """One reported quantity over epochs; SVG."""
+    figure_, axes = plt.subplots(figsize=(2.3, 1.9))
+    rows = [row for row in rows if name in row["parts"]]
+    values = np.array([row["parts"][name] for row in rows], dtype=float)
+    lines = axes.plot([row["epoch"] for row in rows], values, marker="." if len(rows) < 3 else None)
+    if len(lines) > 1:
+        for number, line in enumerate(lines):
+            line.set_color(plt.get_cmap("viridis")(number / len(lines)))
+        axes.legend(lines, range(1, len(lines) + 1), frameon=False, fontsize=6, ncols=4, loc="best")
+    axes.set_title(name.replace("_", " "), fontsize=8)
+    axes.set_xlabel("epoch", fontsize=8)
+    axes.tick_params(labelsize=7)
     return svg(figure_)
 
 

@@ -112,3 +112,14 @@ def test_the_page_escapes_titles_and_shows_examples():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         EvaluateConfig(**settings)
+
+
+def test_what_a_model_reports_about_itself_is_drawn_one_panel_a_quantity():
+    log = [
+        {"epoch": epoch, "train_loss": 1.0, "parts": {"kl": 1 / epoch, "load": [0.5, 0.25, 0.25]}}
+        for epoch in (1, 2, 3)
+    ]
+    with_vector = report.part_curves([*log, {"epoch": 4, "train_loss": 0.9}])
+    assert len(with_vector) == 2
+    assert "kl" in with_vector[0] and with_vector[1].count("<path") > with_vector[0].count("<path")
+    assert report.part_curves([{"epoch": 1, "train_loss": 1.0}]) == report.part_curves([]) == []

@@ -1,0 +1,63 @@
+"""MME-SID on the sample market with the item vectors of every sequence model, one after another.
+
+Method:    MME-SID (CIKM 2025) as in mme_sid_sample.py; only the collaborative provider changes
+Run:       accelerate launch recipes/providers_sample.py
+           accelerate launch recipes/providers_sample.py --providers sasrec gmvae --run-dir runs/two
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from mme_sid_sample import recipe as mme_sid_sample
+
+from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
+from llmrec.errors import ConfigError
+from llmrec.recipe import Recipe, guarded, set_up_logging
+
+
+def recipe(provider: str = "sasrec") -> Recipe:
+    base = mme_sid_sample()
+    if provider == base.train_collab.provider:
+        return base
+    return replace(base, train_collab=TrainCollabConfig(provider=provider))
+
+
+def run_all(arguments: list[str] | None = None) -> None:
+    """Run the pipeline once per provider and print one table; finished stages are kept."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run-dir", default="runs/providers_sample", help="one folder a provider")
+    parser.add_argument("--providers", nargs="+", default=PROVIDER_FIELDS, metavar="NAME")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.providers) - set(PROVIDER_FIELDS):
+        raise ConfigError(
+            f"--providers must be among {', '.join(PROVIDER_FIELDS)}, got {', '.join(sorted(unknown))}"
+        )
+    set_up_logging()
+    from llmrec import distributed
+    from llmrec.pipeline import RunDir, run
+
+    reports = {}
+    for provider in options.providers:
+        reports[provider] = run(recipe(provider), RunDir(Path(options.run_dir) / provider))
+    if distributed.is_main():
+        print(table({name: report.metrics["rows"] for name, report in reports.items()}))
+
+
+def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
+    """What MME-SID makes of each provider's vectors, and what the provider ranks by itself."""
+    lines = [f"{'':12}{'provider alone':>22}{'MME-SID with its vectors':>28}"]
+    lines.append(f"{'provider':12}{'recall@10':>11}{'ndcg@10':>11}{'recall@10':>17}{'ndcg@10':>11}")
+    for name, found in rows.items():
+        alone, mme_sid = found[name], found["mme_sid"]
+        lines.append(
+            f"{name:12}{alone['recall@10']:11.4f}{alone['ndcg@10']:11.4f}"
+            f"{mme_sid['recall@10']:17.4f}{mme_sid['ndcg@10']:11.4f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(guarded(run_all))
