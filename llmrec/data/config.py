@@ -76,10 +76,11 @@ class PrepareDataConfig:
     `user item item ...`, oldest item first."""
 
     interactions: str | None = None
-    """File of interactions (source=table: .csv, .tsv or .parquet; source=sequences: text)."""
+    """File of interactions. source=table: .csv, .tsv, .parquet, one JSON object a line (.json, .jsonl, packed
+    or not: Amazon 2014, 2018 and 2023 as they are), MovieLens .dat; source=sequences: text."""
 
     items: str | None = None
-    """File of items, .csv, .tsv or .parquet; none: items are known by their id alone."""
+    """File of items, of the same kinds as tables; none: items are known by their id alone."""
 
     user_column: str = "user_id"
     """Column of the user in the interactions file."""

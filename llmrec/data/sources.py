@@ -1,13 +1,14 @@
-"""Readers of interactions: CSV, parquet, and lines of item ids. No pandas, no loop over rows.
+"""Readers of interactions: CSV, parquet, public raw files, and lines of item ids. No pandas.
 
-Rows in messages are those a person sees: row 1 of a CSV file is its header, blank lines count. Parquet
-files have no header, so there row 1 is the first row of data.
+Rows in messages are those a person sees: row 1 of a CSV file is its header, blank lines count. Files
+without a header begin with row 1 of data.
 """
 
 from __future__ import annotations
 
 import csv
 import difflib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from llmrec.data.raw import kind_of, lines_of, read_dat, read_json_lines
 from llmrec.errors import DataError
 
+RAW_READERS = {".json": read_json_lines, ".jsonl": read_json_lines, ".dat": read_dat}
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 NO_ID = ("", "nan", "null", "none")
 """Ids that are a missing value, in any case of letters."""
@@ -118,7 +121,7 @@ def read_sequences(path: Path) -> Log:
 
 
 def read_table(path: Path, columns: list[str]) -> pa.Table:
-    """Some columns of a CSV (all as text) or parquet file.
+    """Some columns of a CSV, JSON lines or MovieLens .dat file (all as text), or of a parquet file.
 
     Raises:
         DataError: missing or empty file, a missing column, not UTF-8, rows of a wrong length.
@@ -132,8 +135,13 @@ def read_table(path: Path, columns: list[str]) -> pa.Table:
             table = pq.read_table(path, columns=list(dict.fromkeys(columns)))
         elif suffix in DELIMITERS:
             table = _read_csv(path, columns)
+        elif kind_of(path) in RAW_READERS:
+            table = RAW_READERS[kind_of(path)](path, list(dict.fromkeys(columns)))
         else:
-            raise DataError(f"{path}: unknown kind of file, expected .csv, .tsv or .parquet")
+            raise DataError(
+                f"{path}: unknown kind of file, expected .csv, .tsv, .parquet, .json or .jsonl (one object a "
+                "line; may be packed, .gz), or a MovieLens .dat"
+            )
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} cannot be read as {suffix[1:]}: {reason}") from None
@@ -206,6 +214,8 @@ def file_row(path: Path, index: int) -> int:
     """Row in the file, as a person counts them, of the row of data at this index."""
     if path.suffix.lower() == ".parquet":
         return index + 1
+    if kind_of(path) in RAW_READERS:
+        return next(itertools.islice(lines_of(path, "latin-1"), index, None))[0]
     with path.open(encoding="utf-8-sig", newline="") as handle:
         reader = csv.reader(handle, delimiter=DELIMITERS[path.suffix.lower()])
         try:

@@ -143,7 +143,7 @@ def test_files_that_are_not_there_or_not_tables_are_refused(tmp_path):
     refused(tmp_path / "log.txt", ["log.txt: no such file"], source="sequences")
     refused(tmp_path, ["no such file"], source="table")
     (tmp_path / "log.xlsx").write_bytes(b"x")
-    refused(tmp_path / "log.xlsx", ["unknown kind of file, expected .csv, .tsv or .parquet"], source="table")
+    refused(tmp_path / "log.xlsx", ["unknown kind of file, expected .csv, .tsv, .parquet"], source="table")
     (tmp_path / "log.parquet").write_bytes(b"PAR1 but no more of it")
     refused(tmp_path / "log.parquet", ["log.parquet cannot be read as parquet"], source="table")
 

@@ -1,0 +1,157 @@
+"""Public raw files as tables: JSON lines of the Amazon releases, `.dat` files of MovieLens.
+
+Only the columns asked for are kept, and the file is gone through in blocks, so it may be larger than
+memory. Columns of lists and numbers become text here; numbers are made of text where they are needed,
+with the same messages for every kind of file.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from llmrec.errors import DataError
+from llmrec.progress import progress
+
+BLOCK_ROWS = 1 << 16
+"""Rows held as Python objects at once."""
+
+DAT_COLUMNS = {
+    "ratings": ("user_id", "item_id", "rating", "timestamp"),
+    "movies": ("item_id", "title", "genres"),
+    "users": ("user_id", "gender", "age", "occupation", "zip"),
+}
+"""Columns of MovieLens `.dat` files, which have no header, by the file's name (their README)."""
+
+
+def kind_of(path: Path) -> str:
+    """Ending of a file's name in small letters, without that of packing: .csv of x.CSV.gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def read_json_lines(path: Path, columns: list[str]) -> pa.Table:
+    """Some fields of a file with one JSON object a line, as text; a field that a line lacks is ''.
+
+    Lines that are no JSON are read as Python literals, as the 2014 Amazon metadata needs, and never run.
+    See `as_text` for fields that hold more than one value.
+
+    Raises:
+        DataError: a line is no object, or no line has one of the fields.
+    """
+    batches: list[pa.RecordBatch] = []
+    rows: list[list[str]] = []
+    found: set[str] = set()
+    for number, line in progress(lines_of(path), f"reading {path.name}", unit="line"):
+        record = parse_line(path, number, line)
+        found.update(record)
+        rows.append([as_text(record.get(name)) for name in columns])
+        if len(rows) == BLOCK_ROWS:
+            batches.append(batch_of(rows, columns))
+            rows = []
+    batches.append(batch_of(rows, columns))
+    missing = [name for name in columns if name not in found]
+    if missing and found:
+        raise DataError(
+            f"{path}: no line has a field {missing[0]!r}; it has {', '.join(sorted(found)[:20])}. Name the "
+            "columns with prepare_data.user_column, item_column, timestamp_column, title_column and so on"
+        )
+    return pa.Table.from_batches(batches)
+
+
+def read_dat(path: Path, columns: list[str]) -> pa.Table:
+    """Some columns of a MovieLens file: fields separated by ::, Latin-1, no header.
+
+    Raises:
+        DataError: unknown file, unknown column, or a line with another number of fields.
+    """
+    names = DAT_COLUMNS.get(path.name.lower().removesuffix(".gz").removesuffix(".dat"))
+    if names is None:
+        raise DataError(f"{path}: .dat files of MovieLens are called ratings.dat, movies.dat or users.dat")
+    for name in columns:
+        if name not in names:
+            raise DataError(f"{path} has no column {name!r}; a {path.name} has: {', '.join(names)}")
+    place = [names.index(name) for name in columns]
+    batches, rows = [], []
+    for number, line in progress(lines_of(path, "latin-1"), f"reading {path.name}", unit="line"):
+        fields = line.rstrip("\r\n").split("::")
+        if len(fields) != len(names):
+            raise DataError(f"{path}, row {number}: {len(fields)} fields, expected {len(names)}")
+        rows.append([fields[index] for index in place])
+        if len(rows) == BLOCK_ROWS:
+            batches.append(batch_of(rows, columns))
+            rows = []
+    batches.append(batch_of(rows, columns))
+    return pa.Table.from_batches(batches)
+
+
+def lines_of(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """Number, from 1, and text of every line that is not blank, unpacked as it is read.
+
+    Raises:
+        DataError: a packed file that is cut or damaged, or bytes that are no text.
+    """
+    opened = gzip.open if path.name.lower().endswith(".gz") else open
+    number = 0
+    try:
+        with opened(path, "rt", encoding=encoding) as handle:
+            for number, line in enumerate(handle, start=1):
+                if line.strip():
+                    yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path} is cut or damaged after row {number} ({error}); get the file again"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, after row {number}: {error.reason}; expected {encoding} text") from None
+
+
+def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    """One JSON object or Python literal."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        try:
+            record = ast.literal_eval(line.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise DataError(
+                f"{path}, row {number}: neither JSON nor a Python literal ({error.msg} at character "
+                f"{error.pos + 1}); expected one object a line"
+            ) from None
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{path}, row {number}: {type(record).__name__}, expected an object with named fields"
+        )
+    return record
+
+
+def as_text(value: Any) -> str:
+    """A field as text.
+
+    Lists become their entries joined by a bar, nested ones one after another (2014 and 2018 categories);
+    of pictures described by objects (2023) each gives its largest address; other objects become JSON.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return re.sub(r"\s+", " ", value).strip()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, list | tuple):
+        return "|".join(filter(None, map(as_text, value)))
+    if isinstance(value, dict):
+        sizes = [value.get(name) for name in ("hi_res", "large", "thumb")]
+        return next(filter(None, sizes), None) or json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return str(value)
+
+
+def batch_of(rows: list[list[str]], columns: list[str]) -> pa.RecordBatch:
+    values = zip(*rows) if rows else [[] for _ in columns]
+    return pa.RecordBatch.from_arrays([pa.array(list(column), pa.string()) for column in values], columns)

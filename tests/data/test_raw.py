@@ -1,0 +1,172 @@
+"""Raw public files: the same table whatever release it came from, and named faults."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from llmrec.data.config import PrepareDataConfig
+from llmrec.data.prepare import prepare_data
+from llmrec.data.raw import as_text, read_dat, read_json_lines
+from llmrec.data.sources import read_table
+from llmrec.errors import DataError
+
+REVIEWS_2014 = [
+    {"reviewerID": "A1", "asin": "B1", "overall": 5.0, "unixReviewTime": 1318896000, "helpful": [0, 1]},
+    {"reviewerID": "A2", "asin": "B2", "overall": 1.0, "unixReviewTime": 1318896001, "helpful": []},
+]
+REVIEWS_2023 = [
+    {"user_id": "A1", "parent_asin": "B1", "rating": 5.0, "timestamp": 1588687728923, "images": []},
+    {
+        "user_id": "A2",
+        "parent_asin": "B2",
+        "rating": 1.0,
+        "timestamp": 1588687728924,
+        "images": [{"large": "x"}],
+    },
+]
+
+
+def write_lines(path, records, form=json.dumps):
+    text = "".join(form(record) + "\n" for record in records)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["reviews_Beauty_5.json.gz", "x.json", "x.jsonl", "X.JSONL.GZ"])
+def test_reviews_are_read_packed_or_not(name, tmp_path):
+    path = tmp_path / name
+    write_lines(path, REVIEWS_2014)
+    if name == "X.JSONL.GZ":
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    table = read_table(path, ["reviewerID", "asin", "overall", "unixReviewTime"])
+    assert table.to_pydict() == {
+        "reviewerID": ["A1", "A2"],
+        "asin": ["B1", "B2"],
+        "overall": ["5", "1"],
+        "unixReviewTime": ["1318896000", "1318896001"],
+    }
+
+
+def test_the_metadata_of_2014_are_python_literals_and_never_run(tmp_path):
+    items = [
+        {"asin": "B1", "title": 'Rose "Water"', "categories": [["Beauty", "Skin"], ["Gifts"]], "price": 1.5},
+        {"asin": "B2", "imUrl": "http://x/y.jpg"},
+    ]
+    path = write_lines(tmp_path / "meta_Beauty.json.gz", items, repr)
+    table = read_json_lines(path, ["asin", "title", "categories", "imUrl", "price"])
+    assert table.to_pylist() == [
+        {
+            "asin": "B1",
+            "title": 'Rose "Water"',
+            "categories": "Beauty|Skin|Gifts",
+            "imUrl": "",
+            "price": "1.5",
+        },
+        {"asin": "B2", "title": "", "categories": "", "imUrl": "http://x/y.jpg", "price": ""},
+    ]
+    path = tmp_path / "evil.json"
+    path.write_text("{'asin': __import__('os').getcwd()}\n")
+    with pytest.raises(DataError, match="row 1: neither JSON nor a Python literal"):
+        read_json_lines(path, ["asin"])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, ""),
+        ("  two\n lines ", "two lines"),
+        (3.0, "3"),
+        (2.25, "2.25"),
+        (True, "True"),
+        ([["a", "b"], [], ["c"]], "a|b|c"),
+        ([{"thumb": "t", "large": "l", "hi_res": None}, {"thumb": "u"}], "l|u"),
+        ({"Size:": "7 oz"}, '{"Size:": "7 oz"}'),
+    ],
+    ids=str,
+)
+def test_every_kind_of_field_becomes_text(value, text):
+    assert as_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"asin": "B1"}\n{"asin": "B2"\n', "row 2: neither JSON"),
+        ('{"asin": "B1"}\n\n[1, 2]\n', "row 3: list, expected an object"),
+        ('{"asin": "B1"}\n', "no line has a field 'title'; it has asin"),
+        ("", "has no rows of data"),
+    ],
+)
+def test_faults_are_named_with_their_row(lines, message, tmp_path):
+    path = tmp_path / "items.json"
+    path.write_text(lines)
+    with pytest.raises(DataError, match=message):
+        read_table(path, ["asin", "title"])
+
+
+def test_a_packed_file_that_is_cut_is_refused(tmp_path):
+    path = write_lines(tmp_path / "r.json.gz", [REVIEWS_2014[0] | {"n": n} for n in range(5000)])
+    path.write_bytes(path.read_bytes()[:-900])
+    with pytest.raises(DataError, match=r"cut or damaged after row \d+"):
+        read_table(path, ["asin"])
+
+
+def test_movielens_files_have_no_header_and_are_latin_1(tmp_path):
+    (tmp_path / "ratings.dat").write_text("1::1193::5::978300760\n2::661::3::978302109\n")
+    (tmp_path / "movies.dat").write_bytes("1193::Café: Noir (1975)::Drama|War\n".encode("latin-1"))
+    ratings = read_dat(tmp_path / "ratings.dat", ["user_id", "item_id", "timestamp"])
+    assert ratings.to_pylist()[1] == {"user_id": "2", "item_id": "661", "timestamp": "978302109"}
+    movies = read_dat(tmp_path / "movies.dat", ["item_id", "title", "genres"])
+    assert movies.to_pylist() == [{"item_id": "1193", "title": "Café: Noir (1975)", "genres": "Drama|War"}]
+    (tmp_path / "ratings.dat").write_text("1::1193::5\n")
+    with pytest.raises(DataError, match="row 1: 3 fields, expected 4"):
+        read_dat(tmp_path / "ratings.dat", ["user_id"])
+    with pytest.raises(DataError, match=r"a movies\.dat has: item_id, title, genres"):
+        read_dat(tmp_path / "movies.dat", ["user"])
+
+
+@pytest.mark.parametrize("release", ["2014", "2023"])
+def test_a_raw_release_goes_through_prepare_data(release, tmp_path):
+    user, item, time = (
+        ("reviewerID", "asin", "unixReviewTime")
+        if release == "2014"
+        else ("user_id", "parent_asin", "timestamp")
+    )
+    records = [
+        {user: f"u{number}", item: f"i{(number + step) % 7}", time: 10**9 + step, "text": "..."}
+        for number in range(9)
+        for step in range(6)
+    ]
+    reviews = write_lines(tmp_path / "reviews.json.gz", records)
+    meta = write_lines(tmp_path / "meta.json.gz", [{item: f"i{n}", "title": f"t{n}"} for n in range(7)], repr)
+    config = PrepareDataConfig(
+        source="table", interactions=str(reviews), items=str(meta), k_core=0,
+        user_column=user, item_column=item, timestamp_column=time,
+    )  # fmt: skip
+    data = prepare_data(config)
+    assert (data.num_users, data.num_items, len(data.item)) == (9, 7, 54)
+    assert data.titles == [f"t{n}" for n in range(7)]
+
+
+@pytest.mark.real_data
+def test_the_raw_file_of_2018_is_read_and_its_repeats_are_counted(real_data):
+    data = prepare_data(
+        PrepareDataConfig(
+            source="table",
+            interactions=str(real_data / "amazon-2018-all-beauty" / "All_Beauty_5.json.gz"),
+            user_column="reviewerID",
+            item_column="asin",
+            timestamp_column="unixReviewTime",
+            k_core=0,
+            split="global_time",
+        )
+    )
+    read = data.summary["read"]
+    assert (read["users"], read["items"], read["interactions"]) == (991, 85, 5269)
+    assert data.summary["dropped"]["duplicate"] > 0
