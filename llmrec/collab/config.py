@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from llmrec.collab.configs.mamba import MambaConfig
+from llmrec.collab.configs.mamba4rec import Mamba4RecConfig
 from llmrec.collab.configs.sasrec import SASRecConfig
 from llmrec.config import require
 
@@ -13,13 +15,17 @@ from llmrec.config import require
 class TrainCollabConfig:
     """Collaborative item vectors: a sequence model trained on item ids, or vectors from a file."""
 
-    provider: Literal["sasrec", "precomputed"] = "sasrec"
+    provider: Literal["sasrec", "mamba4rec", "mamba", "precomputed"] = "sasrec"
     """Where the vectors come from: the model to train, or the file `vectors`."""
 
     vectors: str | None = None
     """File of ready-made item vectors (.parquet or .safetensors) for provider='precomputed'."""
 
     sasrec: SASRecConfig = field(default_factory=SASRecConfig)
+
+    mamba4rec: Mamba4RecConfig = field(default_factory=Mamba4RecConfig)
+
+    mamba: MambaConfig = field(default_factory=MambaConfig)
 
     layout: Literal["auto", "prefixes"] = "auto"
     """How histories become training rows. auto: every user once, where the model allows it; prefixes: one
@@ -96,7 +102,7 @@ class TrainCollabConfig:
             refuse_changed(self, ["eval_every_epochs", "patience"], "select='last'")
 
 
-PROVIDER_FIELDS = ("sasrec",)
+PROVIDER_FIELDS = ("sasrec", "mamba4rec", "mamba")
 """Fields of TrainCollabConfig that hold one model's settings; named like the provider."""
 
 

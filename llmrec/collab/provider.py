@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings
 from llmrec.collab.losses import Loss
+from llmrec.collab.mamba import SigmaMamba
+from llmrec.collab.mamba4rec import Mamba4Rec
 from llmrec.collab.sasrec import SASRec
 from llmrec.data.batches import Batch
 from llmrec.errors import ArtifactMismatchError
@@ -55,7 +57,7 @@ class CollabProvider(Protocol):
         """The item vectors (N + 1, D), row 0 zero."""
 
 
-PROVIDERS = {"sasrec": SASRec}
+PROVIDERS = {"sasrec": SASRec, "mamba4rec": Mamba4Rec, "mamba": SigmaMamba}
 """Models by name; the name is the value of train_collab.provider and the field of its settings."""
 
 

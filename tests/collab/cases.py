@@ -27,11 +27,22 @@ class Case:
 
 
 SASREC = {"embed_dim": 16, "inner_dim": 32, "max_history": 12, "dropout_rate": 0.1}
+MAMBA = {"embed_dim": 16, "state_dim": 4, "max_history": 12, "dropout_rate": 0.1}
 
 CASES: dict[str, Case] = {
     "sasrec-ce": Case("sasrec", SASREC),
     "sasrec-bce": Case("sasrec", SASREC | {"loss": "bce"}),
     "sasrec-sampled_ce": Case("sasrec", SASREC | {"loss": "sampled_ce", "num_negatives": 16}),
+    "mamba4rec-ce": Case("mamba4rec", MAMBA),
+    "mamba4rec-bce": Case("mamba4rec", MAMBA | {"loss": "bce"}),
+    "mamba4rec-sampled_ce": Case("mamba4rec", MAMBA | {"loss": "sampled_ce", "num_negatives": 16}),
+    "mamba4rec-released-2": Case("mamba4rec", MAMBA | {"init": "released", "num_layers": 2}),
+    "mamba-ce": Case("mamba", MAMBA | {"kept_items": 2}),
+    "mamba-bce": Case("mamba", MAMBA | {"loss": "bce"}),
+    "mamba-sampled_ce": Case("mamba", MAMBA | {"loss": "sampled_ce", "num_negatives": 16}),
+    "mamba-2-layers": Case("mamba", MAMBA | {"num_layers": 2, "gate": False}),
+    "mamba-one-direction": Case("mamba", MAMBA | {"flip": "none"}),
+    "mamba-released": Case("mamba", MAMBA | {"variant": "released"}),
 }
 """By name; every provider and every loss it offers is here. embed_dim 16 and max_history 12 where a
 model has these."""

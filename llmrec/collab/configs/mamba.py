@@ -1,0 +1,94 @@
+"""Settings of SIGMA-Mamba."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmrec.collab.configs.common import check_at_least_one, check_dropout, check_negatives
+from llmrec.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig:
+    """SIGMA: selective gated Mamba, which reads a history in two directions (Liu et al. 2024)."""
+
+    embed_dim: int = 64
+    """Width D of the item vectors and of the layers."""
+
+    num_layers: int = 1
+    """G-Mamba layers; one has no residual connection around it, as published."""
+
+    state_dim: int = 32
+    """Numbers of state per inner channel."""
+
+    conv_width: int = 4
+    """Items that the convolution in front of the scan sees."""
+
+    expand: int = 2
+    """Inner channels of a Mamba layer per unit of embed_dim."""
+
+    flip: Literal["partial", "none"] = "partial"
+    """partial: a second direction reads the history with all but its last kept_items items reversed;
+    none: one direction only."""
+
+    kept_items: int = 5
+    """Most recent items that the second direction reads in their own order (0 flips everything)."""
+
+    gate: bool = True
+    """Whether the dense selective gate weighs the directions."""
+
+    gru: bool = True
+    """Whether the GRU path for short histories (FE-GRU) is there."""
+
+    mixing: Literal["trainable", "fixed", "none"] = "trainable"
+    """How the paths are added: with trained weights, with mixing_weights as they are, or not at all, which
+    needs flip='none' and gru=false."""
+
+    mixing_weights: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Weights of the forward, the flipped and the GRU path at the start, or for good with mixing='fixed';
+    corrected normalises the weights of the paths that are there to sum 1."""
+
+    dropout_rate: float = 0.2
+    """Dropout on input vectors, gates, mixed paths and in the feed-forward part."""
+
+    max_history: int = 50
+    """Most recent items the model sees, in items (200 suits MovieLens-1M)."""
+
+    variant: Literal["corrected", "released"] = "corrected"
+    """corrected: flips by the length of the history, both gates alike, causal convolution, Mamba's own
+    initial step sizes, normalised mixing weights; released: as the published code computes."""
+
+    loss: Literal["ce", "bce", "sampled_ce"] = "ce"
+    """ce: softmax over all items, as published; bce: one random negative per position; sampled_ce:
+    softmax over the target and num_negatives random items."""
+
+    num_negatives: int = 256
+    """Negatives per position for loss='sampled_ce', in items, outside the user's training items."""
+
+    def __post_init__(self) -> None:
+        names = "embed_dim num_layers state_dim conv_width expand max_history num_negatives"
+        check_at_least_one("mamba", self, names)
+        check_dropout("mamba", self)
+        check_negatives("mamba", self)
+        require(
+            self.kept_items >= 0, f"train_collab.mamba.kept_items must be at least 0, got {self.kept_items}"
+        )
+        single = self.flip == "none" and not self.gru
+        require(
+            self.mixing != "none" or single,
+            "train_collab.mamba.mixing must be trainable or fixed while there is more than one path, got "
+            f"none with flip={self.flip!r} and gru={self.gru}",
+        )
+        require(
+            self.flip == "partial" or self.kept_items == MambaConfig.kept_items,
+            "train_collab.mamba.kept_items has no effect with flip='none'",
+        )
+        require(
+            self.mixing != "none" or self.mixing_weights == MambaConfig.mixing_weights,
+            "train_collab.mamba.mixing_weights has no effect with mixing='none'",
+        )
+        require(
+            min(self.mixing_weights) > 0,
+            f"train_collab.mamba.mixing_weights must be greater than 0, got {self.mixing_weights}",
+        )

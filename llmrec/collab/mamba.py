@@ -1,0 +1,233 @@
+"""SIGMA-Mamba: selective gated Mamba, which reads a history in two directions, and a GRU beside them.
+
+Sources: Liu et al., "SIGMA: Selective Gated Mamba for Sequential Recommendation" (AAAI 2025),
+arXiv 2408.11451, sections 2.3.1 to 2.3.3, and Applied-Machine-Learning-Lab/SIMGA. The paper and the release
+differ, and the release differs from what its words say; `GatedMamba` lists both forms.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmrec.collab.layers import init_weights
+from llmrec.collab.losses import Loss, last_of, next_item_loss
+from llmrec.collab.mamba4rec import Layer, MambaCore
+from llmrec.data.batches import Batch
+
+
+class SigmaMamba(nn.Module):
+    """See the module's head; a `llmrec.collab.provider.CollabProvider`.
+
+    The second direction sees a history's items in another order, so it is not causal inside a history:
+    every prefix is a row of its own, unless ``flip="none"``. With flip, gate, GRU and mixing off this is
+    `llmrec.collab.mamba4rec.Mamba4Rec`.
+
+    ``variant="released"`` pads every history to max_history slots and flips all slots but the last
+    kept_items, so that short histories are moved among the padding, whose vector is not zero: padding
+    matters there, by design of the release.
+    """
+
+    uses_time = False
+
+    def __init__(
+        self,
+        *,
+        num_items: int,
+        embed_dim: int,
+        num_layers: int,
+        state_dim: int,
+        conv_width: int,
+        expand: int,
+        dropout_rate: float,
+        max_history: int,
+        flip: str = "partial",
+        kept_items: int = 5,
+        gate: bool = True,
+        gru: bool = True,
+        mixing: str = "trainable",
+        mixing_weights: tuple[float, ...] = (0.8, 0.1, 0.1),
+        variant: str = "corrected",
+        loss: str = "ce",
+        num_negatives: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layout = "positions" if flip == "none" and variant == "corrected" else "prefixes"
+        self.max_history = max_history
+        self.loss_name = loss
+        self.num_negatives = num_negatives
+        self.released = variant == "released"
+        self.kept_items = kept_items
+        self.item = nn.Embedding(num_items + 1, embed_dim, padding_idx=0)
+        self.dropout = nn.Dropout(dropout_rate)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-12)
+        self.layers = nn.ModuleList(
+            Layer(
+                GatedMamba(
+                    MambaCore(embed_dim, state_dim, conv_width, expand),
+                    embed_dim,
+                    dropout_rate,
+                    flip=flip != "none",
+                    gate=gate,
+                    gru=gru,
+                    mixing=mixing,
+                    mixing_weights=mixing_weights,
+                    released=self.released,
+                ),
+                embed_dim,
+                dropout_rate,
+                num_layers > 1,
+            )
+            for _ in range(num_layers)
+        )
+        self.apply(init_weights)
+        if self.released:
+            nn.init.normal_(self.item.weight, std=0.02)
+        else:
+            for layer in self.layers:
+                layer.mixer.mamba.reset_step_sizes()
+
+    def encode(self, history: Tensor) -> Tensor:
+        """What the model knows after each position, (B, T, D), from int64 (B, T)."""
+        if self.released:
+            history = F.pad(history, (0, self.max_history - history.shape[1]))
+        order = self.flipped_order(history)
+        hidden = self.norm(self.dropout(self.item(history)))
+        for layer in self.layers:
+            hidden = layer(hidden, order)
+        return hidden
+
+    def flipped_order(self, history: Tensor) -> Tensor:
+        """Where the second direction takes each slot's item from, int64 (B, T).
+
+        corrected: the items of a history but the last kept_items in reverse, then those as they are;
+        padding stays on the right. released: the same for max_history slots, whatever they hold.
+        """
+        slot = torch.arange(history.shape[1], device=history.device)
+        if self.released:
+            length = torch.full_like(history[:, :1], history.shape[1])
+        else:
+            length = (history != 0).sum(1, keepdim=True)
+        reversed_ = (length - self.kept_items).clamp(min=0)
+        return torch.where(slot < reversed_, reversed_ - 1 - slot, slot)
+
+    def loss(self, batch: Batch) -> Loss:
+        """Loss of naming the next item after every history of a batch."""
+        query = self.encode(batch.item)[:, : batch.target.shape[1]]
+        found = next_item_loss(
+            self.loss_name, query, self.item.weight, batch, num_negatives=self.num_negatives
+        )
+        parts = {}
+        for place, layer in enumerate(self.layers, start=1):
+            suffix = f"_{place}" if len(self.layers) > 1 else ""
+            for name, value in layer.mixer.report().items():
+                parts[name + suffix] = value * found.num_targets
+        return Loss(total=found.total, num_targets=found.num_targets, parts=parts)
+
+    def score(self, history: Tensor) -> Tensor:
+        """Scores of all items after each history, (B, N + 1), from int64 (B, T)."""
+        return last_of(self.encode(history), history) @ self.item.weight.T
+
+    def item_embeddings(self) -> Tensor:
+        """The item vectors (N + 1, D), row 0 zero."""
+        table = self.item.weight.detach().clone()
+        table[0] = 0
+        return table
+
+
+class GatedMamba(nn.Module):
+    """The G-Mamba block: two directions through one Mamba, gated, mixed with a convolution and a GRU.
+
+    With x the input, x' the input in flipped order and M, M' what Mamba makes of them (M' is not flipped
+    back, in either form):
+
+    - gate: u = x + dense(x); corrected G = SiLU(W_s u + b_s) + sigmoid(W_g u + b_g) for both directions;
+      released G = W_s SiLU(u) + b_s + W_g sigmoid(v) + b_g with v = u forward, and v = the forward gate
+      in the flipped direction. Then M (1 + G), M' (1 + G').
+    - FE-GRU: a convolution over 3 items, then a bias-free GRU; corrected looks back only, released is
+      centred.
+    - mixing: corrected weights sum to 1 (softmax), released ones are used raw; then a linear map.
+    """
+
+    def __init__(
+        self,
+        mamba: MambaCore,
+        embed_dim: int,
+        dropout_rate: float,
+        *,
+        flip: bool,
+        gate: bool,
+        gru: bool,
+        mixing: str,
+        mixing_weights: tuple[float, ...],
+        released: bool,
+    ) -> None:
+        super().__init__()
+        self.mamba = mamba
+        self.released = released
+        self.flip = flip
+        self.paths = [True, flip, gru]
+        self.dropout = nn.Dropout(dropout_rate)
+        self.gates = nn.ModuleDict()
+        if gate:
+            names = ["forward_dense", "flipped_dense"] if flip else ["forward_dense"]
+            for name in [*names, "silu", "sigmoid"]:
+                self.gates[name] = nn.Linear(embed_dim, embed_dim)
+        self.conv = nn.Conv1d(embed_dim, embed_dim, 3) if gru else None
+        self.gru = nn.GRU(embed_dim, embed_dim, bias=False, batch_first=True) if gru else None
+        self.mixing_out = None
+        if mixing != "none":
+            start = torch.tensor(mixing_weights, dtype=torch.float32)
+            start = start if released else start.log()
+            self.mixing = nn.Parameter(start, requires_grad=mixing == "trainable")
+            self.mixing_out = nn.Linear(embed_dim, embed_dim)
+        self.gate_means: dict[str, Tensor] = {}
+
+    def weights(self) -> Tensor:
+        """Mixing weights of the forward, flipped and GRU path, (3,); 0 for a path that is not there."""
+        there = torch.tensor(self.paths, device=self.mixing.device)
+        if self.released:
+            return self.mixing * there
+        return self.mixing.masked_fill(~there, -torch.inf).softmax(0)
+
+    def forward(self, hidden: Tensor, order: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D); order says where the flipped direction takes its items from, (B, T)."""
+        forward, gate = self.gated(hidden, "forward_dense", None)
+        paths = [forward]
+        if self.flip:
+            turned = hidden.gather(1, order[..., None].expand_as(hidden))
+            paths.append(self.gated(turned, "flipped_dense", gate)[0])
+        else:
+            paths.append(None)
+        paths.append(None if self.gru is None else self.recurrent(hidden))
+        if self.mixing_out is None:
+            return forward
+        mixed = sum(weight * path for weight, path in zip(self.weights(), paths) if path is not None)
+        return self.mixing_out(mixed)
+
+    def gated(self, hidden: Tensor, dense: str, forward_gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Mamba's output for one direction, gated by its input; and the gate."""
+        mixed = self.mamba(hidden)
+        if not self.gates:
+            return mixed, None
+        u = hidden + self.gates[dense](hidden)
+        if self.released:
+            other = u if forward_gate is None else forward_gate
+            gate = self.gates["silu"](F.silu(u)) + self.gates["sigmoid"](torch.sigmoid(other))
+        else:
+            gate = F.silu(self.gates["silu"](u)) + torch.sigmoid(self.gates["sigmoid"](u))
+        gate = self.dropout(gate)
+        self.gate_means[dense] = gate.detach().mean()
+        return mixed * (1 + gate), gate
+
+    def recurrent(self, hidden: Tensor) -> Tensor:
+        """The path for short histories, (B, T, D) to (B, T, D)."""
+        around = (1, 1) if self.released else (2, 0)
+        local = self.conv(F.pad(hidden.transpose(1, 2), around)).transpose(1, 2)
+        return self.gru(local)[0]
+
+    def report(self) -> dict[str, Tensor]:
+        """Mixing weights and the mean gate of each direction at the last pass, detached."""
+        found = {} if self.mixing_out is None else {"mixing_weights": self.weights().detach()}
+        return found | {f"{name.split('_')[0]}_gate": mean for name, mean in self.gate_means.items()}
