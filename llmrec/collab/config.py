@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from llmrec.collab.configs.fuxi import FuxiConfig
+from llmrec.collab.configs.gru4rec import GRU4RecConfig
 from llmrec.collab.configs.mamba import MambaConfig
 from llmrec.collab.configs.mamba4rec import Mamba4RecConfig
+from llmrec.collab.configs.moe import MoeConfig
 from llmrec.collab.configs.sasrec import SASRecConfig
 from llmrec.config import require
 
@@ -15,7 +18,7 @@ from llmrec.config import require
 class TrainCollabConfig:
     """Collaborative item vectors: a sequence model trained on item ids, or vectors from a file."""
 
-    provider: Literal["sasrec", "mamba4rec", "mamba", "precomputed"] = "sasrec"
+    provider: Literal["sasrec", "mamba4rec", "mamba", "gru4rec", "fuxi", "moe", "precomputed"] = "sasrec"
     """Where the vectors come from: the model to train, or the file `vectors`."""
 
     vectors: str | None = None
@@ -26,6 +29,12 @@ class TrainCollabConfig:
     mamba4rec: Mamba4RecConfig = field(default_factory=Mamba4RecConfig)
 
     mamba: MambaConfig = field(default_factory=MambaConfig)
+
+    gru4rec: GRU4RecConfig = field(default_factory=GRU4RecConfig)
+
+    fuxi: FuxiConfig = field(default_factory=FuxiConfig)
+
+    moe: MoeConfig = field(default_factory=MoeConfig)
 
     layout: Literal["auto", "prefixes"] = "auto"
     """How histories become training rows. auto: every user once, where the model allows it; prefixes: one
@@ -102,7 +111,7 @@ class TrainCollabConfig:
             refuse_changed(self, ["eval_every_epochs", "patience"], "select='last'")
 
 
-PROVIDER_FIELDS = ("sasrec", "mamba4rec", "mamba")
+PROVIDER_FIELDS = ("sasrec", "mamba4rec", "mamba", "gru4rec", "fuxi", "moe")
 """Fields of TrainCollabConfig that hold one model's settings; named like the provider."""
 
 

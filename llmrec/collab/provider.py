@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings
+from llmrec.collab.fuxi import Fuxi
+from llmrec.collab.gru4rec import GRU4Rec
 from llmrec.collab.losses import Loss
 from llmrec.collab.mamba import SigmaMamba
 from llmrec.collab.mamba4rec import Mamba4Rec
+from llmrec.collab.moe import FuxiMME
 from llmrec.collab.sasrec import SASRec
 from llmrec.data.batches import Batch
 from llmrec.errors import ArtifactMismatchError
@@ -57,7 +60,14 @@ class CollabProvider(Protocol):
         """The item vectors (N + 1, D), row 0 zero."""
 
 
-PROVIDERS = {"sasrec": SASRec, "mamba4rec": Mamba4Rec, "mamba": SigmaMamba}
+PROVIDERS = {
+    "sasrec": SASRec,
+    "mamba4rec": Mamba4Rec,
+    "mamba": SigmaMamba,
+    "gru4rec": GRU4Rec,
+    "fuxi": Fuxi,
+    "moe": FuxiMME,
+}
 """Models by name; the name is the value of train_collab.provider and the field of its settings."""
 
 

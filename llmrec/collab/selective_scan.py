@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_CELLS = {"cpu": 1 << 20, "gpu": 1 << 27}
-"""Numbers of one state tensor held at once: 4 MB on a CPU, 512 MB on a GPU."""
+BLOCK_CELLS = {"cpu": 1 << 19, "gpu": 1 << 27}
+"""Numbers of one state tensor held at once: 2 MB on a CPU, 512 MB on a GPU."""
 
 MIN_CHUNK = 24
 """Shortest chunk of time: below, one loop over all steps is as fast."""

@@ -27,12 +27,17 @@ class Case:
 
 
 SASREC = {"embed_dim": 16, "inner_dim": 32, "max_history": 12, "dropout_rate": 0.1}
+GRU = {"embed_dim": 16, "hidden_dim": 24, "max_history": 12, "dropout_rate": 0.1}
+FUXI = {"embed_dim": 16, "num_layers": 1, "max_history": 12, "dropout_rate": 0.1}
 MAMBA = {"embed_dim": 16, "state_dim": 4, "max_history": 12, "dropout_rate": 0.1}
 
 CASES: dict[str, Case] = {
     "sasrec-ce": Case("sasrec", SASREC),
     "sasrec-bce": Case("sasrec", SASREC | {"loss": "bce"}),
     "sasrec-sampled_ce": Case("sasrec", SASREC | {"loss": "sampled_ce", "num_negatives": 16}),
+    "gru4rec-ce": Case("gru4rec", GRU),
+    "gru4rec-bce": Case("gru4rec", GRU | {"loss": "bce"}),
+    "gru4rec-sampled_ce": Case("gru4rec", GRU | {"loss": "sampled_ce", "num_negatives": 16}),
     "mamba4rec-ce": Case("mamba4rec", MAMBA),
     "mamba4rec-bce": Case("mamba4rec", MAMBA | {"loss": "bce"}),
     "mamba4rec-sampled_ce": Case("mamba4rec", MAMBA | {"loss": "sampled_ce", "num_negatives": 16}),
@@ -42,6 +47,16 @@ CASES: dict[str, Case] = {
     "mamba-sampled_ce": Case("mamba", MAMBA | {"loss": "sampled_ce", "num_negatives": 16}),
     "mamba-2-layers": Case("mamba", MAMBA | {"num_layers": 2, "gate": False}),
     "mamba-one-direction": Case("mamba", MAMBA | {"flip": "none"}),
+    "fuxi-ce": Case("fuxi", FUXI),
+    "fuxi-sampled_ce": Case("fuxi", FUXI | {"loss": "sampled_ce", "num_negatives": 16}),
+    "fuxi-one-channel": Case("fuxi", FUXI | {"semantic": False, "temporal": False, "single_stage": True}),
+    "moe-ce": Case("moe", FUXI | {"embed_dim": 32}, {"epochs": 40}),
+    "moe-sampled_ce": Case("moe", FUXI | {"loss": "sampled_ce", "num_negatives": 16}),
+    "moe-everywhere": Case(
+        "moe",
+        FUXI | {"embed_dim": 32, "moe_targets": ("ffn", "out", "uvqk"), "balance": "cv2"},
+        {"epochs": 40},
+    ),
     "mamba-released": Case("mamba", MAMBA | {"variant": "released"}),
 }
 """By name; every provider and every loss it offers is here. embed_dim 16 and max_history 12 where a

@@ -1,0 +1,126 @@
+"""Mamba4Rec and SIGMA-Mamba: sizes, transformers' Mamba as oracle, orders of items, and limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_sasrec import batch
+from transformers import MambaConfig
+from transformers.models.mamba.modeling_mamba import MambaMixer
+
+from llmrec.collab.mamba import SigmaMamba
+from llmrec.collab.mamba4rec import Mamba4Rec, MambaCore
+
+SIZES = {
+    "embed_dim": 64,
+    "num_layers": 1,
+    "state_dim": 32,
+    "conv_width": 4,
+    "expand": 2,
+    "dropout_rate": 0.2,
+    "max_history": 50,
+}
+SMALL = SIZES | {"num_items": 30, "embed_dim": 16, "state_dim": 4, "max_history": 12}
+OFF = {"flip": "none", "gate": False, "gru": False, "mixing": "none"}
+
+
+def size(module: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def test_the_numbers_of_weights_are_the_published_ones():
+    assert size(MambaCore(64, 32, 4, 2)) == 38_784
+    assert size(Mamba4Rec(num_items=12_101, **SIZES)) == 846_784
+    assert size(Mamba4Rec(num_items=3_416, **SIZES)) == 290_944
+    for variant in ("released", "corrected"):
+        assert size(SigmaMamba(num_items=12_101, variant=variant, **SIZES)) == 904_515
+
+
+@pytest.mark.parametrize("length", [1, 3, 30])
+def test_the_core_equals_that_of_transformers(length):
+    torch.manual_seed(0)
+    ours = MambaCore(16, 4, 4, 2).double()
+    config = MambaConfig(hidden_size=16, state_size=4, conv_kernel=4, expand=2, time_step_rank=1)
+    theirs = MambaMixer(config, layer_idx=0).double().eval()
+    theirs.load_state_dict(ours.state_dict())
+    hidden = torch.randn(3, length, 16, dtype=torch.float64)
+    torch.testing.assert_close(ours(hidden), theirs(hidden), rtol=1e-8, atol=1e-8)
+
+
+def test_step_sizes_begin_where_the_reference_begins_them():
+    torch.manual_seed(0)
+    found = torch.nn.functional.softplus(MambaCore(64, 32, 4, 8).dt_proj.bias)
+    assert 1e-3 * 0.99 < found.min() < 2e-3 and 0.06 < found.max() < 0.1 * 1.01
+    kept = Mamba4Rec(**SMALL).layers[0].mixer.dt_proj.bias
+    lost = Mamba4Rec(**SMALL, init="released").layers[0].mixer.dt_proj.bias
+    assert kept.all() and not lost.any()
+
+
+def test_all_but_the_last_items_are_flipped_by_the_length_of_the_history():
+    model = SigmaMamba(**SMALL, kept_items=2)
+    history = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 0, 0], [5, 6, 0, 0, 0], [0, 0, 0, 0, 0]])
+    found = history.gather(1, model.flipped_order(history))
+    assert found.tolist() == [[7, 6, 5, 8, 9], [5, 6, 7, 0, 0], [5, 6, 0, 0, 0], [0, 0, 0, 0, 0]]
+    whole = SigmaMamba(**SMALL, kept_items=0)
+    found = history.gather(1, whole.flipped_order(history))
+    assert found.tolist() == [[9, 8, 7, 6, 5], [7, 6, 5, 0, 0], [6, 5, 0, 0, 0], [0, 0, 0, 0, 0]]
+
+
+def test_the_release_flips_slots_and_so_moves_a_short_history_among_the_padding():
+    model = SigmaMamba(**SMALL, kept_items=2, variant="released")
+    history = torch.nn.functional.pad(torch.tensor([[5, 6, 7]]), (0, 9))
+    found = history.gather(1, model.flipped_order(history))
+    assert found.tolist() == [[0, 0, 0, 0, 0, 0, 0, 7, 6, 5, 0, 0]]
+    assert model.item.weight[0].any() and not model.item_embeddings()[0].any()
+
+
+def test_with_everything_off_it_is_mamba4rec():
+    models = []
+    for make in (lambda: Mamba4Rec(**SMALL), lambda: SigmaMamba(**SMALL, **OFF)):
+        torch.manual_seed(0)
+        models.append(make())
+    plain, gated = models
+    assert size(plain) == size(gated)
+    rows = batch([1, 2, 3, 0, 0], [4, 5, 6, 7, 8])
+    losses = []
+    for model in models:
+        torch.manual_seed(1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model.loss(rows).total
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
+    assert torch.equal(plain.eval().score(rows.item), gated.eval().score(rows.item))
+    assert gated.layout == plain.layout == "positions"
+
+
+def test_paths_are_weighed_as_told_and_the_missing_ones_not_at_all():
+    def weights(**settings):
+        return SigmaMamba(**SMALL, **settings).layers[0].mixer.weights().tolist()
+
+    assert weights() == pytest.approx([0.8, 0.1, 0.1])
+    assert weights(variant="released", mixing_weights=(0.5, 2.0, 1.0)) == pytest.approx([0.5, 2, 1])
+    assert weights(gru=False) == pytest.approx([8 / 9, 1 / 9, 0])
+    model = SigmaMamba(**SMALL, mixing="fixed", flip="none")
+    model.loss(batch([1, 2, 3, 4])).total.backward()
+    assert model.layers[0].mixer.mixing.grad is None
+
+
+def test_the_gate_follows_its_formula_in_both_variants():
+    torch.manual_seed(0)
+    for variant in ("corrected", "released"):
+        block = SigmaMamba(**SMALL, variant=variant).eval().layers[0].mixer
+        hidden = torch.randn(2, 5, 16)
+        _first, gate = block.gated(hidden, "forward_dense", None)
+        second, other = block.gated(hidden.flip(1), "flipped_dense", gate)
+        silu, sigmoid = block.gates["silu"], block.gates["sigmoid"]
+        u = hidden.flip(1) + block.gates["flipped_dense"](hidden.flip(1))
+        if variant == "released":
+            expected = silu(u * torch.sigmoid(u)) + sigmoid(torch.sigmoid(gate))
+        else:
+            expected = silu(u) * torch.sigmoid(silu(u)) + torch.sigmoid(sigmoid(u))
+        torch.testing.assert_close(other, expected)
+        torch.testing.assert_close(second, block.mamba(hidden.flip(1)) * (1 + expected))
