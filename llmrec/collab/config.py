@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from llmrec.collab.configs.fuxi import FuxiConfig
+from llmrec.collab.configs.gmvae import GmvaeConfig
 from llmrec.collab.configs.gru4rec import GRU4RecConfig
 from llmrec.collab.configs.mamba import MambaConfig
 from llmrec.collab.configs.mamba4rec import Mamba4RecConfig
 from llmrec.collab.configs.moe import MoeConfig
 from llmrec.collab.configs.sasrec import SASRecConfig
+from llmrec.collab.configs.svae import SvaeConfig
 from llmrec.config import require
 
 
@@ -18,7 +20,9 @@ from llmrec.config import require
 class TrainCollabConfig:
     """Collaborative item vectors: a sequence model trained on item ids, or vectors from a file."""
 
-    provider: Literal["sasrec", "mamba4rec", "mamba", "gru4rec", "fuxi", "moe", "precomputed"] = "sasrec"
+    provider: Literal["sasrec", "mamba4rec", "mamba", "gru4rec", "fuxi", "moe", "gmvae", "precomputed"] = (
+        "sasrec"
+    )
     """Where the vectors come from: the model to train, or the file `vectors`."""
 
     vectors: str | None = None
@@ -35,6 +39,10 @@ class TrainCollabConfig:
     fuxi: FuxiConfig = field(default_factory=FuxiConfig)
 
     moe: MoeConfig = field(default_factory=MoeConfig)
+
+    gmvae: GmvaeConfig = field(default_factory=GmvaeConfig)
+
+    svae: SvaeConfig = field(default_factory=SvaeConfig)
 
     layout: Literal["auto", "prefixes"] = "auto"
     """How histories become training rows. auto: every user once, where the model allows it; prefixes: one
@@ -111,7 +119,7 @@ class TrainCollabConfig:
             refuse_changed(self, ["eval_every_epochs", "patience"], "select='last'")
 
 
-PROVIDER_FIELDS = ("sasrec", "mamba4rec", "mamba", "gru4rec", "fuxi", "moe")
+PROVIDER_FIELDS = ("sasrec", "mamba4rec", "mamba", "gru4rec", "fuxi", "moe", "gmvae", "svae")
 """Fields of TrainCollabConfig that hold one model's settings; named like the provider."""
 
 

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings
 from llmrec.collab.fuxi import Fuxi
+from llmrec.collab.gmvae import GMVAE
 from llmrec.collab.gru4rec import GRU4Rec
 from llmrec.collab.losses import Loss
 from llmrec.collab.mamba import SigmaMamba
 from llmrec.collab.mamba4rec import Mamba4Rec
 from llmrec.collab.moe import FuxiMME
 from llmrec.collab.sasrec import SASRec
+from llmrec.collab.svae import SVAE
 from llmrec.data.batches import Batch
 from llmrec.errors import ArtifactMismatchError
 from llmrec.evaluation.rank import Scorer
@@ -67,6 +69,8 @@ PROVIDERS = {
     "gru4rec": GRU4Rec,
     "fuxi": Fuxi,
     "moe": FuxiMME,
+    "gmvae": GMVAE,
+    "svae": SVAE,
 }
 """Models by name; the name is the value of train_collab.provider and the field of its settings."""
 

@@ -28,6 +28,8 @@ class Case:
 
 SASREC = {"embed_dim": 16, "inner_dim": 32, "max_history": 12, "dropout_rate": 0.1}
 GRU = {"embed_dim": 16, "hidden_dim": 24, "max_history": 12, "dropout_rate": 0.1}
+GMVAE = {"embed_dim": 16, "num_interests": 2, "max_history": 12, "dropout_rate": 0.1}
+SVAE = {"embed_dim": 16, "hidden_dim": 24, "inner_dim": 16, "latent_dim": 8, "max_history": 12}
 FUXI = {"embed_dim": 16, "num_layers": 1, "max_history": 12, "dropout_rate": 0.1}
 MAMBA = {"embed_dim": 16, "state_dim": 4, "max_history": 12, "dropout_rate": 0.1}
 
@@ -35,6 +37,24 @@ CASES: dict[str, Case] = {
     "sasrec-ce": Case("sasrec", SASREC),
     "sasrec-bce": Case("sasrec", SASREC | {"loss": "bce"}),
     "sasrec-sampled_ce": Case("sasrec", SASREC | {"loss": "sampled_ce", "num_negatives": 16}),
+    "gmvae-ce": Case("gmvae", GMVAE | {"temporal_from_epoch": 3}, {"epochs": 40}),
+    "gmvae-bce": Case("gmvae", GMVAE | {"loss": "bce", "kl": "convex"}),
+    "gmvae-sampled_ce": Case("gmvae", GMVAE | {"loss": "sampled_ce", "num_negatives": 16}),
+    "gmvae-prefix": Case(
+        "gmvae",
+        GMVAE | {"prior_scope": "prefix", "temporal_from_epoch": 0, "kl": "monte_carlo"},
+        {"epochs": 40},
+    ),
+    "gmvae-standard": Case("gmvae", {"embed_dim": 16, "max_history": 12, "prior": "standard"}),
+    "svae-ce": Case("svae", SVAE, {"epochs": 40}),
+    "svae-next-3": Case(
+        "svae",
+        SVAE | {"num_next": 3, "variance": "released", "vectors": "input"},
+        {"epochs": 40},
+        {
+            "test_the_loss_at_a_position_is_that_of_scoring_its_prefix_alone": "it names three next items",
+        },
+    ),
     "gru4rec-ce": Case("gru4rec", GRU),
     "gru4rec-bce": Case("gru4rec", GRU | {"loss": "bce"}),
     "gru4rec-sampled_ce": Case("gru4rec", GRU | {"loss": "sampled_ce", "num_negatives": 16}),

@@ -1,0 +1,226 @@
+"""SIGMA-GMVAE: divergences against loops and many samples, interests against loops, and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_sasrec import batch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from llmrec.collab import gmvae as module
+from llmrec.collab.config import TrainCollabConfig
+from llmrec.collab.gmvae import GMVAE, gaussian_kl, latent_report, mixture_kl, overlap
+from llmrec.collab.interests import Interests, Prior
+
+SIZES = vars(TrainCollabConfig().gmvae) | {
+    "num_items": 30,
+    "embed_dim": 8,
+    "num_heads": 2,
+    "num_interests": 3,
+    "max_history": 10,
+    "kl_steps": 10,
+}
+
+
+def model(**settings) -> GMVAE:
+    torch.manual_seed(0)
+    return GMVAE(**SIZES | settings)
+
+
+def mixture(number: int, width: int = 4) -> tuple[Tensor, Tensor, Prior]:
+    torch.manual_seed(number)
+    mean, log_variance = torch.randn(2, 5, width, dtype=torch.float64)
+    made = torch.randn(2, 5, number, width, dtype=torch.float64)
+    weight = torch.rand(5, number, dtype=torch.float64).softmax(1)
+    return mean, log_variance, Prior(mean=made[0], log_variance=made[1], intensity=weight, assignment=weight)
+
+
+def test_the_divergence_of_gaussians_is_that_of_torch():
+    mean, log_variance, prior = mixture(1)
+    found = gaussian_kl(mean, log_variance, prior.mean[:, 0], prior.log_variance[:, 0])
+    expected = kl_divergence(
+        Normal(mean, (log_variance / 2).exp()),
+        Normal(prior.mean[:, 0], (prior.log_variance[:, 0] / 2).exp()),
+    )
+    torch.testing.assert_close(found, expected)
+    zero = gaussian_kl(mean, log_variance, mean, log_variance)
+    torch.testing.assert_close(zero, torch.zeros_like(zero))
+
+
+@pytest.mark.parametrize("kind", ["lse", "convex"])
+def test_bounds_equal_a_loop_over_components(kind):
+    mean, log_variance, prior = mixture(3)
+    found = mixture_kl(mean, log_variance, prior, kind, mean)
+    for row in range(5):
+        each = []
+        for k in range(3):
+            total = 0.0
+            for d in range(4):
+                w, s = prior.log_variance[row, k, d].exp(), log_variance[row, d].exp()
+                apart = (mean[row, d] - prior.mean[row, k, d]) ** 2
+                total += 0.5 * (torch.log(w) - torch.log(s) + (s + apart) / w - 1)
+            each.append(total)
+        alpha = prior.intensity[row]
+        if kind == "convex":
+            expected = sum(a * kl for a, kl in zip(alpha, each))
+        else:
+            expected = -torch.log(sum(a * torch.exp(-kl) for a, kl in zip(alpha, each)))
+        torch.testing.assert_close(found[row], expected)
+
+
+def test_both_bounds_lie_above_the_divergence_and_in_order():
+    """The divergence itself is measured with 200,000 draws."""
+    mean, log_variance, prior = mixture(3)
+    draws = mean + (log_variance / 2).exp() * torch.randn(200_000, 5, 4, dtype=torch.float64)
+    true = torch.stack([mixture_kl(mean, log_variance, prior, "monte_carlo", draw) for draw in draws[:2]])
+    own = Normal(mean, (log_variance / 2).exp()).log_prob(draws).sum(-1)
+    each = Normal(prior.mean, (prior.log_variance / 2).exp()).log_prob(draws[:, :, None]).sum(-1)
+    sampled = own - (prior.intensity.log() + each).logsumexp(-1)
+    torch.testing.assert_close(true, sampled[:2])
+    divergence = sampled.mean(0)
+    lse = mixture_kl(mean, log_variance, prior, "lse", mean)
+    convex = mixture_kl(mean, log_variance, prior, "convex", mean)
+    assert (lse > divergence - 0.02).all() and (convex >= lse).all()
+    assert (convex > divergence + 0.1).any()
+
+
+def test_one_component_is_the_plain_divergence():
+    mean, log_variance, prior = mixture(1)
+    plain = gaussian_kl(mean, log_variance, prior.mean[:, 0], prior.log_variance[:, 0]).sum(-1)
+    for kind in ("lse", "convex"):
+        torch.testing.assert_close(mixture_kl(mean, log_variance, prior, kind, mean), plain)
+
+
+def test_the_divergence_is_zero_where_prior_and_posterior_agree():
+    mean, log_variance, _ = mixture(2)
+    same = Prior(
+        mean=mean[:, None].expand(-1, 3, -1),
+        log_variance=log_variance[:, None].expand(-1, 3, -1),
+        intensity=torch.full((5, 3), 1 / 3, dtype=torch.float64),
+        assignment=mean,
+    )
+    for kind in ("lse", "convex", "monte_carlo"):
+        found = mixture_kl(mean, log_variance, same, kind, mean + 0.3)
+        torch.testing.assert_close(found, torch.zeros_like(found))
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_interests_equal_loops_over_items_and_categories(prefix):
+    torch.manual_seed(0)
+    interests = Interests(4, 3, 0.1, 1.0, 0.0).double().eval()
+    items = torch.randn(2, 5, 4, dtype=torch.float64)
+    valid = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    found = interests(items, valid, temporal=False, prefix=prefix)
+    unit = F.normalize(interests.prototype.weight, dim=-1)
+    close = {"rtol": 1e-4, "atol": 1e-5}  # a category that got nearly nothing is divided by it
+    for row, length in ((0, 5), (1, 2)):
+        share = [
+            torch.softmax(torch.stack([F.cosine_similarity(items[row, t], g, 0) for g in unit]) / 0.1, 0)
+            for t in range(length)
+        ]
+        for end in range(1, length + 1) if prefix else (length,):
+            place = end - 1 if prefix else 0
+            total = sum(float(share[t].sum()) for t in range(end))
+            for k in range(3):
+                weight = sum(share[t][k] for t in range(end))
+                mean = sum(share[t][k] * items[row, t] for t in range(end)) / weight
+                torch.testing.assert_close(found.mean[row, place, k], interests.norm(mean), **close)
+                torch.testing.assert_close(
+                    float(found.intensity[row, place, k]), float(weight) / total, **close
+                )
+                expected = interests.log_variance(torch.cat([unit[k], mean])).clamp(-8, 8)
+                torch.testing.assert_close(found.log_variance[row, place, k], expected, **close)
+
+
+def test_hard_interests_read_their_own_items_in_order():
+    torch.manual_seed(0)
+    interests = Interests(4, 3, 0.1, 1.0, 0.0).double().eval()
+    items = torch.randn(2, 6, 4, dtype=torch.float64)
+    valid = torch.tensor([[True] * 6, [True, True, True, False, False, False]])
+    soft = torch.randn(2, 3, 4, dtype=torch.float64)
+    found = interests.in_order(items, valid, soft)
+    best = (F.normalize(items, dim=-1) @ interests.directions().T).argmax(-1)
+    for row in range(2):
+        for k in range(3):
+            mine = items[row][valid[row] & (best[row] == k)]
+            if len(mine):
+                state = interests.gru(mine[None])[0][0, -1]
+                expected = torch.relu(interests.gru_out(state))
+            else:
+                expected = soft[row, k]
+            torch.testing.assert_close(found[row, k], expected)
+
+
+def test_gradients_reach_every_part_of_the_prior_through_the_divergence():
+    gm = model(temporal_from_epoch=1).train()
+    rows = batch([1, 2, 3, 4, 5], [6, 7, 8, 0, 0])
+    mean, log_variance = gm.encode(rows.item)
+    at = rows.target != 0
+    mixture_kl(mean[at], log_variance[at], gm.prior_of(rows).at(at), "lse", mean[at]).sum().backward()
+    for name, weight in gm.interests.named_parameters():
+        assert weight.grad is not None and weight.grad.any(), name
+    assert gm.mean.layer.linear1.weight.grad.any() and gm.log_variance.layer.linear1.weight.grad.any()
+
+
+def test_orthogonality_is_zero_at_right_angles_and_pushes_there():
+    interests = Interests(4, 3, 0.1, 1.0, 0.0)
+    with torch.no_grad():
+        interests.prototype.weight.copy_(3 * torch.eye(4)[:3])
+    assert float(interests.orthogonality()) == pytest.approx(0, abs=1e-7)
+    with torch.no_grad():
+        interests.prototype.weight.fill_(1.0)
+    assert float(interests.orthogonality()) == pytest.approx(6 / 9)
+
+
+def test_the_weights_of_divergence_and_interests_follow_step_and_epoch(monkeypatch):
+    gm = model(temporal_from_epoch=0, kl_weight=2.0, kl_cap=0.5, interest_weight=0.1).eval()
+    rows = batch([1, 2, 3, 4], [5, 6, 7, 0])
+    monkeypatch.setattr(gm, "interest_loss", lambda *_: (torch.tensor(3.0), {}))
+
+    def extra(step: int, epoch: int) -> tuple[float, float]:
+        found = gm.loss(replace(rows, step=step, epoch=epoch))
+        rest = found.total - found.parts["prediction_loss"]
+        return float(rest) / found.num_targets, float(found.parts["kl"]) / found.num_targets
+
+    rest, kl = extra(0, 1)
+    assert rest == pytest.approx(0.1 * 199 * 3, rel=1e-4)
+    rest, _ = extra(2, 150)
+    assert rest == pytest.approx(0.1 * 50 * 3 + 0.2 * 2 * kl, rel=1e-4)
+    rest, _ = extra(10**6, 500)
+    assert rest == pytest.approx(0.1 * 1 * 3 + 0.5 * 2 * kl, rel=1e-4)
+
+
+def test_scores_use_the_mean_and_the_release_adds_a_deviation():
+    plain, shifted = model().eval(), model(eval_add_std=True).eval()
+    history = torch.tensor([[1, 2, 3]])
+    mean, log_variance = plain.encode(history)
+    for gm, state in ((plain, mean), (shifted, mean + torch.exp(log_variance / 2))):
+        torch.testing.assert_close(gm.score(history), gm.decoder(state)[:, -1] @ gm.item.weight.T)
+
+
+def test_collapse_is_seen_in_what_is_reported():
+    same = torch.zeros(50, 6)
+    assert float(latent_report(same, same)["active_units"]) == 0
+    varied = torch.randn(50, 6) * torch.tensor([1.0, 1, 1, 0, 0, 0])
+    found = latent_report(varied, same - 2)
+    assert float(found["active_units"]) == 0.5
+    assert float(found["posterior_std"]) == pytest.approx(0.3679, abs=1e-4)
+    assert float(overlap(torch.ones(3, 4, 5))) == pytest.approx(1)
+    assert float(overlap(torch.eye(4)[None].expand(3, 4, 4))) == pytest.approx(0)
+
+
+def test_all_negatives_of_the_batch_stand_against_a_rows_target(monkeypatch):
+    gm = model().eval()
+    rows = batch([1, 2, 3, 4], [5, 6, 7, 0])
+    monkeypatch.setattr(module, "draw_unseen", lambda *_: torch.tensor([[20], [21]]))
+    prior = gm.prior_of(rows)
+    _, parts = gm.interest_loss(rows, prior, 0.0)
+    expected = 0.0
+    for row, target in ((0, 4), (1, 7)):
+        best = [float((prior.mean[row, 0] @ gm.item.weight[item]).max()) for item in (target, 20, 21)]
+        expected -= float(torch.log_softmax(torch.tensor(best) / 0.1, 0)[0]) / 2
+    assert float(parts["interest_ranking"]) == pytest.approx(expected, rel=1e-4)
