@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from llmrec.collab.configs.diffurec import DiffurecConfig
+from llmrec.collab.configs.diffusion import DiffusionConfig
 from llmrec.collab.configs.fuxi import FuxiConfig
 from llmrec.collab.configs.gmvae import GmvaeConfig
 from llmrec.collab.configs.gru4rec import GRU4RecConfig
@@ -43,6 +45,10 @@ class TrainCollabConfig:
     gmvae: GmvaeConfig = field(default_factory=GmvaeConfig)
 
     svae: SvaeConfig = field(default_factory=SvaeConfig)
+
+    diffurec: DiffurecConfig = field(default_factory=DiffurecConfig)
+
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     layout: Literal["auto", "prefixes"] = "auto"
     """How histories become training rows. auto: every user once, where the model allows it; prefixes: one
@@ -119,7 +125,18 @@ class TrainCollabConfig:
             refuse_changed(self, ["eval_every_epochs", "patience"], "select='last'")
 
 
-PROVIDER_FIELDS = ("sasrec", "mamba4rec", "mamba", "gru4rec", "fuxi", "moe", "gmvae", "svae")
+PROVIDER_FIELDS = (
+    "sasrec",
+    "mamba4rec",
+    "mamba",
+    "gru4rec",
+    "fuxi",
+    "moe",
+    "gmvae",
+    "svae",
+    "diffurec",
+    "diffusion",
+)
 """Fields of TrainCollabConfig that hold one model's settings; named like the provider."""
 
 

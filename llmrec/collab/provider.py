@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings
+from llmrec.collab.diffurec import DiffuRec
+from llmrec.collab.diffusion import DiffuRecSys
 from llmrec.collab.fuxi import Fuxi
 from llmrec.collab.gmvae import GMVAE
 from llmrec.collab.gru4rec import GRU4Rec
@@ -71,6 +73,8 @@ PROVIDERS = {
     "moe": FuxiMME,
     "gmvae": GMVAE,
     "svae": SVAE,
+    "diffurec": DiffuRec,
+    "diffusion": DiffuRecSys,
 }
 """Models by name; the name is the value of train_collab.provider and the field of its settings."""
 

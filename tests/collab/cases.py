@@ -30,6 +30,9 @@ SASREC = {"embed_dim": 16, "inner_dim": 32, "max_history": 12, "dropout_rate": 0
 GRU = {"embed_dim": 16, "hidden_dim": 24, "max_history": 12, "dropout_rate": 0.1}
 GMVAE = {"embed_dim": 16, "num_interests": 2, "max_history": 12, "dropout_rate": 0.1}
 SVAE = {"embed_dim": 16, "hidden_dim": 24, "inner_dim": 16, "latent_dim": 8, "max_history": 12}
+DIFFUSION = {"embed_dim": 16, "num_layers": 2, "num_heads": 2, "max_history": 12, "num_steps": 8}
+DIFFUSION |= {"reverse_steps": 8, "init_std": 0.1}
+NOISY = {"test_the_loss_at_a_position_is_that_of_scoring_its_prefix_alone": "the target is noisy in training"}
 FUXI = {"embed_dim": 16, "num_layers": 1, "max_history": 12, "dropout_rate": 0.1}
 MAMBA = {"embed_dim": 16, "state_dim": 4, "max_history": 12, "dropout_rate": 0.1}
 
@@ -55,6 +58,13 @@ CASES: dict[str, Case] = {
             "test_the_loss_at_a_position_is_that_of_scoring_its_prefix_alone": "it names three next items",
         },
     ),
+    "diffurec-ce": Case("diffurec", DIFFUSION, {"epochs": 30}),
+    "diffurec-distance": Case(
+        "diffurec", DIFFUSION | {"rounding": "distance", "reverse_steps": 1}, {"epochs": 30}, NOISY
+    ),
+    "diffusion-ce": Case("diffusion", DIFFUSION, {"epochs": 30}, NOISY),
+    "diffusion-added": Case("diffusion", DIFFUSION | {"injection": "add", "eval_samples": 2}, {"epochs": 30}),
+    "diffusion-released": Case("diffusion", DIFFUSION | {"variant": "released"}, {"epochs": 30}),
     "gru4rec-ce": Case("gru4rec", GRU),
     "gru4rec-bce": Case("gru4rec", GRU | {"loss": "bce"}),
     "gru4rec-sampled_ce": Case("gru4rec", GRU | {"loss": "sampled_ce", "num_negatives": 16}),

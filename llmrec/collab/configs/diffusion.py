@@ -1,0 +1,82 @@
+"""Settings of DiffuRecSys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmrec.collab.configs.diffurec import check_diffusion
+from llmrec.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """DiffuRecSys: DiffuRec with offset noise and cross-attention (Zolghadr et al. 2024)."""
+
+    embed_dim: int = 128
+    """Width D of the item vectors, which are also what is diffused; even."""
+
+    num_layers: int = 4
+    """Transformer blocks."""
+
+    num_heads: int = 4
+    """Attention heads; divides embed_dim."""
+
+    dropout_rate: float = 0.1
+    """Dropout in the blocks."""
+
+    embed_dropout_rate: float = 0.3
+    """Dropout on the history's item vectors."""
+
+    schedule: Literal["trunc_lin", "linear", "cosine", "sqrt"] = "trunc_lin"
+    """How noise grows over the steps; see llmrec/collab/noise.py."""
+
+    num_steps: int = 32
+    """Diffusion steps T."""
+
+    reverse_steps: int = 32
+    """Steps walked back when scoring, the last ones; 1 is a single pass."""
+
+    eval_samples: int = 1
+    """Fixed start vectors that scores are averaged over."""
+
+    offset: float = 0.1
+    """Strength delta_c of offset noise; 0 is plain noise."""
+
+    offset_kind: Literal["row", "element", "constant"] = "row"
+    """What the offset multiplies: one random number a row, one per dimension, or 1."""
+
+    injection: Literal["cross_attention", "add"] = "cross_attention"
+    """How the noisy target reaches the history: it attends over it, or is added to it as in DiffuRec."""
+
+    strength: float = 0.001
+    """Mean and standard deviation lambda of the strength with which the noisy target is injected."""
+
+    rounding: Literal["inner", "distance"] = "inner"
+    """Items for the recovered vector: by inner product, or by Euclidean distance."""
+
+    init_std: float = 1.0
+    """Standard deviation of the initial item vectors."""
+
+    variant: Literal["corrected", "released"] = "corrected"
+    """corrected: blocks follow each other, attention over places, padding hidden; released: as the published
+    code computes, where only the last block counts."""
+
+    max_history: int = 50
+    """Most recent items the model sees, in items (200 suits MovieLens-1M)."""
+
+    loss: Literal["ce"] = "ce"
+    """ce: softmax over all items, as published."""
+
+    def __post_init__(self) -> None:
+        check_diffusion("diffusion", self)
+        require(self.offset >= 0, f"train_collab.diffusion.offset must be at least 0, got {self.offset}")
+        require(
+            self.offset > 0 or self.offset_kind == "row",
+            "train_collab.diffusion.offset_kind has no effect with offset=0",
+        )
+        require(
+            self.variant == "corrected" or self.injection == "cross_attention",
+            "train_collab.diffusion.injection must be cross_attention with variant='released', got "
+            f"{self.injection}",
+        )

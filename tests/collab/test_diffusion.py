@@ -1,0 +1,201 @@
+"""DiffuRec and DiffuRecSys: the noise process against simulation, and the limit that joins them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_sasrec import batch
+
+from llmrec.collab.config import TrainCollabConfig
+from llmrec.collab.diffurec import DiffuRec
+from llmrec.collab.diffusion import DiffuRecSys
+from llmrec.collab.noise import Diffusion, betas, step_features
+
+SMALL = {
+    "num_items": 30,
+    "embed_dim": 8,
+    "num_layers": 3,
+    "num_heads": 2,
+    "num_steps": 8,
+    "reverse_steps": 8,
+    "max_history": 10,
+}
+ONE = vars(TrainCollabConfig().diffurec) | SMALL
+SYS = vars(TrainCollabConfig().diffusion) | SMALL
+
+
+def rows_of(*histories: list[int]):
+    """Rows of the layout `prefixes`: everything but each list's last item is shown."""
+    full = batch(*[[*row, *[0] * (max(map(len, histories)) - len(row))] for row in histories])
+    last = (full.target != 0).sum(1) - 1
+    kept = torch.arange(full.target.shape[1]) == last[:, None]
+    return replace(full, target=full.target * kept)
+
+
+def test_the_published_schedule_keeps_the_published_share_of_signal():
+    """specs/baselines.md 5.1, computed from WHUIR/DiffuRec's settings: T = 32, truncated linear."""
+    beta = betas("trunc_lin", 32)
+    assert float(beta[0]) == pytest.approx(0.013125) and float(beta[-1]) == pytest.approx(0.635)
+    signal = torch.cumprod(1 - beta, 0)
+    found = [float(signal[step - 1]) for step in (1, 8, 16, 24, 32)]
+    assert found == pytest.approx([0.98688, 0.49352, 0.05198, 8.05e-4, 9.9e-7], rel=2e-3)
+
+
+@pytest.mark.parametrize("schedule", ["trunc_lin", "linear", "cosine", "sqrt"])
+@pytest.mark.parametrize("num_steps", [8, 32, 1000])
+def test_every_schedule_only_adds_noise(schedule, num_steps):
+    beta = betas(schedule, num_steps)
+    assert beta.shape == (num_steps,)
+    assert (beta > 0).all() and (beta < 1).all()
+    # With few steps the published truncated schedule stops half way (its end is cut to a tenth).
+    assert torch.cumprod(1 - beta, 0)[-1] < (0.55 if schedule == "trunc_lin" and num_steps < 32 else 0.2)
+
+
+def test_jumping_forward_has_the_law_of_walking_there():
+    torch.manual_seed(0)
+    process = Diffusion("trunc_lin", 8, 3)
+    clean = torch.tensor([1.0, -2.0, 0.5]).expand(40_000, 3)
+    walked = clean
+    for step, beta in enumerate(betas("trunc_lin", 8).float()):
+        walked = (1 - beta).sqrt() * walked + beta.sqrt() * torch.randn_like(walked)
+        jumped = process.forward_to(clean, torch.full((40_000,), step), torch.randn(40_000, 3))
+        torch.testing.assert_close(walked.mean(0), jumped.mean(0), rtol=0, atol=0.03)
+        torch.testing.assert_close(walked.var(0), jumped.var(0), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_the_way_back_has_the_mean_of_the_posterior(step):
+    """Bayes for Gaussians: q(x_{t-1} | x_0) times q(x_t | x_{t-1})."""
+    process = Diffusion("trunc_lin", 8, 1)
+    beta = betas("trunc_lin", 8)
+    signal = torch.cumprod(1 - beta, 0)
+    clean, noisy = 0.7, -1.3
+    prior_mean, prior_variance = signal[step - 1].sqrt() * clean, 1 - signal[step - 1]
+    precision = 1 / prior_variance + (1 - beta[step]) / beta[step]
+    mean = (prior_mean / prior_variance + (1 - beta[step]).sqrt() * noisy / beta[step]) / precision
+    found = process.back(torch.tensor(clean), torch.tensor(noisy), step, torch.tensor(0.0))
+    assert float(found) == pytest.approx(float(mean), rel=1e-5)
+    noise = process.back(torch.tensor(clean), torch.tensor(noisy), step, torch.tensor(1.0)) - found
+    assert float(noise) == pytest.approx(float(beta[step].sqrt()), rel=1e-5)
+
+
+def test_the_last_step_back_is_the_estimate_and_a_perfect_one_comes_through():
+    process = Diffusion("trunc_lin", 32, 4, num_samples=3)
+    clean, noisy = torch.randn(2, 5, 4)
+    torch.testing.assert_close(process.back(clean, noisy, 0, torch.ones(5, 4)), clean)
+    found = process.reverse(lambda state, step: clean, 5, 32)
+    torch.testing.assert_close(found, clean.expand(3, 5, 4))
+
+
+def test_offsets_move_a_row_as_one_each_number_alone_or_all_the_same():
+    like = torch.empty(20_000, 6)
+    for kind, variance, shared, mean in (
+        ("row", 1.25, 0.25, 0.0),
+        ("element", 1.25, 0.0, 0.0),
+        ("constant", 1.0, 0.0, 0.5),
+    ):
+        torch.manual_seed(0)
+        noise = Diffusion("linear", 8, 6, offset=0.5, offset_kind=kind).draw(like)
+        assert float(noise.var()) == pytest.approx(variance, abs=0.03)
+        assert float(noise.mean()) == pytest.approx(mean, abs=0.02)
+        assert float(torch.cov(noise.T)[0, 1]) == pytest.approx(shared, abs=0.03)
+
+
+def test_steps_are_told_apart_by_cosines_and_sines():
+    found = step_features(torch.tensor([0, 3]), 32, 4)
+    angle = 3 * 31.25
+    expected = [angle, angle / 100]
+    expected = torch.tensor([[1, 1, 0, 0], [*torch.tensor(expected).cos(), *torch.tensor(expected).sin()]])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_offset_and_with_added_noise_it_is_diffurec():
+    models = []
+    for make in (
+        lambda: DiffuRec(**ONE),
+        lambda: DiffuRecSys(**SYS | {"injection": "add", "offset": 0.0}),
+    ):
+        torch.manual_seed(0)
+        models.append(make())
+    rows = rows_of([1, 2, 3, 4], [5, 6, 7])
+    losses = []
+    for model in models:
+        torch.manual_seed(1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model.loss(rows).total
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
+    assert torch.equal(models[0].eval().score(rows.item), models[1].eval().score(rows.item))
+
+
+def test_reading_one_place_of_the_last_block_is_reading_it_of_all():
+    torch.manual_seed(0)
+    model = DiffuRec(**ONE).double().eval()
+    history = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+    hidden = model.embed(history)
+    found = model.read(hidden, history)
+    mask = (history != 0)[:, None, None]
+    for block in model.blocks:
+        hidden = block(hidden, hidden, mask)
+    torch.testing.assert_close(found, model.out_norm(hidden)[[0, 1], [3, 1]])
+
+
+def test_cross_attention_equals_a_loop_over_places():
+    torch.manual_seed(0)
+    block = DiffuRecSys(**SYS).double().eval().blocks[0]
+    hidden, injected = torch.randn(1, 4, 8, dtype=torch.float64), torch.randn(1, 1, 8, dtype=torch.float64)
+    mask = torch.tensor([[[[True, True, True, False]]]])
+    found = block.cross(block.asked_norm(injected), block.cross_norm(hidden), mask)
+    asked = block.cross.query(block.asked_norm(injected))[0, 0]
+    normed = block.cross_norm(hidden)[0]
+    out = []
+    for head in range(2):
+        part = slice(4 * head, 4 * head + 4)
+        weight = torch.stack([asked[part] @ block.cross.key(normed[t])[part] / 2 for t in range(3)]).softmax(
+            0
+        )
+        out.append(sum(w * block.cross.value(normed[t])[part] for t, w in enumerate(weight)))
+    torch.testing.assert_close(found[0, 0], block.cross.out(torch.cat(out)))
+
+
+def test_of_the_released_blocks_only_the_last_one_learns():
+    torch.manual_seed(0)
+    model = DiffuRecSys(**SYS | {"variant": "released"})
+    model.loss(rows_of([1, 2, 3, 4], [5, 6, 7])).total.backward()
+    learned = [any(weight.grad is not None for weight in block.parameters()) for block in model.blocks]
+    assert learned == [False, False, True]
+    corrected = DiffuRecSys(**SYS)
+    corrected.loss(rows_of([1, 2, 3, 4], [5, 6, 7])).total.backward()
+    assert all(weight.grad is not None for block in corrected.blocks for weight in block.parameters())
+
+
+def test_the_released_variant_sees_padding_and_the_corrected_one_does_not():
+    history = torch.tensor([[1, 2, 3]])
+    for variant, sees in (("released", True), ("corrected", False)):
+        torch.manual_seed(0)
+        model = DiffuRecSys(**SYS | {"variant": variant}).eval()
+        before = model.score(history)[:, 1:]
+        with torch.no_grad():
+            model.item.weight[0] += 5
+        assert bool((before != model.score(history)[:, 1:]).any()) == sees
+        assert not model.item_embeddings()[0].any()
+
+
+def test_scores_average_over_starts_and_distance_ranks_by_distance():
+    torch.manual_seed(0)
+    model = DiffuRec(**ONE | {"rounding": "distance", "eval_samples": 3}).eval()
+    history = torch.tensor([[1, 2, 3]])
+    hidden = model.embed(history)
+
+    def estimate(noisy, step):
+        return model.estimate(hidden, history, noisy, torch.tensor([step]))
+
+    clean = model.diffusion.reverse(estimate, 1, 8).mean(0)
+    by_distance = (clean - model.item.weight[1:]).norm(dim=1).argsort()
+    assert torch.equal(model.score(history)[0, 1:].argsort(descending=True), by_distance)
