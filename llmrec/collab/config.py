@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from llmrec.collab.configs.bert4rec import Bert4RecConfig
+from llmrec.collab.configs.comirec import ComirecConfig
 from llmrec.collab.configs.diffurec import DiffurecConfig
 from llmrec.collab.configs.diffusion import DiffusionConfig
 from llmrec.collab.configs.fuxi import FuxiConfig
@@ -12,6 +14,7 @@ from llmrec.collab.configs.gmvae import GmvaeConfig
 from llmrec.collab.configs.gru4rec import GRU4RecConfig
 from llmrec.collab.configs.mamba import MambaConfig
 from llmrec.collab.configs.mamba4rec import Mamba4RecConfig
+from llmrec.collab.configs.mind import MindConfig
 from llmrec.collab.configs.moe import MoeConfig
 from llmrec.collab.configs.sasrec import SASRecConfig
 from llmrec.collab.configs.svae import SvaeConfig
@@ -22,9 +25,22 @@ from llmrec.config import require
 class TrainCollabConfig:
     """Collaborative item vectors: a sequence model trained on item ids, or vectors from a file."""
 
-    provider: Literal["sasrec", "mamba4rec", "mamba", "gru4rec", "fuxi", "moe", "gmvae", "precomputed"] = (
-        "sasrec"
-    )
+    provider: Literal[
+        "sasrec",
+        "gru4rec",
+        "bert4rec",
+        "svae",
+        "gmvae",
+        "mamba4rec",
+        "mamba",
+        "diffurec",
+        "diffusion",
+        "fuxi",
+        "moe",
+        "comirec",
+        "mind",
+        "precomputed",
+    ] = "sasrec"
     """Where the vectors come from: the model to train, or the file `vectors`."""
 
     vectors: str | None = None
@@ -32,23 +48,29 @@ class TrainCollabConfig:
 
     sasrec: SASRecConfig = field(default_factory=SASRecConfig)
 
+    gru4rec: GRU4RecConfig = field(default_factory=GRU4RecConfig)
+
+    bert4rec: Bert4RecConfig = field(default_factory=Bert4RecConfig)
+
+    svae: SvaeConfig = field(default_factory=SvaeConfig)
+
+    gmvae: GmvaeConfig = field(default_factory=GmvaeConfig)
+
     mamba4rec: Mamba4RecConfig = field(default_factory=Mamba4RecConfig)
 
     mamba: MambaConfig = field(default_factory=MambaConfig)
 
-    gru4rec: GRU4RecConfig = field(default_factory=GRU4RecConfig)
+    diffurec: DiffurecConfig = field(default_factory=DiffurecConfig)
+
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     fuxi: FuxiConfig = field(default_factory=FuxiConfig)
 
     moe: MoeConfig = field(default_factory=MoeConfig)
 
-    gmvae: GmvaeConfig = field(default_factory=GmvaeConfig)
+    comirec: ComirecConfig = field(default_factory=ComirecConfig)
 
-    svae: SvaeConfig = field(default_factory=SvaeConfig)
-
-    diffurec: DiffurecConfig = field(default_factory=DiffurecConfig)
-
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    mind: MindConfig = field(default_factory=MindConfig)
 
     layout: Literal["auto", "prefixes"] = "auto"
     """How histories become training rows. auto: every user once, where the model allows it; prefixes: one
@@ -127,15 +149,18 @@ class TrainCollabConfig:
 
 PROVIDER_FIELDS = (
     "sasrec",
+    "gru4rec",
+    "bert4rec",
+    "svae",
+    "gmvae",
     "mamba4rec",
     "mamba",
-    "gru4rec",
-    "fuxi",
-    "moe",
-    "gmvae",
-    "svae",
     "diffurec",
     "diffusion",
+    "fuxi",
+    "moe",
+    "comirec",
+    "mind",
 )
 """Fields of TrainCollabConfig that hold one model's settings; named like the provider."""
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec.collab.interests import Interests, Prior
-from llmrec.collab.layers import init_weights
+from llmrec.collab.layers import init_weights, mean_cosine
 from llmrec.collab.losses import Loss, draw_unseen, last_of, next_item_loss
 from llmrec.data.batches import Batch
 
@@ -163,7 +163,7 @@ class GMVAE(nn.Module):
         }
         small = self.orthogonal_weight * terms["orthogonality"] + terms["uneven_use"]
         small = small + terms["indecision"] + anneal * terms["interest_kl"]
-        terms |= {"category_use": kept.mean(0), "interest_overlap": overlap(means)}
+        terms |= {"category_use": kept.mean(0), "interest_overlap": mean_cosine(means)}
         return ranking + 0.01 * small, {"interest_ranking": ranking, **terms}
 
     def score(self, history: Tensor) -> Tensor:
@@ -245,14 +245,3 @@ def latent_report(mean: Tensor, log_variance: Tensor) -> dict[str, Tensor]:
         "posterior_std": torch.exp(0.5 * log_variance).mean(),
         "active_units": varies.to(mean.dtype).mean(),
     }
-
-
-@torch.no_grad()
-def overlap(means: Tensor) -> Tensor:
-    """Mean cosine between two interests of one user, from (B, K, D); 0 with one interest."""
-    number = means.shape[1]
-    if number < 2:
-        return means.new_zeros(())
-    unit = F.normalize(means, dim=-1)
-    total = (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))).mean()
-    return total / (number * (number - 1))

@@ -46,3 +46,14 @@ def init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         with torch.no_grad():
             module.weight[module.padding_idx] = 0
+
+
+@torch.no_grad()
+def mean_cosine(vectors: Tensor) -> Tensor:
+    """Mean cosine between two of a row's vectors, from (B, K, D); 0 with one vector, 1 if they collapsed."""
+    number = vectors.shape[1]
+    if number < 2:
+        return vectors.new_zeros(())
+    unit = F.normalize(vectors, dim=-1)
+    total = (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))).mean()
+    return total / (number * (number - 1))

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings
+from llmrec.collab.bert4rec import BERT4Rec
+from llmrec.collab.comirec import ComiRec
 from llmrec.collab.diffurec import DiffuRec
 from llmrec.collab.diffusion import DiffuRecSys
 from llmrec.collab.fuxi import Fuxi
@@ -22,6 +24,7 @@ from llmrec.collab.gru4rec import GRU4Rec
 from llmrec.collab.losses import Loss
 from llmrec.collab.mamba import SigmaMamba
 from llmrec.collab.mamba4rec import Mamba4Rec
+from llmrec.collab.mind import MIND
 from llmrec.collab.moe import FuxiMME
 from llmrec.collab.sasrec import SASRec
 from llmrec.collab.svae import SVAE
@@ -66,15 +69,18 @@ class CollabProvider(Protocol):
 
 PROVIDERS = {
     "sasrec": SASRec,
+    "gru4rec": GRU4Rec,
+    "bert4rec": BERT4Rec,
+    "svae": SVAE,
+    "gmvae": GMVAE,
     "mamba4rec": Mamba4Rec,
     "mamba": SigmaMamba,
-    "gru4rec": GRU4Rec,
-    "fuxi": Fuxi,
-    "moe": FuxiMME,
-    "gmvae": GMVAE,
-    "svae": SVAE,
     "diffurec": DiffuRec,
     "diffusion": DiffuRecSys,
+    "fuxi": Fuxi,
+    "moe": FuxiMME,
+    "comirec": ComiRec,
+    "mind": MIND,
 }
 """Models by name; the name is the value of train_collab.provider and the field of its settings."""
 

@@ -22,6 +22,8 @@ class Case:
         """Small enough for a second; keyword arguments replace the trainer's settings."""
         defaults = getattr(TrainCollabConfig(), self.provider)
         trainer = {"epochs": 15, "batch_size": 16, "learning_rate": 1e-2} | self.trainer | trainer
+        if trainer.get("select") == "last":
+            trainer.pop("patience", None)  # it would have no effect
         model = {self.provider: replace(defaults, **self.settings)}
         return TrainCollabConfig(provider=self.provider, **model, **trainer)
 
@@ -33,6 +35,9 @@ SVAE = {"embed_dim": 16, "hidden_dim": 24, "inner_dim": 16, "latent_dim": 8, "ma
 DIFFUSION = {"embed_dim": 16, "num_layers": 2, "num_heads": 2, "max_history": 12, "num_steps": 8}
 DIFFUSION |= {"reverse_steps": 8, "init_std": 0.1}
 NOISY = {"test_the_loss_at_a_position_is_that_of_scoring_its_prefix_alone": "the target is noisy in training"}
+INTERESTS = {"embed_dim": 32, "num_interests": 2, "max_history": 12}
+LONG = {"epochs": 120, "patience": 40}
+HARD = {"test_the_loss_at_a_position_is_that_of_scoring_its_prefix_alone": "trained by the target's interest"}
 FUXI = {"embed_dim": 16, "num_layers": 1, "max_history": 12, "dropout_rate": 0.1}
 MAMBA = {"embed_dim": 16, "state_dim": 4, "max_history": 12, "dropout_rate": 0.1}
 
@@ -58,6 +63,25 @@ CASES: dict[str, Case] = {
             "test_the_loss_at_a_position_is_that_of_scoring_its_prefix_alone": "it names three next items",
         },
     ),
+    "bert4rec-ce": Case(
+        "bert4rec",
+        SASREC | {"num_masks": 4, "last_rate": 0.3},
+        {"epochs": 30},
+        {
+            "test_later_items_never_change_what_is_predicted_before_them": "it reads in both directions",
+            "test_the_loss_at_a_position_is_that_of_scoring_its_prefix_alone": "it fills in masked items",
+        },
+    ),
+    "comirec-ce": Case("comirec", INTERESTS, LONG, HARD),
+    "comirec-capsule": Case(
+        "comirec",
+        INTERESTS | {"routing": "capsule"},
+        LONG,
+        HARD | {"test_it_learns_that_one_item_follows_another": "places beyond those trained have no map"},
+    ),
+    "comirec-sampled_ce": Case("comirec", INTERESTS | {"loss": "sampled_ce", "num_negatives": 16}, LONG),
+    "mind-ce": Case("mind", INTERESTS, LONG, HARD),
+    "mind-sampled_ce": Case("mind", INTERESTS | {"loss": "sampled_ce", "num_negatives": 16}, LONG),
     "diffurec-ce": Case("diffurec", DIFFUSION, {"epochs": 30}),
     "diffurec-distance": Case(
         "diffurec", DIFFUSION | {"rounding": "distance", "reverse_steps": 1}, {"epochs": 30}, NOISY

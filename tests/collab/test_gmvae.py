@@ -13,8 +13,9 @@ from torch.distributions import Normal, kl_divergence
 
 from llmrec.collab import gmvae as module
 from llmrec.collab.config import TrainCollabConfig
-from llmrec.collab.gmvae import GMVAE, gaussian_kl, latent_report, mixture_kl, overlap
+from llmrec.collab.gmvae import GMVAE, gaussian_kl, latent_report, mixture_kl
 from llmrec.collab.interests import Interests, Prior
+from llmrec.collab.layers import mean_cosine
 
 SIZES = vars(TrainCollabConfig().gmvae) | {
     "num_items": 30,
@@ -209,8 +210,8 @@ def test_collapse_is_seen_in_what_is_reported():
     found = latent_report(varied, same - 2)
     assert float(found["active_units"]) == 0.5
     assert float(found["posterior_std"]) == pytest.approx(0.3679, abs=1e-4)
-    assert float(overlap(torch.ones(3, 4, 5))) == pytest.approx(1)
-    assert float(overlap(torch.eye(4)[None].expand(3, 4, 4))) == pytest.approx(0)
+    assert float(mean_cosine(torch.ones(3, 4, 5))) == pytest.approx(1)
+    assert float(mean_cosine(torch.eye(4)[None].expand(3, 4, 4))) == pytest.approx(0)
 
 
 def test_all_negatives_of_the_batch_stand_against_a_rows_target(monkeypatch):

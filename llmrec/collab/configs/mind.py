@@ -1,0 +1,41 @@
+"""Settings of MIND."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmrec.collab.configs.common import check_at_least_one, check_dropout, check_negatives
+
+
+@dataclass(frozen=True, kw_only=True)
+class MindConfig:
+    """MIND: several interest vectors per user by dynamic routing with one shared map (Li et al. 2019)."""
+
+    embed_dim: int = 64
+    """Width D of the item vectors and interests."""
+
+    num_interests: int = 4
+    """Interests K of a user."""
+
+    num_routings: int = 3
+    """Iterations of dynamic routing."""
+
+    dropout_rate: float = 0.0
+    """Dropout on the history's item vectors (published: none)."""
+
+    max_history: int = 50
+    """Most recent items the model sees, in items."""
+
+    loss: Literal["ce", "sampled_ce"] = "ce"
+    """ce: softmax over all items; sampled_ce: over the target and num_negatives random items; both for the
+    interest that suits the target best."""
+
+    num_negatives: int = 256
+    """Negatives per row for loss='sampled_ce', in items, outside the user's training items."""
+
+    def __post_init__(self) -> None:
+        names = "embed_dim num_interests num_routings max_history num_negatives"
+        check_at_least_one("mind", self, names)
+        check_dropout("mind", self)
+        check_negatives("mind", self)
