@@ -246,8 +246,12 @@ def test_every_recipe_builds_and_explains_itself(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert isinstance(module.recipe(), Recipe)
     assert f"recipes/{path.name}" in module.__doc__
+    if hasattr(module, "rows"):  # a comparison of sequence models
+        assert isinstance(module.data(), PrepareDataConfig)
+        assert {config.provider for config in module.rows().values()} == set(PROVIDER_FIELDS)
+        return
+    assert isinstance(module.recipe(), Recipe)
     widths = module.recipe()
     if widths.finetune.is_mini and not widths.finetune.project_codes:
         assert widths.learn_semantic_ids.code_dim == widths.finetune.mini.hidden_size

@@ -9,8 +9,6 @@ layouts, alternating, and prints tokens, seconds, the ratio and the machine.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -18,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llmrec import distributed, pipeline
+from llmrec import distributed, machine, pipeline
 from llmrec.artifacts import Interactions, SemanticIds
 from llmrec.finetune import build
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
@@ -100,17 +98,7 @@ def main() -> None:
     ratios = [slow / fast for fast, slow in zip(seconds["packed"][1:], seconds["per_prefix"][1:])]
     middle = statistics.median(ratios)
     print(f"per_prefix / packed: median {middle:.2f}, min {min(ratios):.2f}, max {max(ratios):.2f}")
-    print(f"{len(chosen):,} targets of {options.users} users; {machine()}")
-
-
-def machine() -> str:
-    """What this ran on."""
-    kind = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine()
-    )
-    return f"{kind}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{len(chosen):,} targets of {options.users} users; {machine.describe()}")
 
 
 if __name__ == "__main__":

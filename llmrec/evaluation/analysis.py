@@ -89,20 +89,35 @@ def paired(first: np.ndarray, second: np.ndarray, *, samples: int, seed: int) ->
         For recall@10 and ndcg@10: mean difference, its 95 % bootstrap interval, and the two-sided p of
         Wilcoxon's signed-rank test (None if no user differs).
     """
+    return {
+        name: difference_of(metric(first, 10) - metric(second, 10), samples=samples, seed=seed)
+        for name, metric in (("recall@10", recall_at_k), ("ndcg@10", ndcg_at_k))
+    }
+
+
+def difference_of(difference: np.ndarray, *, samples: int, seed: int) -> dict[str, Any]:
+    """Mean of per-user differences (U,), its 95 % bootstrap interval, and Wilcoxon's two-sided p (None if no
+    user differs)."""
     rng = np.random.default_rng(seed)
-    found = {}
-    for name, metric in (("recall@10", recall_at_k), ("ndcg@10", ndcg_at_k)):
-        difference = metric(first, 10) - metric(second, 10)
-        means = [difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(samples)]
-        low, high = np.quantile(means, [0.025, 0.975])
-        differs = difference[difference != 0]
-        found[name] = {
-            "difference": float(difference.mean()),
-            "low": float(low),
-            "high": float(high),
-            "wilcoxon_p": float(wilcoxon(differs).pvalue) if len(differs) else None,
-        }
-    return found
+    means = [difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(samples)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    differs = difference[difference != 0]
+    return {
+        "difference": float(difference.mean()),
+        "low": float(low),
+        "high": float(high),
+        "wilcoxon_p": float(wilcoxon(differs).pvalue) if len(differs) else None,
+    }
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """p corrected for the number of tests, in the given order (Holm 1979: the i-th smallest of m, from 0,
+    times m - i, never below an earlier one, at most 1)."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - place)))
+        corrected[index] = largest
+    return corrected
 
 
 def rankings_columns(

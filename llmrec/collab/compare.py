@@ -1,0 +1,294 @@
+"""Sequence models side by side: each row trained with several seeds on one data set, one table.
+
+A cell is one row with one seed: a folder with the output of train_collab and the ranks of the test
+targets. Every cell runs in a process of its own, so that its seconds and memory are its own; finished
+cells are kept, so the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from llmrec.artifacts import CollabEmbeddings, Interactions, read_json, write_json
+from llmrec.collab.config import TrainCollabConfig
+from llmrec.config import as_dict, from_dict
+from llmrec.errors import ConfigError, LlmrecError
+from llmrec.evaluation import analysis
+from llmrec.evaluation.metrics import per_user, summarise
+from llmrec.pipeline import changed_fields, load, read_manifest, run_stage
+
+logger = logging.getLogger("llmrec")
+
+KS = (5, 10, 20)
+MAIN = "ndcg@10"
+"""Metric of the significance test and of the order of rows."""
+
+
+def run_cells(
+    rows: dict[str, TrainCollabConfig], seeds: list[int], data_folder: Path, root: Path, jobs: int
+) -> list[str]:
+    """Run every cell that is not finished, several at a time; a failed one does not stop the others.
+
+    Returns:
+        One line per failed cell.
+    """
+    cells = list(cells_of(rows, seeds, root))
+    for name, seed, folder, config in cells:
+        prepare_cell(folder, config, f"{name}, seed {seed}")
+    waiting = [cell for cell in cells if not (cell[2] / "metrics.json").exists()]
+    logger.info("compare: %d cells, %d to run, %d at a time", len(cells), len(waiting), jobs)
+    failed, started = [], time.perf_counter()
+    processes: set[subprocess.Popen] = set()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = {
+            pool.submit(run_cell_process, folder, data_folder, jobs, processes): (name, seed, folder)
+            for name, seed, folder, _ in waiting
+        }
+        try:
+            for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+                name, seed, folder = futures[future]
+                error = future.result()
+                if error:
+                    failed.append(f"{name}, seed {seed}: {error}")
+                left = (time.perf_counter() - started) / done * (len(waiting) - done)
+                logger.info(
+                    "compare: %s, seed %d: %s; %d of %d done, about %.0f min left",
+                    name,
+                    seed,
+                    error or outcome(folder),
+                    done,
+                    len(waiting),
+                    left / 60,
+                )
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(processes):
+                process.terminate()
+            raise
+    return failed
+
+
+def cells_of(
+    rows: dict[str, TrainCollabConfig], seeds: list[int], root: Path
+) -> Iterator[tuple[str, int, Path, TrainCollabConfig]]:
+    """Row, seed, folder and settings of every cell, seed by seed so that all rows have results early."""
+    for seed in seeds:
+        for name, config in rows.items():
+            yield name, seed, root / "cells" / name / f"seed{seed}", replace(config, seed=seed)
+
+
+def prepare_cell(folder: Path, config: TrainCollabConfig, what: str) -> None:
+    """Write a cell's settings, or check that they are those it was begun with.
+
+    Raises:
+        ConfigError: the cell was begun with others.
+    """
+    file = folder / "config.json"
+    if file.exists():
+        changes = changed_fields(read_json(file), as_dict(config))
+        if changes:
+            raise ConfigError(
+                f"{folder} ({what}) was made with {', '.join(changes)}; use another folder, or delete it"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, as_dict(config))
+
+
+def run_cell_process(
+    folder: Path, data_folder: Path, jobs: int, processes: set[subprocess.Popen]
+) -> str | None:
+    """Run one cell in a fresh process; its log goes to the cell's folder. The error's last line, or None."""
+    threads = os.environ.get("LLMREC_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = os.environ | {"LLMREC_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+    command = [sys.executable, "-m", "llmrec.collab.compare", str(folder), str(data_folder)]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(  # noqa: S603 (our own module, with two paths)
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+        processes.add(process)
+        code = process.wait()
+        processes.discard(process)
+    if code == 0:
+        return None
+    lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+    return f"failed ({lines[-1][-300:] if lines else f'exit code {code}'}); see {folder / 'log.txt'}"
+
+
+def run_cell(folder: Path, data_folder: Path) -> None:
+    """Train the cell's model, rank the test targets, and write the ranks, then metrics.json."""
+    from llmrec.collab.provider import provider_scorer
+    from llmrec.collab.train import train_collab
+    from llmrec.evaluation.rank import rank_users
+
+    data = load(Interactions, data_folder)
+    config = from_dict(TrainCollabConfig, read_json(folder / "config.json"))
+    collab = run_stage(train_collab, config, (data,), folder / "train_collab")
+    ranking = rank_users(provider_scorer(collab), data, data.targets("test"))
+    ranks = {"rank": ranking.rank, "rank_seen_kept": ranking.rank_seen_kept}
+    save_file(ranks, folder / "ranks.safetensors")
+    manifest = read_manifest(folder / "train_collab")
+    seconds = [row["train_seconds"] for row in collab.log]
+    write_json(
+        folder / "metrics.json.part",
+        {
+            "test": summarise(ranking.rank, KS),
+            "test_seen_kept": summarise(ranking.rank_seen_kept, KS),
+            "valid": {name[6:]: value for name, value in collab.metrics.items() if name.startswith("valid")},
+            "num_parameters": collab.metrics["num_parameters"],
+            "best_epoch": collab.metrics["best_epoch"],
+            "epochs": collab.metrics["epochs"],
+            "seconds_per_epoch": float(np.mean(seconds)),
+            "targets_per_second": collab.metrics["num_targets"] / float(np.mean(seconds)),
+            "seconds": manifest["seconds"],
+            "peak_memory_bytes": manifest["peak_memory_bytes"],
+            "loss": collab.model.get("loss"),
+            "provider": collab.provider,
+        },
+    )
+    os.replace(folder / "metrics.json.part", folder / "metrics.json")
+
+
+def outcome(folder: Path) -> str:
+    """One phrase about a finished cell."""
+    found = read_json(folder / "metrics.json")
+    return (
+        f"recall@10 {found['test']['recall@10']:.4f}, ndcg@10 {found['test']['ndcg@10']:.4f}, best epoch "
+        f"{found['best_epoch']} of {found['epochs']}, {found['seconds_per_epoch']:.1f} s per epoch"
+    )
+
+
+def summarise_cells(
+    rows: dict[str, TrainCollabConfig],
+    seeds: list[int],
+    data: Interactions,
+    root: Path,
+    *,
+    reference: str,
+    samples: int = 2000,
+) -> dict[str, Any]:
+    """Everything the table and the page show, from the cells that are finished.
+
+    A row's metric of a user is its mean over seeds. Differences to the reference row are tested user by
+    user (Wilcoxon, bootstrap interval) on these means, and p is corrected for the number of rows by Holm's
+    method; the spread over seeds stands beside them.
+    """
+    targets = data.targets("test")
+    groups = analysis.item_groups(data.train_count, 0.1, 0.4)[targets.item]
+    slices = {"history length": length_slices(targets), "popularity of the target": group_slices(groups)}
+    found: dict[str, Any] = {}
+    users: dict[str, dict[str, np.ndarray]] = {}
+    for name in rows:
+        cells = [root / "cells" / name / f"seed{seed}" for seed in seeds]
+        done = [cell for cell in cells if (cell / "metrics.json").exists()]
+        found[name] = {"num_seeds": len(done), "num_wanted": len(seeds)}
+        if not done:
+            continue
+        cell_metrics = [read_json(cell / "metrics.json") for cell in done]
+        found[name] |= row_figures(cell_metrics)
+        per_seed = [per_user(load_file(cell / "ranks.safetensors")["rank"], KS) for cell in done]
+        users[name] = {metric: np.mean([one[metric] for one in per_seed], axis=0) for metric in per_seed[0]}
+        found[name]["slices"] = {
+            what: {
+                part: {metric: float(users[name][metric][chosen].mean()) for metric in ("recall@10", MAIN)}
+                for part, chosen in parts.items()
+            }
+            for what, parts in slices.items()
+        }
+        log = load(CollabEmbeddings, done[0] / "train_collab").log
+        found[name]["log"] = [{key: row[key] for key in row if key != "seconds"} for row in log]
+    if reference in users:
+        add_differences(found, users, reference, samples)
+    counts = {what: {part: int(mask.sum()) for part, mask in parts.items()} for what, parts in slices.items()}
+    return {
+        "rows": found,
+        "reference": reference,
+        "seeds": seeds,
+        "num_users": len(targets),
+        "num_items": data.num_items,
+        "split": data.summary.get("split"),
+        "ties": data.summary.get("ties"),
+        "slices": counts,
+    }
+
+
+def row_figures(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds (None for one seed) of a row's metrics, and its costs."""
+
+    def over_seeds(values: list[float]) -> dict[str, float | None]:
+        return {
+            "mean": float(np.mean(values)),
+            "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        }
+
+    figures: dict[str, Any] = {
+        split: {name: over_seeds([cell[split][name] for cell in cells]) for name in cells[0][split]}
+        for split in ("test", "test_seen_kept", "valid")
+    }
+    for name in ("seconds_per_epoch", "targets_per_second", "epochs", "best_epoch", "seconds"):
+        figures[name] = float(np.mean([cell[name] for cell in cells]))
+    figures["peak_memory_bytes"] = max(cell["peak_memory_bytes"] for cell in cells)
+    return figures | {name: cells[0][name] for name in ("num_parameters", "loss", "provider")}
+
+
+def add_differences(
+    found: dict[str, Any], users: dict[str, dict[str, np.ndarray]], reference: str, samples: int
+) -> None:
+    """Put each row's difference to the reference, with its interval and corrected p, into found."""
+    others = [name for name in users if name != reference]
+    for name in others:
+        found[name]["difference"] = {
+            metric: analysis.difference_of(
+                users[name][metric] - users[reference][metric], samples=samples, seed=0
+            )
+            for metric in ("recall@10", MAIN)
+        }
+    for metric in ("recall@10", MAIN):
+        tested = [name for name in others if found[name]["difference"][metric]["wilcoxon_p"] is not None]
+        corrected = analysis.holm([found[name]["difference"][metric]["wilcoxon_p"] for name in tested])
+        for name, p in zip(tested, corrected):
+            found[name]["difference"][metric]["holm_p"] = p
+
+
+def length_slices(targets: Any) -> dict[str, np.ndarray]:
+    """Users by the length of their history."""
+    length = targets.stop - targets.start
+    masks = {
+        f"{low}+" if high is None else f"{low}-{high}": (length >= low)
+        & (length <= (length.max() if high is None else high))
+        for low, high in analysis.LENGTHS
+    }
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def group_slices(groups: np.ndarray) -> dict[str, np.ndarray]:
+    """Users by how popular their target is in training."""
+    masks = {name: groups == number for number, name in enumerate(analysis.GROUPS)}
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def main(arguments: list[str]) -> None:
+    """One cell; started by `run_cell_process`."""
+    from llmrec.recipe import set_up_logging
+
+    set_up_logging()
+    run_cell(Path(arguments[0]), Path(arguments[1]))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except LlmrecError as error:
+        raise SystemExit(f"error: {error}") from None

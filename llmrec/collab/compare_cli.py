@@ -1,0 +1,148 @@
+"""The command line of a comparison, shared by the tool and by recipes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from llmrec.artifacts import Interactions, write_json
+from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
+from llmrec.config import override
+from llmrec.data.config import PrepareDataConfig
+from llmrec.errors import ConfigError, TrainingError
+from llmrec.recipe import guarded, set_up_logging
+
+Rows = dict[str, TrainCollabConfig]
+
+
+def every_provider() -> Rows:
+    """One row per sequence model, with its default settings."""
+    return {name: TrainCollabConfig(provider=name) for name in PROVIDER_FIELDS}
+
+
+def main(
+    rows: Callable[[], Rows] = every_provider,
+    data: Callable[[], PrepareDataConfig] | None = None,
+    *,
+    name: str = "compare_providers",
+    description: str | None = None,
+) -> None:
+    """Compare from the command line, and exit (codes as in `llmrec.recipe.main`).
+
+    Args:
+        rows: settings by row.
+        data: settings of prepare_data; None: ``--prepare-data`` must be given.
+        name: of the folder that results go to, below runs/.
+        description: help text.
+    """
+    sys.exit(guarded(lambda: compare(rows(), data() if data else None, name, description)))
+
+
+def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, description: str | None) -> None:
+    """Train what is missing and write results.json, table.md and report.html."""
+    options = parser(rows, data_config, name, description).parse_args()
+    rows = chosen_rows(rows, options.rows, pairs(options.set, "--set"))
+    set_up_logging()
+    from llmrec import machine
+    from llmrec.collab.compare import run_cells, summarise_cells
+    from llmrec.collab.compare_report import markdown, page
+    from llmrec.data.prepare import prepare_data
+    from llmrec.pipeline import load, run_stage
+
+    root = Path(options.run_dir or Path("runs") / name)
+    folder = Path(options.prepare_data) if options.prepare_data else root / "prepare_data"
+    if options.prepare_data:
+        data = load(Interactions, folder)
+    else:
+        assert data_config is not None
+        settings = override(data_config, pairs(options.data, "--data"), prefix="prepare_data.")
+        data = run_stage(prepare_data, settings, (), folder)
+    failed = []
+    if not options.summarise:
+        failed = run_cells(rows, options.seeds, folder, root, options.jobs)
+    results = summarise_cells(rows, options.seeds, data, root, reference=options.reference)
+    results |= {
+        "machine": machine.describe(),
+        "jobs": options.jobs,
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "failed": failed,
+    }
+    write_json(root / "results.json", results)
+    text = markdown(results)
+    (root / "table.md").write_text(text, encoding="utf-8")
+    (root / "report.html").write_text(page(results), encoding="utf-8")
+    print(text)
+    print(f"report: {root / 'report.html'}")
+    if failed:
+        raise TrainingError(f"{len(failed)} cells failed: {'; '.join(failed)}")
+
+
+def parser(
+    rows: Rows, data_config: PrepareDataConfig | None, name: str, description: str | None
+) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog=f"{name}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--run-dir", metavar="DIR", help=f"where cells and results go (runs/{name})")
+    made.add_argument(
+        "--prepare-data",
+        metavar="DIR",
+        required=data_config is None,
+        help="a finished prepare_data folder",
+    )
+    if data_config is not None:
+        made.add_argument(
+            "--data", metavar="FIELD=VALUE", nargs="+", default=[], help="change settings of prepare_data"
+        )
+    made.add_argument(
+        "--rows", nargs="+", default=list(rows), metavar="NAME", help=f"of {', '.join(rows)} (all)"
+    )
+    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells trained at a time")
+    made.add_argument("--reference", default="sasrec", help="row that others are compared with (sasrec)")
+    made.add_argument(
+        "--set",
+        metavar="FIELD=VALUE",
+        nargs="+",
+        default=[],
+        help="change settings of every row (epochs=50), or of one model (gmvae.num_interests=8)",
+    )
+    made.add_argument(
+        "--summarise", action="store_true", help="train nothing; make the table of what there is"
+    )
+    return made
+
+
+def pairs(assignments: list[str], flag: str) -> dict[str, str]:
+    for assignment in assignments:
+        if "=" not in assignment:
+            raise ConfigError(f"{flag} {assignment!r} is not of the form field=value")
+    return {path: text for path, _, text in (assignment.partition("=") for assignment in assignments)}
+
+
+def chosen_rows(rows: Rows, names: list[str], settings: dict[str, str]) -> Rows:
+    """The rows asked for; a setting of one model goes to the rows of that model alone.
+
+    Raises:
+        ConfigError: an unknown row, or a setting that no row takes.
+    """
+    if unknown := [name for name in names if name not in rows]:
+        raise ConfigError(f"--rows must be among {', '.join(rows)}, got {', '.join(unknown)}")
+    providers = {rows[name].provider for name in names}
+    for path in settings:
+        model = path.partition(".")[0]
+        if model in PROVIDER_FIELDS and model not in providers:
+            raise ConfigError(f"--set {path} has no effect: no row trains {model}")
+    found = {}
+    for name in names:
+        mine = {
+            path: text
+            for path, text in settings.items()
+            if path.partition(".")[0] not in PROVIDER_FIELDS or path.startswith(f"{rows[name].provider}.")
+        }
+        found[name] = override(rows[name], mine, prefix="train_collab.")
+    return found

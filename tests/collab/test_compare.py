@@ -1,0 +1,145 @@
+"""Comparing models: cells that resume, fail alone and are refused when changed; figures against SciPy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmrec.artifacts import Interactions
+from llmrec.collab import compare_cli
+from llmrec.collab.compare import prepare_cell, run_cells, summarise_cells
+from llmrec.collab.compare_cli import chosen_rows, every_provider
+from llmrec.collab.compare_report import label, markdown, page
+from llmrec.collab.config import TrainCollabConfig
+from llmrec.collab.configs.gru4rec import GRU4RecConfig
+from llmrec.collab.configs.sasrec import SASRecConfig
+from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
+from llmrec.data.prepare import prepare_data
+from llmrec.errors import ConfigError
+from llmrec.evaluation.analysis import holm
+from llmrec.pipeline import load, run_stage
+
+ROOT = Path(__file__).resolve().parents[2]
+MARKET = SampleMarketConfig(num_users=120, num_items=96, num_interests=8, max_length=10)
+
+
+def rows() -> dict[str, TrainCollabConfig]:
+    return {
+        "sasrec": TrainCollabConfig(sasrec=SASRecConfig(embed_dim=8, inner_dim=16), epochs=2),
+        "gru4rec": TrainCollabConfig(
+            provider="gru4rec", gru4rec=GRU4RecConfig(embed_dim=8, hidden_dim=8), epochs=2
+        ),
+        # diverges: the cell must fail alone
+        "broken": TrainCollabConfig(
+            sasrec=SASRecConfig(embed_dim=8, loss="bce"), learning_rate=1e30, epochs=2
+        ),
+    }
+
+
+# Every cell starts a process that loads torch, so this file is marked slow.
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, list[str], dict]:
+    root = tmp_path_factory.mktemp("compare")
+    run_stage(prepare_data, PrepareDataConfig(market=MARKET), (), root / "prepare_data")
+    failed = run_cells(rows(), [0, 1], root / "prepare_data", root, jobs=2)
+    data = load(Interactions, root / "prepare_data")
+    results = summarise_cells(rows(), [0, 1], data, root, reference="sasrec", samples=50)
+    return root, failed, results | {"machine": "m", "jobs": 2, "command": "c"}
+
+
+def test_a_cell_that_fails_is_named_with_its_reason_and_the_others_finish(finished):
+    _, failed, results = finished
+    assert len(failed) == 2
+    assert "broken, seed 0" in " ".join(failed) and "its training went wrong" in failed[0]
+    assert [results["rows"][name]["num_seeds"] for name in rows()] == [2, 2, 0]
+
+
+def test_figures_are_means_over_seeds_of_what_the_cells_wrote(finished):
+    root, _, results = finished
+    cells = [
+        json.loads((root / "cells" / "sasrec" / f"seed{seed}" / "metrics.json").read_text())
+        for seed in (0, 1)
+    ]
+    values = [cell["test"]["ndcg@10"] for cell in cells]
+    row = results["rows"]["sasrec"]
+    assert row["test"]["ndcg@10"]["mean"] == pytest.approx(np.mean(values))
+    assert row["test"]["ndcg@10"]["std"] == pytest.approx(np.std(values, ddof=1))
+    assert values[0] != values[1]
+    length = row["slices"]["history length"]
+    counts = results["slices"]["history length"]
+    weighted = sum(length[part]["recall@10"] * counts[part] for part in counts) / sum(counts.values())
+    assert weighted == pytest.approx(row["test"]["recall@10"]["mean"])
+    gap = results["rows"]["gru4rec"]["difference"]["ndcg@10"]
+    other = results["rows"]["gru4rec"]["test"]["ndcg@10"]["mean"]
+    assert gap["difference"] == pytest.approx(other - row["test"]["ndcg@10"]["mean"])
+    assert gap["low"] <= gap["difference"] <= gap["high"]
+    assert "difference" not in row
+
+
+def test_finished_cells_are_not_run_again_and_changed_ones_refused(finished, monkeypatch):
+    root, _, _ = finished
+    only = {"sasrec": rows()["sasrec"]}
+    monkeypatch.setattr(subprocess, "Popen", None)  # nothing may be started
+    assert run_cells(only, [0, 1], root / "prepare_data", root, jobs=1) == []
+    changed = {"sasrec": TrainCollabConfig(sasrec=SASRecConfig(embed_dim=8, inner_dim=16), epochs=3)}
+    with pytest.raises(ConfigError, match=r"seed0 \(sasrec, seed 0\) was made with epochs=2 \(now 3\)"):
+        run_cells(changed, [0], root / "prepare_data", root, jobs=1)
+
+
+def test_the_table_and_the_page_show_what_is_there_and_what_is_missing(finished):
+    _, _, results = finished
+    text = markdown(results)
+    lines = [line for line in text.splitlines() if line.startswith("| broken")]
+    assert "0 of 2" in lines[0] and "missing" in lines[0]
+    assert "| sasrec (ce) | 2 of 2 |" in text and "ndcg@10 minus sasrec" in text
+    shown = page(results)
+    assert (
+        shown.count("<svg") >= 5 and "missing" in shown and "http" not in shown.replace("http://www.w3", "")
+    )
+    assert label("sasrec-bce", {"loss": "bce"}) == "sasrec-bce"
+
+
+def test_settings_reach_the_rows_they_are_meant_for():
+    found = chosen_rows(every_provider(), ["sasrec", "gmvae"], {"epochs": "7", "gmvae.num_interests": "8"})
+    assert [config.epochs for config in found.values()] == [7, 7]
+    assert found["gmvae"].gmvae.num_interests == 8
+    with pytest.raises(ConfigError, match=r"mind\.num_interests has no effect: no row trains mind"):
+        chosen_rows(every_provider(), ["sasrec"], {"mind.num_interests": "8"})
+    with pytest.raises(ConfigError, match="--rows must be among sasrec"):
+        chosen_rows(every_provider(), ["sasrek"], {})
+
+
+def test_holms_correction_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_a_cell_begun_with_the_same_settings_goes_on(tmp_path):
+    config = rows()["sasrec"]
+    prepare_cell(tmp_path / "cell", config, "x")
+    prepare_cell(tmp_path / "cell", config, "x")
+
+
+def test_the_tool_makes_its_table_from_unfinished_work(finished, tmp_path):
+    root, _, _ = finished
+    command = [sys.executable, str(ROOT / "tools" / "compare_providers.py"), "--summarise"]
+    command += ["--prepare-data", str(root / "prepare_data"), "--run-dir", str(tmp_path)]
+    command += ["--rows", "sasrec", "mind", "--seeds", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "| mind | 0 of 1 | missing" in done.stdout
+    assert (tmp_path / "report.html").exists() and (tmp_path / "results.json").exists()
+
+
+def test_a_comparison_needs_data():
+    with pytest.raises(SystemExit):
+        compare_cli.parser(every_provider(), None, "x", None).parse_args([])
