@@ -12,15 +12,26 @@ from pathlib import Path
 from mme_sid_sample import recipe as mme_sid_sample
 
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
+from llmrec.collab.configs.diffurec import DiffurecConfig
+from llmrec.collab.configs.diffusion import DiffusionConfig
+from llmrec.collab.configs.gmvae import GmvaeConfig
 from llmrec.errors import ConfigError
 from llmrec.recipe import Recipe, guarded, set_up_logging
+
+# Sizes for a small world; all others train with their defaults.
+SMALLER = {
+    "gmvae": GmvaeConfig(embed_dim=64),
+    "diffurec": DiffurecConfig(embed_dim=64, num_layers=2, reverse_steps=8),
+    "diffusion": DiffusionConfig(embed_dim=64, num_layers=2, reverse_steps=8),
+}
 
 
 def recipe(provider: str = "sasrec") -> Recipe:
     base = mme_sid_sample()
     if provider == base.train_collab.provider:
         return base
-    return replace(base, train_collab=TrainCollabConfig(provider=provider))
+    model = {provider: SMALLER[provider]} if provider in SMALLER else {}
+    return replace(base, train_collab=TrainCollabConfig(provider=provider, epochs=50, patience=5, **model))
 
 
 def run_all(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,77 @@
+"""The benchmark of sequence models runs, trains the same targets in both layouts and prints what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from worlds import cycle
+
+from llmrec.collab.train import TrainingRows
+from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
+from llmrec.data.prepare import prepare_data
+from llmrec.distributed import device
+from llmrec.pipeline import run_stage
+
+PATH = Path(__file__).resolve().parents[2] / "tools" / "benchmark_providers.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("benchmark_providers", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    market = SampleMarketConfig(num_users=60, num_items=96, num_interests=8, max_length=8)
+    folder = tmp_path_factory.mktemp("bench") / "prepare_data"
+    run_stage(prepare_data, PrepareDataConfig(market=market), (), folder)
+    return folder
+
+
+def test_both_layouts_hold_the_same_targets(tool):
+    data = cycle()
+    rows, targets = tool.prefix_rows(data, 50)
+    assert rows.shape == (len(targets), 50)
+    ours = TrainingRows.of(data, 50, "positions", device())
+    assert ours.num_targets == len(targets)
+    found = sorted(
+        (tuple(shown[: place + 1]), wanted)
+        for batch in ours.batches(range_of(ours))
+        for shown, target in zip(batch.item.tolist(), batch.target.tolist())
+        for place, wanted in enumerate(target)
+        if wanted
+    )
+    assert found == sorted((tuple(row[row > 0].tolist()), int(item)) for row, item in zip(rows, targets))
+
+
+def range_of(rows: TrainingRows):
+    import numpy as np
+
+    return np.arange(rows.num_users)
+
+
+def test_layouts_are_compared_as_a_ratio(tool, folder, capsys):
+    tool.main(["layout", "--prepare-data", str(folder), "--steps", "1", "--rounds", "1"])
+    text = capsys.readouterr().out
+    assert re.search(r"ours / per prefix: median \d+\.\d\d, min", text)
+    with pytest.raises(SystemExit, match="mind is not a causal model"):
+        tool.main(["layout", "--prepare-data", str(folder), "--provider", "mind"])
+
+
+def test_every_provider_is_timed(tool, folder, capsys):
+    names = ["sasrec", "mamba", "moe"]
+    tool.main(["epochs", "--prepare-data", str(folder), "--steps", "1", "--providers", *names])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [
+        ["sasrec", "positions"],
+        ["mamba", "prefixes"],
+        ["moe", "positions"],
+    ]
+    tool.main(["lengths", "--positions", "100", "--rounds", "1", "--providers", "gru4rec", "mamba"])
+    assert len(capsys.readouterr().out.splitlines()) == 5

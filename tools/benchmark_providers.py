@@ -1,0 +1,210 @@
+"""Sequence models timed: against one padded row per target, per epoch, and by length of history.
+
+    python tools/benchmark_providers.py layout --prepare-data runs/x/prepare_data [--provider sasrec]
+    python tools/benchmark_providers.py epochs --prepare-data runs/x/prepare_data
+    python tools/benchmark_providers.py lengths
+
+layout: the same model and weights trained by our data path and by that of RecBole-style code (one row per
+target, every row padded to max_history, 2,048 shuffled rows a batch taken from host arrays, all logits
+at once), alternating. epochs: seconds per epoch of every model from some steps of real data. lengths:
+forward and backward on random histories of 50, 200 and 1,000 items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmrec import distributed, machine, pipeline
+from llmrec.artifacts import Interactions
+from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
+from llmrec.collab.provider import PROVIDERS
+from llmrec.collab.train import Sums, TrainingRows, train_step
+from llmrec.data.batches import Batch
+
+LENGTHS = (50, 200, 1000)
+
+
+def make(provider: str, num_items: int, **settings: object) -> nn.Module:
+    """A fresh model with its default settings, the same weights every time."""
+    torch.manual_seed(0)
+    chosen = asdict(getattr(TrainCollabConfig(), provider)) | settings
+    return PROVIDERS[provider](num_items=num_items, **chosen).to(distributed.device()).train()
+
+
+def optimiser(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def prefix_rows(data: Interactions, max_history: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every (prefix, target) of the train split, prefixes padded to max_history; host arrays."""
+    offset, item = data.train_sequences()
+    rows, targets = [], []
+    for start, stop in itertools.pairwise(offset):
+        for end in range(start + 1, stop):
+            shown = item[max(start, end - max_history) : end]
+            rows.append(np.pad(shown, (0, max_history - len(shown))))
+            targets.append(item[end])
+    return np.array(rows), np.array(targets)
+
+
+def padded_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rows: np.ndarray, targets: np.ndarray
+) -> int:
+    """One update of a model with `encode` and a tied table, as per-prefix code does it."""
+    device = distributed.device()
+    history, target = torch.from_numpy(rows).to(device), torch.from_numpy(targets).to(device)
+    last = (history != 0).sum(1) - 1
+    query = model.encode(history)[torch.arange(len(history), device=device), last]
+    loss = F.cross_entropy(query @ model.item.weight.T, target)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    optimizer.step()
+    return len(target)
+
+
+def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
+    """Targets per second of both data paths, in alternating rounds."""
+    model = make(options.provider, data.num_items)
+    if model.layout != "positions" or not hasattr(model, "encode") or model.uses_time:
+        raise SystemExit(f"error: {options.provider} is not a causal model of item ids alone")
+    per_prefix = make(options.provider, data.num_items)
+    ours, theirs = optimiser(model), optimiser(per_prefix)
+    rows = TrainingRows.of(data, model.max_history, "positions", distributed.device())
+    padded, targets = prefix_rows(data, model.max_history)
+    rng = np.random.default_rng(0)
+    rates: dict[str, list[float]] = {"ours": [], "per prefix": []}
+    for turn in range(options.rounds + 1):
+        users = np.array_split(rng.permutation(rows.num_users), max(rows.num_users // 256, 1))
+        wait()
+        started, number = time.perf_counter(), 0
+        for step in users[: options.steps]:
+            number += train_step(model, ours, 5.0, rows.batches(step), Sums())
+        wait()
+        fast = number / (time.perf_counter() - started)
+        order = rng.permutation(len(targets))
+        batches = np.array_split(order, max(len(order) // 2048, 1))
+        started, number = time.perf_counter(), 0
+        for batch in batches[: max(1, options.steps // 8)]:
+            number += padded_step(per_prefix, theirs, padded[batch], targets[batch])
+        wait()
+        slow = number / (time.perf_counter() - started)
+        if turn:  # the first round warms up
+            rates["ours"].append(fast)
+            rates["per prefix"].append(slow)
+    for name, values in rates.items():
+        print(f"{name:12} {statistics.median(values):12,.0f} targets per second")
+    ratios = [fast / slow for fast, slow in zip(rates["ours"], rates["per prefix"])]
+    print(
+        f"ours / per prefix: median {statistics.median(ratios):.2f}, min {min(ratios):.2f}, "
+        f"max {max(ratios):.2f} over {options.rounds} rounds; {options.provider}, {len(targets):,} targets"
+    )
+
+
+def time_epochs(options: argparse.Namespace, data: Interactions) -> None:
+    """Seconds per epoch and per 1,000 targets of every model, from some of its steps."""
+    print(f"{'provider':12}{'layout':>11}{'parameters':>12}{'s / epoch':>11}{'ms / 1,000 targets':>20}")
+    for provider in options.providers:
+        model = make(provider, data.num_items)
+        rows = TrainingRows.of(data, model.max_history, model.layout, distributed.device())
+        optimizer = optimiser(model)
+        order = np.random.default_rng(0).permutation(rows.num_users)
+        steps = np.split(order, range(256, len(order), 256))
+
+        def run(chosen: list[np.ndarray], model=model, optimizer=optimizer, rows=rows) -> float:
+            wait()
+            started, number = time.perf_counter(), 0
+            for users in chosen:
+                number += train_step(model, optimizer, 5.0, rows.batches(users), Sums())
+            wait()
+            return (time.perf_counter() - started) / number
+
+        run(steps[:1])
+        each = run(steps[1 : 1 + options.steps] or steps)
+        size = sum(weight.numel() for weight in model.parameters())
+        print(
+            f"{provider:12}{model.layout:>11}{size:12,}{each * rows.num_targets:11.1f}{each * 1e6:20.1f}",
+            flush=True,
+        )
+    print(f"from {options.steps} steps of 256 users; validation is not in it")
+
+
+def random_batch(length: int, num_items: int, rows: int) -> Batch:
+    items = torch.randint(1, num_items + 1, (rows, length + 1), device=distributed.device())
+    time_ = torch.arange(length, device=items.device).expand(rows, -1) * 3600
+    return Batch(item=items[:, :-1], target=items[:, 1:], time=time_)
+
+
+def time_lengths(options: argparse.Namespace) -> None:
+    """Milliseconds of forward and backward per 1,000 positions, so that linear growth is a flat line."""
+    print(
+        f"{'provider':12}"
+        + "".join(f"{f'T = {length}':>12}" for length in LENGTHS)
+        + "   ms / 1,000 positions"
+    )
+    for provider in options.providers:
+        found = []
+        for length in LENGTHS:
+            model = make(provider, 100, max_history=length)
+            batch = random_batch(length, 100, max(options.positions // length, 1))
+            if model.layout == "prefixes":  # its cost for one whole history, not for each of its prefixes
+                kept = torch.arange(length, device=batch.target.device) == length - 1
+                batch = replace(batch, target=batch.target * kept)
+            best = min(timed_pass(model, batch) for _ in range(options.rounds))
+            found.append(best / batch.item.numel() * 1e6)
+        print(f"{provider:12}" + "".join(f"{value:12.2f}" for value in found), flush=True)
+    print(f"best of {options.rounds}; {options.positions:,} positions a pass, 100 items, default widths")
+
+
+def timed_pass(model: nn.Module, batch: Batch) -> float:
+    wait()
+    started = time.perf_counter()
+    total: Tensor = model.loss(batch).total
+    total.backward()
+    wait()
+    return time.perf_counter() - started
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("layout", "epochs", "lengths"))
+    parser.add_argument("--prepare-data", metavar="DIR", help="a finished prepare_data folder")
+    parser.add_argument("--provider", default="sasrec", choices=PROVIDER_FIELDS, help="for layout")
+    parser.add_argument(
+        "--providers", nargs="+", default=None, choices=PROVIDER_FIELDS, help="for epochs and lengths"
+    )
+    parser.add_argument("--steps", type=int, default=16, help="steps of 256 users measured (16)")
+    parser.add_argument("--rounds", type=int, default=4, help="alternating rounds, or repeats (4)")
+    parser.add_argument("--positions", type=int, default=8000, help="positions in a pass, for lengths (8000)")
+    options = parser.parse_args(arguments)
+    if options.what == "lengths":
+        options.providers = options.providers or ["sasrec", "gru4rec", "mamba4rec", "mamba", "fuxi"]
+        time_lengths(options)
+    else:
+        if options.prepare_data is None:
+            parser.error(f"{options.what} needs --prepare-data")
+        data = pipeline.load(Interactions, Path(options.prepare_data))
+        options.providers = options.providers or list(PROVIDER_FIELDS)
+        compare_layouts(options, data) if options.what == "layout" else time_epochs(options, data)
+    print(f"{machine.describe()}, {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()
