@@ -91,6 +91,7 @@ class Fuxi(nn.Module):
 
     def encode(self, history: Tensor, time: Tensor) -> tuple[Tensor, Context]:
         """What the model knows after each position, (B, T, D), from int64 (B, T) twice."""
+        assert not self.uses_time or time is not None, "the channel of time needs times"
         context = context_of(history, time if self.uses_time else None)
         hidden = self.item(history) * math.sqrt(self.item.embedding_dim)
         hidden = self.dropout(hidden + self.position.weight[: history.shape[1]])
@@ -136,7 +137,7 @@ def position_table(max_history: int, width: int) -> nn.Embedding:
 
 
 def context_of(history: Tensor, time: Tensor | None) -> Context:
-    """Of int64 (B, T) item ids and, for the channel of time, timestamps."""
+    """What blocks share. Of int64 (B, T) item ids and, for the channel of time, timestamps."""
     bucket = None
     if time is not None:
         apart = (time[:, :, None] - time[:, None, :]).abs().clamp(min=1)

@@ -111,6 +111,7 @@ class FuxiMME(nn.Module):
         hidden = self.item(history).unflatten(2, (self.num_tables, width)) * math.sqrt(width)
         hidden = hidden + self.position.weight[:length, None] + self.branch
         hidden = self.dropout(hidden.transpose(1, 2).flatten(0, 1))
+        assert not self.uses_time or time is not None, "the channel of time needs times"
         context = context_of(history, time if self.uses_time else None)
         if self.num_tables > 1:
             context.valid = context.valid.repeat_interleave(self.num_tables, 0)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from llmrec.collab.config import SASRecConfig, TrainCollabConfig
+from llmrec.collab.config import PROVIDER_FIELDS, SASRecConfig, TrainCollabConfig
 from llmrec.config import as_dict, describe, from_dict, override
 from llmrec.errors import ConfigError
 
@@ -35,6 +35,41 @@ REFUSED = [
         {"provider": "precomputed", "vectors": "x.parquet", "epochs": "7"},
         "train_collab.epochs has no effect with provider='precomputed'",
     ),
+    ({"weight_decay": "-1"}, "train_collab.weight_decay must be at least 0"),
+    ({"gru4rec.hidden_dim": "32"}, "train_collab.gru4rec has no effect with provider='sasrec'"),
+    ({"provider": "gru4rec", "gru4rec.hidden_dim": "0"}, "gru4rec.hidden_dim must be at least 1, got 0"),
+    ({"provider": "gru4rec", "gru4rec.num_negatives": "9"}, "num_negatives has no effect with loss='ce'"),
+    ({"provider": "bert4rec", "bert4rec.mask_rate": "0"}, r"mask_rate must lie in \(0, 1\], got 0.0"),
+    ({"provider": "svae", "svae.kl_cap": "-1"}, "svae.kl_cap must be at least 0"),
+    ({"provider": "gmvae", "gmvae.num_heads": "3"}, "divisible by num_heads, got 128 and 3"),
+    (
+        {"provider": "gmvae", "gmvae.prior": "standard", "gmvae.num_interests": "8"},
+        "num_interests has no effect with prior='standard'",
+    ),
+    ({"provider": "gmvae", "gmvae.prior_scope": "prefix"}, "temporal_from_epoch must be 0 with prior_scope"),
+    ({"provider": "mamba", "mamba.mixing": "none"}, "mixing must be trainable or fixed while there is more"),
+    ({"provider": "mamba", "mamba.flip": "none", "mamba.kept_items": "2"}, "kept_items has no effect"),
+    ({"provider": "mamba", "mamba.mixing_weights": "1,0,1"}, "mixing_weights must be greater than 0"),
+    ({"provider": "diffurec", "diffurec.reverse_steps": "33"}, "at most num_steps, got 33 and 32"),
+    ({"provider": "diffurec", "diffurec.init_std": "0"}, "init_std must be greater than 0"),
+    (
+        {"provider": "diffusion", "diffusion.offset": "0", "diffusion.offset_kind": "constant"},
+        "offset_kind has no effect with offset=0",
+    ),
+    (
+        {"provider": "diffusion", "diffusion.variant": "released", "diffusion.injection": "add"},
+        "injection must be cross_attention with variant='released'",
+    ),
+    ({"provider": "fuxi", "fuxi.num_heads": "3"}, "fuxi.head_dim must be given where num_heads does not"),
+    (
+        {"provider": "fuxi", "fuxi.semantic": "false", "fuxi.positional": "false", "fuxi.temporal": "false"},
+        "one channel at least",
+    ),
+    ({"provider": "moe", "moe.num_tables": "3"}, "divisible by num_tables, got 64 and 3"),
+    ({"provider": "moe", "moe.top_k": "5"}, "top_k must be at most num_experts, got 5 and 4"),
+    ({"provider": "moe", "moe.single_stage": "true"}, "moe_targets must be without ffn"),
+    ({"provider": "comirec", "comirec.num_routings": "5"}, "has no effect with routing='attention'"),
+    ({"provider": "mind", "mind.num_interests": "0"}, "mind.num_interests must be at least 1"),
     ({"select": "last", "patience": "3"}, "train_collab.patience has no effect with select='last'"),
     ({"select": "last", "eval_every_epochs": "3"}, "eval_every_epochs has no effect with select='last'"),
 ]
@@ -53,6 +88,10 @@ def test_impossible_and_idle_settings_are_refused_by_name(settings, message):
         {"provider": "precomputed", "vectors": "x.parquet"},
         {"sasrec.loss": "sampled_ce", "sasrec.num_negatives": "9"},
         {"select": "last", "epochs": "3"},
+        {"provider": "moe", "moe.moe_targets": "ffn,uvqk", "moe.num_tables": "4"},
+        {"provider": "mamba", "mamba.flip": "none", "mamba.gru": "false", "mamba.mixing": "none"},
+        {"provider": "gmvae", "gmvae.prior": "standard"},
+        {"provider": "fuxi", "fuxi.head_dim": "20"},
     ],
     ids=str,
 )
@@ -68,6 +107,11 @@ def test_every_setting_says_what_it_means():
 
 def test_settings_that_no_provider_shares_are_found_in_the_nested_config():
     assert as_dict(TrainCollabConfig())["sasrec"] == as_dict(SASRecConfig())
+
+
+def test_settings_of_models_that_are_not_trained_are_not_written_down():
+    written = as_dict(TrainCollabConfig(provider="gru4rec"))
+    assert "gru4rec" in written and not set(PROVIDER_FIELDS) - {"gru4rec"} & set(written)
 
 
 def test_reading_the_settings_imports_no_torch():
