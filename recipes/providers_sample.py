@@ -12,14 +12,17 @@ from pathlib import Path
 from mme_sid_sample import recipe as mme_sid_sample
 
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
+from llmrec.collab.configs.bert4rec import Bert4RecConfig
 from llmrec.collab.configs.diffurec import DiffurecConfig
 from llmrec.collab.configs.diffusion import DiffusionConfig
 from llmrec.collab.configs.gmvae import GmvaeConfig
 from llmrec.errors import ConfigError
 from llmrec.recipe import Recipe, guarded, set_up_logging
 
-# Sizes for a small world; all others train with their defaults.
-SMALLER = {
+# Sizes for a small world, and patience for a model that learns nothing but popularity for many epochs;
+# all others train with their defaults.
+SETTINGS = {
+    "bert4rec": Bert4RecConfig(num_masks=4),
     "gmvae": GmvaeConfig(embed_dim=64),
     "diffurec": DiffurecConfig(embed_dim=64, num_layers=2, reverse_steps=8),
     "diffusion": DiffusionConfig(embed_dim=64, num_layers=2, reverse_steps=8),
@@ -30,8 +33,10 @@ def recipe(provider: str = "sasrec") -> Recipe:
     base = mme_sid_sample()
     if provider == base.train_collab.provider:
         return base
-    model = {provider: SMALLER[provider]} if provider in SMALLER else {}
-    return replace(base, train_collab=TrainCollabConfig(provider=provider, epochs=50, patience=5, **model))
+    settings = {provider: SETTINGS[provider]} if provider in SETTINGS else {}
+    slow = provider == "bert4rec"
+    settings |= {"epochs": 150 if slow else 50, "patience": 30 if slow else 5}
+    return replace(base, train_collab=TrainCollabConfig(provider=provider, **settings))
 
 
 def run_all(arguments: list[str] | None = None) -> None:
