@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmrec.collab.flipped import flipped_ends
 from llmrec.collab.layers import init_weights
 from llmrec.collab.losses import Loss, last_of, next_item_loss
 from llmrec.collab.mamba4rec import Layer, MambaCore
@@ -20,9 +21,10 @@ from llmrec.data.batches import Batch
 class SigmaMamba(nn.Module):
     """See the module's head; a `llmrec.collab.provider.CollabProvider`.
 
-    The second direction sees a history's items in another order, so it is not causal inside a history:
-    every prefix is a row of its own, unless ``flip="none"``. With flip, gate, GRU and mixing off this is
-    `llmrec.collab.mamba4rec.Mamba4Rec`.
+    The second direction sees a history's items in another order, so it is not causal inside a history, and
+    several layers need a row for every prefix. With one layer only the end of each flipped prefix counts,
+    and `llmrec.collab.flipped` has those of all prefixes in one pass, exactly. With flip, gate, GRU and
+    mixing off this is `llmrec.collab.mamba4rec.Mamba4Rec`.
 
     ``variant="released"`` pads every history to max_history slots and flips all slots but the last
     kept_items, so that short histories are moved among the padding, whose vector is not zero: padding
@@ -53,7 +55,8 @@ class SigmaMamba(nn.Module):
         num_negatives: int = 0,
     ) -> None:
         super().__init__()
-        self.layout = "positions" if flip == "none" and variant == "corrected" else "prefixes"
+        one_pass = flip == "none" or (num_layers == 1 and kept_items >= 1)
+        self.layout = "positions" if variant == "corrected" and one_pass else "prefixes"
         self.max_history = max_history
         self.loss_name = loss
         self.num_negatives = num_negatives
@@ -68,7 +71,7 @@ class SigmaMamba(nn.Module):
                     MambaCore(embed_dim, state_dim, conv_width, expand),
                     embed_dim,
                     dropout_rate,
-                    flip=flip != "none",
+                    kept_items=kept_items if flip != "none" else None,
                     gate=gate,
                     gru=gru,
                     mixing=mixing,
@@ -98,6 +101,13 @@ class SigmaMamba(nn.Module):
             hidden = layer(hidden, order)
         return hidden
 
+    def encode_prefixes(self, history: Tensor) -> Tensor:
+        """What the model knows at the end of every prefix, (B, T, D), from int64 (B, T)."""
+        hidden = self.norm(self.dropout(self.item(history)))
+        for layer in self.layers:
+            hidden = layer(hidden, None)
+        return hidden
+
     def flipped_order(self, history: Tensor) -> Tensor:
         """Where the second direction takes each slot's item from, int64 (B, T).
 
@@ -114,7 +124,10 @@ class SigmaMamba(nn.Module):
 
     def loss(self, batch: Batch) -> Loss:
         """Loss of naming the next item after every history of a batch."""
-        query = self.encode(batch.item)[:, : batch.target.shape[1]]
+        if self.layout == "positions":
+            query = self.encode_prefixes(batch.item)
+        else:
+            query = self.encode(batch.item)[:, : batch.target.shape[1]]
         found = next_item_loss(
             self.loss_name, query, self.item.weight, batch, num_negatives=self.num_negatives
         )
@@ -156,7 +169,7 @@ class GatedMamba(nn.Module):
         embed_dim: int,
         dropout_rate: float,
         *,
-        flip: bool,
+        kept_items: int | None,
         gate: bool,
         gru: bool,
         mixing: str,
@@ -166,7 +179,8 @@ class GatedMamba(nn.Module):
         super().__init__()
         self.mamba = mamba
         self.released = released
-        self.flip = flip
+        self.kept_items = kept_items
+        flip = kept_items is not None
         self.paths = [True, flip, gru]
         self.dropout = nn.Dropout(dropout_rate)
         self.gates = nn.ModuleDict()
@@ -191,24 +205,30 @@ class GatedMamba(nn.Module):
             return self.mixing * there
         return self.mixing.masked_fill(~there, -torch.inf).softmax(0)
 
-    def forward(self, hidden: Tensor, order: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D); order says where the flipped direction takes its items from, (B, T)."""
-        forward, gate = self.gated(hidden, "forward_dense", None)
-        paths = [forward]
-        if self.flip:
-            turned = hidden.gather(1, order[..., None].expand_as(hidden))
-            paths.append(self.gated(turned, "flipped_dense", gate)[0])
-        else:
-            paths.append(None)
+    def forward(self, hidden: Tensor, order: Tensor | None) -> Tensor:
+        """(B, T, D) to (B, T, D); order says where the flipped direction takes its items from, (B, T).
+
+        Without an order every position stands for the prefix that ends there.
+        """
+        forward, gate = self.gated(self.mamba(hidden), hidden, "forward_dense", None)
+        paths = [forward, None]
+        if self.kept_items is not None:
+            if order is None:  # a prefix ends with its last item, flipped or not
+                turned, mixed = hidden, flipped_ends(self.mamba, hidden, self.kept_items)
+            else:
+                turned = hidden.gather(1, order[..., None].expand_as(hidden))
+                mixed = self.mamba(turned)
+            paths[1] = self.gated(mixed, turned, "flipped_dense", gate)[0]
         paths.append(None if self.gru is None else self.recurrent(hidden))
         if self.mixing_out is None:
             return forward
         mixed = sum(weight * path for weight, path in zip(self.weights(), paths) if path is not None)
         return self.mixing_out(mixed)
 
-    def gated(self, hidden: Tensor, dense: str, forward_gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def gated(
+        self, mixed: Tensor, hidden: Tensor, dense: str, forward_gate: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Mamba's output for one direction, gated by its input; and the gate."""
-        mixed = self.mamba(hidden)
         if not self.gates:
             return mixed, None
         u = hidden + self.gates[dense](hidden)

@@ -131,6 +131,7 @@ class MambaCore(nn.Module):
         super().__init__()
         inner = expand * embed_dim
         self.state_dim = state_dim
+        self.edge = conv_width - 1
         self.rank = math.ceil(embed_dim / 16)
         self.in_proj = nn.Linear(embed_dim, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, conv_width, groups=inner, padding=conv_width - 1)

@@ -89,9 +89,13 @@ class _SelectiveScan(torch.autograd.Function):
 
 def blocks(u: Tensor, a: Tensor) -> list[slice]:
     """Rows of a batch in blocks whose states fit the budget."""
-    budget = BLOCK_CELLS["cpu" if u.device.type == "cpu" else "gpu"]
-    size = max(budget // max(u.shape[1] * a.numel(), 1), 1)
+    size = rows_per_block(u.shape[1], a)
     return [slice(first, first + size) for first in range(0, len(u), size)]
+
+
+def rows_per_block(length: int, a: Tensor) -> int:
+    """Rows whose states, of `length` steps each, fit the budget; at least 1."""
+    return max(BLOCK_CELLS["cpu" if a.device.type == "cpu" else "gpu"] // max(length * a.numel(), 1), 1)
 
 
 class Chunks:

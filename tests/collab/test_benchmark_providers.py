@@ -65,12 +65,12 @@ def test_layouts_are_compared_as_a_ratio(tool, folder, capsys):
 
 
 def test_every_provider_is_timed(tool, folder, capsys):
-    names = ["sasrec", "mamba", "moe"]
+    names = ["sasrec", "mind", "moe"]
     tool.main(["epochs", "--prepare-data", str(folder), "--steps", "1", "--providers", *names])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:4]] == [
         ["sasrec", "positions"],
-        ["mamba", "prefixes"],
+        ["mind", "prefixes"],
         ["moe", "positions"],
     ]
     tool.main(["lengths", "--positions", "100", "--rounds", "1", "--providers", "gru4rec", "mamba"])

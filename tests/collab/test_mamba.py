@@ -114,8 +114,9 @@ def test_the_gate_follows_its_formula_in_both_variants():
     for variant in ("corrected", "released"):
         block = SigmaMamba(**SMALL, variant=variant).eval().layers[0].mixer
         hidden = torch.randn(2, 5, 16)
-        _first, gate = block.gated(hidden, "forward_dense", None)
-        second, other = block.gated(hidden.flip(1), "flipped_dense", gate)
+        _first, gate = block.gated(block.mamba(hidden), hidden, "forward_dense", None)
+        turned = hidden.flip(1)
+        second, other = block.gated(block.mamba(turned), turned, "flipped_dense", gate)
         silu, sigmoid = block.gates["silu"], block.gates["sigmoid"]
         u = hidden.flip(1) + block.gates["flipped_dense"](hidden.flip(1))
         if variant == "released":
@@ -124,3 +125,31 @@ def test_the_gate_follows_its_formula_in_both_variants():
             expected = silu(u) * torch.sigmoid(silu(u)) + torch.sigmoid(sigmoid(u))
         torch.testing.assert_close(other, expected)
         torch.testing.assert_close(second, block.mamba(hidden.flip(1)) * (1 + expected))
+
+
+@pytest.mark.parametrize("kept_items", [1, 2, 5, 20])
+@pytest.mark.parametrize("conv_width", [1, 2, 4])
+def test_one_pass_over_all_prefixes_equals_each_prefix_alone(kept_items, conv_width):
+    """Read-outs and every gradient, in float64."""
+    torch.manual_seed(0)
+    settings = SMALL | {"conv_width": conv_width, "dropout_rate": 0.0}
+    model = SigmaMamba(**settings, kept_items=kept_items).double()
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    history = torch.randint(1, 31, (2, 11))
+    weight = torch.randn(2, 11, 16, dtype=torch.float64)
+    together = model.encode_prefixes(history)
+    alone = torch.stack([model.encode(history[:, : end + 1])[:, -1] for end in range(11)], 1)
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-10)
+    parameters = list(model.parameters())
+    one = torch.autograd.grad((together * weight).sum(), parameters)
+    other = torch.autograd.grad((alone * weight).sum(), parameters)
+    for first, second in zip(one, other):
+        torch.testing.assert_close(first, second, rtol=1e-7, atol=1e-8)
+
+
+def test_only_one_layer_with_kept_items_runs_over_all_prefixes_at_once():
+    assert SigmaMamba(**SMALL).layout == "positions"
+    assert SigmaMamba(**SMALL | {"num_layers": 2}).layout == "prefixes"
+    assert SigmaMamba(**SMALL, kept_items=0).layout == "prefixes"
+    assert SigmaMamba(**SMALL, variant="released").layout == "prefixes"
