@@ -18,6 +18,10 @@ class LearnSemanticIdsConfig:
     modalities: tuple[Literal["collab", "text", "image"], ...] | None = None
     """Modalities that get semantic IDs; none: all that exist."""
 
+    method: Literal["mm_rqvae", "rkmeans"] = "mm_rqvae"
+    """mm_rqvae: trained autoencoders with residual quantisers; rkmeans: residual k-means on the (scaled)
+    item vectors themselves, without training, code embeddings as wide as these."""
+
     num_levels: int = 4
     """Codes per item and modality (L)."""
 
@@ -60,14 +64,17 @@ class LearnSemanticIdsConfig:
     commitment_weight: float = 0.25
     """Weight of pulling latent vectors to their codes, inside the quantisation loss (official: 0.01)."""
 
+    commitment: Literal["all", "first"] = "all"
+    """Levels whose commitment moves the encoder: all, as Eq. 5 reads, or the first alone (official)."""
+
     quantization_weight: float = 1.0
     """Weight of the quantisation loss."""
 
     rq_reduce: Literal["mean", "sum"] = "mean"
     """Quantisation loss: mean over numbers and levels, or squared norms summed over both (Eq. 5)."""
 
-    sinkhorn: bool = True
-    """Spread the items of a training batch evenly over the codes of the last level (Sinkhorn)."""
+    sinkhorn: Literal["last", "all", "none"] = "last"
+    """Levels that spread a training batch evenly over their codes (Sinkhorn; official: the last)."""
 
     sinkhorn_eps: float = 0.003
     """Entropy of the even assignment, in half ranges of the batch's distances; smaller is sharper."""
@@ -75,17 +82,44 @@ class LearnSemanticIdsConfig:
     sinkhorn_iterations: int = 50
     """Row and column scalings per batch."""
 
-    init: Literal["kmeans", "random"] = "kmeans"
-    """First codes: k-means on each level's residuals of all items, or small uniform noise."""
+    codebook_update: Literal["gradient", "ema"] = "gradient"
+    """How codes move: by gradients, or as running means of what is given to them."""
+
+    ema_decay: float = 0.99
+    """codebook_update='ema': what a running mean keeps per batch, in (0, 1)."""
+
+    estimator: Literal["straight_through", "rotation"] = "straight_through"
+    """How gradients pass the rounding to codes: copied, or turned as the vector would have to turn."""
+
+    init: Literal["kmeans", "kmeans_constrained", "random"] = "kmeans"
+    """First codes: k-means on each level's residuals; the same with bounds on cluster sizes (official; needs
+    the extra `constrained`); or small uniform noise."""
 
     kmeans_iterations: int = 10
-    """Rounds of k-means (official: 10, with bounds on cluster sizes, which this one has not)."""
+    """Rounds of k-means (official: 10)."""
+
+    kmeans_restarts: int = 1
+    """Seeds that k-means tries, of which the tightest result is kept (official: 10)."""
+
+    kmeans_rows: int = 65_536
+    """Items that k-means looks at, at most; of more, a random sample."""
 
     restart_dead_codes: bool = True
     """After an epoch, move each code that no item used to the residual of a random item."""
 
     min_utilisation: float = 0.5
     """Fail if fewer than this share of a level's codes is used by any item after training."""
+
+    repair_collisions: bool = False
+    """After training, give items that share all codes other last codes, the nearest free ones together
+    (the paper leaves collisions; new items that are added later take their nearest codes all the same)."""
+
+    include_pad: bool = False
+    """Train on the padding row as if it were an item (official)."""
+
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Matrix products of encoders and decoders while training; tf32 changes nothing on a CPU. Distances,
+    losses and the final codes are never computed in less than float32."""
 
     epochs: int = 100
     """Passes over the items; the last one is kept."""
@@ -123,6 +157,15 @@ class LearnSemanticIdsConfig:
             0 <= self.min_utilisation <= 1,
             f"learn_semantic_ids.min_utilisation must lie in [0, 1], got {self.min_utilisation}",
         )
+        require(
+            0 < self.ema_decay < 1,
+            f"learn_semantic_ids.ema_decay must lie between 0 and 1, got {self.ema_decay}",
+        )
+        require(
+            self.kmeans_rows >= self.num_codes,
+            "learn_semantic_ids.kmeans_rows must be at least learn_semantic_ids.num_codes "
+            f"({self.num_codes}), got {self.kmeans_rows}",
+        )
         if self.modalities is not None:
             require(
                 0 < len(set(self.modalities)) == len(self.modalities),
@@ -148,10 +191,21 @@ class LearnSemanticIdsConfig:
             self.refuse_changed(["alignment_weight"], "alignment='none'")
         if self.alignment != "infonce":
             self.refuse_changed(["alignment_temperature"], f"alignment={self.alignment!r}")
-        if not self.sinkhorn:
-            self.refuse_changed(["sinkhorn_eps", "sinkhorn_iterations"], "sinkhorn=false")
-        if self.init != "kmeans":
-            self.refuse_changed(["kmeans_iterations"], f"init={self.init!r}")
+        if self.sinkhorn == "none":
+            self.refuse_changed(["sinkhorn_eps", "sinkhorn_iterations"], "sinkhorn='none'")
+        if self.init == "random":
+            names = ["kmeans_iterations", "kmeans_restarts", "kmeans_rows"]
+            self.refuse_changed(names, "init='random'")
+        if self.codebook_update != "ema":
+            self.refuse_changed(["ema_decay"], f"codebook_update={self.codebook_update!r}")
+        if self.method == "rkmeans":
+            require(
+                self.init != "random",
+                "learn_semantic_ids.init must be kmeans or kmeans_constrained with method='rkmeans', got "
+                f"{self.init!r}",
+            )
+            idle = [name for name in self.__dataclass_fields__ if name not in RKMEANS_FIELDS]
+            self.refuse_changed(idle, "method='rkmeans'")
 
     def refuse_changed(self, names: list[str], reason: str) -> None:
         """Raise ConfigError if one of the settings, which have no effect, differs from its default."""
@@ -169,6 +223,8 @@ LEAST = {
     "sinkhorn_eps": MIN_SINKHORN_EPS,
     "sinkhorn_iterations": 1,
     "kmeans_iterations": 1,
+    "kmeans_restarts": 1,
+    "kmeans_rows": 2,
     "epochs": 1,
     "batch_size": 2,
     "log_every_epochs": 1,
@@ -178,3 +234,45 @@ LEAST = {
 
 POSITIVE = ("mmd_weight", "mse_weight", "alignment_temperature", "quantization_weight", "learning_rate")
 """Settings that must be greater than 0; another setting switches a loss off."""
+
+RKMEANS_FIELDS = {
+    *("method", "modalities", "num_levels", "num_codes", "normalise", "repair_collisions"),
+    *("init", "kmeans_iterations", "kmeans_restarts", "kmeans_rows", "min_utilisation", "seed"),
+}
+"""Settings that take effect with method='rkmeans'."""
+
+PRESETS: dict[str, LearnSemanticIdsConfig] = {
+    "default": LearnSemanticIdsConfig(),
+    "paper": LearnSemanticIdsConfig(
+        code_dim=4096,
+        hidden_dims=(4096, 4096, 4096),
+        normalise="none",
+        reconstruction="mmd",
+        rq_reduce="sum",
+        sinkhorn="none",
+        epochs=2000,
+        learning_rate=2e-4,
+        log_every_epochs=50,
+        restart_dead_codes=False,
+        min_utilisation=0.0,
+    ),
+    "official": LearnSemanticIdsConfig(
+        code_dim=4096,
+        hidden_dims=(4096, 4096, 4096),
+        normalise="none",
+        reconstruction="mmd",
+        alignment="mmd",
+        commitment="first",
+        commitment_weight=0.01,
+        init="kmeans_constrained",
+        kmeans_restarts=10,
+        include_pad=True,
+        epochs=2000,
+        learning_rate=2e-4,
+        log_every_epochs=50,
+        restart_dead_codes=False,
+        min_utilisation=0.0,
+    ),
+}
+"""default: what keeps distances best (README); paper: MME-SID section 4.2 as printed, and the published code
+where the paper says nothing; official: the published code."""

@@ -1,33 +1,113 @@
-"""k-means in plain torch: on the device of the rows, equal results for equal seeds.
+"""First codes by k-means on what the levels before leave, level by level.
 
-scikit-learn's adds partial sums in the order its threads finish, so more than two threads may give
-other last digits each time, and it has no GPU. Without bounds on cluster sizes so far.
+The plain one is in torch: on the device of the rows, equal results for equal seeds. scikit-learn's adds
+partial sums in the order its threads finish, so more than two threads may give other last digits each
+time, and it has no GPU. The one with bounds on cluster sizes is that of the library k-means-constrained,
+which solves each assignment as a flow problem on the CPU.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmrec.errors import ConfigError
 from llmrec.semantic_ids.quantizer import ResidualQuantizer, squared_distances
+
+BLOCK_ROWS = 1 << 14
+"""Rows whose distances to all centres are held at once."""
 
 
 @torch.no_grad()
 def init_codebooks(
-    quantizer: ResidualQuantizer, latent: Tensor, iterations: int, generator: torch.Generator
+    quantizer: ResidualQuantizer,
+    latent: Tensor,
+    iterations: int,
+    generator: torch.Generator,
+    *,
+    method: Literal["kmeans", "kmeans_constrained"] = "kmeans",
+    restarts: int = 1,
 ) -> None:
-    """Set every level's codes to the k-means centres of what the levels before leave of latent (n, D)."""
+    """Set every level's codes to the k-means centres of what the levels before leave of latent (n, D).
+
+    Args:
+        quantizer: gets the codes.
+        latent: (n, D), n at least the number of codes.
+        iterations: most rounds of k-means.
+        generator: on the CPU, draws the seeds.
+        method: kmeans, or kmeans_constrained with the published bounds on cluster sizes (`size_bounds`).
+        restarts: seeds tried; the tightest result is kept.
+    """
     residual = latent
-    for level, codebook in enumerate(quantizer.codebooks):
-        centres = kmeans(residual, len(codebook), iterations, generator)
-        quantizer.codebooks[level] = centres
-        residual = residual - centres[squared_distances(residual, centres).argmin(dim=1)]
+    for level in range(len(quantizer.codebooks)):
+        size = quantizer.codebooks.shape[1]
+        if method == "kmeans_constrained":
+            centres = constrained(residual, size, iterations, restarts, generator)
+        else:
+            centres = kmeans(residual, size, iterations, generator, restarts=restarts)
+        quantizer.place(level, slice(None), centres)
+        residual = residual - centres[nearest(residual, centres)[1]]
 
 
-def kmeans(rows: Tensor, num_clusters: int, iterations: int, generator: torch.Generator) -> Tensor:
+def kmeans(
+    rows: Tensor, num_clusters: int, iterations: int, generator: torch.Generator, *, restarts: int = 1
+) -> Tensor:
     """Centres (K, D) of rows (n, D): k-means++ seeds, then Lloyd rounds until nothing moves."""
-    return lloyd(rows, plus_plus(rows, num_clusters, generator), iterations)
+    tried = [
+        lloyd(rows, plus_plus(rows, num_clusters, generator), iterations) for _ in range(max(restarts, 1))
+    ]
+    if len(tried) == 1:
+        return tried[0]
+    return min(tried, key=lambda centres: float(nearest(rows, centres)[0].double().sum()))
+
+
+def size_bounds(num_rows: int, num_clusters: int) -> tuple[int, int]:
+    """Smallest and largest cluster of the published initialisation: min(n / 2K, 50), and four times that.
+
+    Raises:
+        ConfigError: so many rows do not fit in clusters of these sizes.
+    """
+    least = min(num_rows // (2 * num_clusters), 50)
+    most = 4 * least
+    if not num_clusters * least <= num_rows <= num_clusters * most:
+        raise ConfigError(
+            f"learn_semantic_ids.init='kmeans_constrained' needs clusters of {least} to {most} items, which "
+            f"{num_clusters} codes and {num_rows} items do not allow; use init=kmeans, or "
+            f"learn_semantic_ids.num_codes of at least {-(-num_rows // 200)}"
+        )
+    return least, most
+
+
+def constrained(
+    rows: Tensor, num_clusters: int, iterations: int, restarts: int, generator: torch.Generator
+) -> Tensor:
+    """Centres (K, D) of clusters whose sizes are bounded by `size_bounds`.
+
+    Raises:
+        ConfigError: the library is not installed, or the sizes are impossible.
+    """
+    least, most = size_bounds(len(rows), num_clusters)
+    try:
+        from k_means_constrained import KMeansConstrained
+    except ImportError:
+        raise ConfigError(
+            "learn_semantic_ids.init='kmeans_constrained' needs the library k-means-constrained: run "
+            '`pip install "llmrec[constrained]"` (or `pip install k-means-constrained`), or use init=kmeans'
+        ) from None
+    solver = KMeansConstrained(
+        n_clusters=num_clusters,
+        size_min=least,
+        size_max=most,
+        max_iter=iterations,
+        n_init=restarts,
+        random_state=int(torch.randint(2**31 - 1, (), generator=generator)),
+        n_jobs=1,
+    )
+    solver.fit(rows.cpu().double().numpy())
+    return torch.from_numpy(solver.cluster_centers_).to(rows)
 
 
 def plus_plus(rows: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
@@ -37,10 +117,10 @@ def plus_plus(rows: Tensor, num_clusters: int, generator: torch.Generator) -> Te
     """
     draws = torch.rand(num_clusters, generator=generator, dtype=torch.float64).tolist()
     norms = rows.square().sum(dim=1)
-    nearest = torch.ones_like(norms)
+    nearest_so_far = torch.ones_like(norms)
     chosen = []
     for draw in draws:
-        total = nearest.double().cumsum(dim=0)
+        total = nearest_so_far.double().cumsum(dim=0)
         if total[-1] <= 0:
             total = torch.arange(1, len(rows) + 1, device=rows.device, dtype=torch.float64)
         index = torch.searchsorted(total, total[-1:] * draw, right=True).clamp_max_(len(rows) - 1)
@@ -48,7 +128,7 @@ def plus_plus(rows: Tensor, num_clusters: int, generator: torch.Generator) -> Te
         distance = sums - 2 * (rows @ rows[index[0]])
         # Inner products leave the chosen row and its copies a rounding error off themselves.
         distance[distance <= 1e-6 * sums] = 0
-        nearest = distance if not chosen else torch.minimum(nearest, distance)
+        nearest_so_far = distance if not chosen else torch.minimum(nearest_so_far, distance)
         chosen.append(index)
     return rows[torch.cat(chosen)]
 
@@ -57,15 +137,34 @@ def lloyd(rows: Tensor, centres: Tensor, iterations: int) -> Tensor:
     """Move centres to the means of their rows; an empty cluster takes one of the worst-served rows."""
     last = None
     for _ in range(iterations):
-        distance, label = squared_distances(rows, centres).min(dim=1)
+        distance, label = nearest(rows, centres)
         if last is not None and torch.equal(label, last):
             break
         last = label
-        member = F.one_hot(label, len(centres)).T.to(rows.dtype)
-        count = member.sum(dim=1)
-        # A product instead of index_add_, whose order of addition is open on a GPU.
-        centres = torch.where(count[:, None] > 0, (member @ rows) / count[:, None].clamp_min(1), centres)
+        count = torch.bincount(label, minlength=len(centres)).to(rows.dtype)
+        centres = torch.where(
+            count[:, None] > 0,
+            sums_by_label(rows, label, len(centres)) / count[:, None].clamp_min(1),
+            centres,
+        )
         empty = (count == 0).nonzero()[:, 0]
         if len(empty):
             centres[empty] = rows[distance.topk(len(empty)).indices]
     return centres
+
+
+def nearest(rows: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distance to, and number of, the nearest centre of every row, in blocks."""
+    found = [squared_distances(block, centres).min(dim=1) for block in rows.split(BLOCK_ROWS)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def sums_by_label(rows: Tensor, label: Tensor, num_clusters: int) -> Tensor:
+    """Sums (K, D) of the rows of each label.
+
+    A product instead of index_add_, whose order of addition is open on a GPU.
+    """
+    total = rows.new_zeros(num_clusters, rows.shape[1])
+    for block, labels in zip(rows.split(BLOCK_ROWS), label.split(BLOCK_ROWS)):
+        total += F.one_hot(labels, num_clusters).T.to(rows.dtype) @ block
+    return total

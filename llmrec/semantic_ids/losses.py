@@ -128,5 +128,6 @@ def info_nce(anchor: Tensor, other: Tensor, temperature: float) -> Tensor:
     Returns:
         Mean over the batch, scalar.
     """
-    cosine = F.normalize(anchor, dim=-1) @ F.normalize(other, dim=-1).T
+    with torch.autocast(anchor.device.type, enabled=False):
+        cosine = F.normalize(anchor, dim=-1) @ F.normalize(other, dim=-1).T
     return F.cross_entropy(cosine / temperature, torch.arange(len(anchor), device=anchor.device))

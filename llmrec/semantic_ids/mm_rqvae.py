@@ -10,10 +10,10 @@ default alignment is InfoNCE, as in the paper: a set-level MMD cannot align item
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +48,10 @@ class MMRQVAE(nn.Module):
 
     Args:
         dims: width D_m of the item vectors by modality; the first one anchors the alignment.
-        num_levels: L.
-        num_codes: K.
-        code_dim: D.
-        hidden_dims: widths between item vector and latent vector.
+        code_dim: D; None: as wide as the item vectors, for hidden_dims=None.
+        hidden_dims: widths between item vector and latent vector; None: no encoder and no decoder, the
+            (scaled) item vectors themselves are quantised.
+        quantizer: settings of every modality's `ResidualQuantizer` besides its width.
         normalise: none, standardise (see `Scaling.fit`) or l2.
         reconstruction: mmd, mse or mmd+mse.
         mmd_estimator: see `llmrec.semantic_ids.losses.mmd`.
@@ -61,20 +61,15 @@ class MMRQVAE(nn.Module):
         alignment_weight: w_align.
         alignment_temperature: of InfoNCE.
         quantization_weight: w_rq.
-        commitment_weight: inside L_RQ.
-        rq_reduce: mean or sum, see `ResidualQuantizer`.
-        sinkhorn_eps: see `ResidualQuantizer`; None switches it off.
-        sinkhorn_iterations: scalings per batch.
     """
 
     def __init__(
         self,
         dims: Mapping[str, int],
         *,
-        num_levels: int,
-        num_codes: int,
-        code_dim: int,
-        hidden_dims: tuple[int, ...],
+        code_dim: int | None,
+        hidden_dims: tuple[int, ...] | None,
+        quantizer: Mapping[str, Any],
         normalise: Literal["none", "standardise", "l2"],
         reconstruction: Literal["mmd", "mse", "mmd+mse"],
         mmd_estimator: Literal["tllib", "unbiased"],
@@ -84,10 +79,6 @@ class MMRQVAE(nn.Module):
         alignment_weight: float,
         alignment_temperature: float,
         quantization_weight: float,
-        commitment_weight: float,
-        rq_reduce: Literal["mean", "sum"],
-        sinkhorn_eps: float | None,
-        sinkhorn_iterations: int,
     ) -> None:
         super().__init__()
         self.mmd_estimator = mmd_estimator
@@ -103,16 +94,8 @@ class MMRQVAE(nn.Module):
         self.autoencoders = nn.ModuleDict(
             {
                 name: ModalityAutoencoder(
-                    (dim, *hidden_dims, code_dim),
-                    ResidualQuantizer(
-                        num_levels,
-                        num_codes,
-                        code_dim,
-                        commitment_weight=commitment_weight,
-                        reduce=rq_reduce,
-                        sinkhorn_eps=sinkhorn_eps,
-                        sinkhorn_iterations=sinkhorn_iterations,
-                    ),
+                    (dim,) if hidden_dims is None else (dim, *hidden_dims, code_dim),
+                    ResidualQuantizer(code_dim=dim if hidden_dims is None else code_dim, **quantizer),
                     normalise,
                 )
                 for name, dim in dims.items()
@@ -168,7 +151,8 @@ class ModalityAutoencoder(nn.Module):
     """Scaling, encoder, residual quantiser, decoder of one modality.
 
     Args:
-        widths: of the item vector, the hidden layers and the code embeddings; the decoder mirrors them.
+        widths: of the item vector, the hidden layers and the code embeddings; the decoder mirrors them. One
+            width: there are neither.
         quantizer: the codes.
         normalise: none, standardise or l2.
     """
@@ -188,12 +172,23 @@ class ModalityAutoencoder(nn.Module):
     def forward(self, vectors: Tensor) -> Encoded:
         """Item vectors (B, D_m) as given, to codes and back."""
         source = self.scaling(vectors)
-        quantized = self.quantizer(self.encoder(source))
+        latent = self.encoder(source)
+        if torch.is_autocast_enabled(vectors.device.type):
+            latent = latent.float()
+            with torch.autocast(vectors.device.type, enabled=False):
+                quantized = self.quantizer(latent)
+            return Encoded(source, quantized, self.decoder(quantized.vectors).float())
+        quantized = self.quantizer(latent)
         return Encoded(source, quantized, self.decoder(quantized.vectors))
 
     def encode(self, vectors: Tensor) -> Tensor:
         """Latent vectors (B, D)."""
         return self.encoder(self.scaling(vectors))
+
+    def rebuild(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """What codes (B, L) stand for: their sum (B, D), and it decoded (B, D_m), on the encoder's scale."""
+        latent = self.quantizer.lookup(codes).sum(dim=1)
+        return latent, self.decoder(latent)
 
 
 class Scaling(nn.Module):
@@ -206,16 +201,22 @@ class Scaling(nn.Module):
         self.register_buffer("factor", torch.ones(()))
 
     @torch.no_grad()
-    def fit(self, vectors: Tensor) -> None:
-        """standardise: take mean and overall spread from all item vectors (n, D_m).
+    def fit(self, blocks: Iterable[Tensor]) -> None:
+        """standardise: take mean and overall spread from all item vectors, given as blocks (b, D_m).
 
         One factor for all columns, not one each, so that distances keep their order.
         """
-        if self.normalise == "standardise":
-            mean = vectors.mean(dim=0)
-            spread = (vectors - mean).square().mean().sqrt()
-            self.mean.copy_(mean)
-            self.factor.copy_(1 / spread if spread > 0 else torch.ones_like(spread))
+        if self.normalise != "standardise":
+            return
+        count, total, squares, origin = 0, 0.0, 0.0, None
+        for block in blocks:
+            origin = block[:1].double() if origin is None else origin  # near the mean, so little is lost
+            rows = block.double() - origin
+            count, total, squares = count + len(rows), total + rows.sum(dim=0), squares + rows.square().sum()
+        shift = total / count
+        spread = (squares / count - shift.square().sum()).clamp_min(0).div(len(self.mean)).sqrt()
+        self.mean.copy_(origin[0] + shift)
+        self.factor.copy_(1 / spread if spread > 0 else torch.ones_like(spread))
 
     def forward(self, vectors: Tensor) -> Tensor:
         if self.normalise == "l2":

@@ -27,19 +27,22 @@ class Quantized:
 class ResidualQuantizer(nn.Module):
     """L codebooks of K code embeddings.
 
-    Gradients are those of the published code (and of LC-Rec and LETTER). There, a level hands on
-    r - (r + SG(q - r)), whose derivative is zero, so the input learns from the first level's
-    commitment term and through ``vectors`` alone; later levels train only their codebooks.
-
     Args:
         num_levels: L.
         num_codes: K.
         code_dim: width D of a code embedding.
         commitment_weight: weight of the commitment term.
+        commitment: levels whose commitment term moves the input. all: r_l is the input less the codes
+            before, as Eq. 5 reads. first: as in the published code (and LC-Rec, LETTER), where a level hands
+            on r - (r + SG(q - r)), whose derivative is zero, so later levels train their codebooks alone.
         reduce: mean over B, L and D (published code), or squared norms summed over levels (Eq. 5).
-        sinkhorn_eps: entropy of the even assignment at the last level while training; None: nearest
-            codes everywhere.
+        sinkhorn: levels that spread a training batch evenly over their codes: last, all or none.
+        sinkhorn_eps: entropy of the even assignment.
         sinkhorn_iterations: scalings per batch.
+        codebook_update: gradient, or ema: codes are running means of the residuals given to them.
+        ema_decay: what a running mean keeps per batch.
+        estimator: how the gradient passes the rounding: straight_through copies it; rotation turns it as
+            the input would have to turn towards its codes (Fifty et al., ICLR 2025).
     """
 
     def __init__(
@@ -49,31 +52,66 @@ class ResidualQuantizer(nn.Module):
         code_dim: int,
         *,
         commitment_weight: float = 0.25,
+        commitment: Literal["all", "first"] = "all",
         reduce: Literal["mean", "sum"] = "mean",
-        sinkhorn_eps: float | None = 0.003,
+        sinkhorn: Literal["last", "all", "none"] = "last",
+        sinkhorn_eps: float = 0.003,
         sinkhorn_iterations: int = 50,
+        codebook_update: Literal["gradient", "ema"] = "gradient",
+        ema_decay: float = 0.99,
+        estimator: Literal["straight_through", "rotation"] = "straight_through",
     ) -> None:
         super().__init__()
         self.commitment_weight = commitment_weight
+        self.commitment = commitment
         self.reduce = reduce
+        self.spread_levels = {"last": [num_levels - 1], "all": range(num_levels), "none": []}[sinkhorn]
         self.sinkhorn_eps = sinkhorn_eps
         self.sinkhorn_iterations = sinkhorn_iterations
+        self.ema_decay = ema_decay if codebook_update == "ema" else None
+        self.estimator = estimator
         noise = torch.empty(num_levels, num_codes, code_dim).uniform_(-1 / num_codes, 1 / num_codes)
-        self.codebooks = nn.Parameter(noise)
+        self.codebooks = nn.Parameter(noise, requires_grad=self.ema_decay is None)
+        if self.ema_decay is not None:
+            self.register_buffer("size", torch.ones(num_levels, num_codes))
+            self.register_buffer("total", noise.clone())
 
     def forward(self, latent: Tensor) -> Quantized:
-        """Quantise latent vectors (B, D); in training mode the last level spreads evenly."""
-        codes, residuals = self.assign(
-            latent.detach(), spread=self.training and self.sinkhorn_eps is not None
-        )
+        """Quantise latent vectors (B, D); in training mode some levels spread evenly."""
+        codes, residuals = self.assign(latent.detach(), spread=self.training)
         chosen = self.lookup(codes)
-        # Only the first residual is the latent itself; see the class text.
-        targets = torch.cat([latent[:, None], residuals[:, 1:]], dim=1)
-        loss = self.distance(chosen, residuals) + self.commitment_weight * self.distance(
-            targets, chosen.detach()
-        )
-        vectors = latent + (chosen.detach().sum(dim=1) - latent).detach()
+        fixed = chosen.detach()
+        if self.commitment == "all":
+            targets = latent[:, None] - (fixed.cumsum(dim=1) - fixed)
+        else:
+            targets = torch.cat([latent[:, None], residuals[:, 1:]], dim=1)
+        loss = self.commitment_weight * self.distance(targets, fixed)
+        if self.ema_decay is None:
+            loss = loss + self.distance(chosen, residuals)
+        elif self.training:
+            self.follow(codes, residuals)
+        sums = fixed.sum(dim=1)
+        rotated = self.estimator == "rotation"
+        vectors = rotate(latent, sums) if rotated else latent + (sums - latent).detach()
         return Quantized(codes, vectors, loss, residuals)
+
+    @torch.no_grad()
+    def follow(self, codes: Tensor, residuals: Tensor) -> None:
+        """Move every code to the running mean of what it was given; one that gets nothing stays."""
+        levels, size, _ = self.codebooks.shape
+        for level in range(levels):
+            member = F.one_hot(codes[:, level], size).T.to(residuals.dtype)
+            self.size[level].lerp_(member.sum(dim=1), 1 - self.ema_decay)
+            self.total[level].lerp_(member @ residuals[:, level], 1 - self.ema_decay)
+        self.codebooks.copy_(self.total / self.size.clamp_min(torch.finfo(self.size.dtype).tiny)[..., None])
+
+    @torch.no_grad()
+    def place(self, level: int, codes: Tensor | slice, vectors: Tensor) -> None:
+        """Put codes of one level where they are told; running means start anew there."""
+        self.codebooks[level, codes] = vectors.to(self.codebooks.dtype)
+        if self.ema_decay is not None:
+            self.size[level, codes] = 1.0
+            self.total[level, codes] = self.codebooks[level, codes]
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """Squared error of (B, L, D) pairs, reduced as configured."""
@@ -87,7 +125,7 @@ class ResidualQuantizer(nn.Module):
 
         Args:
             latent: (B, D).
-            spread: use the even assignment at the last level.
+            spread: use the even assignment at the levels that have it.
 
         Returns:
             Codes int64 (B, L), and residuals (B, L, D): what each level had to code.
@@ -96,7 +134,7 @@ class ResidualQuantizer(nn.Module):
         residual = latent
         for level, codebook in enumerate(self.codebooks):
             distances = squared_distances(residual, codebook)
-            if spread and level == len(self.codebooks) - 1:
+            if spread and level in self.spread_levels:
                 chosen = sinkhorn(distances, self.sinkhorn_eps, self.sinkhorn_iterations).argmax(dim=1)
             else:
                 chosen = distances.argmin(dim=1)
@@ -124,8 +162,32 @@ class ResidualQuantizer(nn.Module):
             dead = (~alive).nonzero()[:, 0]
             if len(dead):
                 rows = torch.randint(len(residuals), (len(dead),), generator=generator)
-                place = residuals[rows.to(residuals.device), level].to(self.codebooks.dtype)
-                self.codebooks[level, dead.to(self.codebooks.device)] = place
+                self.place(level, dead.to(self.codebooks.device), residuals[rows.to(residuals.device), level])
+
+
+def rotate(latent: Tensor, target: Tensor) -> Tensor:
+    """target in value; its gradient is turned and scaled with the map that takes latent there, (B, D).
+
+    With unit vectors e, q of both and r = (e + q) / |e + q|, the map
+
+        x  to  |target| / |latent| (x - 2 r <r, x> + 2 q <e, x>)
+
+    is applied to the latent, all factors held fixed. One of length 0 gets a straight-through gradient.
+
+    Source: Fifty et al., "Restructuring vector quantization with the rotation trick", section 4.
+    """
+    fixed = latent.detach()
+    length = fixed.norm(dim=1, keepdim=True)
+    e, q = F.normalize(fixed, dim=1), F.normalize(target, dim=1)
+    middle = F.normalize(e + q, dim=1)
+    along = (latent * middle).sum(dim=1, keepdim=True)
+    onto = (latent * e).sum(dim=1, keepdim=True)
+    tiny = torch.finfo(latent.dtype).tiny
+    turned = (target.norm(dim=1, keepdim=True) / length.clamp_min(tiny)) * (
+        latent - 2 * middle * along + 2 * q * onto
+    )
+    turned = torch.where(length > 0, turned, latent)
+    return turned + (target - turned).detach()
 
 
 def squared_distances(rows: Tensor, codebook: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 
 from llmrec.config import as_dict, describe, from_dict, override
 from llmrec.errors import ConfigError
-from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,14 @@ from llmrec.semantic_ids.config import LearnSemanticIdsConfig
         ({"reconstruction": "mse", "mmd_estimator": "unbiased"}, r"mmd_estimator has no effect"),
         ({"alignment": "none", "alignment_weight": 0.1}, r"alignment_weight has no effect"),
         ({"alignment": "mmd", "alignment_temperature": 0.2}, r"alignment_temperature has no effect"),
-        ({"sinkhorn": False, "sinkhorn_iterations": 5}, r"sinkhorn_iterations has no effect"),
+        ({"sinkhorn": "none", "sinkhorn_iterations": 5}, r"sinkhorn_iterations has no effect"),
         ({"init": "random", "kmeans_iterations": 5}, r"kmeans_iterations has no effect with init='random'"),
+        ({"init": "random", "kmeans_restarts": 5}, r"kmeans_restarts has no effect with init='random'"),
+        ({"kmeans_rows": 100}, r"kmeans_rows must be at least learn_semantic_ids.num_codes \(256\), got 100"),
+        ({"ema_decay": 0.9}, r"ema_decay has no effect with codebook_update='gradient'"),
+        ({"codebook_update": "ema", "ema_decay": 1.0}, r"ema_decay must lie between 0 and 1, got 1\.0"),
+        ({"method": "rkmeans", "epochs": 7}, r"epochs has no effect with method='rkmeans'"),
+        ({"method": "rkmeans", "init": "random"}, r"init must be kmeans or kmeans_constrained"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
@@ -49,3 +55,13 @@ def test_settings_survive_json_and_the_command_line():
 
 def test_every_setting_says_what_it_means():
     assert all(meaning for _, _, _, meaning in describe(LearnSemanticIdsConfig))
+
+
+def test_presets_are_complete_and_differ_where_paper_and_code_do():
+    assert PRESETS["default"] == LearnSemanticIdsConfig()
+    paper, official = PRESETS["paper"], PRESETS["official"]
+    assert (paper.alignment, official.alignment) == ("infonce", "mmd")
+    assert (paper.rq_reduce, official.rq_reduce) == ("sum", "mean")
+    assert paper.reconstruction == official.reconstruction == "mmd"
+    assert (paper.include_pad, official.include_pad) == (False, True)
+    assert official.commitment == "first" and official.init == "kmeans_constrained"

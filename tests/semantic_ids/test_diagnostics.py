@@ -9,13 +9,16 @@ from worlds import interactions
 
 from llmrec.semantic_ids import diagnostics
 from llmrec.semantic_ids.diagnostics import (
+    Coded,
     behaviour_target_pairs,
     collisions,
     distances,
     kendall_tau,
     level_quality,
     modality_quality,
-    relative_error,
+    nearest_items,
+    neighbour_overlap,
+    reconstruction_error,
 )
 
 
@@ -78,7 +81,7 @@ def test_distances_are_euclidean_and_blocks_join(monkeypatch):
     table = rng.normal(size=(50, 3)).astype(np.float32)
     a, b = rng.integers(0, 50, (2, 40_000))
     expected = np.sqrt(np.square(table[a].astype(float) - table[b]).sum(axis=1))
-    np.testing.assert_allclose(distances(table, a, b), expected)
+    np.testing.assert_allclose(distances(lambda items: table[items], a, b), expected)
 
 
 def test_use_of_a_level_by_hand():
@@ -95,10 +98,56 @@ def test_collisions_by_hand():
     assert collisions(codes[2:4]) == {"collision_rate": 0.0, "items_in_collision": 0, "largest_group": 1}
 
 
-def test_relative_error_is_one_for_the_mean_and_zero_for_a_copy():
-    rows = np.random.default_rng(0).normal(size=(20, 3)) + 5
-    assert relative_error(rows, rows) == 0
-    assert relative_error(rows, np.broadcast_to(rows.mean(axis=0), rows.shape)) == pytest.approx(1)
+class Tables:
+    """Stands for `Rebuilt`: tables that are simply given."""
+
+    def __init__(self, latent, decoded):
+        self.tables = {"latent": latent, "decoded": decoded}
+
+    def __call__(self, what, items):
+        return self.tables[what][items]
+
+    def scaled(self, vectors):
+        return vectors
+
+
+def coded(source, decoded, *, latent=None, present=None, codes=None, codebooks=None):
+    rows = len(source)
+    return Coded(
+        source=source,
+        present=np.arange(rows) > 0 if present is None else present,
+        codes=np.zeros((rows, 1), np.int64) if codes is None else codes,
+        codebooks=np.zeros((1, 1, 1), np.float32) if codebooks is None else codebooks,
+        rebuilt=Tables(decoded if latent is None else latent, decoded),
+    )
+
+
+def test_reconstruction_error_is_one_for_the_mean_and_zero_for_a_copy(monkeypatch):
+    monkeypatch.setattr(diagnostics, "BLOCK", 7)
+    rows = (np.random.default_rng(0).normal(size=(20, 3)) + 5).astype(np.float32)
+    mean = np.broadcast_to(rows[1:].mean(axis=0), rows.shape)
+    assert reconstruction_error(coded(rows, rows)) == 0
+    assert reconstruction_error(coded(rows, mean)) == pytest.approx(1, rel=1e-5)
+
+
+def test_neighbours_equal_a_sort_of_all_distances(monkeypatch):
+    monkeypatch.setattr(diagnostics, "BLOCK", 16)
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(61, 4)).astype(np.float32)
+    items, queries = np.arange(1, 61), np.array([3, 17, 60])
+    found = nearest_items(lambda ids: table[ids], items, queries, 5)
+    for query, row in zip(queries, found):
+        others = items[items != query]
+        order = np.argsort(np.linalg.norm(table[others] - table[query], axis=1))
+        assert row.tolist() == others[order[:5]].tolist()
+
+
+def test_neighbour_overlap_of_a_copy_is_one_and_of_noise_near_chance():
+    rng = np.random.default_rng(0)
+    source, noise = rng.normal(size=(2, 301, 4)).astype(np.float32)
+    found = neighbour_overlap(coded(source, noise, latent=source), seed=0)
+    assert found["latent"] == 1 and found["decoded"] == pytest.approx(10 / 299, abs=0.03)
+    assert (found["k"], found["num_queries"]) == (10, 300)
 
 
 def test_items_without_a_vector_count_nowhere_and_random_codes_keep_no_order():
@@ -112,18 +161,10 @@ def test_items_without_a_vector_count_nowhere_and_random_codes_keep_no_order():
     wrong = table.copy()
     wrong[5] = 1e6
     history, target = rng.integers(1, num_items + 1, (2, 3000))
-    found = modality_quality(
-        source=table,
-        scaled=table,
-        quantized=wrong,
-        decoded=wrong,
-        codes=codes,
-        codebooks=codebooks,
-        present=present,
-        pairs=(history, target),
-        seed=0,
-    )
+    shown = coded(table, wrong, present=present, codes=codes, codebooks=codebooks)
+    found = modality_quality(shown, (history, target), seed=0)
     assert found["num_items"] == 299 and found["reconstruction_error"] == 0
+    assert found["neighbour_overlap"]["latent"] == 1
     assert found["tau"]["num_samples"] == int(((history != 5) & (target != 5)).sum())
     assert found["tau"]["latent"] == found["tau"]["decoded"] == pytest.approx(1)
     assert abs(found["tau"]["random_codes"]) < 0.05

@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from llmrec.semantic_ids.kmeans import init_codebooks, kmeans, lloyd, plus_plus
+from llmrec.errors import ConfigError
+from llmrec.semantic_ids.kmeans import init_codebooks, kmeans, lloyd, nearest, plus_plus, size_bounds
 from llmrec.semantic_ids.quantizer import ResidualQuantizer, squared_distances
 
 
@@ -67,3 +68,35 @@ def test_one_seed_gives_equal_bytes():
     first, second = (kmeans(rows, 16, 10, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, kmeans(rows, 16, 10, torch.Generator().manual_seed(2)))
+
+
+def test_more_seeds_are_never_looser():
+    rows = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    loose = [
+        float(nearest(rows, kmeans(rows, 20, 5, torch.Generator().manual_seed(2), restarts=tries))[0].sum())
+        for tries in (1, 8)
+    ]
+    assert loose[1] < loose[0]
+
+
+def test_blocks_change_no_label_and_no_centre(monkeypatch):
+    rows = torch.randn(300, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = lloyd(rows, rows[:9].clone(), 4)
+    monkeypatch.setattr("llmrec.semantic_ids.kmeans.BLOCK_ROWS", 37)
+    torch.testing.assert_close(lloyd(rows, rows[:9].clone(), 4), whole, rtol=0, atol=1e-12)
+
+
+def test_bounded_clusters_keep_the_published_bounds():
+    pytest.importorskip("k_means_constrained")
+    assert size_bounds(12_087, 256) == (23, 92)
+    rows, _ = blobs(clusters=2, each=100, spread=0.3)
+    rows = torch.cat([rows, rows[:1].repeat(60, 1)])
+    made = ResidualQuantizer(1, 8, 6)
+    init_codebooks(made, rows, 10, torch.Generator().manual_seed(0), method="kmeans_constrained")
+    centres = made.codebooks.detach()[0]
+    # Without bounds, the 60 copies would be one cluster and have a centre on them alone.
+    plain = kmeans(rows, 8, 10, torch.Generator().manual_seed(0))
+    assert torch.bincount(nearest(rows, plain)[1]).max() >= 60
+    assert centres.shape == (8, 6) and centres.isfinite().all()
+    with pytest.raises(ConfigError, match=r"needs clusters of 50 to 200 items, which 4 codes and 5000 items"):
+        size_bounds(5000, 4)

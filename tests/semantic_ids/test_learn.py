@@ -12,8 +12,11 @@ from worlds import interactions, two_communities
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import ArtifactMismatchError, ConfigError, DataError, TrainingError
 from llmrec.pipeline import fingerprint, run_stage
+from llmrec.semantic_ids.assign import assign
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
-from llmrec.semantic_ids.learn import assign, learn_semantic_ids, num_batches
+from llmrec.semantic_ids.kmeans import kmeans
+from llmrec.semantic_ids.learn import learn_semantic_ids
+from llmrec.semantic_ids.train import num_batches
 
 NUM_ITEMS = 240
 SMALL = LearnSemanticIdsConfig(
@@ -156,9 +159,12 @@ def test_valid_and_test_items_change_no_byte():
     [
         {"reconstruction": "mmd"},
         {"reconstruction": "mse", "alignment": "mmd"},
-        {"alignment": "none", "sinkhorn": False, "normalise": "l2"},
+        {"alignment": "none", "sinkhorn": "none", "normalise": "l2"},
         {"init": "random", "rq_reduce": "sum", "normalise": "none"},
         {"num_levels": 1, "hidden_dims": (), "mmd_estimator": "unbiased", "restart_dead_codes": False},
+        {"codebook_update": "ema", "ema_decay": 0.8, "estimator": "rotation", "sinkhorn": "all"},
+        {"commitment": "first", "include_pad": True, "precision": "bfloat16"},
+        {"precision": "tf32", "kmeans_restarts": 3, "kmeans_rows": 40},
     ],
 )
 def test_every_option_runs(changes):
@@ -231,7 +237,7 @@ def test_collapse_is_an_error_with_the_numbers():
         num_codes=64,
         init="random",
         restart_dead_codes=False,
-        sinkhorn=False,
+        sinkhorn="none",
         epochs=2,
         log_every_epochs=1,
     )
@@ -300,3 +306,48 @@ def passing_on(artefact):
     stage.__name__ = artefact.stage
     stage.__annotations__ = {"return": type(artefact)}
     return stage
+
+
+def test_residual_k_means_needs_no_training_and_reconstructs():
+    data, made = clustered()
+    config = LearnSemanticIdsConfig(method="rkmeans", num_levels=3, num_codes=16)
+    ids = learn_semantic_ids(config, data, *artefacts(data, made))
+    assert ids.log == [] and {name: table.shape[2] for name, table in ids.codebooks.items()} == {
+        "collab": 8,
+        "text": 20,
+        "image": 14,
+    }
+    for name, found in ids.quality["modalities"].items():
+        assert found["reconstruction_error"] < 0.15 and found["tau"]["latent"] > 0.7
+        assert found["tau"]["latent"] == found["tau"]["decoded"]
+        assert np.array_equal(assign(ids, {name: made[name]})[name][1:], ids.codes[name][1:])
+
+
+def test_residual_k_means_is_k_means_level_by_level():
+    data, made = clustered()
+    config = LearnSemanticIdsConfig(
+        method="rkmeans", num_levels=2, num_codes=8, modalities=("text",), normalise="none"
+    )
+    ids = learn_semantic_ids(config, data, *artefacts(data, made))
+    generator, residual = torch.Generator().manual_seed(0), torch.from_numpy(made["text"][1:])
+    for level in range(2):
+        centres = kmeans(residual, 8, 10, generator)
+        assert np.array_equal(ids.codebooks["text"][level], centres.numpy())
+        residual = residual - centres[torch.cdist(residual, centres).argmin(dim=1)]
+
+
+def test_repaired_collisions_are_gone_and_others_keep_their_codes():
+    data, made = clustered()
+    config = LearnSemanticIdsConfig(method="rkmeans", num_levels=2, num_codes=16, modalities=("text",))
+    plain = learn_semantic_ids(config, data, *artefacts(data, made))
+    repaired = learn_semantic_ids(
+        dataclasses.replace(config, repair_collisions=True), data, *artefacts(data, made)
+    )
+    assert plain.quality["modalities"]["text"]["collision_rate"] > 0.05
+    before, after = plain.codes["text"][1:], repaired.codes["text"][1:]
+    size = np.unique(before[:, 0], return_counts=True)[1].max()
+    # A first code with more items than last codes cannot tell all of them apart.
+    expected = sum(max(0, count - 16) for count in np.bincount(before[:, 0]))
+    assert repaired.quality["modalities"]["text"]["collision_rate"] == pytest.approx(expected / NUM_ITEMS)
+    assert size > 16 or expected == 0
+    assert np.array_equal(before[:, 0], after[:, 0]) and (before[:, 1] != after[:, 1]).any()

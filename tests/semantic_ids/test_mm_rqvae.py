@@ -8,8 +8,7 @@ from llmrec.semantic_ids.losses import info_nce, mmd
 from llmrec.semantic_ids.mm_rqvae import MMRQVAE, Scaling, mlp
 
 SETTINGS = {
-    "num_levels": 2,
-    "num_codes": 4,
+    "quantizer": {"num_levels": 2, "num_codes": 4, "sinkhorn_iterations": 20},
     "code_dim": 6,
     "hidden_dims": (7,),
     "normalise": "none",
@@ -21,10 +20,6 @@ SETTINGS = {
     "alignment_weight": 0.01,
     "alignment_temperature": 0.1,
     "quantization_weight": 1.0,
-    "commitment_weight": 0.25,
-    "rq_reduce": "mean",
-    "sinkhorn_eps": 0.003,
-    "sinkhorn_iterations": 20,
 }
 DIMS = {"collab": 3, "text": 5, "image": 4}
 
@@ -95,7 +90,7 @@ def test_weights_start_xavier_normal():
 def test_standardising_keeps_the_order_of_distances():
     rows = torch.randn(200, 3) * torch.tensor([1.0, 5.0, 0.1]) + 7
     scaling = Scaling(3, "standardise")
-    scaling.fit(rows)
+    scaling.fit(rows.split(64))
     scaled = scaling(rows)
     assert scaled.mean(dim=0).abs().max() < 1e-4
     assert float(scaled.square().mean()) == pytest.approx(1, rel=1e-4)
@@ -143,3 +138,25 @@ def test_without_collab_the_first_modality_is_the_anchor():
     dims = {"text": 5, "image": 4}
     _, losses = model(dims)(batch(dims=dims))
     assert "alignment" in losses.parts["image"] and "alignment" not in losses.parts["text"]
+
+
+def test_without_hidden_layers_the_vectors_themselves_are_quantised():
+    made = model(hidden_dims=None, code_dim=None, alignment="none").eval()
+    rows = batch()
+    for name, found in made(rows)[0].items():
+        assert made.autoencoders[name].quantizer.codebooks.shape == (2, 4, DIMS[name])
+        assert torch.equal(made.autoencoders[name].encode(rows[name]), rows[name])
+        assert torch.equal(found.decoded, found.quantized.vectors)
+
+
+def test_half_precision_touches_neither_codes_nor_distances():
+    made, rows = model().eval(), batch()
+    made.autoencoders["text"].encoder = torch.nn.Identity()
+    made.autoencoders["text"].quantizer = made.autoencoders["text"].quantizer.__class__(2, 4, 5)
+    plain = made.autoencoders["text"].quantizer(rows["text"])
+    with torch.autocast("cpu", torch.bfloat16):
+        quantizer = made.autoencoders["text"].quantizer
+        made.autoencoders["text"].decoder = torch.nn.Identity()
+        found = made.autoencoders["text"](rows["text"])
+    assert torch.equal(quantizer(rows["text"]).codes, found.quantized.codes)
+    assert torch.equal(plain.loss, found.quantized.loss) and found.decoded.dtype == torch.float32

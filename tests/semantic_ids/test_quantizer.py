@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from vector_quantize_pytorch import ResidualVQ
+from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
-from llmrec.semantic_ids.quantizer import ResidualQuantizer, sinkhorn, squared_distances
+from llmrec.semantic_ids.quantizer import ResidualQuantizer, rotate, sinkhorn, squared_distances
 
 
 def quantizer(levels=3, codes=5, dim=4, **settings):
@@ -63,7 +65,7 @@ def test_the_gradient_of_the_sum_goes_straight_through():
 
 
 def test_only_the_first_level_pulls_the_input_and_every_level_trains_its_own_codebook():
-    made, latent = quantizer(commitment_weight=0.3).eval(), latents().requires_grad_()
+    made, latent = quantizer(commitment_weight=0.3, commitment="first").eval(), latents().requires_grad_()
     found = made(latent)
     found.loss.backward()
     first = made.codebooks.detach()[0][found.codes[:, 0]]
@@ -79,7 +81,7 @@ def test_only_the_first_level_pulls_the_input_and_every_level_trains_its_own_cod
 
 def test_gradients_equal_those_of_the_published_way_of_writing_it():
     """There each level returns r + SG(q - r), and the next one gets r minus that."""
-    made, latent = quantizer(commitment_weight=0.3).eval(), latents().requires_grad_()
+    made, latent = quantizer(commitment_weight=0.3, commitment="first").eval(), latents().requires_grad_()
     found = made(latent)
     (found.loss + found.vectors.square().sum()).backward()
     mine, books = latent.grad.clone(), made.codebooks.grad.clone()
@@ -127,8 +129,76 @@ def test_the_last_level_spreads_in_training_and_takes_the_nearest_otherwise():
     assert set(training[:, 1].tolist()) == set(range(10)) and set(nearest[:, 1].tolist()) == {0}
     assert torch.equal(nearest, by_hand(made, latent, 0.25)[0])
     assert torch.equal(training[:, 0], nearest[:, 0])
-    made.sinkhorn_eps = None
+    made.spread_levels = []
     assert torch.equal(made.train()(latent).codes, nearest)
+
+
+def test_every_level_or_none_spreads_on_demand():
+    everywhere, latent = quantizer(levels=2, codes=10, sinkhorn="all"), latents(400)
+    nowhere = quantizer(levels=2, codes=10, sinkhorn="none")
+    assert torch.equal(nowhere.train()(latent).codes, nowhere.eval()(latent).codes)
+    count = torch.stack([torch.bincount(codes, minlength=10) for codes in everywhere(latent).codes.T])
+    assert count.min() >= 15 and count.max() <= 80
+
+
+def test_gradients_of_all_levels_equal_equation_5():
+    """r_l is the input less the codes before it, and only codes are held fixed."""
+    made, latent = quantizer(commitment_weight=0.3, reduce="sum").eval(), latents().requires_grad_()
+    found = made(latent)
+    found.loss.backward()
+    mine, books = latent.grad.clone(), made.codebooks.grad.clone()
+    latent.grad = made.codebooks.grad = None
+    residual, loss = latent, 0
+    for level, book in enumerate(made.codebooks):
+        q = book[found.codes[:, level]]
+        loss = loss + (residual.detach() - q).square().sum() + 0.3 * (residual - q.detach()).square().sum()
+        residual = residual - q.detach()
+    (loss / len(latent)).backward()
+    torch.testing.assert_close(mine, latent.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(books, made.codebooks.grad, rtol=0, atol=1e-12)
+
+
+def test_codes_and_sums_equal_those_of_vector_quantize_pytorch():
+    made, latent = quantizer(levels=4, codes=16, dim=6).float().eval(), latents(200, 6).float()
+    oracle = ResidualVQ(dim=6, num_quantizers=4, codebook_size=16).eval()
+    for layer, book in zip(oracle.layers, made.codebooks.detach()):
+        layer._codebook.embed.data.copy_(book[None])
+        layer._codebook.initted.fill_(True)
+    sums, codes, _ = oracle(latent[None])
+    found = made(latent)
+    assert torch.equal(found.codes, codes[0])
+    torch.testing.assert_close(found.vectors, sums[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_rotation_equals_that_of_vector_quantize_pytorch():
+    latent, target = latents(50, 6).requires_grad_(), latents(50, 6, seed=2)
+    weight = latents(50, 6, seed=3)
+    mine, theirs = rotate(latent, target), rotate_to(latent, target)
+    torch.testing.assert_close(mine, target)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    first = torch.autograd.grad((mine * weight).sum(), latent)[0]
+    second = torch.autograd.grad((theirs * weight).sum(), latent)[0]
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+    still = torch.zeros(1, 6, requires_grad=True)
+    assert torch.equal(torch.autograd.grad(rotate(still, target[:1]).sum(), still)[0], torch.ones(1, 6))
+
+
+def test_running_means_follow_their_formula():
+    made, batches = quantizer(codebook_update="ema", ema_decay=0.8), [latents(30, seed=k) for k in range(3)]
+    made.place(slice(None), slice(None), made.codebooks.detach().clone())
+    size, total = torch.ones(3, 5, dtype=torch.float64), made.codebooks.detach().clone()
+    for latent in batches:
+        found = made.train()(latent)
+        assert not found.loss.requires_grad
+        for level in range(3):
+            for code in range(5):
+                own = found.residuals[found.codes[:, level] == code, level]
+                size[level, code] = 0.8 * size[level, code] + 0.2 * len(own)
+                total[level, code] = 0.8 * total[level, code] + 0.2 * own.sum(dim=0)
+        torch.testing.assert_close(made.codebooks.detach(), total / size[..., None])
+    before = made.codebooks.detach().clone()
+    made.eval()(batches[0])
+    assert torch.equal(made.codebooks.detach(), before)
 
 
 def test_restart_moves_dead_codes_to_residuals_and_leaves_the_others():

@@ -1,0 +1,211 @@
+"""Training of MM-RQ-VAE: vectors stay on the device, batches are index arithmetic."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmrec.errors import TrainingError
+from llmrec.progress import progress
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.semantic_ids.kmeans import init_codebooks
+from llmrec.semantic_ids.mm_rqvae import MMRQVAE
+
+logger = logging.getLogger("llmrec")
+
+BLOCK_ROWS = 4096
+"""Rows encoded at once outside training."""
+
+DEVICE_SHARE = 0.5
+"""Item vectors stay in host memory if they would fill more of a GPU's free memory than this."""
+
+
+class ItemRows(Protocol):
+    """Vectors of one modality: (N + 1, D_m), and which items have one."""
+
+    vectors: np.ndarray
+    present: np.ndarray
+
+
+@dataclass(frozen=True)
+class TrainingItems:
+    """What is trained on: the vectors of all modalities, row i of each about the same item."""
+
+    vectors: dict[str, Tensor]
+    """By modality: float32 (n, D_m), on the device, or in host memory where they do not fit"""
+    present: dict[str, Tensor]
+    """bool (n,), on the device, for modalities that some items lack"""
+    device: torch.device
+
+    @classmethod
+    def of(cls, items: Mapping[str, ItemRows], model: MMRQVAE, *, include_pad: bool) -> TrainingItems:
+        """All items, with the padding row in front if include_pad is set."""
+        device = next(model.parameters()).device
+        first = 0 if include_pad else 1
+        vectors = {name: torch.from_numpy(rows.vectors[first:]) for name, rows in items.items()}
+        if device.type == "cuda":
+            wanted = sum(table.nbytes for table in vectors.values())
+            if wanted <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+                vectors = {name: table.to(device) for name, table in vectors.items()}
+        present = {}
+        for name, rows in items.items():
+            there = rows.present[first:].copy()
+            there[: 1 - first] = True
+            if not there.all():
+                present[name] = torch.from_numpy(there).to(device)
+        return cls(vectors, present, device)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.vectors.values())))
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Vectors of one modality on the device, (B, D_m)."""
+        table = self.vectors[name]
+        return table[index.to(table.device)].to(self.device)
+
+    def with_vector(self, name: str) -> Tensor:
+        """Rows that have a vector in a modality, int64 (n_m,), on the CPU."""
+        if name in self.present:
+            return self.present[name].nonzero()[:, 0].cpu()
+        return torch.arange(len(self))
+
+
+def initialise(model: MMRQVAE, config: LearnSemanticIdsConfig, items: TrainingItems) -> None:
+    """Fit the scaling to all items, and the first codes to latent vectors of at most kmeans_rows of them."""
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, autoencoder in model.autoencoders.items():
+        index = items.with_vector(name)
+        autoencoder.scaling.fit(
+            items.rows(name, index[block]) for block in torch.arange(len(index)).split(BLOCK_ROWS)
+        )
+        if config.init == "random":
+            continue
+        if len(index) > config.kmeans_rows:
+            index = index[torch.randperm(len(index), generator=generator)[: config.kmeans_rows]]
+            logger.info("learn_semantic_ids: %s: k-means on %d of %d items", name, len(index), len(items))
+        with torch.no_grad():
+            latent = torch.cat(
+                [autoencoder.encode(items.rows(name, block)) for block in index.split(BLOCK_ROWS)]
+            )
+        init_codebooks(
+            autoencoder.quantizer,
+            latent,
+            config.kmeans_iterations,
+            generator,
+            method=config.init,
+            restarts=config.kmeans_restarts,
+        )
+
+
+def fit(model: MMRQVAE, config: LearnSemanticIdsConfig, items: TrainingItems) -> list[dict[str, Any]]:
+    """Train for the configured epochs; returns the log rows."""
+    optimizer = torch.optim.AdamW(
+        [weight for weight in model.parameters() if weight.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    rng = np.random.default_rng(config.seed)
+    restarts = torch.Generator().manual_seed(config.seed)
+    log: list[dict[str, Any]] = []
+    epochs = progress(range(1, config.epochs + 1), "learn_semantic_ids", unit="epoch")
+    for epoch in epochs:
+        with matrix_precision(config.precision, items.device):
+            loss, parts, used = train_epoch(model, optimizer, config, items, rng, restarts)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"learn_semantic_ids: the loss became {loss} in epoch {epoch}; lower "
+                f"learn_semantic_ids.learning_rate (now {config.learning_rate}), or scale the vectors with "
+                f"learn_semantic_ids.normalise=standardise (now {config.normalise})"
+            )
+        epochs.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        if epoch % config.log_every_epochs == 0 or epoch == config.epochs:
+            log.append({"epoch": epoch, "loss": loss, "parts": parts, "utilisation": used})
+            logger.info(
+                "learn_semantic_ids: epoch %d, loss %.5g, %s", epoch, loss, describe_usage(used, config)
+            )
+    return log
+
+
+def train_epoch(
+    model: MMRQVAE,
+    optimizer: torch.optim.Optimizer,
+    config: LearnSemanticIdsConfig,
+    items: TrainingItems,
+    rng: np.random.Generator,
+    restarts: torch.Generator,
+) -> tuple[float, dict[str, dict[str, float]], dict[str, list[float]]]:
+    """One pass over all items in a new order.
+
+    Returns:
+        Mean loss per batch; its parts by modality; share of codes used per level, by modality.
+    """
+    model.train()
+    order = torch.from_numpy(rng.permutation(len(items))).to(items.device)
+    totals: list[Tensor] = []
+    parts: dict[str, dict[str, list[Tensor]]] = {name: {} for name in items.vectors}
+    codes: dict[str, list[Tensor]] = {name: [] for name in items.vectors}
+    residuals: dict[str, Tensor] = {}
+    for batch in order.tensor_split(num_batches(len(items), config.batch_size)):
+        rows = {name: items.rows(name, batch) for name in items.vectors}
+        here = {name: mask[batch] for name, mask in items.present.items()}
+        encoded, losses = model(rows, here)
+        optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        optimizer.step()
+        totals.append(losses.total.detach())
+        for name, found in encoded.items():
+            codes[name].append(found.quantized.codes)
+            residuals[name] = found.quantized.residuals
+            for part, value in losses.parts[name].items():
+                parts[name].setdefault(part, []).append(value.detach())
+    used = {name: code_usage(torch.cat(found), config.num_codes) for name, found in codes.items()}
+    if config.restart_dead_codes:
+        for name, found in residuals.items():
+            model.autoencoders[name].quantizer.restart(used[name], found, restarts)
+    mean_parts = {
+        name: {part: float(torch.stack(values).mean()) for part, values in found.items()}
+        for name, found in parts.items()
+    }
+    shares = {name: found.double().mean(dim=1).tolist() for name, found in used.items()}
+    return float(torch.stack(totals).mean()), mean_parts, shares
+
+
+def num_batches(num_items: int, batch_size: int) -> int:
+    """Fewest batches of equal size, none above batch_size, none below two items."""
+    return max(1, min(-(-num_items // batch_size), num_items // 2))
+
+
+def code_usage(codes: Tensor, num_codes: int) -> Tensor:
+    """Which codes occur in codes (n, L): bool (L, K), on the CPU."""
+    used = torch.zeros(codes.shape[1], num_codes, dtype=torch.bool, device=codes.device)
+    return used.scatter_(1, codes.T, True).cpu()
+
+
+def describe_usage(used: Mapping[str, list[float]], config: LearnSemanticIdsConfig) -> str:
+    """Dead codes per level while training, as people read it."""
+    return "dead codes " + ", ".join(
+        f"{name} {' '.join(str(round((1 - share) * config.num_codes)) for share in found)}"
+        for name, found in used.items()
+    )
+
+
+@contextlib.contextmanager
+def matrix_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Number format of matrix products inside: float32, tf32 (CUDA alone), or bfloat16 by autocast."""
+    before = torch.get_float32_matmul_precision()
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
