@@ -21,6 +21,10 @@ TEXT_FIELDS: dict[str, set[str]] = {
     "openclip": {
         *("model", "pretrained", "columns", "template", "batch_size", "dtype", "normalise", "missing"),
     },
+    "llm2clip": {
+        *("model", "revision", "adapter", "columns", "template", "max_tokens"),
+        *("batch_size", "dtype", "normalise", "missing"),
+    },
 }
 """Fields that take effect, by text encoder. ``none`` switches the whole group off, whatever it holds, so
 that one setting takes a modality out of a recipe."""
@@ -35,6 +39,9 @@ IMAGE_FIELDS: dict[str, set[str]] = {
     "openclip": {
         *("model", "pretrained", "batch_size", "dtype", "max_pixels", "on_error", "normalise", "missing"),
     },
+    "llm2clip": {
+        *("model", "revision", "batch_size", "dtype", "max_pixels", "on_error", "normalise", "missing"),
+    },
 }
 """Fields that take effect, by image encoder."""
 
@@ -43,16 +50,23 @@ IMAGE_FIELDS: dict[str, set[str]] = {
 class TextEncoderConfig:
     """How item texts become vectors."""
 
-    encoder: Literal["tfidf", "huggingface", "openclip", "precomputed", "none"] = "tfidf"
+    encoder: Literal["tfidf", "huggingface", "openclip", "llm2clip", "precomputed", "none"] = "tfidf"
     """tfidf: TF-IDF and truncated SVD, no download; huggingface: any transformers AutoModel;
-    openclip: the text side of a CLIP; precomputed: vectors from a file; none: no text."""
+    openclip: the text side of a CLIP; llm2clip: the paper's, a Llama with an adapter into CLIP's space;
+    precomputed: vectors from a file; none: no text."""
 
     model: str | None = None
-    """huggingface: Hub id or local folder; openclip: a model name such as ViT-bigG-14, or
-    hf-hub:owner/name, or local-dir:folder."""
+    """huggingface: Hub id or local folder; openclip: a model name such as ViT-bigG-14 (others with 1280
+    numbers: ViT-bigG-14-quickgelu, ViT-bigG-14-CLIPA, PE-Core-bigG-14-448), or hf-hub:owner/name, or
+    local-dir:folder; llm2clip: the language model, none: the paper's
+    (microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned)."""
+
+    adapter: str | None = None
+    """llm2clip: Hub id or local folder of the CLIP with the text adapter; none: the paper's
+    (microsoft/LLM2CLIP-Openai-L-14-336)."""
 
     revision: str | None = None
-    """huggingface: commit or branch of the model on the Hub; none: the newest."""
+    """huggingface, llm2clip: commit or branch of the model on the Hub; none: the newest."""
 
     pretrained: str | None = None
     """openclip: name of the weights, such as laion2b_s39b_b160k, or a .safetensors file."""
@@ -72,7 +86,8 @@ class TextEncoderConfig:
     head if it has one (CLIP, SigLIP), else mean."""
 
     max_tokens: int | None = None
-    """huggingface: longest text in tokens, the rest is cut off; none: what the model takes, at most 512."""
+    """huggingface, llm2clip: longest text in tokens, the rest is cut off; none: what the model takes, at most
+    512."""
 
     dim: int = 128
     """tfidf: width after the SVD; fewer if the texts do not span as many directions."""
@@ -81,11 +96,11 @@ class TextEncoderConfig:
     """tfidf: seed of the randomised SVD."""
 
     batch_size: int = 64
-    """huggingface, openclip: texts per forward pass."""
+    """huggingface, openclip, llm2clip: texts per forward pass."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """huggingface, openclip: number format of the model; auto: float32 on a CPU, else as the weights
-    are stored (openclip: float16)."""
+    """huggingface, openclip, llm2clip: number format of the model; auto: float32 on a CPU, else as the
+    weights are stored (openclip: float16; llm2clip: bfloat16 for texts, float16 for pictures)."""
 
     normalise: bool = False
     """Scale every vector to length 1."""
@@ -118,17 +133,18 @@ class TextEncoderConfig:
 class ImageEncoderConfig:
     """How item pictures become vectors."""
 
-    encoder: Literal["classical", "huggingface", "openclip", "precomputed", "none"] = "classical"
+    encoder: Literal["classical", "huggingface", "openclip", "llm2clip", "precomputed", "none"] = "classical"
     """classical: colour histogram, gradient histogram and PCA, no download; huggingface: any
-    transformers vision model or CLIP; openclip: the image side of a CLIP; precomputed: vectors
-    from a file; none: no pictures."""
+    transformers vision model or CLIP; openclip: the image side of a CLIP; llm2clip: the paper's CLIP;
+    precomputed: vectors from a file; none: no pictures."""
 
     model: str | None = None
-    """huggingface: Hub id or local folder; openclip: a model name such as ViT-bigG-14, or
-    hf-hub:owner/name, or local-dir:folder."""
+    """huggingface: Hub id or local folder; openclip: a model name such as ViT-bigG-14 (others with 1280
+    numbers: see the text's), or hf-hub:owner/name, or local-dir:folder; llm2clip: none: the paper's
+    (microsoft/LLM2CLIP-Openai-L-14-336)."""
 
     revision: str | None = None
-    """huggingface: commit or branch of the model on the Hub; none: the newest."""
+    """huggingface, llm2clip: commit or branch of the model on the Hub; none: the newest."""
 
     pretrained: str | None = None
     """openclip: name of the weights, such as laion2b_s39b_b160k, or a .safetensors file."""
@@ -147,11 +163,11 @@ class ImageEncoderConfig:
     """classical: seed of the PCA where it is randomised."""
 
     batch_size: int = 64
-    """huggingface, openclip: pictures per forward pass."""
+    """huggingface, openclip, llm2clip: pictures per forward pass."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """huggingface, openclip: number format of the model; auto: float32 on a CPU, else as the weights
-    are stored (openclip: float16)."""
+    """huggingface, openclip, llm2clip: number format of the model; auto: float32 on a CPU, else as the
+    weights are stored (openclip: float16; llm2clip: bfloat16 for texts, float16 for pictures)."""
 
     max_pixels: int = 50_000_000
     """Largest picture that is decoded, width times height; a larger one counts as broken."""

@@ -122,6 +122,16 @@ def text_encoder(config: TextEncoderConfig, texts: list[str]) -> Encoder:
             max_tokens=config.max_tokens,
             dtype=config.dtype,
         )
+    if config.encoder == "llm2clip":
+        from llmrec.encoders import llm2clip
+
+        return llm2clip.TextEncoder(
+            config.model or llm2clip.TEXT_MODEL,
+            adapter=config.adapter or llm2clip.CLIP_MODEL,
+            revision=config.revision,
+            max_tokens=config.max_tokens,
+            dtype=config.dtype,
+        )
     from llmrec.encoders.openclip import OpenClipEncoder
 
     return OpenClipEncoder("text", model=config.model, pretrained=config.pretrained, dtype=config.dtype)
@@ -138,6 +148,12 @@ def image_encoder(config: ImageEncoderConfig) -> Encoder:
 
         return ImageEncoder(
             config.model, revision=config.revision, pooling=config.pooling, dtype=config.dtype
+        )
+    if config.encoder == "llm2clip":
+        from llmrec.encoders import llm2clip
+
+        return llm2clip.ImageEncoder(
+            config.model or llm2clip.CLIP_MODEL, revision=config.revision, dtype=config.dtype
         )
     from llmrec.encoders.openclip import OpenClipEncoder
 

@@ -212,5 +212,5 @@ def sinkhorn(distances: Tensor, eps: float, iterations: int) -> Tensor:
     column = kernel.new_ones(codes)
     for _ in range(iterations):
         row = 1 / (size * (kernel @ column))
-        column = 1 / (codes * (row @ kernel))
+        column = 1 / (codes * (kernel.T @ row))
     return kernel.mul_(row[:, None]).mul_(column * size)
