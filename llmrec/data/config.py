@@ -71,13 +71,26 @@ class SampleMarketConfig:
 class PrepareDataConfig:
     """Where interactions and items come from, and how they are filtered and split."""
 
-    source: Literal["sample_market", "table", "sequences"] = "sample_market"
-    """sample_market: the built-in world; table: CSV or parquet files; sequences: text lines
-    `user item item ...`, oldest item first."""
+    source: Literal["sample_market", "table", "sequences", "amazon_2014"] = "sample_market"
+    """sample_market: the built-in world; table: CSV, parquet or raw files; sequences: text lines
+    `user item item ...`, oldest item first; amazon_2014: a category by name, fetched where it is absent."""
+
+    category: Literal["beauty", "toys_and_games", "sports_and_outdoors"] | None = None
+    """source=amazon_2014: which 5-core category."""
+
+    folder: str | None = None
+    """source=amazon_2014: where its files are, or are fetched to."""
+
+    mirrors: tuple[str, ...] = ()
+    """source=amazon_2014: addresses of folders that hold its files, tried before the public one."""
+
+    offline: bool = False
+    """Fetch nothing: files of source=amazon_2014, and pictures, must be there or count as missing."""
 
     interactions: str | None = None
     """File of interactions. source=table: .csv, .tsv, .parquet, one JSON object a line (.json, .jsonl, packed
-    or not: Amazon 2014, 2018 and 2023 as they are), MovieLens .dat; source=sequences: text."""
+    or not: Amazon 2014, 2018 and 2023 as they are), MovieLens .dat, or hub:NAME[:CONFIG[:SPLIT]], a data set
+    on the Hub or a folder; source=sequences: text."""
 
     items: str | None = None
     """File of items, of the same kinds as tables; none: items are known by their id alone."""
@@ -105,6 +118,20 @@ class PrepareDataConfig:
 
     image_column: str | None = None
     """Column of the picture's path in the items file, relative to that file's folder; none: no pictures."""
+
+    image_url_column: str | None = None
+    """Column of the picture's address in the items file (of several, joined by a bar, the first); pictures of
+    the items that stay are fetched into image_folder."""
+
+    image_folder: str | None = None
+    """Where fetched pictures are kept and looked up, with a status for every item (status.parquet)."""
+
+    incomplete_items: Literal["keep", "drop"] = "keep"
+    """Items without a title, or without a picture where there are pictures: drop them after the k-core
+    filter, and then users with fewer than k_core interactions left, as MME-SID does."""
+
+    exclude_items: str | None = None
+    """File with raw ids of items to drop, one a line, at the same point and with the same consequence."""
 
     unknown_items: Literal["error", "drop"] = "error"
     """Interactions with an item that the items file lacks: refuse, or drop and count."""
@@ -137,6 +164,10 @@ class PrepareDataConfig:
             unused = set(self.__dataclass_fields__) - {"source", "seed", "market"}
             self._refuse(unused, "source='sample_market'")
             return
+        if self.source == "amazon_2014":
+            self._check_named()
+            return
+        self._refuse({"category", "folder", "mirrors"}, f"source={self.source!r}")
         require(
             self.interactions is not None,
             f"prepare_data.interactions must be the path of a file with source={self.source!r}, got none",
@@ -147,9 +178,37 @@ class PrepareDataConfig:
             self._refuse(lacks, "source='sequences', whose lines hold no times, ratings or column names")
         if self.items is None:
             about_items = {"title_column", "text_columns", "image_column", "unknown_items"}
+            about_items |= {"image_url_column", "image_folder", "incomplete_items"}
             if self.source == "sequences":
                 about_items.add("item_column")
             self._refuse(about_items, "no items file")
+        require(
+            self.image_url_column is None or self.image_column is None,
+            "prepare_data.image_column must be none where prepare_data.image_url_column is set, got "
+            f"{self.image_column!r}",
+        )
+        require(
+            (self.image_url_column is None) == (self.image_folder is None),
+            "prepare_data.image_url_column and prepare_data.image_folder must be given together, got "
+            f"{self.image_url_column!r} and {self.image_folder!r}",
+        )
+        if self.image_url_column is None:
+            self._refuse({"offline"}, "nothing to fetch")
+        self._check_split()
+
+    def _check_named(self) -> None:
+        for name in ("category", "folder"):
+            require(
+                getattr(self, name) is not None,
+                f"prepare_data.{name} must be set with source='amazon_2014', got none",
+            )
+        known = {"user_column", "item_column", "timestamp_column", "title_column", "text_columns"}
+        known |= {"rating_column", "image_column", "image_url_column", "unknown_items"}
+        unused = {"interactions", "items", "market", *known}
+        self._refuse(unused, "source='amazon_2014', whose files and columns are known")
+        self._check_split()
+
+    def _check_split(self) -> None:
         if self.split == "leave_one_out":
             self._refuse({"valid_rate", "test_rate"}, "split='leave_one_out'")
         if self.ties == "file":
@@ -157,14 +216,18 @@ class PrepareDataConfig:
 
     def source_files(self) -> dict[str, str]:
         """The users' own files that the result depends on, by setting."""
-        named = {"interactions": self.interactions, "items": self.items}
+        named = {
+            "interactions": self.interactions,
+            "items": self.items,
+            "exclude_items": self.exclude_items,
+        }
         return {name: path for name, path in named.items() if path is not None}
 
     @property
     def least_interactions(self) -> int:
         """k of the k-core filter; 0 if there is none."""
         if self.k_core is None:
-            return 5 if self.source == "table" else 0
+            return 5 if self.source in ("table", "amazon_2014") else 0
         return self.k_core
 
     def _check_values(self) -> None:
@@ -176,7 +239,7 @@ class PrepareDataConfig:
         )
         require(self.seed >= 0, f"prepare_data.seed must be >= 0, got {self.seed}")
         require(
-            (self.rating_column is None) == (self.min_rating is None),
+            self.source == "amazon_2014" or (self.rating_column is None) == (self.min_rating is None),
             "prepare_data.rating_column and prepare_data.min_rating must be given together, got "
             f"{self.rating_column!r} and {self.min_rating}",
         )

@@ -10,8 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec.data.config import PrepareDataConfig
+from llmrec.data.pictures import PictureLimits, fetch_pictures
 from llmrec.data.sources import Log, file_row, id_column, read_table, text_column
 from llmrec.errors import DataError
+
+PICTURE_LIMITS = PictureLimits()
 
 
 class ItemFile:
@@ -24,10 +27,12 @@ class ItemFile:
     def __init__(self, config: PrepareDataConfig) -> None:
         self.path = Path(config.items) if config.items is not None else None
         self.title, self.texts, self.image = config.title_column, config.text_columns, config.image_column
+        self.url, self.folder, self.offline = config.image_url_column, config.image_folder, config.offline
+        self.fetched: dict[str, str | None] = {}
         self.columns: dict[str, pa.ChunkedArray] = {}
         if self.path is None:
             return
-        optional = [name for name in (self.title, *self.texts, self.image) if name is not None]
+        optional = [name for name in (self.title, *self.texts, self.image, self.url) if name is not None]
         table = read_table(self.path, [config.item_column, *optional])
         self.ids = id_column(table, self.path, config.item_column).combine_chunks()
         self.columns = {name: text_column(table, name) for name in optional}
@@ -36,6 +41,8 @@ class ItemFile:
     @property
     def root(self) -> Path | None:
         """Folder that picture paths are relative to."""
+        if self.url is not None:
+            return Path(self.folder).resolve()
         return None if self.path is None or self.image is None else self.path.resolve().parent
 
     def knows(self, log: Log, what: str) -> np.ndarray:
@@ -76,8 +83,27 @@ class ItemFile:
             images = [name if name and (self.root / name).is_file() else None for name in given]
             counts["items_without_picture_path"] = given.count("")
             counts["missing_picture_files"] = images.count(None) - given.count("")
+        if self.url is not None:
+            images, more = self.fetch(raw_ids, taken[self.url].to_pylist())
+            counts |= more
         counts["items_without_interactions"] = len(self.ids) - len(names)
         return pa.table(columns | {"image_path": pa.array(images, pa.string())}), counts
+
+    def fetch(self, raw_ids: np.ndarray, given: list[str]) -> tuple[list[str | None], dict[str, int]]:
+        """Paths of the items' pictures, fetched where they are not there; and counts by status."""
+        wanted = [(item, url.split("|")[0].strip()) for item, url in zip(raw_ids, given)]
+        wanted = [(item, url) for item, url in wanted if url]
+        new = [(item, url) for item, url in wanted if url not in self.fetched]
+        if new:
+            found = fetch_pictures(new, Path(self.folder), PICTURE_LIMITS, offline=self.offline)
+            self.fetched |= {picture.url: picture.path for picture in found}
+        place = {item: self.fetched[url] for item, url in wanted}
+        images = [place.get(item) for item in raw_ids]
+        counts = {
+            "items_without_picture_address": len(images) - len(wanted),
+            "pictures_not_fetched": len(wanted) - sum(image is not None for image in images),
+        }
+        return images, counts
 
     def _refuse_second_rows(self, column: str) -> None:
         encoded = self.ids.dictionary_encode().indices.to_numpy()

@@ -13,8 +13,9 @@ from llmrec.data import splits, ties
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.filters import first_of_duplicates, k_core
 from llmrec.data.items import ItemFile
+from llmrec.data.named import resolve, warnings_of_counts
 from llmrec.data.sample_market import sample_market
-from llmrec.data.sources import Log, read_log, read_sequences
+from llmrec.data.sources import Log, is_hub, read_log, read_sequences
 from llmrec.data.summary import future_rate, log_summary, summarise, warnings_of
 from llmrec.errors import DataError
 from llmrec.pipeline import sha256
@@ -25,7 +26,8 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
 
     Users and items are numbered in the order of their raw ids (as numbers if all are whole numbers, else
     as text), so the result does not depend on the order of rows, except for ties in file order. Filters
-    apply in this order: unknown items, rating, duplicates, k-core.
+    apply in this order: unknown items, rating, duplicates, k-core, excluded and incomplete items with the
+    users who then have too few interactions (once, not again and again: MME-SID's rule).
 
     What happens to imperfect data, counted in the summary:
 
@@ -46,6 +48,9 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
         data = sample_market(config.market, config.seed)
         log_summary(data.summary)
         return data
+    asked = config
+    if config.source == "amazon_2014":
+        config = resolve(config)
     path = Path(config.interactions)
     if config.source == "sequences":
         log = read_sequences(path)
@@ -60,7 +65,7 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
     item_file = ItemFile(config)
     rows = filter_rows(config, log, item_file)
     summary = {
-        "source": config.source,
+        "source": asked.source,
         "files": files_of(config),
         "read": {"users": len(log.users), "items": len(log.items), "interactions": len(log)},
     }
@@ -68,7 +73,8 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
         summary["times_are_positions"] = times_are_positions(log)
     order_rows(config, rows, summary)
     split = split_rows(config, rows, summary)
-    return assemble(rows, split, item_file, summary)
+    unexpected = warnings_of_counts(asked, (len(rows.users), len(rows.items), len(rows.user)))
+    return assemble(rows, split, item_file, summary, unexpected)
 
 
 @dataclass(kw_only=True)
@@ -122,6 +128,7 @@ def filter_rows(config: PrepareDataConfig, log: Log, item_file: ItemFile) -> Row
         rows.keep(first_of_duplicates(rows.user, rows.item, rows.timestamp), "duplicate")
     if config.least_interactions:
         rows.keep(k_core(rows.user, rows.item, config.least_interactions), "k_core")
+    drop_items(config, rows, item_file)
     if not len(rows.user):
         reasons = ", ".join(f"{reason}: {count}" for reason, count in rows.dropped.items() if count)
         raise DataError(
@@ -129,6 +136,37 @@ def filter_rows(config: PrepareDataConfig, log: Log, item_file: ItemFile) -> Row
             "prepare_data.k_core or prepare_data.min_rating, or give more data"
         )
     return rows
+
+
+def drop_items(config: PrepareDataConfig, rows: Rows, item_file: ItemFile) -> None:
+    """Drop excluded and incomplete items, and then users with too few interactions left.
+
+    Raises:
+        DataError: the file of excluded items is absent, or names none that is here.
+    """
+    before = len(rows.user)
+    if config.exclude_items is not None:
+        path = Path(config.exclude_items)
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        names = {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()} - {""}
+        excluded = np.array([item in names for item in rows.items.tolist()], dtype=bool)
+        if not excluded.any():
+            raise DataError(
+                f"{path}: none of its {len(names)} ids is an item here; expected one raw id a line"
+            )
+        rows.keep(~excluded[rows.item], "excluded_item")
+    if config.incomplete_items == "drop":
+        table, _ = item_file.table(rows.items)
+        incomplete = np.zeros(len(rows.items), dtype=bool)
+        if config.title_column is not None:
+            incomplete |= np.array(table["title"].to_pylist()) == ""
+        if item_file.root is not None:
+            incomplete |= table["image_path"].is_null().to_numpy()
+        rows.keep(~incomplete[rows.item], "incomplete_item")
+    if len(rows.user) < before:
+        count = np.bincount(rows.user, minlength=len(rows.users))
+        rows.keep(count[rows.user] >= config.least_interactions, "short_user")
 
 
 def order_rows(config: PrepareDataConfig, rows: Rows, summary: dict[str, Any]) -> None:
@@ -179,12 +217,14 @@ def split_rows(config: PrepareDataConfig, rows: Rows, summary: dict[str, Any]) -
     return split[split >= 0]
 
 
-def assemble(rows: Rows, split: np.ndarray, item_file: ItemFile, summary: dict[str, Any]) -> Interactions:
+def assemble(
+    rows: Rows, split: np.ndarray, item_file: ItemFile, summary: dict[str, Any], unexpected: list[str]
+) -> Interactions:
     """Put the artefact together, with the figures a reader of results needs."""
     train_count = np.bincount(rows.item[split == splits.TRAIN], minlength=len(rows.items))
     items, counts = item_file.table(rows.items)
     summary |= {"dropped": rows.dropped, **counts, **summarise(rows.offset, split, train_count)}
-    summary["warnings"] = warnings_of(summary)
+    summary["warnings"] = unexpected + warnings_of(summary)
     log_summary(summary)
     return Interactions(
         user_raw_ids=rows.users.tolist(),
@@ -215,6 +255,9 @@ def files_of(config: PrepareDataConfig) -> dict[str, dict[str, Any]]:
     for what in ("interactions", "items"):
         if (name := getattr(config, what)) is not None:
             path = Path(name)
+            if is_hub(path):
+                found[what] = {"name": name}
+                continue
             found[what] = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
     return found
 

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from llmrec.data.hub import PREFIX, read_hub
 from llmrec.data.raw import kind_of, lines_of, read_dat, read_json_lines
 from llmrec.errors import DataError
 
@@ -126,6 +127,8 @@ def read_table(path: Path, columns: list[str]) -> pa.Table:
     Raises:
         DataError: missing or empty file, a missing column, not UTF-8, rows of a wrong length.
     """
+    if is_hub(path):
+        return read_hub(str(path), list(dict.fromkeys(columns)))
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     suffix = path.suffix.lower()
@@ -148,6 +151,11 @@ def read_table(path: Path, columns: list[str]) -> pa.Table:
     if table.num_rows == 0:
         raise DataError(f"{path} has no rows of data; expected at least one")
     return table
+
+
+def is_hub(path: Path) -> bool:
+    """Whether this is the address of a data set on the Hub, see `llmrec.data.hub`."""
+    return str(path).startswith(PREFIX)
 
 
 def _read_csv(path: Path, columns: list[str]) -> pa.Table:
@@ -212,7 +220,7 @@ def _not_utf8(path: Path) -> DataError:
 
 def file_row(path: Path, index: int) -> int:
     """Row in the file, as a person counts them, of the row of data at this index."""
-    if path.suffix.lower() == ".parquet":
+    if path.suffix.lower() == ".parquet" or is_hub(path):
         return index + 1
     if kind_of(path) in RAW_READERS:
         return next(itertools.islice(lines_of(path, "latin-1"), index, None))[0]

@@ -213,7 +213,8 @@ def wrapping(tokenizer: Any, model: str, where: str) -> tuple[list[int], int]:
     if absent or tokenizer.bos_token_id is None:
         raise ConfigError(
             f"{where}.model: the tokenizer of {model} has no "
-            f"{', '.join(absent) or 'token for the beginning'}; encoder=llm2clip needs a Llama 3 Instruct one. For other models use encoder=huggingface"
+            f"{', '.join(absent) or 'token for the beginning'}; encoder=llm2clip "
+            "needs a Llama 3 Instruct one. For other models use encoder=huggingface"
         )
     start, stop, end = (known[name] for name in names)
     role, blank = (tokenizer.encode(text, add_special_tokens=False) for text in ("user", "\n\n"))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections import Counter
+
 import pytest
 
 from llmrec.data.config import PrepareDataConfig
@@ -42,6 +46,26 @@ def test_the_published_sequences_have_the_published_counts(real_data):
     assert len(targets) == 150_041
     assert (targets.start == targets.stop).sum() == 22_196
     assert (data.train_count[1:] == 0).sum() == 33
+
+
+def test_the_rule_of_mme_sid_gives_its_published_sequences(real_data, tmp_path):
+    """15 items go, then users with fewer than 5 interactions left; nothing else."""
+    folder = real_data / "beauty"
+    published = json.loads((folder / "item_ids_mme_sid.json").read_text())
+    config = PrepareDataConfig(source="table", interactions=str(folder / "interactions.csv"))
+    classic = prepare_data(config)
+    gone = sorted(set(classic.raw_ids) - set(published))
+    assert len(gone) == 15
+    (tmp_path / "gone.txt").write_text("\n".join(gone))
+    made = prepare_data(dataclasses.replace(config, exclude_items=str(tmp_path / "gone.txt")))
+    assert made.summary["dropped"]["short_user"] > 0
+    ours = Counter(
+        tuple(made.raw_ids[item - 1] for item in made.item[start:stop])
+        for start, stop in zip(made.offset, made.offset[1:])
+    )
+    lines = (folder / "sequences_mme_sid.txt").read_text().splitlines()
+    theirs = Counter(tuple(published[int(item) - 1] for item in line.split()[1:]) for line in lines)
+    assert ours == theirs and ours.total() == 22_332
 
 
 def test_movielens_keeps_its_posters_and_knows_that_its_times_are_positions(real_data):

@@ -1,0 +1,276 @@
+"""Downloads that resume, check themselves, and never leave a file that looks complete and is not.
+
+Bytes go to NAME.part, beside which NAME.part.json says what they belong to. Only when the size and, where
+known, the sha256 agree is the file renamed to its name, so a file with that name is whole. A process that is
+killed leaves the part, and the next one goes on from there.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from urllib3.exceptions import HTTPError
+
+from llmrec.data.web import RefusedError, RetryError, request, short, shown
+from llmrec.errors import DataError
+from llmrec.pipeline import sha256
+from llmrec.progress import progress
+
+logger = logging.getLogger("llmrec")
+
+CHUNK = 1 << 16
+SPARE_BYTES = 1 << 26
+"""Disk space that must stay free."""
+
+LEAST_BYTES = 1024
+"""A server that sends fewer bytes than this in `timeout_seconds` has stalled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteFile:
+    """A file, where it can be had, and how to tell that it is whole."""
+
+    name: str
+    urls: tuple[str, ...]
+    """Mirrors, tried in this order"""
+    num_bytes: int | None = None
+    """Size, where known"""
+    sha256: str | None = None
+    """Hash, where known"""
+
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name or self.name in ("", ".", ".."):
+            raise DataError(f"{self.name!r} is no name of a file")
+
+
+def download(
+    file: RemoteFile,
+    folder: Path,
+    *,
+    offline: bool = False,
+    retries: int = 5,
+    timeout_seconds: float = 30.0,
+    pause_seconds: float = 1.0,
+    public_only: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Path:
+    """Path of the file in folder, fetched if it is not there.
+
+    A file that is there is checked against size and hash where these are known, and never overwritten.
+
+    Args:
+        file: what to fetch.
+        folder: where to; made if absent.
+        offline: use what is there, or fail.
+        retries: rounds over all mirrors after the first, with growing pauses.
+        timeout_seconds: for connections, for reads, and for LEAST_BYTES to arrive.
+        pause_seconds: pause before the first repeat; doubled each time, at most a minute.
+        public_only: refuse private addresses, see `web.request`.
+        sleep: waits so many seconds.
+
+    Raises:
+        DataError: no mirror gave the file, the one that is there is not the right one, or the disk is full.
+    """
+    path = folder / file.name
+    if path.exists():
+        check_file(path, file)
+        return path
+    if offline:
+        raise DataError(
+            f"{path} is not there and may not be fetched (offline); put it there, from {file.urls[0]}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    mirrors, reasons = list(file.urls), {}
+    for attempt in range(retries + 1):
+        wait = None
+        for url in list(mirrors):
+            try:
+                fetch(file, url, path, timeout_seconds, public_only)
+                return path
+            except RefusedError as error:
+                mirrors.remove(url)
+                reasons[url] = str(error)
+            except RetryError as error:
+                reasons[url] = str(error)
+                wait = error.wait_seconds if error.wait_seconds is not None else wait
+            logger.warning("download of %s: %s", file.name, reasons[url])
+        if not mirrors or attempt == retries:
+            break
+        pause = min(60.0, pause_seconds * 2**attempt) * random.uniform(0.75, 1.25)
+        sleep(max(pause, min(wait or 0.0, 300.0)))
+    raise DataError(
+        f"{file.name} could not be fetched: {'; '.join(dict.fromkeys(reasons.values()))}. Run the same "
+        f"command again to go on from what has arrived, or put the file at {path} yourself"
+    )
+
+
+def fetch(file: RemoteFile, url: str, path: Path, timeout_seconds: float, public_only: bool) -> None:
+    """Fetch the file, or what is left of it, from one mirror, check it and give it its name.
+
+    Raises:
+        RefusedError: this mirror has another file, or none.
+        RetryError: something that may pass.
+        DataError: the disk is full.
+    """
+    part = path.with_name(path.name + ".part")
+    known = read_note(part)
+    have = part.stat().st_size if part.exists() else 0
+    # What came from elsewhere may be continued only if the hash will tell whether it fits.
+    if have and not (known.get("url") == url or file.sha256):
+        have = 0
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    if have and known.get("url") == url and known.get("validator"):
+        headers["If-Range"] = known["validator"]
+    with request(url, headers, timeout_seconds=timeout_seconds, public_only=public_only) as response:
+        start, total = extent(response)
+        if response.status == 416 and have:
+            part.unlink()
+            raise RetryError(f"{shown(url)}: what has arrived does not fit any more; begin anew")
+        if response.status == 416 or start not in (0, have):
+            raise RetryError(f"{shown(url)} answers with bytes from {start} on, asked were {have}")
+        if file.num_bytes is not None and total is not None and total != file.num_bytes:
+            raise RefusedError(f"{shown(url)} has {total:,} bytes, expected {file.num_bytes:,}")
+        check_space(path.parent, (total or file.num_bytes or 0) - start)
+        write_note(part, url, response.headers.get("ETag") or response.headers.get("Last-Modified"))
+        receive(response, part, start, total, url, timeout_seconds)
+    finish(file, part, path, total, url)
+
+
+def extent(response: Any) -> tuple[int, int | None]:
+    """First byte of the answer's body, and size of the whole file if the server says it."""
+    if response.status == 206:
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+        if match is None:
+            raise RetryError("an answer in part does not say which part (Content-Range)")
+        return int(match[1]), None if match[2] == "*" else int(match[2])
+    length = response.headers.get("Content-Length", "")
+    return 0, int(length) if length.isdigit() else None
+
+
+def receive(
+    response: Any, part: Path, start: int, total: int | None, url: str, timeout_seconds: float
+) -> None:
+    """Write the body behind the first `start` bytes of part; whatever arrived stays there.
+
+    Raises:
+        RetryError: the connection broke, stalled, or brought more than was announced.
+        DataError: the disk is full.
+    """
+    arrived, since = 0, time.monotonic()
+    with part.open("r+b" if start else "wb") as out:
+        out.seek(start)
+        out.truncate()
+        with progress(None, part.stem, total=total, unit="B") as bar:
+            bar.update(start)
+            try:
+                # read1 gives what has come, where read would wait for a whole chunk.
+                while block := response.read1(CHUNK):
+                    out.write(block)
+                    start, arrived = start + len(block), arrived + len(block)
+                    bar.update(len(block))
+                    if total is not None and start > total:
+                        raise RetryError(f"{shown(url)} sent more than the {total:,} bytes it announced")
+                    if time.monotonic() - since > timeout_seconds:
+                        if arrived < LEAST_BYTES:
+                            raise RetryError(f"{shown(url)} stalled after {start:,} bytes")
+                        arrived, since = 0, time.monotonic()
+            except (HTTPError, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                    check_space(part.parent, 1)
+                raise RetryError(f"{shown(url)} broke off after {start:,} bytes ({short(error)})") from None
+            finally:
+                out.flush()
+                os.fsync(out.fileno())
+
+
+def finish(file: RemoteFile, part: Path, path: Path, total: int | None, url: str) -> None:
+    """Check what arrived and rename it; a part that is wrong is deleted.
+
+    Raises:
+        RetryError: bytes are missing, or a packed file is damaged.
+        RefusedError: the hash is another one.
+    """
+    size = part.stat().st_size
+    wanted = file.num_bytes if file.num_bytes is not None else total
+    if wanted is not None and size < wanted:
+        raise RetryError(f"{shown(url)} broke off after {size:,} of {wanted:,} bytes")
+    if wanted is not None and size > wanted:
+        part.unlink()
+        raise RetryError(f"{shown(url)}: {size:,} bytes arrived, expected {wanted:,}")
+    if file.sha256 is not None and sha256(part) != file.sha256:
+        part.unlink()
+        raise RefusedError(f"{shown(url)} has another content (sha256) than expected")
+    if file.sha256 is None and path.name.endswith(".gz") and not whole_gzip(part):
+        part.unlink()
+        raise RetryError(f"{shown(url)}: the packed file that arrived is damaged")
+    os.replace(part, path)
+    note_of(part).unlink(missing_ok=True)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    logger.info("fetched %s, %s bytes%s", path, f"{size:,}", "" if file.sha256 else " (no known sha256)")
+
+
+def check_file(path: Path, file: RemoteFile) -> None:
+    """Raise DataError unless a file that is there is the one that is meant."""
+    size = path.stat().st_size
+    if file.num_bytes is not None and size != file.num_bytes:
+        raise DataError(
+            f"{path} has {size:,} bytes, expected {file.num_bytes:,}; delete it to fetch it again"
+        )
+    if file.sha256 is not None and sha256(path) != file.sha256:
+        raise DataError(f"{path} has another content (sha256) than expected; delete it to fetch it again")
+
+
+def check_space(folder: Path, wanted: int) -> None:
+    """Raise DataError unless so many bytes fit on the disk."""
+    free = shutil.disk_usage(folder).free
+    if wanted > 0 and free < wanted + SPARE_BYTES:
+        raise DataError(
+            f"{folder}: {wanted / 1e6:,.0f} MB do not fit on the disk, which has {free / 1e6:,.0f} MB left; "
+            "free some space and run the same command again"
+        )
+
+
+def whole_gzip(path: Path) -> bool:
+    """Whether a packed file unpacks to its end, checksum included."""
+    try:
+        with gzip.open(path, "rb") as handle:
+            while handle.read(1 << 20):
+                pass
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        return False
+    return True
+
+
+def note_of(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def read_note(part: Path) -> dict[str, Any]:
+    """Where a part came from; nothing if that is not known."""
+    try:
+        found = json.loads(note_of(part).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_note(part: Path, url: str, validator: str | None) -> None:
+    scratch = part.with_name(part.name + ".json.tmp")
+    scratch.write_text(json.dumps({"url": url, "validator": validator}), encoding="utf-8")
+    os.replace(scratch, note_of(part))

@@ -1,0 +1,179 @@
+"""One request at a time over HTTP and HTTPS, with what a careful fetcher checks at every redirect.
+
+An address from a data file can be anything. With public_only, a host whose name leads to an address of a
+private network, this machine or a reserved block is refused, and the connection is made to the very address
+that was checked, so that a name that changes between the two gains nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import ipaddress
+import socket
+import ssl
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+
+import urllib3
+from urllib3.exceptions import HTTPError, LocationValueError
+
+MAX_REDIRECTS = 5
+AGENT = "llmrec (+https://pypi.org/project/llmrec)"
+
+
+class RefusedError(Exception):
+    """Trying again will not help: the address, the redirect or the answer is not acceptable."""
+
+
+class RetryError(Exception):
+    """Trying again may help.
+
+    Args:
+        reason: one line.
+        wait_seconds: what the server asked for, if it did.
+    """
+
+    def __init__(self, reason: str, wait_seconds: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait_seconds = wait_seconds
+
+
+@contextlib.contextmanager
+def request(
+    url: str,
+    headers: dict[str, str] | None = None,
+    *,
+    timeout_seconds: float = 30.0,
+    public_only: bool = True,
+) -> Iterator[urllib3.BaseHTTPResponse]:
+    """The answer to a GET, redirects followed, its body not read yet.
+
+    Args:
+        url: http or https.
+        headers: sent with every request of the chain.
+        timeout_seconds: for the connection and for every read.
+        public_only: refuse addresses that are not public.
+
+    Raises:
+        RefusedError: wrong scheme, private address, too many redirects, or a 4xx answer other than 408, 416,
+            425 and 429.
+        RetryError: no connection, a time-out, or any other answer that is not 200, 206 or 416.
+    """
+    for _ in range(MAX_REDIRECTS + 1):
+        response = send(url, headers or {}, timeout_seconds, public_only)
+        try:
+            target = response.get_redirect_location()
+            if not target:
+                check_status(response, url)
+                yield response
+                return
+        finally:
+            response.close()
+        url = urllib.parse.urljoin(url, target)
+    raise RefusedError(f"more than {MAX_REDIRECTS} redirects, the last to {shown(url)}")
+
+
+def send(
+    url: str, headers: dict[str, str], timeout_seconds: float, public_only: bool
+) -> urllib3.BaseHTTPResponse:
+    """Headers of the answer to one GET, nothing followed."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise RefusedError(f"{shown(url)} is no http or https address")
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        raise RefusedError(f"{shown(url)} has no valid port") from None
+    timeout = urllib3.Timeout(connect=timeout_seconds, read=timeout_seconds)
+    headers = {
+        "User-Agent": AGENT,
+        "Accept-Encoding": "identity",
+        "Host": parts.netloc.split("@")[-1],
+        **headers,
+    }
+    path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+    path += f"?{parts.query}" if parts.query else ""
+    options = {"headers": headers, "redirect": False, "retries": False, "preload_content": False}
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    try:
+        if proxy and not urllib.request.proxy_bypass(parts.hostname):
+            check_public(parts.hostname, port, public_only)
+            manager = urllib3.ProxyManager(proxy, timeout=timeout)
+            return manager.request("GET", urllib.parse.urlunsplit(parts._replace(fragment="")), **options)
+        address = check_public(parts.hostname, port, public_only)
+        if parts.scheme == "https":
+            pool = urllib3.HTTPSConnectionPool(
+                address,
+                port,
+                timeout=timeout,
+                ssl_context=ssl.create_default_context(),
+                server_hostname=parts.hostname,
+                assert_hostname=parts.hostname,
+            )
+        else:
+            pool = urllib3.HTTPConnectionPool(address, port, timeout=timeout)
+        return pool.urlopen("GET", path, **options)
+    except (LocationValueError, UnicodeError) as error:
+        raise RefusedError(f"{shown(url)} is no valid address ({error})") from None
+    except HTTPError as error:
+        raise RetryError(f"{shown(url)}: {short(error)}") from None
+
+
+def check_public(host: str, port: int, public_only: bool) -> str:
+    """The address to connect to.
+
+    Raises:
+        RefusedError: one of the host's addresses is not public.
+        RetryError: the name leads nowhere.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise RetryError(f"no address for {host} ({error})") from None
+    addresses = [entry[4][0] for entry in found]
+    private = [one for one in addresses if not ipaddress.ip_address(one.split("%")[0]).is_global]
+    if public_only and private:
+        raise RefusedError(f"{host} is at {private[0]}, which is no public address")
+    return addresses[0]
+
+
+def check_status(response: urllib3.BaseHTTPResponse, url: str) -> None:
+    """Raise for every answer that brings no content."""
+    status = response.status
+    if status in (200, 206, 416):
+        return
+    reason = f"{shown(url)} answers {status} {response.reason or ''}".rstrip()
+    if 400 <= status < 500 and status not in (408, 425, 429):
+        raise RefusedError(reason)
+    raise RetryError(reason, wait_of(response.headers.get("Retry-After")))
+
+
+def wait_of(header: str | None) -> float | None:
+    """Seconds of a Retry-After header, which is a number or a date."""
+    if not header:
+        return None
+    if header.strip().isdigit():
+        return float(header)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def shown(url: str) -> str:
+    """An address without user, password and query, which may be secret, and not too long."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        text = urllib.parse.urlunsplit((parts.scheme, parts.netloc.split("@")[-1], parts.path, "", ""))
+    except ValueError:
+        text = url.split("?")[0]
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def short(error: BaseException) -> str:
+    """A library's message in one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 160 else text[:157] + "..."

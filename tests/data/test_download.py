@@ -1,0 +1,206 @@
+"""Downloads from a real server that cuts, stalls, redirects and lies."""
+
+import gzip
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from bad_server import serving
+
+from llmrec.data import download as module
+from llmrec.data import web
+from llmrec.data.download import RemoteFile, download
+from llmrec.errors import DataError
+
+CONTENT = np.random.default_rng(0).bytes(200_000)
+SHA = hashlib.sha256(CONTENT).hexdigest()
+NAMES = {"a.bin": CONTENT, "a.csv.gz": gzip.compress(CONTENT)}
+
+
+@pytest.fixture(scope="module")
+def shared_server():
+    with serving(NAMES) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_server):
+    shared_server.asked.clear()
+    shared_server.times.clear()
+    shared_server.etag = '"one"'
+    return shared_server
+
+
+def get(server, folder, *ways, name="a.bin", sha=SHA, size=None, **options):
+    file = RemoteFile(
+        name=name, urls=tuple(server.url(f"/{way}/{name}") for way in ways), num_bytes=size, sha256=sha
+    )
+    pauses = options.pop("pauses", [])
+    return download(file, folder, timeout_seconds=0.5, sleep=pauses.append, **options)
+
+
+def left(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@pytest.mark.parametrize("way", ["good", "redirect", "norange", "cut", "cutchunks", "stall", "busy"])
+def test_what_can_be_had_arrives_whole_and_alone(server, tmp_path, way):
+    assert get(server, tmp_path / "new", way).read_bytes() == CONTENT
+    assert left(tmp_path / "new") == ["a.bin"]
+
+
+@pytest.mark.parametrize("way", ["cut", "stall"])
+def test_what_has_arrived_is_not_asked_for_again(server, tmp_path, way):
+    get(server, tmp_path, way)
+    first, second = server.ranges
+    assert first is None and second in ("bytes=100000-", "bytes=66666-")
+
+
+def test_a_file_that_changed_meanwhile_is_fetched_from_its_beginning(server, tmp_path):
+    with pytest.raises(DataError):
+        get(server, tmp_path, "cut", sha=None, retries=0)
+    assert left(tmp_path) == ["a.bin.part", "a.bin.part.json"]
+    server.etag = '"two"'
+    assert get(server, tmp_path, "cut", sha=None).read_bytes() == CONTENT
+
+
+def test_a_part_of_another_mirror_is_continued_only_if_the_hash_can_tell(server, tmp_path):
+    for sha, expected in ((SHA, "bytes=100000-"), (None, None)):
+        folder = tmp_path / str(sha)
+        with pytest.raises(DataError):
+            get(server, folder, "cut", sha=sha, retries=0)
+        server.times.clear()
+        assert get(server, folder, "good", sha=sha).read_bytes() == CONTENT
+        assert server.asked[-1] == ("/good/a.bin", expected)
+
+
+def test_a_part_that_is_not_of_this_file_is_found_out(server, tmp_path):
+    (tmp_path / "a.bin.part").write_bytes(b"x" * 1000)
+    with pytest.raises(DataError, match=r"another content \(sha256\)"):
+        get(server, tmp_path, "good")
+    assert left(tmp_path) == ["a.bin.part.json"]
+    assert get(server, tmp_path, "good").read_bytes() == CONTENT
+
+
+def test_a_part_longer_than_the_file_begins_anew(server, tmp_path):
+    (tmp_path / "a.bin.part").write_bytes(b"x" * 300_000)
+    assert get(server, tmp_path, "good").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("way", "options", "message"),
+    [
+        ("missing", {}, r"/missing/a.bin answers 404"),
+        ("broken", {}, r"answers 500"),
+        ("loop", {}, r"more than 5 redirects"),
+        ("longer", {}, r"broke off after 200,000 bytes"),
+        ("shorter", {}, r"another content \(sha256\)"),
+        ("shorter", {"sha": None, "size": 200_000}, r"has 100,000 bytes, expected 200,000"),
+        ("shorter", {"sha": None, "name": "a.csv.gz"}, r"the packed file that arrived is damaged"),
+        ("good", {"sha": "0" * 64}, r"another content \(sha256\) than expected"),
+        ("wrongrange", {}, r"answers with bytes from 5 on, asked were 0"),
+    ],
+)
+def test_what_is_wrong_never_gets_the_name_of_the_file(server, tmp_path, way, options, message):
+    with pytest.raises(DataError, match=rf"a\.\S+ could not be fetched: .*{message}.*Run the same command"):
+        get(server, tmp_path, way, retries=1, **options)
+    assert not (tmp_path / "a.bin").exists() and not (tmp_path / "a.csv.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("file:///etc/hosts", "no http or https address"), ("ftp://a.b/c", "no http or https address")],
+)
+def test_redirects_lead_to_no_other_scheme(server, tmp_path, target, message):
+    file = RemoteFile(name="x", urls=(server.url(f"/to/{target}"),))
+    with pytest.raises(DataError, match=message):
+        download(file, tmp_path, retries=0)
+
+
+def test_private_addresses_are_refused_on_demand(server, tmp_path):
+    for host in ("127.0.0.1", "localhost", "[::1]", "10.0.0.1", "169.254.169.254", "[::ffff:127.0.0.1]"):
+        file = RemoteFile(name="x", urls=(f"http://{host}:9/x",))
+        with pytest.raises(DataError, match=r"which is no public address"):
+            download(file, tmp_path, retries=0, public_only=True)
+
+
+def test_the_next_mirror_is_asked_and_a_lost_one_never_again(server, tmp_path):
+    assert get(server, tmp_path, "missing", "broken", "good").read_bytes() == CONTENT
+    assert [path for path, _ in server.asked] == ["/missing/a.bin", "/broken/a.bin", "/good/a.bin"]
+    server.asked.clear()
+    with pytest.raises(DataError, match=r"answers 404 .*answers 500"):
+        get(server, tmp_path / "b", "missing", "broken", retries=2)
+    assert [path.split("/")[1] for path, _ in server.asked] == ["missing", "broken", "broken", "broken"]
+
+
+def test_pauses_grow_and_the_server_may_ask_for_longer_ones(server, tmp_path):
+    pauses = []
+    with pytest.raises(DataError):
+        get(server, tmp_path, "broken", retries=4, pauses=pauses)
+    assert len(pauses) == 4 and pauses == sorted(pauses)
+    pauses = []
+    get(server, tmp_path, "busy", pauses=pauses)
+    assert pauses == [7.0]
+    assert web.wait_of("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and web.wait_of("soon") is None
+
+
+def test_a_file_that_is_there_is_checked_and_kept(server, tmp_path):
+    (tmp_path / "a.bin").write_bytes(CONTENT)
+    get(server, tmp_path, "good")
+    assert server.asked == []
+    (tmp_path / "a.bin").write_bytes(CONTENT[:-1] + b"!")
+    for options, message in (({}, "another content"), ({"sha": None, "size": 3}, "expected 3; delete it")):
+        with pytest.raises(DataError, match=message):
+            get(server, tmp_path, "good", **options)
+    assert server.asked == []
+
+
+def test_offline_uses_what_is_there_or_says_where_to_put_it(server, tmp_path):
+    with pytest.raises(
+        DataError, match=r"a.bin is not there and may not be fetched \(offline\); put it there"
+    ):
+        get(server, tmp_path, "good", offline=True)
+    assert server.asked == [] and left(tmp_path) == []
+
+
+def test_a_full_disk_is_named_before_a_byte_is_written(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SPARE_BYTES", 1 << 60)
+    with pytest.raises(DataError, match=r"do not fit on the disk"):
+        get(server, tmp_path, "good")
+    assert left(tmp_path) == []
+
+
+def test_names_cannot_leave_the_folder():
+    for name in ("../a", "a/b", "", ".."):
+        with pytest.raises(DataError, match="no name of a file"):
+            RemoteFile(name=name, urls=())
+
+
+def test_secrets_in_addresses_are_not_shown():
+    assert web.shown("https://me:secret@host.org/a/b?token=abc#x") == "https://host.org/a/b"
+
+
+def test_a_killed_download_goes_on_where_it_was(server, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from llmrec.data.download import *\n"
+        f"download(RemoteFile(name='a.bin', urls=(sys.argv[1],), sha256={SHA!r}), Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, server.url("/drip/a.bin"), str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    part = tmp_path / "a.bin.part"
+    for _ in range(600):
+        if part.exists() and part.stat().st_size > 20_000:
+            break
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    size = part.stat().st_size
+    assert 20_000 < size < len(CONTENT) and not (tmp_path / "a.bin").exists()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT and left(tmp_path) == ["a.bin"]
+    assert server.ranges == [None, f"bytes={size}-"]

@@ -1,0 +1,117 @@
+"""Pictures from a real server that misbehaves; nothing broken is ever kept."""
+
+import io
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from bad_server import serving
+from PIL import Image
+
+from llmrec.data.pictures import PictureLimits, fetch_pictures, name_of
+from llmrec.errors import DataError
+
+LIMITS = PictureLimits(
+    max_bytes=60_000, max_pixels=40_000, retries=1, timeout_seconds=0.5, public_only=False, num_threads=4
+)
+
+
+def picture(size=(60, 40), kind="PNG", seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, kind)
+    return out.getvalue()
+
+
+CONTENT = {
+    "a.png": picture(),
+    "b.jpg": picture(kind="JPEG", seed=1),
+    "large.png": picture((1000, 1000)),
+    "wide.jpg": picture((300, 200), "JPEG"),
+    "text.jpg": b"<html>no picture</html>",
+    "half.jpg": picture(kind="JPEG", seed=2)[:-800],
+    "vector.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+}
+
+
+@pytest.fixture
+def server():
+    with serving(CONTENT) as found:
+        yield found
+
+
+def run(server, folder, *paths, limits=LIMITS, **options):
+    wanted = [(f"item{number}", server.url(path)) for number, path in enumerate(paths)]
+    return fetch_pictures(wanted, folder, limits, sleep=lambda seconds: None, **options)
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != "status.parquet")
+
+
+def test_every_item_has_a_status_and_only_whole_pictures_are_kept(server, tmp_path):
+    cases = {
+        "/good/a.png": ("ok", None),
+        "/redirect/b.jpg": ("ok", None),
+        "/cut/b.jpg": ("ok", None),
+        "/cutchunks/a.png": ("ok", None),
+        "/stall/a.png": ("ok", None),
+        "/busy/a.png": ("ok", None),
+        "/missing/a.png": ("refused", "answers 404"),
+        "/good/large.png": ("refused", "bytes, more than 60,000"),
+        "/good/wide.jpg": ("refused", "300 x 200 pixels, more than 40,000"),
+        "/good/text.jpg": ("refused", "no picture that can be read"),
+        "/good/vector.svg": ("refused", "no picture that can be read"),
+        "/to/file:///etc/hosts": ("refused", "no http or https address"),
+        "/loop/a.png": ("refused", "more than 5 redirects"),
+        "/good/half.jpg": ("failed", "the picture is cut short"),
+        "/broken/a.png": ("failed", "answers 500"),
+        "/longer/a.png": ("failed", "broke off after"),
+    }
+    found = run(server, tmp_path, *cases)
+    for one, (path, (status, reason)) in zip(found, cases.items()):
+        assert one.status == status and one.url == server.url(path), one
+        assert reason is None or reason in one.reason, one
+    good = [one for one in found if one.status == "ok"]
+    assert files(tmp_path) == sorted(one.path for one in good)
+    for one in good:
+        assert Image.open(tmp_path / one.path).size == (one.width, one.height) == (60, 40)
+    table = pq.read_table(tmp_path / "status.parquet")
+    assert table.num_rows == len(cases) and set(table["status"].to_pylist()) == {"ok", "refused", "failed"}
+
+
+def test_what_is_there_or_refused_is_not_asked_for_again_and_failures_are(server, tmp_path):
+    paths = ("/good/a.png", "/missing/a.png", "/broken/b.jpg", "/good/a.png")
+    first = run(server, tmp_path, *paths)
+    assert first[0].path == first[3].path
+    assert [path for path, _ in server.asked].count("/good/a.png") == 1
+    server.asked.clear()
+    again = run(server, tmp_path, *paths)
+    assert [one.status for one in again] == ["ok", "refused", "failed", "ok"]
+    assert {path for path, _ in server.asked} == {"/broken/b.jpg"}
+
+
+def test_offline_asks_nobody(server, tmp_path):
+    run(server, tmp_path, "/good/a.png")
+    server.asked.clear()
+    found = run(server, tmp_path, "/good/a.png", "/good/b.jpg", offline=True)
+    assert [one.status for one in found] == ["ok", "offline"] and server.asked == []
+
+
+def test_private_addresses_are_refused_by_default(server, tmp_path):
+    (found,) = run(server, tmp_path, "/good/a.png", limits=PictureLimits())
+    assert found.status == "refused" and "127.0.0.1, which is no public address" in found.reason
+    assert server.asked == [] and files(tmp_path) == []
+
+
+def test_names_come_from_addresses_and_cannot_leave_the_folder(server, tmp_path):
+    url = server.url("/good/../../../etc/passwd?x=/../..")
+    assert len(name_of(url)) == 32 and name_of(url).isalnum()
+    run(server, tmp_path / "deep", "/good/a.png?/../../out")
+    assert files(tmp_path) == ["deep"]
+
+
+def test_a_damaged_status_is_named(server, tmp_path):
+    (tmp_path / "status.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(DataError, match=r"status.parquet cannot be read .*delete it"):
+        run(server, tmp_path, "/good/a.png")

@@ -1,0 +1,184 @@
+"""Data sets by name, on the Hub, and with pictures behind addresses, all from this machine."""
+
+import dataclasses
+import gzip
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from bad_server import serving
+from PIL import Image
+
+from llmrec.data import items, named
+from llmrec.data.config import PrepareDataConfig
+from llmrec.data.pictures import PictureLimits
+from llmrec.data.prepare import prepare_data
+from llmrec.errors import ConfigError, DataError
+
+ITEMS = [f"B{number:03d}" for number in range(20)]
+FEW = ["B001", "B003", "B005", "B002", "B004"]
+
+
+def png():
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def server():
+    """A category of the 2014 release: 30 users, 20 items, one without a title and two without pictures."""
+    with serving({"red.png": png()}) as found:
+        rng = np.random.default_rng(0)
+        reviews = [
+            {"reviewerID": f"A{user}", "asin": item, "overall": 5.0, "unixReviewTime": 1_300_000_000 + place}
+            for user in range(30)
+            for place, item in enumerate(rng.permutation(ITEMS)[:12] if user < 28 else FEW)
+        ]
+        meta = [
+            {"asin": item, "title": f"Item {item}", "brand": "O'Neil", "categories": [["Beauty", "Hair"]]}
+            | {"imUrl": found.url(f"/good/red.png?{item}")}
+            for item in ITEMS
+        ]
+        del meta[3]["title"]
+        meta[5]["imUrl"] = found.url("/missing/red.png")
+        del meta[7]["imUrl"]
+        found.content |= {
+            "reviews_Beauty_5.json.gz": gzip.compress("\n".join(map(json.dumps, reviews)).encode()),
+            "meta_Beauty.json.gz": gzip.compress("\n".join(map(str, meta)).encode()),  # Python literals
+        }
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def loopback(monkeypatch):
+    """Pictures on this machine are private addresses."""
+    monkeypatch.setattr(items, "PICTURE_LIMITS", PictureLimits(public_only=False, retries=0))
+
+
+def config(server, folder, **changes):
+    return PrepareDataConfig(
+        source="amazon_2014",
+        category="beauty",
+        folder=str(folder),
+        mirrors=(server.url("/good"),),
+        **changes,
+    )
+
+
+def test_a_category_by_name_is_fetched_once_and_read_as_it_is(server, tmp_path):
+    made = prepare_data(config(server, tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "meta_Beauty.json.gz",
+        "reviews_Beauty_5.json.gz",
+    ]
+    assert (made.num_users, made.num_items) == (30, 20)
+    assert made.items["brand"][0].as_py() == "O'Neil" and made.items["categories"][0].as_py() == "Beauty|Hair"
+    (warning,) = [text for text in made.summary["warnings"] if text.startswith("Beauty")]
+    assert "30 / 20 / 346 and 22,363 / 12,101 / 198,502 here and in the classic 5-core file" in warning
+    asked = len(server.asked)
+    again = prepare_data(config(server, tmp_path, offline=True))
+    assert len(server.asked) == asked and np.array_equal(again.item, made.item)
+    with pytest.raises(DataError, match=r"may not be fetched \(offline\)"):
+        prepare_data(config(server, tmp_path / "elsewhere", offline=True))
+
+
+def test_expected_counts_do_not_warn(server, tmp_path, monkeypatch):
+    exact = dataclasses.replace(named.CATEGORIES["beauty"], classic=(30, 20, 346))
+    monkeypatch.setitem(named.CATEGORIES, "beauty", exact)
+    made = prepare_data(config(server, tmp_path))
+    assert not any(text.startswith("Beauty") for text in made.summary["warnings"])
+
+
+def test_pictures_are_fetched_for_the_items_that_stay(server, tmp_path):
+    made = prepare_data(config(server, tmp_path, image_folder=str(tmp_path / "pictures")))
+    assert made.items["image_path"].null_count == 2
+    assert made.image_file(1).read_bytes() == png()
+    assert made.summary["items_without_picture_address"] == 1 and made.summary["pictures_not_fetched"] == 1
+    status = pq.read_table(tmp_path / "pictures" / "status.parquet")
+    assert sorted(set(status["status"].to_pylist())) == ["ok", "refused"] and status.num_rows == 19
+
+
+def test_incomplete_items_go_and_then_users_with_too_few_left(server, tmp_path):
+    pictures = str(tmp_path / "pictures")
+    made = prepare_data(config(server, tmp_path, image_folder=pictures, incomplete_items="drop"))
+    assert set(ITEMS) - set(made.raw_ids) == {"B003", "B005", "B007"}
+    assert made.num_users == 28 and np.diff(made.offset).min() >= 5
+    assert made.summary["dropped"]["short_user"] == 6
+
+
+def test_excluded_items_must_exist(server, tmp_path):
+    (tmp_path / "names.txt").write_text("B001\n\nB002\nnobody\n")
+    made = prepare_data(config(server, tmp_path, exclude_items=str(tmp_path / "names.txt")))
+    assert set(ITEMS) - set(made.raw_ids) == {"B001", "B002"}
+    (tmp_path / "names.txt").write_text("nobody\n")
+    for text, message in (("names.txt", "none of its 1 ids is an item here"), ("absent", "no such file")):
+        with pytest.raises(DataError, match=message):
+            prepare_data(config(server, tmp_path, exclude_items=str(tmp_path / text)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": "amazon_2014", "folder": "x"}, "category must be set"),
+        ({"source": "amazon_2014", "category": "beauty"}, "folder must be set"),
+        (
+            {"source": "amazon_2014", "category": "beauty", "folder": "x", "items": "y"},
+            "items must be left out",
+        ),
+        ({"source": "table", "interactions": "x", "folder": "y"}, "folder must be left out"),
+        ({"source": "table", "interactions": "x", "offline": True}, "offline must be left out with nothing"),
+        (
+            {"source": "table", "interactions": "x", "items": "y", "image_url_column": "u"},
+            "image_url_column and prepare_data.image_folder must be given together",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=f"prepare_data.{message}"):
+        PrepareDataConfig(**settings)
+
+
+def test_a_folder_of_parquet_files_is_a_data_set_too(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = {"who": [], "what": [], "when": []}
+    for user in range(12):
+        for place, item in enumerate(rng.permutation(ITEMS)[:12]):
+            rows["who"].append(f"u{user}")
+            rows["what"].append(str(item))
+            rows["when"].append(place)
+    table = pa.table({**rows, "review": ["long text"] * len(rows["who"])})
+    (tmp_path / "set").mkdir()
+    pq.write_table(table.slice(0, 70), tmp_path / "set" / "train-0.parquet")
+    pq.write_table(table.slice(70), tmp_path / "set" / "train-1.parquet")
+    settings = {"user_column": "who", "item_column": "what", "timestamp_column": "when"}
+    address = f"hub:{tmp_path / 'set'}"
+    made = prepare_data(PrepareDataConfig(source="table", interactions=address, **settings))
+    pq.write_table(table, tmp_path / "all.parquet")
+    plain = prepare_data(
+        PrepareDataConfig(source="table", interactions=str(tmp_path / "all.parquet"), **settings)
+    )
+    assert np.array_equal(made.item, plain.item) and made.raw_ids == plain.raw_ids
+    for text, message in (
+        (f"{address}:default:nothing", r"cannot be read"),
+        ("hub:", r"is not of the form hub:NAME"),
+        (f"hub:{tmp_path / 'absent'}", r"cannot be read"),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepare_data(PrepareDataConfig(source="table", interactions=text, **settings))
+    with pytest.raises(DataError, match=r"has no column 'user'; it has: who, what, when, review"):
+        prepare_data(
+            PrepareDataConfig(source="table", interactions=address, **{**settings, "user_column": "user"})
+        )
+
+
+def test_a_data_set_with_a_script_is_not_run(tmp_path):
+    (tmp_path / "set").mkdir()
+    marker = tmp_path / "ran"
+    (tmp_path / "set" / "set.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    with pytest.raises(DataError, match=r"cannot be read"):
+        prepare_data(PrepareDataConfig(source="table", interactions=f"hub:{tmp_path / 'set'}"))
+    assert not marker.exists()
