@@ -12,18 +12,18 @@ from pathlib import Path
 from llmrec import __version__
 from llmrec.config import describe
 from llmrec.recipe import apply_overrides, guarded, set_up_logging
-from llmrec.stages import STAGES, Stage
+from llmrec.stages import COMMANDS, STAGES, Stage
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the installed command."""
     options = parser().parse_args(arguments)
-    sys.exit(guarded(lambda: run(STAGES[options.stage], options)))
+    sys.exit(guarded(lambda: run(COMMANDS[options.stage], options)))
 
 
 def stage_main(name: str, arguments: list[str] | None = None) -> None:
     """Entry point of ``tools/<stage>.py``."""
-    stage = STAGES[name]
+    stage = COMMANDS[name]
     made = argparse.ArgumentParser(prog=f"{name}.py", **help_of(stage))
     add_arguments(made, stage)
     options = made.parse_args(arguments)
@@ -32,7 +32,8 @@ def stage_main(name: str, arguments: list[str] | None = None) -> None:
 
 def run(stage: Stage, options: argparse.Namespace) -> None:
     """Run one stage on the artefacts in the given folders."""
-    config = apply_overrides(stage.config(), options.set)
+    preset = getattr(options, "preset", None)
+    config = apply_overrides(stage.presets[preset] if preset else stage.config(), options.set)
     set_up_logging()
     from llmrec import pipeline
 
@@ -42,6 +43,8 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
     result = pipeline.run_stage(stage.function(), config, tuple(inputs), Path(options.out))
     from llmrec import distributed
 
+    if stage.name == "report_semantic_ids" and distributed.is_main():
+        print(f"report: {Path(options.out) / 'report.html'}")
     if stage.name == "evaluate" and distributed.is_main():
         from llmrec.evaluation.evaluate import format_table
 
@@ -59,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"llmrec {__version__}")
     verbs = made.add_subparsers(dest="stage", metavar="STAGE", required=True)
-    for stage in STAGES.values():
+    for stage in COMMANDS.values():
         add_arguments(verbs.add_parser(stage.name, help=stage.summary, **help_of(stage)), stage)
     return made
 
@@ -89,6 +92,10 @@ def add_arguments(made: argparse.ArgumentParser, stage: Stage) -> None:
         required=True,
         help="where to put the output; one that exists is never overwritten",
     )
+    if stage.presets:
+        made.add_argument(
+            "--preset", choices=list(stage.presets), help="settings to begin with, changed by --set"
+        )
     made.add_argument(
         "--set", metavar="FIELD=VALUE", action="extend", nargs="+", default=[], help="change settings"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, Report, SemanticIds
@@ -13,7 +13,7 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.finetune.config import FinetuneConfig
-from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig, ReportSemanticIdsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class Stage:
     """Names of the stages whose artefacts it takes, in order."""
     artifact: str
     """Class of what it makes, as module:name."""
+    presets: dict[str, Any] = field(default_factory=dict)
+    """Settings that have a name."""
 
     def function(self) -> Callable[..., Any]:
         """The stage function; imports what it needs."""
@@ -39,7 +41,15 @@ class Stage:
         return getattr(importlib.import_module(module), name)
 
 
-def _stage(name: str, summary: str, config: type, module: str, inputs: str, artifact: type | str) -> Stage:
+def _stage(
+    name: str,
+    summary: str,
+    config: type,
+    module: str,
+    inputs: str,
+    artifact: type | str,
+    presets: dict[str, Any] | None = None,
+) -> Stage:
     place = artifact if isinstance(artifact, str) else f"{artifact.__module__}:{artifact.__name__}"
     return Stage(
         name=name,
@@ -48,6 +58,7 @@ def _stage(name: str, summary: str, config: type, module: str, inputs: str, arti
         module=module,
         inputs=tuple(inputs.split()),
         artifact=place,
+        presets=presets or {},
     )
 
 
@@ -85,6 +96,7 @@ STAGES: dict[str, Stage] = {
             "llmrec.semantic_ids.learn",
             "prepare_data train_collab encode_items",
             SemanticIds,
+            PRESETS,
         ),
         _stage(
             "finetune",
@@ -104,3 +116,18 @@ STAGES: dict[str, Stage] = {
         ),
     )
 }
+
+COMMANDS: dict[str, Stage] = STAGES | {
+    stage.name: stage
+    for stage in (
+        _stage(
+            "report_semantic_ids",
+            "judge semantic IDs before a language model is trained: one page, and the figures as JSON",
+            ReportSemanticIdsConfig,
+            "llmrec.semantic_ids.report",
+            "prepare_data train_collab encode_items learn_semantic_ids",
+            "llmrec.semantic_ids.report:SemanticIdsReport",
+        ),
+    )
+}
+"""The stages, and commands that look at what stages made; all have the same form."""

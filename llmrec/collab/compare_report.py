@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
 from llmrec import __version__
-from llmrec.evaluation.report import STYLE, legend_above, part_curves, svg
+from llmrec.evaluation.report import part_curves
+from llmrec.pages import drawing, environment, legend_above, svg
 
 COLUMNS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr@10")
 
@@ -105,8 +104,7 @@ def ordered(rows: dict[str, Any]) -> dict[str, Any]:
 def page(results: dict[str, Any]) -> str:
     """One HTML page with the table and the plots."""
     rows = {name: row for name, row in ordered(results["rows"]).items() if row["num_seeds"]}
-    plt.switch_backend("Agg")
-    with matplotlib.rc_context(STYLE):
+    with drawing():
         charts = {
             "quality": quality_chart(rows),
             "cost": cost_chart(rows),
@@ -118,22 +116,21 @@ def page(results: dict[str, Any]) -> str:
                 if any(entry.get("parts") for entry in row["log"])
             },
         }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("compare.html.j2").render(
-        rows=ordered(results["rows"]),
-        columns=COLUMNS,
-        label=label,
-        spread=spread,
-        difference=difference,
-        reference=results["reference"],
-        charts=charts,
-        notes=notes(results),
-        ties=results.get("ties"),
-        version=__version__,
+    return (
+        environment(Path(__file__).parent)
+        .get_template("compare.html.j2")
+        .render(
+            rows=ordered(results["rows"]),
+            columns=COLUMNS,
+            label=label,
+            spread=spread,
+            difference=difference,
+            reference=results["reference"],
+            charts=charts,
+            notes=notes(results),
+            ties=results.get("ties"),
+            version=__version__,
+        )
     )
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -19,23 +15,7 @@ from llmrec.config import as_dict
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import METRICS
 from llmrec.evaluation.rank import Ranking
-
-COLOURS = ("#3565c4", "#d1701f", "#888888", "#2f9661", "#8e4bb8")
-STYLE = {
-    # Text as text and fixed ids: small files, readable in light and dark, equal bytes for equal input.
-    "svg.fonttype": "none",
-    "svg.hashsalt": "llmrec",
-    "font.size": 9,
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": "#7a7a7a",
-    "axes.labelcolor": "#7a7a7a",
-    "axes.edgecolor": "#9a9a9a",
-    "xtick.color": "#7a7a7a",
-    "ytick.color": "#7a7a7a",
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
-}
+from llmrec.pages import COLOURS, drawing, environment, legend_above, svg
 
 
 def render(
@@ -64,8 +44,7 @@ def render(
     def label(name: str) -> str:
         return shown.get(name, name)
 
-    plt.switch_backend("Agg")  # files only, whatever display there is
-    with matplotlib.rc_context(STYLE):
+    with drawing():
         charts = {
             "groups": bars(metrics["groups"], "recall@10", label),
             "lengths": bars(metrics["history_length"], "recall@10", label),
@@ -73,24 +52,22 @@ def render(
             "parts": part_curves(collab.log if collab else []),
             "fusion": fusion_curve(adapter),
         }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"figure": figure, "percent": "{:.1%}".format, "share": "{:.0%}".format}
-    return environment.get_template("report.html.j2").render(
-        metrics=metrics,
-        label=label,
-        columns=[f"{metric}@{k}" for metric in METRICS for k in config.ks],
-        best=best_values(metrics["rows"]),
-        charts=charts,
-        quality=ids.quality if ids is not None else {},
-        summary=data.summary,
-        examples=examples(data, targets, rankings, config),
-        stages=[provenance(artifact) for artifact in artifacts],
-        evaluate_config=as_dict(config),
-        version=__version__,
+    return (
+        environment(Path(__file__).parent)
+        .get_template("report.html.j2")
+        .render(
+            metrics=metrics,
+            label=label,
+            columns=[f"{metric}@{k}" for metric in METRICS for k in config.ks],
+            best=best_values(metrics["rows"]),
+            charts=charts,
+            quality=ids.quality if ids is not None else {},
+            summary=data.summary,
+            examples=examples(data, targets, rankings, config),
+            stages=[provenance(artifact) for artifact in artifacts],
+            evaluate_config=as_dict(config),
+            version=__version__,
+        )
     )
 
 
@@ -191,22 +168,6 @@ def fusion_curve(adapter: Any) -> str:
     return svg(figure_)
 
 
-def legend_above(axes: Any) -> None:
-    """The legend in a line above the plot, where it hides nothing."""
-    axes.legend(frameon=False, fontsize=8, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
-
-
-def svg(figure_: Any) -> str:
-    """A figure as an inline SVG element, and close it."""
-    buffer = io.StringIO()
-    figure_.tight_layout()
-    figure_.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure_)
-    text = buffer.getvalue()
-    # The metadata block only names vocabularies by web address.
-    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-
-
 def examples(
     data: Interactions, targets: Targets, rankings: dict[str, Ranking], config: EvaluateConfig
 ) -> list[dict[str, Any]]:
@@ -242,16 +203,3 @@ def provenance(artifact: Any) -> dict[str, Any]:
         "versions": manifest.get("versions", {}),
         "metrics": getattr(artifact, "metrics", {}),
     }
-
-
-def figure(value: Any) -> str:
-    """A number as people read it: four digits for rates, thousands separated."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
-    return str(value)

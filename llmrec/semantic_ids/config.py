@@ -216,6 +216,30 @@ class LearnSemanticIdsConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportSemanticIdsConfig:
+    """The page on which semantic IDs are judged."""
+
+    samples: Literal["train", "test"] = "train"
+    """(history item, target) samples for Kendall's tau: from the train split alone, so that settings may be
+    chosen by it, or with the test targets, as the paper seems to do."""
+
+    num_codes: int = 6
+    """Codes of the first level shown with their items, per modality."""
+
+    num_items: int = 8
+    """Items shown of each code and each collision."""
+
+    seed: int = 0
+    """Seed of samples and examples."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_codes", "num_items"):
+            value = getattr(self, name)
+            require(value >= 1, f"report_semantic_ids.{name} must be at least 1, got {value}")
+        require(self.seed >= 0, f"report_semantic_ids.seed must be at least 0, got {self.seed}")
+
+
 LEAST = {
     "num_levels": 1,
     "num_codes": 2,

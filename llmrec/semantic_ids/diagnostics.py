@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -57,22 +57,38 @@ def collisions(codes: np.ndarray) -> dict[str, Any]:
     }
 
 
-def behaviour_target_pairs(data: Interactions, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(history item, target) samples: each user's last train item, and each train item before it.
+class Pairs(NamedTuple):
+    """(history item, target) samples, all int64 (S,)."""
 
-    Returns:
-        Item ids of both, int64 (S,), at most MAX_SAMPLES of them.
+    history: np.ndarray
+    target: np.ndarray
+    user: np.ndarray
+
+
+def behaviour_target_pairs(data: Interactions, seed: int, split: Literal["train", "test"] = "train") -> Pairs:
+    """A user's target with each item before it; at most MAX_SAMPLES samples, the same for equal seeds.
+
+    Args:
+        data: who interacted with what.
+        seed: of the draw if there are more.
+        split: train: the last train item is the target, so that nothing depends on held-out items; test: the
+            test target, with all items before it, as the paper seems to have it.
     """
-    offset, item = data.train_sequences()
-    length = np.diff(offset)
-    last = offset[1:][length > 0] - 1
-    is_history = np.ones(len(item), dtype=bool)
-    is_history[last] = False
-    row = np.flatnonzero(is_history)
+    if split == "train":
+        offset, item = data.train_sequences()
+        user = np.flatnonzero(np.diff(offset))
+        start, stop = offset[user], offset[user + 1] - 1
+        target = item[stop]
+    else:
+        found, item = data.targets("test"), data.item
+        start, stop, target, user = found.start, found.stop, found.item, found.user
+    length = stop - start
+    row = np.repeat(start - np.cumsum(length) + length, length) + np.arange(length.sum())
+    pairs = Pairs(item[row], np.repeat(target, length), np.repeat(user, length))
     if len(row) > MAX_SAMPLES:
-        row = np.sort(np.random.default_rng(seed).choice(row, MAX_SAMPLES, replace=False))
-    target = np.repeat(item[last], length[length > 0])
-    return item[row], target[row]
+        kept = np.sort(np.random.default_rng(seed).choice(len(row), MAX_SAMPLES, replace=False))
+        pairs = Pairs(*(part[kept] for part in pairs))
+    return pairs
 
 
 Table = Callable[[np.ndarray], np.ndarray]
@@ -134,7 +150,7 @@ class Coded:
         return np.flatnonzero(self.present)
 
 
-def modality_quality(coded: Coded, pairs: tuple[np.ndarray, np.ndarray], seed: int) -> dict[str, Any]:
+def modality_quality(coded: Coded, pairs: Pairs, seed: int) -> dict[str, Any]:
     """All figures of one modality; items without a vector are left out.
 
     Args:
@@ -142,8 +158,8 @@ def modality_quality(coded: Coded, pairs: tuple[np.ndarray, np.ndarray], seed: i
         pairs: see `behaviour_target_pairs`.
         seed: of the random codes beside which tau is seen, and of the items whose neighbours are compared.
     """
-    both = coded.present[pairs[0]] & coded.present[pairs[1]]
-    history, target = pairs[0][both], pairs[1][both]
+    both = coded.present[pairs.history] & coded.present[pairs.target]
+    history, target = pairs.history[both], pairs.target[both]
     codes = coded.codes[coded.present]
     return {
         "levels": level_quality(codes, coded.codebooks.shape[1]),
@@ -225,3 +241,67 @@ def nearest_items(table: Table, items: np.ndarray, queries: np.ndarray, k: int) 
         best, found = near.topk(k, dim=1, largest=False)
         place = torch.cat([place, names.expand(len(queries), -1)], dim=1).gather(1, found)
     return place.numpy()
+
+
+def tau_per_user(coded: Coded, pairs: Pairs, seed: int) -> dict[str, float | None]:
+    """Mean over users of Kendall's tau-b among their own samples, for users in whom it is defined.
+
+    Args:
+        coded: vectors and codes.
+        pairs: samples; those with an item that has no vector are left out.
+        seed: of the random codes.
+    """
+    both = coded.present[pairs.history] & coded.present[pairs.target]
+    history, target, user = (part[both] for part in pairs)
+    reference = distances(coded.table("source"), history, target)
+    found: dict[str, float | None] = {}
+    bounds = np.flatnonzero(np.diff(user)) + 1
+    truth = np.split(reference, bounds)
+    for name in ("latent", "decoded"):
+        ours = np.split(distances(coded.table(name), history, target), bounds)
+        taus = [kendall_tau(x, y)[0] for x, y in zip(truth, ours) if len(x) > 1]
+        defined = [tau for tau in taus if tau is not None]
+        found[name] = float(np.mean(defined)) if defined else None
+    return found
+
+
+def spectrum(table: Table, items: np.ndarray) -> dict[str, Any]:
+    """Singular values of the matrix of items' vectors, not centred (spec of MME-SID's collapse figures).
+
+    Returns:
+        log10_ratio: log10 of each singular value over the largest, -16 where it is lost in rounding.
+        numerical_rank: values above 1e-6 of the largest. entropy_rank: exp of the entropy of the squared
+        values' shares; rank_me: the same of the values themselves (Garrido et al. 2023); stable_rank: sum of
+        squares over the largest square.
+    """
+    total: Any = 0.0
+    for block in np.array_split(items, max(1, -(-len(items) // BLOCK))):
+        rows = table(block).astype(np.float64)
+        total = total + rows.T @ rows
+    squares = np.linalg.eigvalsh(total)[::-1].clip(min=0)
+    squares = squares[: min(len(items), len(squares))]
+    if squares[0] <= 0:
+        zero = {"numerical_rank": 0, "entropy_rank": 0.0, "rank_me": 0.0, "stable_rank": 0.0}
+        return {"log10_ratio": [], **zero}
+    values = np.sqrt(squares)
+    # Eigenvalues of the Gram matrix carry errors of 1e-16 of the largest, so values below 1e-8 are noise.
+    ratio = np.where(values > 1e-8 * values[0], values / values[0], 0.0)
+
+    def entropy_of(shares: np.ndarray) -> float:
+        shares = shares[shares > 0] / shares.sum()
+        return float(np.exp(-(shares * np.log(shares)).sum()))
+
+    return {
+        "log10_ratio": np.log10(np.maximum(ratio, 1e-16)).tolist(),
+        "numerical_rank": int((ratio > 1e-6).sum()),
+        "entropy_rank": entropy_of(squares),
+        "rank_me": entropy_of(values),
+        "stable_rank": float(squares.sum() / squares[0]),
+    }
+
+
+def group_sizes(codes: np.ndarray) -> dict[str, int]:
+    """How many groups of so many items share all codes (n, L), by size of the group."""
+    _, size = np.unique(codes, axis=0, return_counts=True)
+    number, count = np.unique(size, return_counts=True)
+    return {str(one): int(many) for one, many in zip(number, count)}

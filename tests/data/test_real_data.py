@@ -59,8 +59,9 @@ def test_the_rule_of_mme_sid_gives_its_published_sequences(real_data, tmp_path):
     (tmp_path / "gone.txt").write_text("\n".join(gone))
     made = prepare_data(dataclasses.replace(config, exclude_items=str(tmp_path / "gone.txt")))
     assert made.summary["dropped"]["short_user"] > 0
+    names = made.raw_ids
     ours = Counter(
-        tuple(made.raw_ids[item - 1] for item in made.item[start:stop])
+        tuple(names[item - 1] for item in made.item[start:stop])
         for start, stop in zip(made.offset, made.offset[1:])
     )
     lines = (folder / "sequences_mme_sid.txt").read_text().splitlines()

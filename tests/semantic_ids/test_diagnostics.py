@@ -10,6 +10,7 @@ from worlds import interactions
 from llmrec.semantic_ids import diagnostics
 from llmrec.semantic_ids.diagnostics import (
     Coded,
+    Pairs,
     behaviour_target_pairs,
     collisions,
     distances,
@@ -55,22 +56,22 @@ def test_tau_is_undefined_where_everything_is_tied(x):
 
 def test_samples_pair_the_last_train_item_with_those_before_it():
     data = interactions([[1, 2, 3, 4, 5], [6, 7, 8], [2, 4, 6, 1]], 8)
-    history, target = behaviour_target_pairs(data, seed=0)
+    history, target, _user = behaviour_target_pairs(data, seed=0)
     assert list(zip(history.tolist(), target.tolist())) == [(1, 3), (2, 3), (2, 4)]
 
 
 def test_users_without_train_items_give_no_sample():
     data = interactions([[1, 2], [3, 4, 5, 6]], 6)
-    history, target = behaviour_target_pairs(data, seed=0)
+    history, target, _user = behaviour_target_pairs(data, seed=0)
     assert (history.tolist(), target.tolist()) == ([3], [4])
-    history, target = behaviour_target_pairs(interactions([[1, 2]], 2), seed=0)
+    history, target, _user = behaviour_target_pairs(interactions([[1, 2]], 2), seed=0)
     assert len(history) == len(target) == 0
 
 
 def test_many_samples_are_thinned_by_a_seeded_draw(monkeypatch):
     data = interactions([list(range(1, 31))] * 20, 30)
     monkeypatch.setattr(diagnostics, "MAX_SAMPLES", 100)
-    history, target = behaviour_target_pairs(data, seed=0)
+    history, target, _user = behaviour_target_pairs(data, seed=0)
     assert len(history) == 100 and set(target.tolist()) == {28} and 28 not in history
     assert np.array_equal(history, behaviour_target_pairs(data, seed=0)[0])
     assert not np.array_equal(history, behaviour_target_pairs(data, seed=1)[0])
@@ -162,7 +163,7 @@ def test_items_without_a_vector_count_nowhere_and_random_codes_keep_no_order():
     wrong[5] = 1e6
     history, target = rng.integers(1, num_items + 1, (2, 3000))
     shown = coded(table, wrong, present=present, codes=codes, codebooks=codebooks)
-    found = modality_quality(shown, (history, target), seed=0)
+    found = modality_quality(shown, Pairs(history, target, history), seed=0)
     assert found["num_items"] == 299 and found["reconstruction_error"] == 0
     assert found["neighbour_overlap"]["latent"] == 1
     assert found["tau"]["num_samples"] == int(((history != 5) & (target != 5)).sum())

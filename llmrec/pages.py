@@ -1,0 +1,79 @@
+"""What the pages this package makes have in common: one look, figures inside the page, no address outside."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import matplotlib.pyplot as plt
+
+COLOURS = ("#3565c4", "#d1701f", "#888888", "#2f9661", "#8e4bb8")
+STYLE = {
+    # Text as text and fixed ids: small files, readable in light and dark, equal bytes for equal input.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "llmrec",
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": "#7a7a7a",
+    "axes.labelcolor": "#7a7a7a",
+    "axes.edgecolor": "#9a9a9a",
+    "xtick.color": "#7a7a7a",
+    "ytick.color": "#7a7a7a",
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+}
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Figures made inside have the look of our pages, whatever display there is."""
+    plt.switch_backend("Agg")  # files only
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def environment(folder: Path) -> jinja2.Environment:
+    """Templates of a folder, beside those that all pages share."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    made.filters |= {"figure": figure, "percent": "{:.1%}".format, "share": "{:.0%}".format}
+    return made
+
+
+def legend_above(axes: Any) -> None:
+    """The legend in a line above the plot, where it hides nothing."""
+    axes.legend(frameon=False, fontsize=8, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+
+
+def svg(figure_: Any) -> str:
+    """A figure as an inline SVG element, and close it."""
+    buffer = io.StringIO()
+    figure_.tight_layout()
+    figure_.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    plt.close(figure_)
+    text = buffer.getvalue()
+    # The metadata block only names vocabularies by web address.
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+
+
+def figure(value: Any) -> str:
+    """A number as people read it: four digits for rates, thousands separated."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+    return str(value)

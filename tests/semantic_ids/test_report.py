@@ -1,0 +1,126 @@
+"""The page on which semantic IDs are judged: figures by hand, and what it says."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from test_learn import SMALL, artefacts, clustered
+from worlds import interactions
+
+from llmrec.errors import ConfigError
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig, ReportSemanticIdsConfig
+from llmrec.semantic_ids.diagnostics import (
+    Coded,
+    Pairs,
+    behaviour_target_pairs,
+    group_sizes,
+    kendall_tau,
+    spectrum,
+    tau_per_user,
+)
+from llmrec.semantic_ids.learn import learn_semantic_ids
+from llmrec.semantic_ids.report import SemanticIdsReport, report_semantic_ids
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(50, 8), (6, 20)])
+def test_the_spectrum_is_that_of_the_singular_value_decomposition(rows, columns):
+    table = np.random.default_rng(0).normal(size=(rows, columns)) + 1
+    found = spectrum(lambda items: table[items], np.arange(rows))
+    values = np.linalg.svd(table, compute_uv=False)
+    np.testing.assert_allclose(found["log10_ratio"], np.log10(values / values[0]), atol=1e-6)
+    assert found["numerical_rank"] == min(rows, columns)
+    assert found["stable_rank"] == pytest.approx((values**2).sum() / values[0] ** 2)
+    shares = values / values.sum()
+    assert found["rank_me"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
+
+
+def test_a_projection_of_few_numbers_has_few_directions():
+    """MME-SID Eq. 7: a linear map of 5 numbers to 40, plus a constant, spans 6 directions."""
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(200, 5)) @ rng.normal(size=(5, 40)) + rng.normal(size=40)
+    found = spectrum(lambda items: table[items], np.arange(200))
+    assert found["numerical_rank"] == 6 and found["entropy_rank"] < 6
+    nothing = spectrum(lambda items: 0 * table[items], np.arange(200))
+    assert nothing["numerical_rank"] == 0 and nothing["log10_ratio"] == []
+
+
+def test_group_sizes_by_hand():
+    codes = np.array([[0, 1], [0, 1], [1, 0], [2, 2], [0, 1], [2, 2], [3, 3]])
+    assert group_sizes(codes) == {"1": 2, "2": 1, "3": 1}
+
+
+def test_test_targets_follow_all_items_before_them():
+    data = interactions([[1, 2, 3, 4], [3, 4, 5, 6, 2]], 6)
+    history, target, user = behaviour_target_pairs(data, 0, "test")
+    assert history.tolist() == [1, 2, 3, 3, 4, 5, 6]
+    assert target.tolist() == [4, 4, 4, 2, 2, 2, 2] and user.tolist() == [0, 0, 0, 1, 1, 1, 1]
+
+
+def test_tau_by_user_is_the_mean_of_single_ones():
+    rng = np.random.default_rng(0)
+    source, codes = rng.normal(size=(2, 31, 4)).astype(np.float32)
+    pairs = Pairs(rng.integers(1, 31, 40), rng.integers(1, 31, 40), np.sort(rng.integers(0, 6, 40)))
+
+    class Tables:
+        def __call__(self, what, items):
+            return codes[items]
+
+    coded = Coded(
+        source=source,
+        present=np.arange(31) > 0,
+        codes=np.zeros((31, 1), np.int64),
+        codebooks=np.zeros((1, 1, 4), np.float32),
+        rebuilt=Tables(),
+    )
+    expected = []
+    for user in np.unique(pairs.user):
+        own = pairs.user == user
+        a, b = pairs.history[own], pairs.target[own]
+        tau, _ = kendall_tau(
+            np.linalg.norm(source[a] - source[b], axis=1), np.linalg.norm(codes[a] - codes[b], axis=1)
+        )
+        expected.append(tau)
+    found = tau_per_user(coded, pairs, 0)
+    assert found["latent"] == pytest.approx(np.mean([tau for tau in expected if tau is not None]))
+
+
+@pytest.fixture(scope="module")
+def world():
+    data, made = clustered()
+    config = dataclasses.replace(SMALL, epochs=20, log_every_epochs=2)
+    collab, content = artefacts(data, made)
+    return data, collab, content, learn_semantic_ids(config, data, collab, content)
+
+
+def test_the_page_stands_alone_and_tells_what_the_stage_measured(world, tmp_path):
+    ids = world[-1]
+    report = report_semantic_ids(ReportSemanticIdsConfig(), *world)
+    for name, found in report.metrics["modalities"].items():
+        for key in ("levels", "collision_rate", "reconstruction_error", "neighbour_overlap", "num_items"):
+            assert found[key] == ids.quality["modalities"][name][key]
+        assert found["tau"]["latent"] == ids.quality["modalities"][name]["tau"]["latent"]
+    html = report.html
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", html) and html.count("<svg") == 3 * 4 + 1
+    for title in ("Semantic IDs", "Collab", "Text", "Image", "What items of one first code have in common"):
+        assert title in html
+    report.save(tmp_path)
+    loaded = SemanticIdsReport.load(tmp_path)
+    assert loaded.html == html and loaded.metrics == report.metrics
+
+
+def test_what_is_bad_is_said(world):
+    data, collab, content, _ = world
+    config = LearnSemanticIdsConfig(
+        method="rkmeans", num_levels=1, num_codes=4, modalities=("text",), min_utilisation=0.0
+    )
+    ids = learn_semantic_ids(config, data, collab, content)
+    report = report_semantic_ids(ReportSemanticIdsConfig(samples="test"), data, collab, content, ids)
+    assert "240 items share all codes with another one" in report.html
+    assert "240 of 240 items share the codes of all modalities" in report.metrics["findings"][-1]
+    assert "Largest groups that share all codes" in report.html
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ConfigError, match=r"report_semantic_ids\.num_items must be at least 1, got 0"):
+        ReportSemanticIdsConfig(num_items=0)
