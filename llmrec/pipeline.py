@@ -7,6 +7,7 @@ temporary folder, its manifest last, then renamed, so a folder with the stage's 
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
 import importlib.metadata
 import json
@@ -116,7 +117,12 @@ def compute(
         return
     logger.info("%s: started", function.__name__)
     started = time.perf_counter()
-    result = function(config, *inputs)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    token = _resume_folder.set(unfinished)
+    try:
+        result = function(config, *inputs)
+    finally:
+        _resume_folder.reset(token)
     if not main:
         return
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -128,7 +134,19 @@ def compute(
         os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
     logger.info("%s: finished in %.1f s, %s", function.__name__, seconds, folder)
+
+
+def resume_folder() -> Path | None:
+    """Where the stage that is running may leave work for the run after a stop; None outside of a stage.
+
+    It is deleted once the stage is done. What lies in it must say what it was made from.
+    """
+    return _resume_folder.get()
+
+
+_resume_folder: contextvars.ContextVar[Path | None] = contextvars.ContextVar("resume_folder", default=None)
 
 
 def describe_stage(name: str, config: Any, inputs: tuple[Any, ...]) -> dict[str, Any]:

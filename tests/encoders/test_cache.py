@@ -1,0 +1,174 @@
+"""Encoding that is stopped goes on, and processes share it, with equal vectors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from llmrec.encoders import cache as module
+from llmrec.encoders.cache import VectorCache
+from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
+from llmrec.encoders.encode import encode_items
+from llmrec.encoders.encoder import encode_pictures, encode_texts
+from llmrec.pipeline import run_stage
+
+KEYS = [f"{number:064x}" for number in range(10)]
+
+
+def test_vectors_survive_the_disk_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART_ROWS", 4)
+    rows = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
+    made = VectorCache(tmp_path, {"model": "a"})
+    made.add(KEYS[:5], rows[:5])
+    made.add(KEYS[5:7], rows[5:7])
+    assert len(list(made.folder.glob("*.safetensors"))) == 1
+    assert len(VectorCache(tmp_path, {"model": "a"})) == 5  # two rows wait for their part
+    made.flush()
+    again = VectorCache(tmp_path, {"model": "a"})
+    assert np.array_equal(again.take([KEYS[6], KEYS[0]]), rows[[6, 0]]) and KEYS[7] not in again
+    assert len(VectorCache(tmp_path, {"model": "b"})) == 0
+
+
+def test_a_damaged_part_is_made_again(tmp_path, caplog):
+    made = VectorCache(tmp_path, {})
+    made.add(KEYS[:2], np.ones((2, 3), np.float32))
+    made.flush()
+    (part,) = made.folder.glob("*.safetensors")
+    part.write_bytes(part.read_bytes()[:-3])
+    assert len(VectorCache(tmp_path, {})) == 0 and "is damaged and left aside" in caplog.text
+
+
+class Stops:
+    """An encoder that dies at some batch."""
+
+    def __init__(self, at):
+        self.at, self.batches = at, []
+
+    def prepare(self, inputs):
+        return inputs
+
+    def encode(self, batch):
+        self.batches.append(list(batch))
+        if len(self.batches) == self.at:
+            raise KeyboardInterrupt
+        return np.array([[len(str(one)), len(batch)] for one in batch], np.float32)
+
+
+def test_texts_go_on_with_the_same_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART_ROWS", 1)
+    texts = ["bb", "a", "cccc", "d", "eee", "bb"]
+    whole = Stops(at=99)
+    expected = encode_texts(whole, texts, 2)
+    assert whole.batches == [["cccc", "eee"], ["bb", "a"], ["d"]]  # equal texts once
+    with pytest.raises(KeyboardInterrupt):
+        encode_texts(Stops(at=2), texts, 2, VectorCache(tmp_path, {}))
+    rest = Stops(at=99)
+    assert np.array_equal(encode_texts(rest, texts, 2, VectorCache(tmp_path, {})), expected)
+    assert rest.batches == whole.batches[1:]
+
+
+def test_pictures_go_on_and_broken_ones_are_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART_ROWS", 1)
+    reads = []
+
+    def read(number):
+        reads.append(number)
+        return None if number == 3 else number
+
+    def run(encoder):
+        cache = VectorCache(tmp_path, {})
+        return encode_pictures(encoder, list(range(7)), read, 2, cache, lambda number: KEYS[number])
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Stops(at=4))
+    first, present = run(Stops(at=99))
+    assert np.flatnonzero(~present).tolist() == [3] and len(first) == 6
+    reads.clear()
+    again, present = run(Stops(at=1))
+    assert reads == [] and np.array_equal(again, first) and not present[3]
+
+
+def settings(folder):
+    return EncodeItemsConfig(
+        text=TextEncoderConfig(encoder="huggingface", model=folder, batch_size=2),
+        image=ImageEncoderConfig(encoder="none"),
+    )
+
+
+def test_a_stopped_stage_leaves_its_work_and_a_finished_one_nothing(tmp_path, monkeypatch):
+    folder = tiny.bert(tmp_path / "model")
+    data = tiny.catalogue(tiny.TEXTS)
+    expected = encode_items(settings(folder), data)
+    data.save(fresh(tmp_path / "data"))
+    monkeypatch.setattr(module, "PART_ROWS", 1)
+    from llmrec.encoders.huggingface import TextEncoder
+
+    plain, calls = TextEncoder.encode, []
+
+    def encode(self, batch):
+        calls.append(len(batch))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(self, batch)
+
+    monkeypatch.setattr(TextEncoder, "encode", encode)
+    monkeypatch.setattr("llmrec.pipeline.fingerprint", lambda artifact: {})
+    out = tmp_path / "run" / "encode_items"
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(encode_items, settings(folder), (data,), out)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".encode_items.unfinished"]
+    made = run_stage(encode_items, settings(folder), (data,), out)
+    assert len(calls) == 3 + 2  # four batches, of which two were done
+    assert np.array_equal(made.vectors["text"], expected.vectors["text"])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["encode_items"]
+
+
+def fresh(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_give_equal_vectors(tmp_path):
+    model, pictures = tiny.bert(tmp_path / "model"), tiny.clip(tmp_path / "clip")
+    names = tiny.pictures(tmp_path / "images", len(tiny.TEXTS))
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+        "import pyarrow as pa, tiny, llmrec.pipeline as pipeline\n"
+        "from llmrec.encoders.config import *; from llmrec.encoders.encode import encode_items\n"
+        "pipeline.fingerprint = lambda artifact: {}\n"
+        f"root = Path({str(tmp_path / 'images')!r})\n"
+        f"data = tiny.catalogue(tiny.TEXTS, root, image_path=pa.array({names!r}))\n"
+        f"text = TextEncoderConfig(encoder='huggingface', model={model!r}, batch_size=2)\n"
+        f"image = ImageEncoderConfig(encoder='huggingface', model={pictures!r}, batch_size=2)\n"
+        "config = EncodeItemsConfig(text=text, image=image)\n"
+        "pipeline.run_stage(encode_items, config, (data,), Path(sys.argv[1]))\n"
+    )
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for out, command in (
+        ("one", [sys.executable]),
+        (
+            "two",
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc_per_node",
+                "2",
+                "--master_port",
+                "29713",
+            ],
+        ),
+    ):
+        subprocess.run([*command, str(script), str(tmp_path / out)], check=True, env=environment, timeout=300)
+    for name in ("text.safetensors", "image.safetensors"):
+        one, two = (load_file(tmp_path / out / name) for out in ("one", "two"))
+        np.testing.assert_allclose(one["vectors"], two["vectors"], rtol=0, atol=1e-6)
+        assert one["vectors"].any() and np.array_equal(one["missing"], two["missing"])
