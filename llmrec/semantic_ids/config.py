@@ -38,9 +38,10 @@ class LearnSemanticIdsConfig:
     """Scaling of item vectors before the encoder. standardise: zero mean, and one factor per modality
     for unit variance, so distances keep their order; l2: unit rows; none: as they come (official)."""
 
-    reconstruction: Literal["mmd", "mse", "mmd+mse"] = "mmd+mse"
-    """What decoded vectors are compared by: mmd: the whole batch as a set (the paper's), which alone ties
-    no item to its own reconstruction; mse: each item with itself; mmd+mse: the weighted sum."""
+    reconstruction: Literal["mmd", "mse", "mmd+mse"] = "mse"
+    """What decoded vectors are compared by: mse: each item with itself, which keeps distances best (README);
+    mmd: the whole batch as a set (the paper's), which ties no item to its own reconstruction; mmd+mse: the
+    weighted sum."""
 
     mmd_estimator: Literal["tllib", "unbiased"] = "tllib"
     """Reported MMD value: with tllib's constant 2 / (B - 1), or without; gradients are the same."""
@@ -82,8 +83,8 @@ class LearnSemanticIdsConfig:
     sinkhorn_iterations: int = 50
     """Row and column scalings per batch."""
 
-    codebook_update: Literal["gradient", "ema"] = "gradient"
-    """How codes move: by gradients, or as running means of what is given to them."""
+    codebook_update: Literal["gradient", "ema"] = "ema"
+    """How codes move: as running means of what is given to them, or by gradients (official)."""
 
     ema_decay: float = 0.99
     """codebook_update='ema': what a running mean keeps per batch, in (0, 1)."""
@@ -272,6 +273,7 @@ PRESETS: dict[str, LearnSemanticIdsConfig] = {
         hidden_dims=(4096, 4096, 4096),
         normalise="none",
         reconstruction="mmd",
+        codebook_update="gradient",
         rq_reduce="sum",
         sinkhorn="none",
         epochs=2000,
@@ -285,6 +287,7 @@ PRESETS: dict[str, LearnSemanticIdsConfig] = {
         hidden_dims=(4096, 4096, 4096),
         normalise="none",
         reconstruction="mmd",
+        codebook_update="gradient",
         alignment="mmd",
         commitment="first",
         commitment_weight=0.01,

@@ -136,11 +136,18 @@ def check_sizes(config: LearnSemanticIdsConfig, items: Mapping[str, ItemRows]) -
                 f"({count}), got {config.num_codes}; about a tenth of it suits, such as "
                 f"learn_semantic_ids.num_codes={max(2, 2 ** round(math.log2(max(count, 20) / 10)))}"
             )
-        if (rows.vectors[rows.present] == rows.vectors[rows.present][:1]).all():
+        if all_equal(rows.vectors, np.flatnonzero(rows.present)):
             raise DataError(
                 f"learn_semantic_ids: all {count} {name} vectors are equal, so there is nothing to tell "
                 f"items apart by; leave {name} out of learn_semantic_ids.modalities"
             )
+
+
+def all_equal(vectors: np.ndarray, items: np.ndarray) -> bool:
+    """Whether the rows of these items are all the same, without a copy of all of them."""
+    first = vectors[items[0]]
+    blocks = np.array_split(items, max(1, -(-len(items) // 4096)))
+    return all((vectors[block] == first).all() for block in blocks)
 
 
 def model_settings(config: LearnSemanticIdsConfig, dims: Mapping[str, int]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig
         ({"init": "random", "kmeans_iterations": 5}, r"kmeans_iterations has no effect with init='random'"),
         ({"init": "random", "kmeans_restarts": 5}, r"kmeans_restarts has no effect with init='random'"),
         ({"kmeans_rows": 100}, r"kmeans_rows must be at least learn_semantic_ids.num_codes \(256\), got 100"),
-        ({"ema_decay": 0.9}, r"ema_decay has no effect with codebook_update='gradient'"),
+        ({"codebook_update": "gradient", "ema_decay": 0.9}, r"ema_decay has no effect with codebook_update"),
         ({"codebook_update": "ema", "ema_decay": 1.0}, r"ema_decay must lie between 0 and 1, got 1\.0"),
         ({"method": "rkmeans", "epochs": 7}, r"epochs has no effect with method='rkmeans'"),
         ({"method": "rkmeans", "init": "random"}, r"init must be kmeans or kmeans_constrained"),
