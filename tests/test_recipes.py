@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 import typing
@@ -92,6 +93,50 @@ def test_metrics_and_rankings_have_one_row_per_user(finished):
     assert all(0 <= value <= 1 for row in metrics["rows"].values() for value in row.values())
     best = metrics["rows"]["best_possible"]["recall@10"]
     assert best > metrics["rows"]["popularity"]["recall@10"]
+
+
+def test_semantic_ids_of_a_run_are_judged_by_a_command(finished, tmp_path, capsys):
+    arguments = ["report_semantic_ids", "--out", str(tmp_path / "page")]
+    for name in ("prepare_data", "train_collab", "encode_items", "learn_semantic_ids"):
+        arguments += [f"--{name.replace('_', '-')}", str(finished / name)]
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert (
+        left.value.code == 0 and capsys.readouterr().out == f"report: {tmp_path / 'page' / 'report.html'}\n"
+    )
+    quality = json.loads((finished / "learn_semantic_ids" / "quality.json").read_text())
+    metrics = json.loads((tmp_path / "page" / "metrics.json").read_text())
+    for name, found in quality["modalities"].items():
+        assert metrics["modalities"][name]["levels"] == found["levels"]
+
+
+def test_residual_k_means_goes_all_the_way(finished, tmp_path):
+    """Code embeddings as wide as each modality's vectors reach the model through their maps."""
+    base = tiny()
+    recipe = dataclasses.replace(
+        base,
+        learn_semantic_ids=LearnSemanticIdsConfig(method="rkmeans", num_codes=8, num_levels=2),
+        finetune=dataclasses.replace(base.finetune, project_codes=True),
+    )
+    for name in ("prepare_data", "train_collab", "encode_items"):
+        shutil.copytree(finished / name, tmp_path / name)
+    with pytest.raises(SystemExit) as left:
+        main(lambda: recipe, ["--run-dir", str(tmp_path)])
+    assert left.value.code == 0
+    metrics = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
+    assert metrics["rows"]["mme_sid"]["recall@10"] > 10 / 96  # better than chance, after two epochs
+
+
+def test_a_preset_is_where_changes_begin(finished, tmp_path, capsys):
+    arguments = ["learn_semantic_ids", "--out", str(tmp_path / "ids"), "--preset", "paper", "--set"]
+    arguments += ["num_codes=8", "code_dim=8", "hidden_dims=8", "epochs=1", "log_every_epochs=1"]
+    for name in ("prepare_data", "train_collab", "encode_items"):
+        arguments += [f"--{name.replace('_', '-')}", str(finished / name)]
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 0, capsys.readouterr().err
+    config = json.loads((tmp_path / "ids" / "manifest.json").read_text())["config"]
+    assert (config["reconstruction"], config["rq_reduce"], config["epochs"]) == ("mmd", "sum", 1)
 
 
 def test_a_second_run_computes_nothing_and_prints_the_same_table(finished, capsys):

@@ -140,10 +140,10 @@ def build_model(
     codebooks = {name: torch.from_numpy(ids.codebooks[name]) for name in vectors}
     if config.random_codes:
         codebooks = {name: torch.randn_like(table) * 0.02 for name, table in codebooks.items()}
-    code_dim = codebooks[next(iter(vectors))].shape[-1]
-    if code_dim != width and not config.project_codes:
+    code_dims = sorted({codebooks[name].shape[-1] for name in vectors})
+    if code_dims != [width] and not config.project_codes:
         raise ConfigError(
-            f"code embeddings are {code_dim} wide and the base model {width}: set "
+            f"code embeddings are {', '.join(map(str, code_dims))} wide and the base model {width}: set "
             f"learn_semantic_ids.code_dim={width}, or finetune.project_codes=true"
         )
     if config.fusion == "frequency" and (train_count[1:] == train_count[1]).all():

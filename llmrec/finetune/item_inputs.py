@@ -46,10 +46,10 @@ class ItemTokens(nn.Module):
     ) -> None:
         super().__init__()
         self.modalities = tuple(name for name in MODALITY_ORDER if name in vectors)
-        code_dim = codebooks[self.modalities[0]].shape[-1]
-        if code_dim != hidden_size and not project_codes:
+        code_dims = {name: codebooks[name].shape[-1] for name in self.modalities}
+        if not project_codes and set(code_dims.values()) != {hidden_size}:
             raise ValueError(
-                f"code embeddings are {code_dim} wide and the base model {hidden_size}: set "
+                f"code embeddings are {code_dims} wide and the base model {hidden_size}: set "
                 f"learn_semantic_ids.code_dim={hidden_size}, or finetune.project_codes=true"
             )
         self.projections = nn.ModuleDict(
@@ -59,7 +59,7 @@ class ItemTokens(nn.Module):
             {name: nn.Parameter(codebooks[name].clone()) for name in self.modalities}
         )
         self.code_projections = nn.ModuleDict(
-            {name: nn.Linear(code_dim, hidden_size) for name in self.modalities if project_codes}
+            {name: nn.Linear(code_dims[name], hidden_size) for name in self.modalities if project_codes}
         )
         width = 2 * len(self.modalities) * hidden_size
         inner = round(expansion * hidden_size)
