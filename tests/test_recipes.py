@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -328,3 +329,26 @@ def test_the_downstream_table_names_what_it_shows():
 
 def test_there_are_recipes():
     assert {"mme_sid_sample", "mme_sid_beauty"} <= {path.stem for path in RECIPES}
+
+
+def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("compare_methods", ROOT / "tools" / "compare_methods.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    base = tiny().finetune
+    settings = [
+        f"{name}={getattr(base, name)}" for name in ("prompt", "epochs", "batch_targets", "warmup_steps")
+    ]
+    settings += [f"mini.{name}={value}" for name, value in dataclasses.asdict(base.mini).items()]
+    command = ["--run-dir", str(finished), "--out", str(tmp_path), "--set", *settings, "fusion_temperature=1"]
+    command += ["--methods", "mme_sid", "e4srec", "concat", "--seeds", "0", "1"]
+    for extra in (["--seeds", "0"], [], ["--summarise"]):
+        with pytest.raises(SystemExit) as left:
+            tool.main(command + extra)
+        assert not left.value.code
+        lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["method", "mme_sid", "e4srec", "concat", "sasrec"]
+    assert all("2 of 2" in line and "±" in line for line in lines[1:4])
+    assert all(re.search(r"[+-]\d\.\d{4} \(", line) for line in lines[2:4])
+    tokens = [int(line.split()[-3].replace(",", "")) for line in lines[1:4]]
+    assert tokens[2] > tokens[1] == tokens[0]  # three tokens an item

@@ -15,7 +15,8 @@ from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.fusion import EqualWeights, FrequencyGate, ItemScores
-from llmrec.finetune.item_inputs import MODALITY_ORDER, ItemTokens
+from llmrec.finetune.item_inputs import CodeSums, OwnTable, ProjectedVectors
+from llmrec.finetune.methods import WITH_CODES, item_tokens, modalities_of
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.prompt import Prompt, tokenize, tokenize_words
 
@@ -110,9 +111,9 @@ def set_lora_weights(model: PeftModel, state: dict[str, Tensor]) -> None:
 def item_vectors(
     config: FinetuneConfig, collab: CollabEmbeddings, content: ContentEmbeddings, ids: SemanticIds
 ) -> dict[str, np.ndarray]:
-    """The frozen vectors of the modalities that have semantic IDs, scaled as configured."""
+    """Frozen vectors of the modalities that have semantic IDs and that the method uses, scaled."""
     known = {"collab": collab.vectors, **content.vectors}
-    return {name: _scale(known[name], config.vectors) for name in MODALITY_ORDER if name in ids.modalities}
+    return {name: _scale(known[name], config.vectors) for name in modalities_of(config, ids.modalities)}
 
 
 def build_model(
@@ -130,45 +131,45 @@ def build_model(
         config: settings.
         base: the decoder, see `load_base`.
         prompt: the prompt in its token ids.
-        vectors: float32 (N + 1, D_m) by modality.
+        vectors: float32 (N + 1, D_m) by modality; those that the method does not use are left out.
         ids: codes and codebooks.
         train_count: int64 (N + 1,).
         device: where everything is put.
     """
     width = base.config.hidden_size
+    vectors = {name: vectors[name] for name in modalities_of(config, tuple(vectors))}
     frozen = {name: torch.from_numpy(array).to(device) for name, array in vectors.items()}
     codebooks = {name: torch.from_numpy(ids.codebooks[name]) for name in vectors}
     if config.random_codes:
         codebooks = {name: torch.randn_like(table) * 0.02 for name, table in codebooks.items()}
     code_dims = sorted({codebooks[name].shape[-1] for name in vectors})
-    if code_dims != [width] and not config.project_codes:
+    if config.method in WITH_CODES and code_dims != [width] and not config.project_codes:
         raise ConfigError(
             f"code embeddings are {', '.join(map(str, code_dims))} wide and the base model {width}: set "
             f"learn_semantic_ids.code_dim={width}, or finetune.project_codes=true"
         )
-    if config.fusion == "frequency" and (train_count[1:] == train_count[1]).all():
+    if config.fusion_used == "frequency" and (train_count[1:] == train_count[1]).all():
         raise ConfigError(
             f"all items have {int(train_count[1])} training interactions, so there is no frequency to "
             "fuse by; set finetune.fusion=equal"
         )
-    tokens = ItemTokens(
-        frozen,
-        {name: torch.from_numpy(ids.codes[name]).to(device) for name in vectors},
-        codebooks,
-        width,
-        expansion=config.mlp_expansion,
-        out_activation=config.mlp_out_activation,
-        project_codes=config.project_codes,
-    )
-    if config.fusion == "target":
+    codes = {name: torch.from_numpy(ids.codes[name]).to(device) for name in vectors}
+    tokens = item_tokens(config, frozen, codes, codebooks, width)
+    if config.fusion_used == "target":
         scores = ItemScores(frozen, nn.ModuleDict(), nn.Identity(), width)
     else:
+        if config.concat_mode == "feature":
+            raise ConfigError(
+                "finetune.fusion must be target with concat_mode='feature', whose maps are narrower than the "
+                f"model, got {config.fusion!r}"
+            )
         sources = 1 + len(vectors)
-        gate = (
-            FrequencyGate(train_count.to(device), sources, config.fusion_temperature)
-            if config.fusion == "frequency"
-            else EqualWeights(len(train_count) - 1, sources)
-        )
+        gate: nn.Module
+        if config.fusion_used == "frequency":
+            gate = FrequencyGate(train_count.to(device), sources, config.fusion_temperature)
+        else:
+            weight = 1.0 if config.fusion_used == "sum" else None
+            gate = EqualWeights(len(train_count) - 1, sources, weight)
         scores = ItemScores(frozen, tokens.projections, gate, width)
     return MMESID(
         base,
@@ -178,6 +179,7 @@ def build_model(
         torch.tensor(prompt.response, dtype=torch.long),
         share_instruction=config.share_instruction and config.layout == "packed",
         dropout_rate=config.dropout_rate,
+        alignment_weight=config.ctrl_weight if config.ctrl_stage == "joint" else 0.0,
     ).to(device)
 
 
@@ -192,14 +194,18 @@ def parameter_counts(model: MMESID) -> dict[str, int]:
     def count(parameters: Any) -> int:
         return sum(parameter.numel() for parameter in parameters)
 
+    def sized(kind: type) -> int:
+        return sum(count(part.parameters()) for part in tokens.parts.values() if isinstance(part, kind))
+
     tokens = model.item_tokens
     gate = model.item_scores.gate
     return {
         "base_trainable": count(trainable(model.base).values()),
         "base_total": count(model.base.parameters()),
-        "projections": count(tokens.projections.parameters()),
-        "code_embeddings": count(tokens.codebooks.parameters()) + count(tokens.code_projections.parameters()),
-        "item_mlp": count(tokens.mlp.parameters()),
+        "projections": sized(ProjectedVectors),
+        "code_embeddings": sized(CodeSums),
+        "own_tables": sized(OwnTable),
+        "item_mlp": count(tokens.mixer.parameters()),
         "target_table": model.item_scores.target_table.numel(),
         "gate": count(gate.parameters()),
         "trainable": count(trainable(model).values()),

@@ -60,14 +60,50 @@ class FinetuneConfig:
     lora_targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     """Names of the linear layers that get LoRA matrices."""
 
+    method: Literal[
+        "mme_sid",
+        "e4srec",
+        "me",
+        "concat",
+        "concat_mlp",
+        "ctrl_mm",
+        "se_sid",
+        "se_random",
+        "mme_random",
+    ] = "mme_sid"
+    """What an item's tokens are made of: MME-SID, a method it is compared with, or an ablation; see
+    llmrec/finetune/methods.py."""
+
+    me_mode: Literal["concat", "sum"] = "concat"
+    """method=me: the collaborative vector and the table's row concatenated, or added."""
+
+    concat_mode: Literal["sequence", "feature"] = "sequence"
+    """method=concat: one token per modality, or one token that they share."""
+
+    own_dim: int = 64
+    """method=me, se_random: width of the table trained from random numbers."""
+
+    ctrl_weight: float = 0.1
+    """method=ctrl_mm: weight of the alignment loss beside the cross-entropy."""
+
+    ctrl_temperature: float = 0.1
+    """method=ctrl_mm: softmax temperature of the alignment loss."""
+
+    ctrl_stage: Literal["joint", "two"] = "joint"
+    """method=ctrl_mm: align while fine-tuning, or first of all (CTRL's own way)."""
+
+    ctrl_epochs: int = 20
+    """ctrl_stage=two: passes over the items before fine-tuning, 1,024 items a step."""
+
     project_codes: bool = False
     """Put a linear map between code embeddings and the model; needed if code_dim differs from H."""
 
     random_codes: bool = False
     """Ablation MME-SID-random: start the code embeddings from N(0, 0.02) instead of the codebooks."""
 
-    mlp_expansion: float = 3.0
-    """Hidden width of the item MLP, in multiples of H (official: 3)."""
+    mlp_expansion: float | None = None
+    """Hidden width of the item MLP, in multiples of H; none: half of what goes in (MME-SID with three
+    modalities: 3, as published)."""
 
     mlp_out_activation: Literal["gelu", "none"] = "gelu"
     """After the item MLP: the published code has a GELU there, the paper's Eq. 13 none."""
@@ -75,8 +111,9 @@ class FinetuneConfig:
     vectors: Literal["raw", "standardise", "l2"] = "raw"
     """Scaling of the frozen item vectors: as encoded, unit variance per modality, or unit rows."""
 
-    fusion: Literal["frequency", "equal", "target"] = "frequency"
-    """Weights of the score sources: by item frequency, all equal, or the target table alone."""
+    fusion: Literal["auto", "frequency", "equal", "sum", "target"] = "auto"
+    """Weights of the score sources: by item frequency, all equal, each 1 (sum), or the target table alone;
+    auto: frequency for mme_sid and mme_random, sum for se_sid, target for all others."""
 
     fusion_temperature: float = 1e-3
     """Softmax temperature of the fusion weights; small ones pick one source per item."""
@@ -136,9 +173,15 @@ class FinetuneConfig:
         for name in ("epochs", "batch_targets", "micro_batch_tokens", "lora_rank", "log_every_steps"):
             value = getattr(self, name)
             require(value >= 1, f"finetune.{name} must be at least 1, got {value}")
-        for name in ("learning_rate", "lora_alpha", "fusion_temperature", "mlp_expansion", "clip_norm"):
+        for name in ("own_dim", "ctrl_epochs"):
             value = getattr(self, name)
-            require(value > 0, f"finetune.{name} must be greater than 0, got {value}")
+            require(value >= 1, f"finetune.{name} must be at least 1, got {value}")
+        for name in (
+            *("learning_rate", "lora_alpha", "fusion_temperature", "mlp_expansion", "clip_norm"),
+            *("ctrl_weight", "ctrl_temperature"),
+        ):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"finetune.{name} must be greater than 0, got {value}")
         for name in ("lora_dropout_rate", "dropout_rate"):
             value = getattr(self, name)
             require(0 <= value < 1, f"finetune.{name} must lie in [0, 1), got {value}")
@@ -161,17 +204,56 @@ class FinetuneConfig:
         else:
             idle = ("mini",)
             reason = f"base_model={self.base_model!r}"
-        if self.fusion != "frequency":
+        if self.fusion_used != "frequency":
             idle += ("fusion_temperature",)
+        method = self.method
+        unused = [name for name, methods in METHOD_FIELDS.items() if method not in methods]
+        if method == "se_random" and self.fusion not in ("auto", "target"):
+            unused.append("fusion")
+        if self.ctrl_stage == "joint":
+            unused.append("ctrl_epochs")
+        else:
+            unused.append("ctrl_weight")
         defaults = {name: spec.default for name, spec in self.__dataclass_fields__.items()}
         defaults["mini"] = MiniConfig()
         for name in idle:
             require(
                 getattr(self, name) == defaults[name],
                 f"finetune.{name} has no effect with "
-                + (reason if name != "fusion_temperature" else f"fusion={self.fusion!r}"),
+                + (reason if name != "fusion_temperature" else f"fusion={self.fusion_used!r}"),
             )
+        for name in unused:
+            stage = f", ctrl_stage={self.ctrl_stage!r}" if method == "ctrl_mm" else ""
+            require(
+                getattr(self, name) == defaults[name],
+                f"finetune.{name} has no effect with method={method!r}{stage}",
+            )
+
+    @property
+    def fusion_used(self) -> str:
+        """What fusion='auto' stands for."""
+        if self.fusion != "auto":
+            return self.fusion
+        return {"mme_sid": "frequency", "mme_random": "frequency", "se_sid": "sum"}.get(self.method, "target")
 
     @property
     def is_mini(self) -> bool:
         return self.base_model == "mini"
+
+
+MLP_METHODS = ("mme_sid", "se_sid", "mme_random", "concat_mlp", "ctrl_mm")
+
+METHOD_FIELDS: dict[str, tuple[str, ...]] = {
+    "me_mode": ("me",),
+    "concat_mode": ("concat",),
+    "own_dim": ("me", "se_random"),
+    "ctrl_weight": ("ctrl_mm",),
+    "ctrl_temperature": ("ctrl_mm",),
+    "ctrl_stage": ("ctrl_mm",),
+    "ctrl_epochs": ("ctrl_mm",),
+    "project_codes": ("mme_sid", "se_sid"),
+    "random_codes": ("mme_sid", "se_sid"),
+    "mlp_expansion": MLP_METHODS,
+    "mlp_out_activation": MLP_METHODS,
+}
+"""Settings that only some methods have."""

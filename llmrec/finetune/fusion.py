@@ -56,13 +56,12 @@ class FrequencyGate(nn.Module):
 
 
 class EqualWeights(nn.Module):
-    """The ablation without fusion: every source counts 1 / S."""
+    """The ablation without fusion: every source counts the same, 1 / S unless said otherwise."""
 
-    def __init__(self, num_items: int, num_sources: int) -> None:
+    def __init__(self, num_items: int, num_sources: int, weight: float | None = None) -> None:
         super().__init__()
-        self.register_buffer(
-            "weights", torch.full((num_items + 1, num_sources), 1 / num_sources), persistent=False
-        )
+        value = 1 / num_sources if weight is None else weight
+        self.register_buffer("weights", torch.full((num_items + 1, num_sources), value), persistent=False)
 
     def forward(self) -> Tensor:
         """Mixing weights (N + 1, S)."""

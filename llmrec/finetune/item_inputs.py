@@ -1,4 +1,9 @@
-"""One token per item: frozen multimodal vectors and trained code embeddings through an MLP."""
+"""Item ids to input embeddings of the language model, put together from small parts.
+
+A part turns an item id into a vector (frozen vectors through a linear map; sums of code embeddings; a table
+of its own), a mixer turns the vectors of all parts into one token or several. `llmrec.finetune.methods` says
+which parts and which mixer make MME-SID and the methods it is compared with.
+"""
 
 from __future__ import annotations
 
@@ -6,85 +11,180 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmrec.semantic_ids.losses import info_nce
+
 # The published concatenation is collaborative, image, text.
 MODALITY_ORDER = ("collab", "image", "text")
 
 
-class ItemTokens(nn.Module):
-    """Item ids to input embeddings of the language model.
-
-    a_m(i) = W_m E_m[i] + b_m             projected frozen vector, m in {collab, image, text}
-    q_m(i) = sum_l C_m^l[S_m[i, l]]       sum of the item's code embeddings, trained on
-    x(i)   = act(A_2 ReLU(A_1 [a_c; q_c; a_v; q_v; a_t; q_t] + c_1) + c_2)
-
-    Source: MME-SID Eq. 13; Applied-Machine-Learning-Lab/MME-SID@bc95e1a model.py.
-    Differs: the code embeddings may be narrower than H and then pass a linear map (project_codes).
+class ProjectedVectors(nn.Module):
+    """a(i) = W E[i] + b, from frozen item vectors.
 
     Args:
-        vectors: frozen item vectors by modality, float (N + 1, D_m), row 0 zero.
-        codes: semantic IDs by modality, int64 (N + 1, L).
-        codebooks: code embeddings by modality, float (L, K, D), the initial values of the trained ones.
-        hidden_size: H, width of the language model.
-        expansion: hidden width of the MLP in multiples of H.
-        out_activation: 'gelu' or 'none', after the MLP.
-        project_codes: whether to map code embeddings from D to H.
+        vectors: float (N + 1, D_m), row 0 zero; not saved with the weights.
+        width: of a(i).
+    """
 
-    Raises:
-        ValueError: if code embeddings are not H wide and project_codes is off.
+    def __init__(self, vectors: Tensor, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(vectors.shape[1], width)
+        self.width = width
+        self.register_buffer("vectors", vectors, persistent=False)
+
+    def forward(self, item: Tensor) -> Tensor:
+        """(...) to (..., width)."""
+        return self.linear(self.vectors[item])
+
+
+class CodeSums(nn.Module):
+    """q(i) = sum_l C^l[S[i, l]]: the sum of an item's code embeddings, trained on.
+
+    Args:
+        codes: semantic IDs int64 (N + 1, L); not saved with the weights.
+        codebooks: code embeddings float (L, K, D), the initial values of the trained ones.
+        width: of q(i); a linear map follows if it is given, else D is the width.
+    """
+
+    def __init__(self, codes: Tensor, codebooks: Tensor, width: int | None) -> None:
+        super().__init__()
+        levels, size, dim = codebooks.shape
+        self.codebooks = nn.Parameter(codebooks.clone())
+        self.linear = None if width is None else nn.Linear(dim, width)
+        self.width = width or dim
+        # Code l * K + c of the flattened table, so that one lookup serves all levels.
+        flat = codes + size * torch.arange(levels, device=codes.device)
+        self.register_buffer("codes", flat, persistent=False)
+
+    def forward(self, item: Tensor) -> Tensor:
+        """(...) to (..., width)."""
+        codes = self.codes[item]
+        flat = codes.reshape(-1, codes.shape[-1])
+        sums = F.embedding_bag(flat, self.codebooks.flatten(0, 1), mode="sum").unflatten(0, item.shape)
+        return sums if self.linear is None else self.linear(sums)
+
+
+class OwnTable(nn.Module):
+    """R[i]: a table trained from N(0, 0.02), through a linear map if a width is given.
+
+    Args:
+        num_items: N.
+        dim: width of the table.
+        width: of the map's output; None: no map.
+    """
+
+    def __init__(self, num_items: int, dim: int, width: int | None) -> None:
+        super().__init__()
+        self.table = nn.Parameter(0.02 * torch.randn(num_items + 1, dim))
+        self.linear = None if width is None else nn.Linear(dim, width)
+        self.width = width or dim
+
+    def forward(self, item: Tensor) -> Tensor:
+        """(...) to (..., width)."""
+        rows = F.embedding(item, self.table)
+        return rows if self.linear is None else self.linear(rows)
+
+
+class Mlp(nn.Module):
+    """act(A_2 ReLU(A_1 [parts] + c_1) + c_2), MME-SID Eq. 13.
+
+    Args:
+        widths: of the parts.
+        hidden_size: H.
+        inner: hidden width.
+        out_activation: 'gelu' or 'none', after the second layer.
+    """
+
+    def __init__(self, widths: list[int], hidden_size: int, inner: int, out_activation: str) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(sum(widths), inner), nn.ReLU(), nn.Linear(inner, hidden_size))
+        self.out_activation = out_activation
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        """(..., H)."""
+        tokens = self.layers(torch.cat(parts, dim=-1))
+        return F.gelu(tokens) if self.out_activation == "gelu" else tokens
+
+
+class LinearMix(nn.Module):
+    """A [parts] + c.
+
+    Args:
+        widths: of the parts.
+        hidden_size: H.
+    """
+
+    def __init__(self, widths: list[int], hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(sum(widths), hidden_size)
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        """(..., H)."""
+        return self.linear(torch.cat(parts, dim=-1))
+
+
+class SumOfParts(nn.Module):
+    """All parts added; also the mixer of a single part."""
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        """(..., H)."""
+        return sum(parts[1:], parts[0])
+
+
+class SideBySide(nn.Module):
+    """Parts of width H / P, one behind the other in one token."""
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        """(..., H)."""
+        return torch.cat(parts, dim=-1)
+
+
+class OneTokenEach(nn.Module):
+    """Every part is a token of its own."""
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        """(..., P, H)."""
+        return torch.stack(parts, dim=-2)
+
+
+class ItemTokens(nn.Module):
+    """Item ids to tokens: parts, then a mixer.
+
+    Args:
+        parts: modules (...) to (..., width), by name.
+        mixer: list of the parts' vectors to (..., H), or (..., P, H) for `OneTokenEach`.
+        alignment_temperature: of the alignment loss between parts; None: there is none.
     """
 
     def __init__(
-        self,
-        vectors: dict[str, Tensor],
-        codes: dict[str, Tensor],
-        codebooks: dict[str, Tensor],
-        hidden_size: int,
-        *,
-        expansion: float,
-        out_activation: str,
-        project_codes: bool,
+        self, parts: dict[str, nn.Module], mixer: nn.Module, *, alignment_temperature: float | None = None
     ) -> None:
         super().__init__()
-        self.modalities = tuple(name for name in MODALITY_ORDER if name in vectors)
-        code_dims = {name: codebooks[name].shape[-1] for name in self.modalities}
-        if not project_codes and set(code_dims.values()) != {hidden_size}:
-            raise ValueError(
-                f"code embeddings are {code_dims} wide and the base model {hidden_size}: set "
-                f"learn_semantic_ids.code_dim={hidden_size}, or finetune.project_codes=true"
-            )
-        self.projections = nn.ModuleDict(
-            {name: nn.Linear(vectors[name].shape[1], hidden_size) for name in self.modalities}
-        )
-        self.codebooks = nn.ParameterDict(
-            {name: nn.Parameter(codebooks[name].clone()) for name in self.modalities}
-        )
-        self.code_projections = nn.ModuleDict(
-            {name: nn.Linear(code_dims[name], hidden_size) for name in self.modalities if project_codes}
-        )
-        width = 2 * len(self.modalities) * hidden_size
-        inner = round(expansion * hidden_size)
-        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, hidden_size))
-        self.out_activation = out_activation
-        for name in self.modalities:
-            self.register_buffer(f"vectors_{name}", vectors[name], persistent=False)
-            # Code l * K + c of the flattened table, so that one lookup serves all levels.
-            levels, size, _ = codebooks[name].shape
-            flat = codes[name] + size * torch.arange(levels, device=codes[name].device)
-            self.register_buffer(f"codes_{name}", flat, persistent=False)
+        self.parts = nn.ModuleDict(parts)
+        self.mixer = mixer
+        self.tokens_per_item = len(parts) if isinstance(mixer, OneTokenEach) else 1
+        self.alignment_temperature = alignment_temperature
 
-    def code_sum(self, name: str, item: Tensor) -> Tensor:
-        """q_m: the sum of the code embeddings of each item, (..., D)."""
-        codes = getattr(self, f"codes_{name}")[item]
-        return F.embedding_bag(
-            codes.reshape(-1, codes.shape[-1]), self.codebooks[name].flatten(0, 1), mode="sum"
-        ).unflatten(0, item.shape)
+    @property
+    def projections(self) -> nn.ModuleDict:
+        """The maps of frozen vectors by modality, which scoring shares."""
+        return nn.ModuleDict(
+            {
+                name.removeprefix("vectors_"): part.linear
+                for name, part in self.parts.items()
+                if isinstance(part, ProjectedVectors)
+            }
+        )
 
     def forward(self, item: Tensor) -> Tensor:
-        """Tokens (..., H) of item ids (...); padding gets some vector that must be masked."""
-        parts = []
-        for name in self.modalities:
-            parts.append(self.projections[name](getattr(self, f"vectors_{name}")[item]))
-            codes = self.code_sum(name, item)
-            parts.append(self.code_projections[name](codes) if self.code_projections else codes)
-        tokens = self.mlp(torch.cat(parts, dim=-1))
-        return F.gelu(tokens) if self.out_activation == "gelu" else tokens
+        """Tokens (..., H), or (..., P, H), of item ids; padding gets some vector that must be masked."""
+        return self.mixer([part(item) for part in self.parts.values()])
+
+    def alignment(self, item: Tensor) -> Tensor:
+        """InfoNCE of the first part with each other one over items (n,), scalar; 0 if there is none.
+
+        One direction, other items of the batch as negatives (CTRL-MM; MME-SID Eq. 11 reads the same way).
+        """
+        if self.alignment_temperature is None or len(item) < 2:
+            return next(self.parameters()).new_zeros(())
+        first, *others = (part(item) for part in self.parts.values())
+        return sum(info_nce(first, other, self.alignment_temperature) for other in others)

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from llmrec.finetune.fusion import ItemScores
 from llmrec.finetune.item_inputs import ItemTokens
-from llmrec.finetune.packing import PackedRows, TokenLayout, lay_out
+from llmrec.finetune.packing import PackedRows, TokenLayout, lay_out, several_slots
 from llmrec.item_softmax import item_cross_entropy
 
 
@@ -27,6 +27,7 @@ class MMESID(nn.Module):
         response: int64 (R,) token ids after it, R >= 1.
         share_instruction: encode the instruction once per forward pass.
         dropout_rate: dropout on item tokens and read-out vectors.
+        alignment_weight: of the item tokens' alignment loss, per target, where they have one.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class MMESID(nn.Module):
         *,
         share_instruction: bool = True,
         dropout_rate: float = 0.0,
+        alignment_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.base = base
@@ -46,6 +48,7 @@ class MMESID(nn.Module):
         self.item_scores = item_scores
         self.share_instruction = share_instruction
         self.dropout = nn.Dropout(dropout_rate)
+        self.alignment_weight = alignment_weight
         self.register_buffer("instruction", instruction, persistent=False)
         self.register_buffer("response", response, persistent=False)
 
@@ -59,24 +62,29 @@ class MMESID(nn.Module):
         tokens = self.item_tokens(items)
         hidden = [self.hidden(rows, tokens, torch.searchsorted(items, rows.items)) for rows in groups]
         queries, keys = self.item_scores.factors(self.dropout(torch.cat(hidden)))
-        return item_cross_entropy(queries, keys, torch.cat([rows.target for rows in groups]))
+        target = torch.cat([rows.target for rows in groups])
+        loss = item_cross_entropy(queries, keys, target)
+        if self.alignment_weight and self.item_tokens.alignment_temperature is not None:
+            loss = loss + self.alignment_weight * len(target) * self.item_tokens.alignment(items)
+        return loss
 
     def hidden(self, rows: PackedRows, tokens: Tensor, index: Tensor | None = None) -> Tensor:
         """Read-out vectors (n, H), one per target of the rows.
 
         Args:
             rows: what to encode.
-            tokens: item tokens (X, H).
+            tokens: item tokens (X, H), or (X, P, H) where an item has P of them.
             index: int64 (G, T), which token stands in each slot; None: the item id itself.
         """
         layout = lay_out(
-            rows,
+            several_slots(rows, self.item_tokens.tokens_per_item),
             instruction=len(self.instruction),
             response=len(self.response),
             shared=self.share_instruction,
         )
         embed = self.base.get_input_embeddings()
-        slots = F.embedding(rows.items if index is None else index, tokens).to(embed.weight.dtype)
+        slots = F.embedding(rows.items if index is None else index, tokens.flatten(1)).to(embed.weight.dtype)
+        slots = slots.reshape(len(slots), -1, tokens.shape[-1])
         copies = embed(self.response).repeat(rows.history.shape[1], 1).expand(len(slots), -1, -1)
         parts = [self.dropout(slots), copies]
         past = None

@@ -94,6 +94,15 @@ def pack(item: Tensor, targets: Targets, row: np.ndarray) -> PackedRows:
     return PackedRows(items=items, history=history, target=target)
 
 
+def several_slots(rows: PackedRows, tokens_per_item: int) -> PackedRows:
+    """The same rows with so many slots in place of every item's one."""
+    if tokens_per_item == 1:
+        return rows
+    history = torch.where(rows.history >= 0, rows.history * tokens_per_item, -1)
+    items = rows.items.repeat_interleave(tokens_per_item, dim=1)
+    return PackedRows(items=items, history=history, target=rows.target)
+
+
 def lay_out(rows: PackedRows, *, instruction: int, response: int, shared: bool) -> TokenLayout:
     """Positions, visibility and read-outs of packed rows.
 
@@ -134,7 +143,14 @@ def lay_out(rows: PackedRows, *, instruction: int, response: int, shared: bool) 
 
 
 def count_tokens(
-    targets: Targets, *, instruction: int, response: int, layout: str, shared: bool, min_slots: int = 0
+    targets: Targets,
+    *,
+    instruction: int,
+    response: int,
+    layout: str,
+    shared: bool,
+    min_slots: int = 0,
+    tokens_per_item: int = 1,
 ) -> int:
     """Tokens a forward and backward pass over the targets costs, without padding.
 
@@ -145,10 +161,11 @@ def count_tokens(
         layout: 'packed' or 'per_prefix'.
         shared: whether the instruction is shared.
         min_slots: item slots a row has at least (the official collator: 2).
+        tokens_per_item: tokens that stand for one item.
     """
     row = group_rows(targets, layout)
     num_rows = int(row[-1]) + 1 if len(row) else 0
     longest = np.zeros(num_rows, dtype=np.int64)
     np.maximum.at(longest, row, targets.stop - targets.start)
-    items = int(np.maximum(longest, min_slots).sum())
+    items = tokens_per_item * int(np.maximum(longest, min_slots).sum())
     return items + response * len(targets) + instruction * (1 if shared else num_rows)

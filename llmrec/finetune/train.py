@@ -46,6 +46,7 @@ from llmrec.progress import progress
 logger = logging.getLogger("llmrec")
 
 CHECKED_HISTORIES = 64
+ALIGN_ITEMS = 1024
 
 
 @distributed.every_process
@@ -75,6 +76,8 @@ def finetune(
     train_count = torch.from_numpy(data.train_count)
     model = build.build_model(config, base, prompt, vectors, ids, train_count, device)
     trainer = Trainer(config, data, model)
+    if config.ctrl_stage == "two":
+        align_first(config, model, data.num_items)
     trainer.run()
     heads = {name: value.detach().cpu() for name, value in heads_of(model).items()}
     weights: dict[str, Any] = {}
@@ -120,6 +123,22 @@ def check_saved(
             f"the saved adapter scores differently from the trained one (largest difference {difference:g})"
         )
     logger.info("finetune: saved, loaded and compared; largest score difference %g", difference)
+
+
+def align_first(config: FinetuneConfig, model: MMESID, num_items: int) -> None:
+    """Train the item tokens' alignment loss alone, over all items, before the language model is tuned."""
+    parameters = [value for value in model.item_tokens.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    rng = np.random.default_rng(config.seed)
+    device = model.instruction.device
+    for _ in progress(range(config.ctrl_epochs), "align", unit="epoch"):
+        order = torch.from_numpy(rng.permutation(num_items) + 1).to(device)
+        for items in order.split(ALIGN_ITEMS):
+            loss = model.item_tokens.alignment(items)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    logger.info("finetune: alignment before fine-tuning, loss %.4f", float(loss.detach()))
 
 
 @dataclass
@@ -247,13 +266,14 @@ class Trainer:
             response=len(self.model.response),
             layout=self.config.layout,
             shared=self.model.share_instruction,
+            tokens_per_item=self.model.item_tokens.tokens_per_item,
         )
         return total, tokens
 
     def _micro_batches(self, targets: Targets) -> Iterator[list[PackedRows]]:
         """This process's share of a step: forward passes of a few groups of similar row length."""
         row = group_rows(targets, self.config.layout)
-        length = row_lengths(targets, row, len(self.model.response))
+        length = row_lengths(targets, row, len(self.model.response), self.model.item_tokens.tokens_per_item)
         if not self.model.share_instruction:
             length += len(self.model.instruction)
         world, own = distributed.world_size(), distributed.rank()
@@ -337,11 +357,11 @@ def epoch_steps(targets: Targets, config: FinetuneConfig, generator: np.random.G
     return np.split(order, range(config.batch_targets, len(order), config.batch_targets))
 
 
-def row_lengths(targets: Targets, row: np.ndarray, response: int) -> np.ndarray:
+def row_lengths(targets: Targets, row: np.ndarray, response: int, tokens_per_item: int = 1) -> np.ndarray:
     """Tokens of each row without instruction: its longest history and its response copies."""
     longest = np.zeros(int(row[-1]) + 1, dtype=np.int64)
     np.maximum.at(longest, row, targets.stop - targets.start)
-    return np.maximum(longest, 1) + response * np.bincount(row)
+    return tokens_per_item * np.maximum(longest, 1) + response * np.bincount(row)
 
 
 def fusion_shares(model: MMESID) -> dict[str, dict[str, float]] | None:

@@ -37,7 +37,7 @@ def plain_prompts(net, item: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Read-outs (n, H) by one ordinary left-to-right forward pass per target: no mask, no cache."""
     embed, outputs = net.base.get_input_embeddings(), []
     for start, stop in zip(targets.start, targets.stop):
-        history = net.item_tokens(item[start:stop])
+        history = net.item_tokens(item[start:stop]).flatten(0, -2)
         tokens = torch.cat([embed(net.instruction), history, embed(net.response)])
         outputs.append(net.base(inputs_embeds=tokens[None], use_cache=False).last_hidden_state[0, -1])
     return torch.stack(outputs)
@@ -51,6 +51,8 @@ def read_out(net, rows) -> torch.Tensor:
 def full_scores(net, hidden: torch.Tensor) -> torch.Tensor:
     """Scores (n, N) by the sum of heads over explicitly projected tables."""
     heads = net.item_scores
+    if not heads.modalities:
+        return (hidden @ heads.target_table.T)[:, 1:]
     weights = heads.gate()
     scores = weights[:, 0] * (hidden @ heads.target_table.T)
     for source, name in enumerate(heads.modalities, start=1):

@@ -1,0 +1,216 @@
+"""The methods MME-SID is compared with: tokens by their formulas, exact under packing, trained and saved."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_packing import EXACT, NUM_ITEMS, full_scores, gradients, plain_prompts, random_users, read_out
+from tiny_mme_sid import WIDTH, model
+
+from llmrec.errors import ConfigError
+from llmrec.finetune.build import parameter_counts
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.methods import modalities_of
+from llmrec.finetune.packing import count_tokens, group_rows, pack
+from llmrec.semantic_ids.diagnostics import spectrum
+
+METHODS = [
+    {"method": "e4srec"},
+    {"method": "me"},
+    {"method": "me", "me_mode": "sum"},
+    {"method": "concat"},
+    {"method": "concat_mlp"},
+    {"method": "ctrl_mm"},
+    {"method": "se_sid"},
+    {"method": "se_random"},
+    {"method": "mme_random", "fusion_temperature": 1.0},
+]
+NAMES = [
+    "-".join(settings.values()) if len(settings) < 3 else "?"
+    for settings in [{key: str(value) for key, value in settings.items()} for settings in METHODS]
+]
+ITEMS = torch.arange(1, NUM_ITEMS + 1)
+
+
+def build(settings, **more):
+    """The tiny model's own temperature only where there is a gate."""
+    return model(NUM_ITEMS, **{"fusion_temperature": 1e-3, **settings, **more})
+
+
+@pytest.mark.parametrize("settings", METHODS, ids=NAMES)
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "own"])
+def test_packed_prompts_are_the_prompts_themselves(settings, share):
+    """Read-outs, loss and every gradient, in float64; three tokens an item included."""
+    net = build(settings, share_instruction=share)
+    item, targets = random_users([1, 2, 3, 5])
+    rows = pack(item, targets, group_rows(targets, "packed"))
+    hidden = plain_prompts(net, item, targets)
+    torch.testing.assert_close(read_out(net, rows), hidden, **EXACT)
+    scores = full_scores(net, hidden)
+    loss = F.cross_entropy(scores, torch.from_numpy(targets.item) - 1, reduction="sum")
+    if settings["method"] == "ctrl_mm":
+        loss = loss + 0.1 * len(targets) * net.item_tokens.alignment(torch.unique(rows.items))
+    expected = gradients(net, loss)
+    found_loss = net([rows])
+    torch.testing.assert_close(found_loss, loss, **EXACT)
+    found = gradients(net, found_loss)
+    assert found.keys() == expected.keys() and found
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **EXACT)
+
+
+def linear(part, rows):
+    return rows @ part.linear.weight.T + part.linear.bias
+
+
+def test_tokens_follow_their_formulas():
+    net = build({"method": "e4srec"})
+    part = net.item_tokens.parts["vectors_collab"]
+    torch.testing.assert_close(net.item_tokens(ITEMS), linear(part, part.vectors[ITEMS]))
+
+    parts = build({"method": "me"}).item_tokens
+    both = torch.cat(
+        [linear(parts.parts["vectors_collab"], part.vectors[ITEMS]), parts.parts["own"].table[ITEMS]], dim=-1
+    )
+    assert both.shape[1] == WIDTH + 64
+    torch.testing.assert_close(parts(ITEMS), linear(parts.mixer, both))
+
+    parts = build({"method": "me", "me_mode": "sum"}).item_tokens
+    added = linear(parts.parts["vectors_collab"], part.vectors[ITEMS])
+    added = added + linear(parts.parts["own"], parts.parts["own"].table[ITEMS])
+    torch.testing.assert_close(parts(ITEMS), added)
+
+    parts = build({"method": "concat"}).item_tokens
+    tokens = parts(ITEMS)
+    assert tokens.shape == (NUM_ITEMS, 3, WIDTH)
+    for place, name in enumerate(("collab", "image", "text")):
+        own = parts.parts[f"vectors_{name}"]
+        torch.testing.assert_close(tokens[:, place], linear(own, own.vectors[ITEMS]))
+
+    parts = build({"method": "concat_mlp"}).item_tokens
+    first, _, second = parts.mixer.layers
+    assert first.weight.shape == (WIDTH * 3 // 2, 3 * WIDTH)
+    inputs = torch.cat([linear(own, own.vectors[ITEMS]) for own in parts.parts.values()], dim=-1)
+    torch.testing.assert_close(parts(ITEMS), F.gelu(second(torch.relu(first(inputs)))))
+
+    parts = build({"method": "se_sid"}).item_tokens
+    codes = parts.parts["codes_collab"]
+    sums = torch.stack(
+        [sum(codes.codebooks.flatten(0, 1)[code] for code in codes.codes[item]) for item in ITEMS]
+    )
+    inputs = torch.cat([linear(parts.parts["vectors_collab"], part.vectors[ITEMS]), sums], dim=-1)
+    first, _, second = parts.mixer.layers
+    assert first.weight.shape == (WIDTH, 2 * WIDTH)
+    torch.testing.assert_close(parts(ITEMS), F.gelu(second(torch.relu(first(inputs)))))
+
+
+def test_one_token_of_all_modalities_needs_a_width_they_can_share():
+    settings = {"method": "concat", "concat_mode": "feature", "fusion_temperature": 1e-3}
+    net = model(NUM_ITEMS, dims={"collab": 5, "text": 7}, **settings)
+    own = net.item_tokens.parts["vectors_collab"]
+    tokens = net.item_tokens(ITEMS)
+    assert tokens.shape == (NUM_ITEMS, WIDTH)
+    torch.testing.assert_close(tokens[:, : WIDTH // 2], linear(own, own.vectors[ITEMS]))
+    with pytest.raises(ConfigError, match=r"among 3 modalities, which must divide it, got 16"):
+        model(NUM_ITEMS, **settings)
+
+
+def test_scores_of_a_single_modality_add_the_collaborative_term():
+    net = build({"method": "se_sid"})
+    hidden = torch.randn(4, WIDTH, dtype=torch.float64)
+    part = net.item_tokens.parts["vectors_collab"]
+    expected = hidden @ net.item_scores.target_table.T + hidden @ linear(part, part.vectors).T
+    torch.testing.assert_close(hidden @ net.item_scores.folded().T, expected)
+
+
+def test_the_alignment_is_info_nce_of_pairs_and_is_trained_first_or_along():
+    net = build({"method": "ctrl_mm"})
+    a, image, text = (part(ITEMS) for part in net.item_tokens.parts.values())
+    expected = 0.0
+    for other in (image, text):
+        cosine = F.normalize(a, dim=1) @ F.normalize(other, dim=1).T
+        expected = expected + F.cross_entropy(cosine / 0.1, torch.arange(NUM_ITEMS))
+    torch.testing.assert_close(net.item_tokens.alignment(ITEMS), expected)
+    assert float(build({"method": "concat_mlp"}).item_tokens.alignment(ITEMS)) == 0
+    two = build({"method": "ctrl_mm", "ctrl_stage": "two"})
+    from llmrec.finetune.train import align_first
+
+    before = float(two.item_tokens.alignment(ITEMS))
+    config = FinetuneConfig(method="ctrl_mm", ctrl_stage="two", learning_rate=1e-2)
+    align_first(config, two, NUM_ITEMS)
+    assert float(two.item_tokens.alignment(ITEMS)) < before - 0.1
+    item, targets = random_users([3])
+    rows = pack(item, targets, group_rows(targets, "packed"))
+    plain = F.cross_entropy(
+        full_scores(two, plain_prompts(two, item, targets)),
+        torch.from_numpy(targets.item) - 1,
+        reduction="sum",
+    )
+    torch.testing.assert_close(two([rows]), plain, **EXACT)
+
+
+def test_collapse_is_as_the_paper_says():
+    """Eq. 7: a projected table of 5 numbers spans at most 6 directions; codes and a GELU lift it."""
+    ranks = {}
+    for settings in ({"method": "e4srec"}, {"method": "se_sid"}):
+        with torch.no_grad():
+            table = build(settings).item_tokens(ITEMS).numpy()
+        ranks[settings["method"]] = spectrum(lambda items, table=table: table[items], np.arange(NUM_ITEMS))
+    assert ranks["e4srec"]["numerical_rank"] <= 6 < ranks["se_sid"]["numerical_rank"]
+
+
+def test_modalities_and_tokens_of_a_method():
+    assert modalities_of(FinetuneConfig(method="e4srec"), ("collab", "text")) == ("collab",)
+    assert modalities_of(FinetuneConfig(), ("text", "collab", "image")) == ("collab", "image", "text")
+    for method, available, message in (
+        ("e4srec", ("text",), "needs collaborative vectors"),
+        ("concat", ("collab",), "needs at least two, got collab"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            modalities_of(FinetuneConfig(method=method), available)
+    _, targets = random_users([4])
+    one, three = (
+        count_tokens(targets, instruction=5, response=3, layout="packed", shared=True, tokens_per_item=k)
+        for k in (1, 3)
+    )
+    assert three - one == 2 * 3
+    counts = parameter_counts(build({"method": "se_random"}))
+    assert counts["own_tables"] == (NUM_ITEMS + 1) * 64 + 64 * WIDTH + WIDTH and counts["projections"] == 0
+    matched = parameter_counts(build({"method": "mme_random", "fusion_temperature": 1.0}))
+    codes = parameter_counts(model(NUM_ITEMS))["code_embeddings"]
+    tables = sum(
+        part.table.numel()
+        for name, part in build({"method": "mme_random", "fusion_temperature": 1.0}).item_tokens.parts.items()
+        if name.startswith("own")
+    )
+    assert abs(tables - codes) / codes < 0.2 and matched["code_embeddings"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"me_mode": "sum"}, "me_mode has no effect with method='mme_sid'"),
+        ({"method": "e4srec", "own_dim": 8}, "own_dim has no effect"),
+        ({"method": "e4srec", "project_codes": True}, "project_codes has no effect"),
+        ({"method": "e4srec", "mlp_expansion": 2.0}, "mlp_expansion has no effect"),
+        (
+            {"method": "e4srec", "fusion_temperature": 1.0},
+            "fusion_temperature has no effect with fusion='target'",
+        ),
+        ({"method": "se_random", "fusion": "equal"}, "fusion has no effect"),
+        ({"method": "ctrl_mm", "ctrl_epochs": 3}, "ctrl_epochs has no effect with .*ctrl_stage='joint'"),
+        ({"method": "ctrl_mm", "ctrl_stage": "two", "ctrl_weight": 1.0}, "ctrl_weight has no effect"),
+        ({"method": "me", "own_dim": 0}, "own_dim must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_cannot_take_effect_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=rf"finetune\.{message}"):
+        FinetuneConfig(**changes)
+
+
+def test_every_method_has_a_fusion_of_its_own():
+    used = {name: FinetuneConfig(method=name).fusion_used for name in ("mme_sid", "e4srec", "se_sid")}
+    assert used == {"mme_sid": "frequency", "e4srec": "target", "se_sid": "sum"}
+    assert dataclasses.replace(FinetuneConfig(), fusion="equal").fusion_used == "equal"
