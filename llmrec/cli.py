@@ -11,13 +11,20 @@ from pathlib import Path
 
 from llmrec import __version__
 from llmrec.config import describe
+from llmrec.errors import ConfigError
 from llmrec.recipe import apply_overrides, guarded, set_up_logging
 from llmrec.stages import COMMANDS, STAGES, Stage
+
+GPU_NAMES = ("A100", "H100", "H200", "L40S", "RTX4090")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the installed command."""
     options = parser().parse_args(arguments)
+    if options.stage == "estimate":
+        sys.exit(guarded(lambda: estimate(options)))
+    if options.stage == "doctor":
+        sys.exit(guarded(lambda: doctor(options)))
     sys.exit(guarded(lambda: run(COMMANDS[options.stage], options)))
 
 
@@ -52,6 +59,35 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
         print(f"report: {Path(options.out) / 'report.html'}")
 
 
+def estimate(options: argparse.Namespace) -> None:
+    """Print what a recipe will cost."""
+    set_up_logging()
+    from llmrec import estimate as module
+
+    recipe = apply_overrides(module.recipe_of(Path(options.recipe)), options.set)
+    found = module.estimate(recipe, Path(options.run_dir) if options.run_dir else None)
+    print(module.shown(found, options.gpu))
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """Print whether the machine is ready, and fail if it is not."""
+    from llmrec.doctor import findings
+
+    recipe = None
+    if options.recipe:
+        from llmrec.estimate import recipe_of
+
+        recipe = apply_overrides(recipe_of(Path(options.recipe)), options.set)
+    problems = 0
+    for found in findings(recipe):
+        problems += found.status == "problem"
+        if found.status != "ok" or options.all:
+            print(f"{found.status:8} {found.what}{'; ' if found.advice else ''}{found.advice}")
+    if problems:
+        raise ConfigError(f"{problems} problems; each line says what to do")
+    print("ready")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of `llmrec`."""
     made = argparse.ArgumentParser(
@@ -64,6 +100,17 @@ def parser() -> argparse.ArgumentParser:
     verbs = made.add_subparsers(dest="stage", metavar="STAGE", required=True)
     for stage in COMMANDS.values():
         add_arguments(verbs.add_parser(stage.name, help=stage.summary, **help_of(stage)), stage)
+    costs = verbs.add_parser("estimate", help="what fine-tuning a recipe will cost, from the real data")
+    costs.add_argument("recipe", metavar="RECIPE", help="a recipe's file")
+    costs.add_argument("--run-dir", metavar="DIR", help="use the stages that are finished there")
+    costs.add_argument("--gpu", default="H100", choices=GPU_NAMES, help="for memory and time (H100)")
+    check = verbs.add_parser("doctor", help="is this machine ready, and what to do where it is not")
+    check.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="also look for this recipe's data and models"
+    )
+    check.add_argument("--all", action="store_true", help="also show what is in order")
+    for one in (costs, check):
+        one.add_argument("--set", metavar="STAGE.FIELD=VALUE", action="extend", nargs="+", default=[])
     return made
 
 

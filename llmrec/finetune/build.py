@@ -166,7 +166,7 @@ def build_model(
         sources = 1 + len(vectors)
         gate: nn.Module
         if config.fusion_used == "frequency":
-            gate = FrequencyGate(train_count.to(device), sources, config.fusion_temperature)
+            gate = FrequencyGate(train_count, sources, config.fusion_temperature)
         else:
             weight = 1.0 if config.fusion_used == "sum" else None
             gate = EqualWeights(len(train_count) - 1, sources, weight)

@@ -1,0 +1,342 @@
+"""What fine-tuning a recipe will cost, before it is paid: counts from the real data, the rest by formula.
+
+Exact: users, items, targets, tokens, optimiser steps, trainable parameters (the model is built without
+memory, on torch's meta device). By formula: floating-point operations and memory of weights, gradients and
+optimiser states. Rough: activations, and time, which assumes a share of the GPU's peak.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
+from llmrec.errors import ConfigError
+from llmrec.finetune import build
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.methods import modalities_of
+from llmrec.finetune.packing import count_tokens
+from llmrec.finetune.train import epoch_steps
+from llmrec.pipeline import MANIFEST, load
+from llmrec.recipe import Recipe
+
+GPUS: dict[str, tuple[float, float]] = {
+    "A100": (312e12, 80e9),
+    "H100": (989e12, 80e9),
+    "H200": (989e12, 141e9),
+    "RTX4090": (165e12, 24e9),
+    "L40S": (362e12, 48e9),
+}
+"""Dense bfloat16 operations per second, and bytes of memory, from the makers' data sheets."""
+
+UTILISATION = 0.4
+"""Share of the peak that the time assumes; well-tuned fine-tuning of 8B models reaches 0.35 to 0.55."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Costs of one epoch of fine-tuning."""
+
+    counts: dict[str, int]
+    """users, items, interactions, targets, steps, tokens, tokens_per_prefix: of one epoch; epochs"""
+    parameters: dict[str, int]
+    """By part, see `build.parameter_counts`"""
+    flops: dict[str, float]
+    """Floating-point operations of one epoch by part"""
+    memory: dict[str, float]
+    """Bytes on one GPU by part"""
+
+    @property
+    def total_flops(self) -> float:
+        return sum(self.flops.values())
+
+    @property
+    def total_memory(self) -> float:
+        return sum(self.memory.values())
+
+
+def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
+    """Count and compute.
+
+    Args:
+        recipe: settings; its data are read (and fetched where the recipe does so).
+        run_dir: stages that are finished there are read in place of computing or assuming.
+
+    Raises:
+        LlmrecError: the data or the base model cannot be read.
+    """
+    config = recipe.finetune
+    data = stage_of(run_dir, Interactions)
+    if data is None:
+        from llmrec.data.prepare import prepare_data
+
+        data = prepare_data(recipe.prepare_data)
+    widths = vector_widths(recipe, run_dir)
+    names = modalities_of(config, tuple(widths))
+    prompt = build.load_prompt(config)
+    base = meta_base(config, prompt)
+    model = meta_model(recipe, config, base, prompt, {name: widths[name] for name in names}, data)
+    targets = data.targets("train", max_history=config.max_history, max_targets=config.max_targets)
+    shared = model.share_instruction
+    options: dict[str, Any] = {
+        "instruction": len(prompt.instruction),
+        "response": len(prompt.response),
+        "tokens_per_item": model.item_tokens.tokens_per_item,
+    }
+    tokens, item_tokens, steps = 0, 0, epoch_steps(targets, config, np.random.default_rng(config.seed))
+    for chosen in steps:
+        step = targets.take(chosen)
+        tokens += count_tokens(step, layout=config.layout, shared=shared, **options)
+        item_tokens += distinct_items(data.item, step)
+    counts = {
+        "users": data.num_users,
+        "items": data.num_items,
+        "interactions": len(data.item),
+        "targets": len(targets),
+        "steps": len(steps),
+        "tokens": tokens,
+        "tokens_per_prefix": count_tokens(targets, layout="per_prefix", shared=False, **options),
+        "item_tokens": item_tokens,
+        "epochs": config.epochs,
+    }
+    parameters = build.parameter_counts(model)
+    flops = operations(config, model, counts, parameters)
+    return Estimate(
+        counts=counts, parameters=parameters, flops=flops, memory=bytes_used(config, model, widths, counts)
+    )
+
+
+def stage_of(run_dir: Path | None, artifact: type) -> Any:
+    """A stage's output in a run folder, or None."""
+    folder = None if run_dir is None else run_dir / artifact.stage
+    return load(artifact, folder) if folder is not None and (folder / MANIFEST).is_file() else None
+
+
+def vector_widths(recipe: Recipe, run_dir: Path | None) -> dict[str, int]:
+    """Width of the item vectors by modality: as they are in the run folder, else as the settings say."""
+    ids = stage_of(run_dir, SemanticIds)
+    if ids is not None and ids.model:
+        return dict(ids.model["dims"])
+    collab, content = stage_of(run_dir, CollabEmbeddings), stage_of(run_dir, ContentEmbeddings)
+    settings = recipe.train_collab
+    own = getattr(settings, settings.provider, None)
+    widths = {"collab": collab.vectors.shape[1] if collab else getattr(own, "embed_dim", 64)}
+    if content is not None:
+        widths |= {name: table.shape[1] for name, table in content.vectors.items()}
+    else:
+        for name in ("text", "image"):
+            encoder = getattr(recipe.encode_items, name)
+            if encoder.encoder != "none":
+                widths[name] = encoder_width(encoder)
+    chosen = recipe.learn_semantic_ids.modalities
+    return {name: width for name, width in widths.items() if chosen is None or name in chosen}
+
+
+def encoder_width(encoder: Any) -> int:
+    """Width of an encoder's vectors.
+
+    Raises:
+        ConfigError: it is not known without the encoder's files.
+    """
+    if encoder.encoder == "llm2clip":
+        return 1280
+    if encoder.encoder in ("tfidf", "classical"):
+        return encoder.dim
+    if encoder.encoder == "openclip":
+        import open_clip
+
+        found = open_clip.get_model_config(encoder.model)
+        if found is not None:
+            return int(found["embed_dim"])
+    if encoder.encoder == "huggingface":
+        try:
+            found = AutoConfig.from_pretrained(encoder.model, revision=encoder.revision)
+        except (OSError, ValueError):
+            found = None
+        width = getattr(found, "projection_dim", None) or getattr(found, "hidden_size", None)
+        if width is not None:
+            return int(width)
+    raise ConfigError(
+        f"the width of {encoder.encoder} vectors ({encoder.model or encoder.path}) is not known before they "
+        "exist; run the recipe with --until encode_items and give its --run-dir"
+    )
+
+
+def meta_base(config: FinetuneConfig, prompt: Any) -> nn.Module:
+    """The base model with LoRA, without weights."""
+    with torch.device("meta"):
+        if config.is_mini:
+            return build.load_base(config, prompt)
+        try:
+            known = AutoConfig.from_pretrained(config.base_model, revision=config.revision)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"finetune.base_model={config.base_model!r} cannot be read ({reason})"
+            ) from None
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        return build.add_lora(AutoModel.from_config(known, dtype=dtype), config)
+
+
+def meta_model(
+    recipe: Recipe,
+    config: FinetuneConfig,
+    base: nn.Module,
+    prompt: Any,
+    widths: dict[str, int],
+    data: Interactions,
+) -> Any:
+    """The whole module without weights."""
+    ids = recipe.learn_semantic_ids
+    rows = data.num_items + 1
+    code_dims = {name: dim if ids.method == "rkmeans" else ids.code_dim for name, dim in widths.items()}
+    made = SemanticIds(
+        catalog=data.catalog,
+        codes={name: np.zeros((rows, ids.num_levels), np.int64) for name in widths},
+        codebooks={
+            name: np.zeros((ids.num_levels, ids.num_codes, dim), np.float32)
+            for name, dim in code_dims.items()
+        },
+    )
+    vectors = {name: np.zeros((rows, dim), np.float32) for name, dim in widths.items()}
+    with torch.device("meta"):
+        counts = torch.from_numpy(data.train_count)
+        return build.build_model(config, base, prompt, vectors, made, counts, torch.device("meta"))
+
+
+def distinct_items(item: np.ndarray, targets: Any) -> int:
+    """Different items in the histories of a step, which are turned into tokens once each."""
+    if not len(targets):
+        return 0
+    longest: dict[int, int] = {}
+    for start, stop in zip(targets.start.tolist(), targets.stop.tolist()):
+        longest[start] = max(longest.get(start, 0), stop)
+    return len(np.unique(np.concatenate([item[start:stop] for start, stop in longest.items()])))
+
+
+def operations(
+    config: FinetuneConfig, model: Any, counts: dict[str, int], parameters: dict[str, int]
+) -> dict[str, float]:
+    """Floating-point operations of one epoch, forward and backward.
+
+    A frozen linear layer costs 4 per weight and token (forward, and backward to its input), a trained one 6.
+    """
+    lora = parameters["base_trainable"] if not config.is_mini else 0
+    linear = sum(
+        module.weight.numel() for name, module in model.base.named_modules() if isinstance(module, nn.Linear)
+    )
+    frozen = 0 if config.is_mini else linear - lora
+    trained = linear if config.is_mini else lora
+    side = sum(parameters[name] for name in ("projections", "item_mlp"))
+    width = model.base.config.hidden_size
+    vectors = sum(
+        getattr(model.item_scores, f"vectors_{name}").shape[1] for name in model.item_scores.modalities
+    )
+    rows = counts["items"] + 1
+    per_step = min(config.batch_targets, counts["targets"])
+    folded = per_step > width
+    scored = width + (0 if folded else vectors + len(model.item_scores.modalities))
+    return {
+        "base model": (4.0 * frozen + 6.0 * trained) * counts["tokens"],
+        "item tokens": 6.0 * side * counts["item_tokens"],
+        "catalogue scores": 6.0 * counts["targets"] * rows * scored,
+        "item matrix": 6.0 * rows * width * vectors * counts["steps"] if folded else 0.0,
+    }
+
+
+def bytes_used(
+    config: FinetuneConfig, model: Any, widths: dict[str, int], counts: dict[str, int]
+) -> dict[str, float]:
+    """Bytes on one GPU: exact for what is kept, rough for activations (no checkpointing)."""
+    kept = sum(
+        value.numel() * value.element_size() for value in model.parameters() if not value.requires_grad
+    )
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    base = model.base.config
+    half = 2 if config.precision == "bf16" else 4
+    # Per token and layer: inputs of the linear layers, queries, keys, values, and the feed-forward part.
+    numbers = 10 * base.hidden_size + 4 * base.intermediate_size
+    tokens = min(config.micro_batch_tokens, max(counts["tokens"] // max(counts["steps"], 1), 1))
+    return {
+        "frozen weights": float(kept),
+        "trained weights, gradients, AdamW": 16.0 * trained,
+        "item vectors": 4.0 * (counts["items"] + 1) * sum(widths.values()),
+        "activations (rough)": float(half * tokens * numbers * base.num_hidden_layers),
+    }
+
+
+def shown(found: Estimate, gpu: str) -> str:
+    """The estimate as people read it."""
+    peak, memory = GPUS[gpu]
+    seconds = found.total_flops / (peak * UTILISATION)
+    counts, parts = found.counts, found.parameters
+    fewer = counts["tokens_per_prefix"] / max(counts["tokens"], 1)
+    lines = [
+        f"data        {counts['users']:,} users, {counts['items']:,} items, "
+        f"{counts['interactions']:,} interactions",
+        f"per epoch   {counts['targets']:,} targets in {counts['steps']:,} steps; {counts['tokens']:,} tokens "
+        f"({fewer:.1f} times fewer than one prompt per target)",
+        f"parameters  {parts['trainable']:,} trained beside a base of {parts['base_total']:,}",
+    ]
+    lines += [
+        f"            {count:>15,}  {name.replace('_', ' ')}"
+        for name, count in parts.items()
+        if count and name not in ("trainable", "base_total")
+    ]
+    lines.append(f"operations  {scaled(found.total_flops, 'FLOP')} per epoch")
+    lines += [
+        f"            {scaled(value, 'FLOP'):>15}  {name}" for name, value in found.flops.items() if value
+    ]
+    fits = "fits" if found.total_memory < 0.92 * memory else "does not fit"
+    lines.append(f"memory      {scaled(found.total_memory, 'B')}; {fits} a {gpu} ({scaled(memory, 'B')})")
+    lines += [
+        f"            {scaled(value, 'B'):>15}  {name}" for name, value in found.memory.items() if value
+    ]
+    lines.append(
+        f"time        {duration(seconds)} per epoch, {duration(seconds * counts['epochs'])} for "
+        f"{counts['epochs']} epochs on one {gpu} at {UTILISATION:.0%} of its peak (assumed)"
+    )
+    return "\n".join(lines)
+
+
+def scaled(value: float, unit: str) -> str:
+    """Three digits with a prefix: 1.23 GB."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value / 1e3:.3g} k{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def recipe_of(path: Path) -> Recipe:
+    """The recipe that a file defines.
+
+    Raises:
+        ConfigError: no such file, or it defines none.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such recipe")
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    if not callable(getattr(module, "recipe", None)):
+        raise ConfigError(f"{path} defines no function `recipe`")
+    return module.recipe()

@@ -1,0 +1,133 @@
+"""Costs told in advance against what is then counted, and a machine that is looked over."""
+
+import importlib.metadata
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_recipes import finished, tiny  # noqa: F401 (a fixture)
+from tiny import tokenizer
+
+from llmrec import cli, doctor
+from llmrec.data.config import PrepareDataConfig
+from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
+from llmrec.errors import ConfigError
+from llmrec.estimate import distinct_items, estimate, recipe_of, scaled, shown
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.recipe import Recipe
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+
+
+def test_tokens_and_parameters_are_those_of_the_run(finished):  # noqa: F811
+    metrics = json.loads((finished / "finetune" / "metrics.json").read_text())
+    for folder in (finished, None):
+        found = estimate(tiny(), folder)
+        assert found.counts["targets"] == metrics["targets_per_epoch"]
+        assert found.counts["steps"] * 2 == metrics["steps"]
+        # Which users share a step, and so an instruction, changes from epoch to epoch.
+        assert 2 * found.counts["tokens"] == pytest.approx(metrics["tokens"], rel=0.02)
+    assert estimate(tiny(), finished).parameters == metrics["parameters"]
+    text = shown(found, "H100")
+    assert "fits a H100 (80 GB)" in text and "times fewer than one prompt per target" in text
+
+
+def test_the_published_size_is_counted_without_building_it(tmp_path):
+    """LoRA of rank 8 on the feed-forward layers of Llama-3-8B, and the side network: spec A.8."""
+    tokenizer(tmp_path)
+    config = transformers.LlamaConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    lines = [f"u{user} " + " ".join(map(str, rng.permutation(400)[:9] + 1)) for user in range(300)]
+    (tmp_path / "sequences.txt").write_text("\n".join(lines))
+    clip = {"encoder": "llm2clip"}
+    recipe = Recipe(
+        prepare_data=PrepareDataConfig(source="sequences", interactions=str(tmp_path / "sequences.txt")),
+        encode_items=EncodeItemsConfig(text=TextEncoderConfig(**clip), image=ImageEncoderConfig(**clip)),
+        learn_semantic_ids=LearnSemanticIdsConfig(code_dim=4096),
+        finetune=FinetuneConfig(base_model=str(tmp_path), prompt="compact", precision="bf16"),
+    )
+    found = estimate(recipe)
+    rows = found.counts["items"] + 1
+    assert found.parameters["base_trainable"] == 14_155_776
+    assert found.parameters["projections"] == (64 + 1280 + 1280 + 3) * 4096
+    assert found.parameters["code_embeddings"] == 3 * 4 * 256 * 4096
+    assert found.parameters["item_mlp"] == 24_576 * 12_288 + 12_288 + 12_288 * 4096 + 4096
+    assert found.parameters["target_table"] == rows * 4096
+    assert found.flops["base model"] == pytest.approx(28e9 * found.counts["tokens"], rel=0.01)  # spec E.4
+    assert found.memory["frozen weights"] == pytest.approx(15.0e9, rel=0.02)
+    assert found.total_memory == pytest.approx(21.5e9, rel=0.02)
+    assert "fits a RTX4090 (24 GB)" in shown(found, "RTX4090")
+
+
+def test_distinct_items_by_hand():
+    item = np.array([5, 6, 5, 7, 8])
+
+    class Targets:
+        start, stop = np.array([0, 0, 3]), np.array([1, 3, 4])
+
+        def __len__(self):
+            return 3
+
+    assert distinct_items(item, Targets()) == 3  # 5, 6 and 7
+    assert (scaled(1.234e9, "B"), scaled(5e3, "B")) == ("1.23 GB", "5 kB")
+
+
+def test_the_command_prints_and_says_what_is_wrong(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from llmrec.recipe import Recipe\nfrom llmrec.finetune.config import FinetuneConfig\n"
+        "def recipe():\n    return Recipe(finetune=FinetuneConfig(prompt='compact'))\n"
+    )
+    options = ["--set", "prepare_data.market.num_users=50", "--gpu", "A100"]
+    for arguments, code, message in (
+        (["estimate", str(file), *options], 0, "on one A100"),
+        (["estimate", str(tmp_path / "none.py")], 2, "no such recipe"),
+        (["estimate", str(file), "--set", "encode_items.text.encoder=precomputed",
+          "encode_items.text.path=x.parquet"], 2, "is not known before they exist"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as left:
+            cli.main(arguments)
+        captured = capsys.readouterr()
+        assert left.value.code == code and message in captured.out + captured.err
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ConfigError, match="defines no function `recipe`"):
+        recipe_of(tmp_path / "empty.py")
+
+
+def test_a_machine_in_order_has_no_problems(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["doctor", "--all"])
+    out = capsys.readouterr().out
+    assert left.value.code == 0 and out.endswith("ready\n")
+    assert f"ok       torch {importlib.metadata.version('torch')}" in out and "free on the disk" in out
+    assert ("no CUDA device" in out) == (not torch.cuda.is_available())
+
+
+def test_what_is_missing_is_a_problem_with_its_fix(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from llmrec.recipe import Recipe\nfrom llmrec.data.config import PrepareDataConfig\n"
+        "from llmrec.finetune.config import FinetuneConfig\n"
+        "def recipe():\n"
+        f"    data = PrepareDataConfig(source='table', interactions={str(tmp_path / 'none.csv')!r})\n"
+        "    return Recipe(prepare_data=data, finetune=FinetuneConfig(base_model='nobody/nothing'))\n"
+    )
+    wanted = importlib.metadata.requires("llmrec")
+    extra = ["torch>=99", "no-such-package>=1"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: [*wanted, *extra])
+    with pytest.raises(SystemExit) as left:
+        cli.main(["doctor", str(file)])
+    captured = capsys.readouterr()
+    assert left.value.code == 2 and "4 problems" in captured.err
+    for text in (
+        'is outside >=99; run `pip install "torch>=99"`',
+        'no-such-package is not installed; run `pip install "no-such-package>=1"`',
+        "none.csv: no such file",
+        "nobody/nothing is not in the Hub's cache; run `hf download nobody/nothing`",
+    ):
+        assert text in captured.out
