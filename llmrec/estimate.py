@@ -282,8 +282,8 @@ def shown(found: Estimate, gpu: str) -> str:
     lines = [
         f"data        {counts['users']:,} users, {counts['items']:,} items, "
         f"{counts['interactions']:,} interactions",
-        f"per epoch   {counts['targets']:,} targets in {counts['steps']:,} steps; {counts['tokens']:,} tokens "
-        f"({fewer:.1f} times fewer than one prompt per target)",
+        f"per epoch   {counts['targets']:,} targets in {counts['steps']:,} steps; {counts['tokens']:,} "
+        f"tokens ({fewer:.1f} times fewer than one prompt per target)",
         f"parameters  {parts['trainable']:,} trained beside a base of {parts['base_total']:,}",
     ]
     lines += [
