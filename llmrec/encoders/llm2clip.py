@@ -77,6 +77,7 @@ class TextEncoder:
         self.model = load_llama(model, revision, dtype, where)
         self.revision = revision_of(self.model, revision)
         self.adapter = load_adapter(adapter, where).to(self.device)
+        self.adapter_revision = commit_of(fetch(adapter, "config.json", None, f"{where}.adapter"))
         width = self.model.config.hidden_size
         if self.adapter.width != width:
             raise ConfigError(
@@ -120,6 +121,7 @@ class TextEncoder:
             "model": self.name,
             "revision": self.revision,
             "adapter": self.adapter_name,
+            "adapter_revision": self.adapter_revision,
             "wrapping": self.tokenizer.decode(self.header) + "{text}" + self.tokenizer.decode([self.end]),
             "pooling": "mean over text and end of turn",
             "max_tokens": self.max_tokens,
@@ -138,8 +140,9 @@ class ImageEncoder:
 
     def __init__(self, model: str, *, revision: str | None, dtype: str) -> None:
         where = "encode_items.image"
-        self.name, self.revision, self.device = model, revision, distributed.device()
+        self.name, self.device = model, distributed.device()
         self.model = load_vision(model, revision, where)
+        self.revision = commit_of(fetch(model, "config.json", revision, f"{where}.model")) or revision
         self.model.to(self.device, dtype_of(dtype, torch.float16, self.device))
         size = self.model.config.image_size
         self.processor = CLIPImageProcessor(
@@ -354,3 +357,9 @@ def fetch(model: str, name: str, revision: str | None, where: str) -> Path:
             f"{where}={model!r}: no such folder, and {name} is not on the Hub, not public, or not downloaded "
             f"yet; run `hf download {model}` while online, or give a local folder ({first_line(error)})"
         ) from None
+
+
+def commit_of(file: Path) -> str | None:
+    """The commit that a file in the Hub's cache belongs to; None for a local folder."""
+    parts = file.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None

@@ -1,6 +1,7 @@
 """LLM2CLIP on tiny random weights in the published layout, against the formula one text at a time."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encode import encode_items
-from llmrec.encoders.llm2clip import ImageEncoder, TextEncoder, wrapping
+from llmrec.encoders.llm2clip import ImageEncoder, TextEncoder, commit_of, wrapping
 from llmrec.errors import ConfigError, DataError
 
 CHAT = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -216,6 +217,11 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
         ImageEncoder(str(tmp_path), revision=None, dtype="auto")
     with pytest.raises(ConfigError, match=r"run `hf download nobody/nothing`"):
         ImageEncoder("nobody/nothing", revision=None, dtype="auto")
+
+
+def test_the_commit_of_a_cached_file_is_read_off_its_path():
+    cached = Path("hub") / "models--a--b" / "snapshots" / "0123abc" / "config.json"
+    assert commit_of(cached) == "0123abc" and commit_of(Path("folder") / "config.json") is None
 
 
 @pytest.mark.real_data
