@@ -240,11 +240,18 @@ def load(artifact: type, folder: Path) -> Any:
 
     Raises:
         MissingArtifactError: if the folder is not a finished stage, or a file was changed.
+        StaleArtifactError: if another version wrote it in another form.
     """
     manifest = read_manifest(folder)
     if manifest["stage"] != artifact.stage:
         raise MissingArtifactError(
             f"{folder} holds the output of {manifest['stage']}, expected {artifact.stage}"
+        )
+    if manifest.get("schema") != SCHEMA_VERSION:
+        raise StaleArtifactError(
+            f"{folder} was written in form {manifest.get('schema')} by llmrec "
+            f"{manifest.get('versions', {}).get('llmrec')}, and this version reads form {SCHEMA_VERSION}; "
+            "recompute it, or use the version that made it"
         )
     for name, expected in manifest["files"].items():
         path = folder / name

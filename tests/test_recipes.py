@@ -140,6 +140,23 @@ def test_a_preset_is_where_changes_begin(finished, tmp_path, capsys):
     assert (config["reconstruction"], config["rq_reduce"], config["epochs"]) == ("mmd", "sum", 1)
 
 
+def test_output_of_another_form_is_refused_by_name(finished, tmp_path, capsys):
+    shutil.copytree(finished / "prepare_data", tmp_path / "prepare_data")
+    manifest = json.loads((tmp_path / "prepare_data" / "manifest.json").read_text())
+    (tmp_path / "prepare_data" / "manifest.json").write_text(json.dumps({**manifest, "schema": 1}))
+    arguments = [
+        "train_collab",
+        "--prepare-data",
+        str(tmp_path / "prepare_data"),
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2
+    assert "prepare_data was written in form 1 by llmrec" in capsys.readouterr().err
+
+
 def test_a_second_run_computes_nothing_and_prints_the_same_table(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     code, out, _ = run(["--run-dir", str(finished)], capsys)
