@@ -24,6 +24,9 @@ MAX_SAMPLES = 200_000
 MAX_QUERIES = 1000
 """Most items whose neighbours are compared."""
 
+MAX_COMPARISONS = 200_000_000
+"""Fewer items are asked in a catalogue so large that all comparisons would be more, but at least 100."""
+
 BLOCK = 1 << 14
 """Items whose vectors are held at once."""
 
@@ -213,12 +216,13 @@ def neighbour_overlap(coded: Coded, seed: int, *, k: int = 10) -> dict[str, Any]
     """Share of an item's k nearest items (Euclidean) that are the same under the codes, mean over items.
 
     Returns:
-        latent, decoded: shares in [0, 1]; k; num_queries, items asked, at most MAX_QUERIES.
+        latent, decoded: shares in [0, 1]; k; num_queries, items asked.
     """
     items = coded.items
     k = min(k, len(items) - 1)
     rng = np.random.default_rng(seed)
-    chosen = items if len(items) <= MAX_QUERIES else np.sort(rng.choice(items, MAX_QUERIES, replace=False))
+    asked = min(MAX_QUERIES, max(100, MAX_COMPARISONS // len(items)))
+    chosen = items if len(items) <= asked else np.sort(rng.choice(items, asked, replace=False))
     true = nearest_items(coded.table("source"), items, chosen, k)
     found: dict[str, Any] = {}
     for name in ("latent", "decoded"):

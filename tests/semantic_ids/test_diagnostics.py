@@ -151,6 +151,14 @@ def test_neighbour_overlap_of_a_copy_is_one_and_of_noise_near_chance():
     assert (found["k"], found["num_queries"]) == (10, 300)
 
 
+def test_fewer_items_are_asked_in_large_catalogues(monkeypatch):
+    source = np.random.default_rng(0).normal(size=(501, 4)).astype(np.float32)
+    monkeypatch.setattr(diagnostics, "MAX_COMPARISONS", 500 * 150)
+    assert neighbour_overlap(coded(source, source), seed=0)["num_queries"] == 150
+    monkeypatch.setattr(diagnostics, "MAX_COMPARISONS", 1)
+    assert neighbour_overlap(coded(source, source), seed=0)["num_queries"] == 100
+
+
 def test_items_without_a_vector_count_nowhere_and_random_codes_keep_no_order():
     rng = np.random.default_rng(0)
     num_items, levels, size = 300, 2, 32
