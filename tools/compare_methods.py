@@ -134,7 +134,7 @@ def table(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
     }
     tested = [name for name, test in tests.items() if test["wilcoxon_p"] is not None]
     corrected = dict(zip(tested, holm([tests[name]["wilcoxon_p"] for name in tested])))
-    head = f"{'method':12}{'seeds':>6}{'recall@10':>18}{'ndcg@10':>18}{'ndcg@10 to ' + reference:>36}"
+    head = f"{'method':12}{'seeds':>6}{'recall@10':>18}{'ndcg@10':>18}{'ndcg@10 to ' + reference:>38}"
     lines = [head + f"{'trainable':>12}{'tokens':>14}{'seconds':>9}{'peak MiB':>10}"]
     for name, found in cells.items():
         line = f"{name:12}{f'{len(found)} of {len(seeds)}':>6}"
@@ -150,7 +150,7 @@ def table(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
             test = tests[name]
             shown = f"{test['difference']:+.4f} ({test['low']:+.4f} to {test['high']:+.4f})"
             shown += f", p {corrected[name]:.3f}" if name in corrected else ""
-        line += f"{shown:>36}"
+        line += f"{shown:>38}"
         line += f"{found[0]['metrics']['parameters']['trainable']:12,}{found[0]['metrics']['tokens']:14,}"
         line += f"{np.mean([cell['seconds'] for cell in found]):9.1f}"
         lines.append(line + f"{max(cell['memory'] for cell in found) / 2**20:10,.0f}")
