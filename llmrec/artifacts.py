@@ -144,19 +144,19 @@ class Interactions:
         return cumulative[self.offset], self.item[keep]
 
     def targets(
-        self, split: Split, *, max_history: int | None = None, max_targets: int | None = None
+        self, *splits: Split, max_history: int | None = None, max_targets: int | None = None
     ) -> Targets:
-        """Every interaction of a split as a target, in user and time order.
+        """Every interaction of a split, or of several, as a target, in user and time order.
 
         Args:
-            split: which interactions are targets. A train target's history is everything before
+            splits: which interactions are targets. A train target's history is everything before
                 it, so the first one of a user has an empty history.
             max_history: context length in items. All kept targets of one user share one window,
                 the `max_history` items before the user's last target, so that histories of one
                 user are prefixes of each other. None: unlimited.
             max_targets: keep only the last so many targets of each user. None: all.
         """
-        row = np.flatnonzero(self.split == SPLIT_CODES[split])
+        row = np.flatnonzero(np.isin(self.split, [SPLIT_CODES[split] for split in splits]))
         user = np.searchsorted(self.offset, row, side="right") - 1
         last = np.append(user[1:] != user[:-1], True)
         if max_targets is not None and len(row):

@@ -81,6 +81,19 @@ def wait() -> None:
         state().wait_for_everyone()
 
 
+def gather_numbers(value: float) -> list[float]:
+    """The values of all processes, in order of rank; every process must call."""
+    if world_size() == 1:
+        return [value]
+    import torch
+
+    state()
+    # Flags and numbers, sent as a tensor: objects would travel as pickles.
+    found = [torch.zeros((), dtype=torch.float64, device=device()) for _ in range(world_size())]
+    torch.distributed.all_gather(found, torch.tensor(float(value), dtype=torch.float64, device=device()))
+    return [one.item() for one in found]
+
+
 def device() -> Any:
     """The torch device of this process."""
     return state().device

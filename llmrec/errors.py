@@ -25,5 +25,9 @@ class ArtifactMismatchError(LlmrecError):
     """Two artefacts do not belong together, or an artefact breaks its own contract."""
 
 
+class StoppedError(LlmrecError):
+    """The process was asked to stop and has done so; what it had done is kept where the message says so."""
+
+
 class TrainingError(LlmrecError):
     """Training went wrong in a way that more epochs will not mend (collapse, NaN loss)."""

@@ -24,7 +24,7 @@ from llmrec.finetune import build
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.methods import modalities_of
 from llmrec.finetune.packing import count_tokens
-from llmrec.finetune.train import epoch_steps
+from llmrec.finetune.steps import steps_of_epoch, train_counts, training_targets
 from llmrec.pipeline import MANIFEST, load
 from llmrec.recipe import Recipe
 
@@ -84,14 +84,16 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
     prompt = build.load_prompt(config)
     base = meta_base(config, prompt)
     model = meta_model(recipe, config, base, prompt, {name: widths[name] for name in names}, data)
-    targets = data.targets("train", max_history=config.max_history, max_targets=config.max_targets)
+    targets = training_targets(config, data)
     shared = model.share_instruction
     options: dict[str, Any] = {
         "instruction": len(prompt.instruction),
         "response": len(prompt.response),
         "tokens_per_item": model.item_tokens.tokens_per_item,
+        "min_slots": model.min_slots,
     }
-    tokens, item_tokens, steps = 0, 0, epoch_steps(targets, config, np.random.default_rng(config.seed))
+    tokens, item_tokens = 0, 0
+    steps = steps_of_epoch(targets, config, 1, len(prompt.response))
     for chosen in steps:
         step = targets.take(chosen)
         tokens += count_tokens(step, layout=config.layout, shared=shared, **options)
@@ -208,7 +210,7 @@ def meta_model(
     )
     vectors = {name: np.zeros((rows, dim), np.float32) for name, dim in widths.items()}
     with torch.device("meta"):
-        counts = torch.from_numpy(data.train_count)
+        counts = torch.from_numpy(train_counts(config, data))
         return build.build_model(config, base, prompt, vectors, made, counts, torch.device("meta"))
 
 
@@ -241,7 +243,7 @@ def operations(
         getattr(model.item_scores, f"vectors_{name}").shape[1] for name in model.item_scores.modalities
     )
     rows = counts["items"] + 1
-    per_step = min(config.batch_targets, counts["targets"])
+    per_step = counts["targets"] / counts["steps"]
     folded = per_step > width
     scored = width + (0 if folded else vectors + len(model.item_scores.modalities))
     return {

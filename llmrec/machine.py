@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import platform
+import resource
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    import torch
 
 
 def describe() -> str:
@@ -20,6 +26,43 @@ def describe() -> str:
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
     return ", ".join([*parts, f"Python {platform.python_version()}", f"torch {torch.__version__}"])
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Operations per second of a large square matrix product, the best of a few, measured now.
+
+    Args:
+        device: where.
+        dtype: of the factors.
+        size: rows and columns; None: enough to keep the device busy for some milliseconds.
+    """
+    import torch
+
+    gpu = device.type != "cpu"
+    size = size or (8192 if gpu else 1024)
+    left, right = (
+        torch.linspace(-1, 1, size * size, device=device, dtype=torch.float32).view(size, size).to(dtype)
+        for _ in range(2)
+    )
+    best = float("inf")
+    for _ in range(10 if gpu else 4):
+        if gpu:
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        left @ right
+        if gpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes used so far: allocated on a GPU, or resident in this process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def processor() -> str:

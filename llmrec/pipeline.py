@@ -118,11 +118,11 @@ def compute(
     logger.info("%s: started", function.__name__)
     started = time.perf_counter()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    token = _resume_folder.set(unfinished)
+    token = _unfinished.set((unfinished, wanted))
     try:
         result = function(config, *inputs)
     finally:
-        _resume_folder.reset(token)
+        _unfinished.reset(token)
     if not main:
         return
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -143,10 +143,17 @@ def resume_folder() -> Path | None:
 
     It is deleted once the stage is done. What lies in it must say what it was made from.
     """
-    return _resume_folder.get()
+    return None if _unfinished.get() is None else _unfinished.get()[0]
 
 
-_resume_folder: contextvars.ContextVar[Path | None] = contextvars.ContextVar("resume_folder", default=None)
+def made_from() -> dict[str, Any] | None:
+    """What the stage that is running is made from (see `describe_stage`); None outside of a stage."""
+    return None if _unfinished.get() is None else _unfinished.get()[1]
+
+
+_unfinished: contextvars.ContextVar[tuple[Path, dict[str, Any]] | None] = contextvars.ContextVar(
+    "unfinished", default=None
+)
 
 
 def describe_stage(name: str, config: Any, inputs: tuple[Any, ...]) -> dict[str, Any]:

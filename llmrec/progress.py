@@ -11,7 +11,9 @@ from tqdm import tqdm
 from llmrec import distributed
 
 
-def progress(work: Iterable[Any] | None, what: str, *, total: int | None = None, unit: str = "it") -> tqdm:
+def progress(
+    work: Iterable[Any] | None, what: str, *, total: int | None = None, unit: str = "it", initial: int = 0
+) -> tqdm:
     """A tqdm bar over work, shown by the main process only.
 
     Args:
@@ -19,12 +21,14 @@ def progress(work: Iterable[Any] | None, what: str, *, total: int | None = None,
         what: shown before the bar.
         total: number of steps, where `work` does not know it.
         unit: name of one step.
+        initial: steps done before.
     """
     terminal = sys.stderr.isatty()
     return tqdm(
         work,
         desc=what,
         total=total,
+        initial=initial,
         unit=unit,
         disable=not distributed.is_main(),
         mininterval=0.2 if terminal else 15.0,

@@ -19,7 +19,7 @@ from llmrec.collab.config import TrainCollabConfig
 from llmrec.config import as_dict, changed_fields, flatten, override
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
-from llmrec.errors import ConfigError, LlmrecError
+from llmrec.errors import ConfigError, LlmrecError, StoppedError
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
@@ -54,6 +54,9 @@ def guarded(command: Callable[[], None]) -> int:
     """Run a command; errors meant for users become one line and an exit code."""
     try:
         command()
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        return INTERRUPTED
     except LlmrecError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR

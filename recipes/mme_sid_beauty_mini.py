@@ -39,7 +39,7 @@ def recipe() -> Recipe:
             prompt="compact",
             fusion_temperature=1.0,
             epochs=20,
-            batch_targets=1024,
+            batch_size=1024,
             learning_rate=2e-3,
             warmup_steps=50,
             dropout_rate=0.2,

@@ -24,7 +24,7 @@ def recipe() -> Recipe:
             prompt="compact",
             fusion_temperature=1.0,
             epochs=10,
-            batch_targets=256,
+            batch_size=256,
             learning_rate=2e-3,
             warmup_steps=20,
             dropout_rate=0.2,

@@ -64,7 +64,7 @@ def upstream_of_evaluate(data: Interactions, select: str, folder: Path) -> dict[
             prompt="compact",
             fusion_temperature=1.0,
             epochs=1,
-            batch_targets=100,
+            batch_size=100,
             eval_every_epochs=0 if select == "last" else 1,
             select=select,
         ),

@@ -51,7 +51,7 @@ def tiny() -> Recipe:
             prompt="compact",
             fusion_temperature=1.0,
             epochs=2,
-            batch_targets=128,
+            batch_size=128,
             learning_rate=3e-3,
             warmup_steps=2,
         ),
@@ -354,7 +354,7 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     spec.loader.exec_module(tool)
     base = tiny().finetune
     settings = [
-        f"{name}={getattr(base, name)}" for name in ("prompt", "epochs", "batch_targets", "warmup_steps")
+        f"{name}={getattr(base, name)}" for name in ("prompt", "epochs", "batch_size", "warmup_steps")
     ]
     settings += [f"mini.{name}={value}" for name, value in dataclasses.asdict(base.mini).items()]
     command = ["--run-dir", str(finished), "--out", str(tmp_path), "--set", *settings, "fusion_temperature=1"]

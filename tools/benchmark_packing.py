@@ -37,7 +37,7 @@ def trainer(data: Interactions, options: argparse.Namespace, layout: str) -> Tra
         ),
         layout=layout,
         fusion_temperature=1.0,
-        batch_targets=options.batch_targets,
+        batch_size=options.batch_size,
         eval_every_epochs=0,
     )
     num_rows = data.num_items + 1
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="its transformer blocks")
     parser.add_argument("--instruction", type=int, default=17, help="I, instruction tokens")
     parser.add_argument("--response", type=int, default=4, help="R, response tokens")
-    parser.add_argument("--batch-targets", type=int, default=4096, help="targets per optimiser step")
+    parser.add_argument("--batch-size", type=int, default=4096, help="targets per optimiser step")
     options = parser.parse_args()
 
     data = pipeline.load(Interactions, Path(options.prepare_data))
@@ -80,14 +80,14 @@ def main() -> None:
     chosen = np.flatnonzero(np.isin(targets.user, users))
     steps = [
         targets.take(part)
-        for part in np.split(chosen, range(options.batch_targets, len(chosen), options.batch_targets))
+        for part in np.split(chosen, range(options.batch_size, len(chosen), options.batch_size))
     ]
 
     seconds = {layout: [] for layout in LAYOUTS}
     for _ in range(options.rounds + 1):
         for layout in LAYOUTS:
             begun = time.perf_counter()
-            losses = [float(trainers[layout]._train_step(step)[0]) for step in steps]
+            losses = [float(trainers[layout].train_step(step)[0]) for step in steps]
             seconds[layout].append(time.perf_counter() - begun)
             print(f"{layout:10s} {seconds[layout][-1]:8.2f} s, mean loss {sum(losses) / len(chosen):.6f}")
     size = {"instruction": options.instruction, "response": options.response}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaModel
+from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaModel
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import ArtifactMismatchError, ConfigError
@@ -27,7 +27,12 @@ CAUSAL_LM_PREFIX = "base_model.model.model."
 
 
 def load_prompt(config: FinetuneConfig) -> Prompt:
-    """The prompt in the base model's token ids."""
+    """The prompt in the base model's token ids; without a response if the model is read out at items."""
+    prompt = _whole_prompt(config)
+    return replace(prompt, response=[]) if config.readout == "item" else prompt
+
+
+def _whole_prompt(config: FinetuneConfig) -> Prompt:
     if config.is_mini:
         return tokenize_words(config.prompt)
     try:
@@ -52,10 +57,19 @@ def load_base(config: FinetuneConfig, prompt: Prompt) -> nn.Module:
                 eos_token_id=None,
             )
         )
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32}
+    if config.quantize == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        if torch.cuda.is_available():
+            options["device_map"] = {"": torch.cuda.current_device()}
     try:
         base = AutoModel.from_pretrained(
-            config.base_model, revision=config.revision, dtype=dtype, attn_implementation="sdpa"
+            config.base_model, revision=config.revision, attn_implementation="sdpa", **options
         )
     except (OSError, ValueError) as error:
         raise ConfigError(_cannot_load("base model", config.base_model, error)) from None
@@ -166,21 +180,107 @@ def build_model(
         sources = 1 + len(vectors)
         gate: nn.Module
         if config.fusion_used == "frequency":
-            gate = FrequencyGate(train_count, sources, config.fusion_temperature)
+            gate = FrequencyGate(
+                train_count,
+                sources,
+                config.fusion_temperature,
+                add_first=config.fusion_weights == "modalities",
+            )
         else:
             weight = 1.0 if config.fusion_used == "sum" else None
             gate = EqualWeights(len(train_count) - 1, sources, weight)
         scores = ItemScores(frozen, tokens.projections, gate, width)
-    return MMESID(
+    stream, flex = engine(config, device)
+    set_up_base(config, base, flex)
+    model = MMESID(
         base,
         tokens,
         scores,
         torch.tensor(prompt.instruction, dtype=torch.long),
         torch.tensor(prompt.response, dtype=torch.long),
-        share_instruction=config.share_instruction and config.layout == "packed",
+        share_instruction=stream or (config.share_instruction and config.layout == "packed"),
+        stream=stream,
+        flex=flex,
+        min_slots=2 if config.pad_quirk else 0,
+        loss=config.loss,
+        mask_pad=config.mask_pad,
         dropout_rate=config.dropout_rate,
         alignment_weight=config.ctrl_weight if config.ctrl_stage == "joint" else 0.0,
-    ).to(device)
+    )
+    return model.to(device)
+
+
+def engine(config: FinetuneConfig, device: torch.device) -> tuple[bool, bool]:
+    """Whether tokens form a stream and whether FlexAttention runs on it.
+
+    Raises:
+        ConfigError: what was asked for does not work on this device.
+    """
+    gpu = device.type not in ("cpu", "meta")
+    can = gpu and config.share_instruction
+    stream = can if config.rows == "auto" else config.rows == "stream"
+    stream = stream or config.attention == "flex" or (config.checkpoint_activations and can_share(config))
+    flex = (gpu and stream) if config.attention == "auto" else config.attention == "flex"
+    for name, wanted in (
+        ("attention='flex'", config.attention == "flex"),
+        ("kernels='liger'", config.kernels == "liger"),
+    ):
+        if wanted and device.type == "cpu":
+            raise ConfigError(f"finetune.{name} trains on a GPU, and there is none; leave it out")
+    return stream, flex
+
+
+def can_share(config: FinetuneConfig) -> bool:
+    return config.share_instruction and config.rows != "padded"
+
+
+def set_up_base(config: FinetuneConfig, base: nn.Module, flex: bool) -> None:
+    """Attention, kernels, checkpointing and compilation of the base model, in place.
+
+    Raises:
+        ConfigError: a library is missing, or the base model does not fit.
+    """
+    inner = base.get_base_model() if isinstance(base, PeftModel) else base
+    inner.set_attn_implementation("flex_attention" if flex else "sdpa")
+    if config.kernels == "liger":
+        try:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        except ImportError:
+            raise ConfigError(
+                "finetune.kernels='liger' needs the package liger-kernel: pip install 'llmrec[gpu]'"
+            ) from None
+        _apply_liger_kernel_to_instance(model=inner)
+    if config.checkpoint_activations:
+        # transformers renamed it; both forms run without re-entering autograd.
+        name = "activation_checkpointing_enable"
+        getattr(inner, name if hasattr(inner, name) else "gradient_checkpointing_enable")()
+    if config.compile:
+        for block in inner.layers:
+            block.compile(dynamic=not flex)
+
+
+def check_context(config: FinetuneConfig, base: nn.Module, tokens: int) -> None:
+    """Refuse prompts that the base model's attention window or positions cannot hold.
+
+    Dense masks of ours replace the base model's own ones, sliding windows included.
+
+    Args:
+        config: settings.
+        base: the decoder.
+        tokens: length of the longest prompt.
+    """
+    known = base.config
+    limits = [getattr(known, "max_position_embeddings", None)]
+    kinds = getattr(known, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(known, "use_sliding_window", True)
+    if slides:
+        limits.append(getattr(known, "sliding_window", None))
+    limit = min((value for value in limits if value), default=None)
+    if limit is not None and tokens > limit:
+        raise ConfigError(
+            f"the longest prompt has {tokens:,} tokens and {config.base_model} sees {limit:,} at once; set "
+            "finetune.max_history"
+        )
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -210,6 +310,18 @@ def parameter_counts(model: MMESID) -> dict[str, int]:
         "gate": count(gate.parameters()),
         "trainable": count(trainable(model).values()),
     }
+
+
+def flops_per_token(model: MMESID) -> float:
+    """Floating-point operations a token costs in the base model's linear layers, forward and backward: 4 for
+    a frozen weight, 6 for a trained one."""
+    return float(
+        sum(
+            (6 if module.weight.requires_grad else 4) * module.in_features * module.out_features
+            for module in model.base.modules()
+            if isinstance(module, nn.Linear)
+        )
+    )
 
 
 def settings_of(config: FinetuneConfig, prompt: Prompt, base: nn.Module) -> dict[str, Any]:

@@ -115,6 +115,10 @@ class FinetuneConfig:
     """Weights of the score sources: by item frequency, all equal, each 1 (sum), or the target table alone;
     auto: frequency for mme_sid and mme_random, sum for se_sid, target for all others."""
 
+    fusion_weights: Literal["all", "modalities"] = "all"
+    """Which sources share the frequency-driven weights: all (published code), or the modalities alone, with
+    the target table added in full (one reading of the paper's Eq. 14)."""
+
     fusion_temperature: float = 1e-3
     """Softmax temperature of the fusion weights; small ones pick one source per item."""
 
@@ -124,17 +128,54 @@ class FinetuneConfig:
     max_targets: int | None = 50
     """Last so many items of a user's training history serve as targets; none: all."""
 
+    targets: Literal["all", "last_only"] = "all"
+    """Which of them: every one after its prefix, or each user's last (the paper's wording)."""
+
+    include_valid: bool = False
+    """Train on the validation items too; nothing is left to validate on, so eval_every_epochs must be 0."""
+
+    skip_empty: bool = False
+    """Leave out targets that nothing was seen before."""
+
+    count_valid: bool = False
+    """Count validation items too where items are weighed by frequency."""
+
+    loss: Literal["ce", "bce_full", "bce_sampled"] = "ce"
+    """Cross-entropy over the catalogue; binary cross-entropy summed over the catalogue; or binary
+    cross-entropy of the target and one uniformly drawn other item."""
+
+    mask_pad: bool = True
+    """Keep the padding row out of the loss (the published code lets it compete)."""
+
+    readout: Literal["response", "item"] = "response"
+    """Where the model is read out: at the last token of the response header, or at the last item's token,
+    which needs no header (a different model, and 2 to 5 times fewer tokens)."""
+
+    pad_quirk: bool = False
+    """Do as the published collator: histories of 0 and 1 items leave room for 2 before the response."""
+
     layout: Literal["packed", "per_prefix"] = "packed"
     """packed: a user's history is encoded once for all targets; per_prefix: once per target."""
 
     share_instruction: bool = True
-    """Encode the instruction once per micro-batch instead of once per row (packed layout)."""
+    """Encode the instruction once per micro-batch instead of once per row."""
+
+    rows: Literal["auto", "padded", "stream"] = "auto"
+    """padded: rows of similar length side by side (fast on CPUs); stream: all tokens of a micro-batch one
+    behind the other, no padding (fast on GPUs); auto: by device."""
+
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """Attention kernel: torch's scaled dot product with a dense mask, or FlexAttention with block masks
+    (streams on a GPU); auto: by device."""
 
     epochs: int = 3
     """Passes over the training targets."""
 
-    batch_targets: int = 16
-    """Targets per optimiser step, over all processes."""
+    batch_size: int = 16
+    """Targets per optimiser step, over all processes (or users, or tokens, see batch_by)."""
+
+    batch_by: Literal["targets", "users", "tokens"] = "targets"
+    """What batch_size counts. Only with targets do all steps weigh targets alike."""
 
     micro_batch_tokens: int = 16384
     """Most tokens in one forward pass of one process, padding included; lower it if memory runs out."""
@@ -157,6 +198,24 @@ class FinetuneConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16: frozen base weights and matrix products in bfloat16."""
 
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: frozen base weights in 4 bits (bitsandbytes, double quantisation), for small cards."""
+
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW with states in float32, or in 8 bits (bitsandbytes; a GPU)."""
+
+    checkpoint_activations: bool = False
+    """Compute activations twice in place of keeping them: a third more time, much less memory."""
+
+    compile: bool = False
+    """Compile the base model's blocks (torch.compile, block by block)."""
+
+    kernels: Literal["torch", "liger"] = "torch"
+    """liger: fused RMSNorm, SwiGLU and rotary positions (a GPU; pip install liger-kernel)."""
+
+    save_every_minutes: float = 10.0
+    """Minutes between checkpoints that a stopped run goes on from; 0: none."""
+
     eval_every_epochs: int = 1
     """Epochs between rankings of the validation items; 0: never."""
 
@@ -170,7 +229,7 @@ class FinetuneConfig:
     """Seed of initial weights, data order and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_targets", "micro_batch_tokens", "lora_rank", "log_every_steps"):
+        for name in ("epochs", "batch_size", "micro_batch_tokens", "lora_rank", "log_every_steps"):
             value = getattr(self, name)
             require(value >= 1, f"finetune.{name} must be at least 1, got {value}")
         for name in ("own_dim", "ctrl_epochs"):
@@ -188,24 +247,54 @@ class FinetuneConfig:
         for name in ("max_history", "max_targets"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"finetune.{name} must be none or >= 1, got {value}")
-        for name in ("weight_decay", "warmup_steps", "eval_every_epochs"):
+        for name in ("weight_decay", "warmup_steps", "eval_every_epochs", "save_every_minutes"):
             value = getattr(self, name)
             require(value >= 0, f"finetune.{name} must be at least 0, got {value}")
         require(
             self.select == "last" or self.eval_every_epochs > 0,
             "finetune.select='valid' needs finetune.eval_every_epochs >= 1, got 0",
         )
+        self._check_combinations()
         self._refuse_settings_without_effect()
+
+    def _check_combinations(self) -> None:
+        """Settings that contradict each other."""
+        require(
+            not self.include_valid or self.eval_every_epochs == 0,
+            "finetune.include_valid trains on the validation items, so they can measure nothing; set "
+            f"finetune.eval_every_epochs=0, got {self.eval_every_epochs}",
+        )
+        require(
+            not self.pad_quirk or self.readout == "response",
+            "finetune.pad_quirk moves the response, which finetune.readout='item' does not have",
+        )
+        require(
+            self.rows != "stream" or self.share_instruction,
+            "finetune.rows='stream' holds the instruction once; set finetune.share_instruction=true",
+        )
+        require(
+            self.attention != "flex" or self.rows != "padded",
+            "finetune.attention='flex' works on streams; set finetune.rows=stream or auto",
+        )
+        require(
+            not self.checkpoint_activations or self.rows != "padded" or not self.share_instruction,
+            "finetune.checkpoint_activations cannot keep a shared instruction beside padded rows; set "
+            "finetune.rows=stream, or finetune.share_instruction=false",
+        )
+        require(
+            self.quantize == "none" or self.precision == "bf16",
+            f"finetune.quantize={self.quantize!r} computes in bfloat16; set finetune.precision=bf16",
+        )
 
     def _refuse_settings_without_effect(self) -> None:
         if self.is_mini:
-            idle = ("revision", "lora_rank", "lora_alpha", "lora_dropout_rate", "lora_targets")
+            idle = ("revision", "lora_rank", "lora_alpha", "lora_dropout_rate", "lora_targets", "quantize")
             reason = "base_model='mini', which is trained in full"
         else:
             idle = ("mini",)
             reason = f"base_model={self.base_model!r}"
         if self.fusion_used != "frequency":
-            idle += ("fusion_temperature",)
+            idle += ("fusion_temperature", "fusion_weights", "count_valid")
         method = self.method
         unused = [name for name, methods in METHOD_FIELDS.items() if method not in methods]
         if method == "se_random" and self.fusion not in ("auto", "target"):
@@ -220,7 +309,7 @@ class FinetuneConfig:
             require(
                 getattr(self, name) == defaults[name],
                 f"finetune.{name} has no effect with "
-                + (reason if name != "fusion_temperature" else f"fusion={self.fusion_used!r}"),
+                + (f"fusion={self.fusion_used!r}" if name in FREQUENCY_FIELDS else reason),
             )
         for name in unused:
             stage = f", ctrl_stage={self.ctrl_stage!r}" if method == "ctrl_mm" else ""
@@ -241,6 +330,8 @@ class FinetuneConfig:
         return self.base_model == "mini"
 
 
+FREQUENCY_FIELDS = ("fusion_temperature", "fusion_weights", "count_valid")
+
 MLP_METHODS = ("mme_sid", "se_sid", "mme_random", "concat_mlp", "ctrl_mm")
 
 METHOD_FIELDS: dict[str, tuple[str, ...]] = {
@@ -257,3 +348,32 @@ METHOD_FIELDS: dict[str, tuple[str, ...]] = {
     "mlp_out_activation": MLP_METHODS,
 }
 """Settings that only some methods have."""
+
+PRESETS: dict[str, FinetuneConfig] = {
+    "default": FinetuneConfig(),
+    "paper": FinetuneConfig(
+        base_model="meta-llama/Meta-Llama-3-8B-Instruct",
+        precision="bf16",
+        lora_dropout_rate=0.05,
+        loss="bce_full",
+        targets="last_only",
+        include_valid=True,
+        eval_every_epochs=0,
+        max_history=50,
+        mlp_out_activation="none",
+        fusion_weights="modalities",
+    ),
+    "official": FinetuneConfig(
+        base_model="meta-llama/Meta-Llama-3-8B-Instruct",
+        prompt="official17",
+        precision="bf16",
+        quantize="nf4",
+        checkpoint_activations=True,
+        lora_dropout_rate=0.05,
+        mask_pad=False,
+        pad_quirk=True,
+        epochs=4,
+    ),
+}
+"""default: what we recommend; paper: MME-SID as printed, and the published code where the paper says nothing;
+official: the published code (Applied-Machine-Learning-Lab/MME-SID@bc95e1a), in packed prompts."""

@@ -23,12 +23,15 @@ class FrequencyGate(nn.Module):
         train_count: interactions per item in the train split, int64 (N + 1,), entry 0 is 0.
         num_sources: S, number of score sources mixed.
         temperature: softmax temperature, > 0, unitless; smaller selects harder.
+        add_first: the first source counts in full (weight 1), and the others share the mixing weights.
 
     Raises:
         ValueError: if temperature <= 0, or if all counts are equal (frequency would be 0 / 0).
     """
 
-    def __init__(self, train_count: Tensor, num_sources: int, temperature: float) -> None:
+    def __init__(
+        self, train_count: Tensor, num_sources: int, temperature: float, *, add_first: bool = False
+    ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
@@ -38,6 +41,7 @@ class FrequencyGate(nn.Module):
         frequency = torch.log1p(values.double())
         frequency = (frequency - frequency.min()) / (frequency.max() - frequency.min())
         self.temperature = temperature
+        self.add_first = add_first
         self.register_buffer("frequency", frequency.float()[:, None], persistent=False)
         self.register_buffer("item_frequency", inverse, persistent=False)
         self.mlp = nn.Sequential(
@@ -46,13 +50,18 @@ class FrequencyGate(nn.Module):
             nn.Linear(64, 10),
             nn.Linear(10, 64, bias=False),
             nn.GELU(),
-            nn.Linear(64, num_sources),
+            nn.Linear(64, num_sources - add_first),
         )
 
-    def forward(self) -> Tensor:
-        """Mixing weights (N + 1, S); each row sums to 1. Computed once per distinct count."""
+    def forward(self, item: Tensor | None = None) -> Tensor:
+        """Mixing weights (N + 1, S), or those of item ids (n,); the mixed ones of a row sum to 1.
+
+        Computed once per distinct count.
+        """
         weights = F.softmax(self.mlp(self.frequency) / self.temperature, dim=-1)
-        return F.embedding(self.item_frequency, weights)
+        if self.add_first:
+            weights = F.pad(weights, (1, 0), value=1.0)
+        return F.embedding(self.item_frequency if item is None else self.item_frequency[item], weights)
 
 
 class EqualWeights(nn.Module):
@@ -63,9 +72,9 @@ class EqualWeights(nn.Module):
         value = 1 / num_sources if weight is None else weight
         self.register_buffer("weights", torch.full((num_items + 1, num_sources), value), persistent=False)
 
-    def forward(self) -> Tensor:
-        """Mixing weights (N + 1, S)."""
-        return self.weights
+    def forward(self, item: Tensor | None = None) -> Tensor:
+        """Mixing weights (N + 1, S), or those of item ids (n,)."""
+        return self.weights if item is None else self.weights[item]
 
 
 class ItemScores(nn.Module):
@@ -119,13 +128,15 @@ class ItemScores(nn.Module):
             keys += [weight * getattr(self, f"vectors_{modality}"), weight]
         return torch.cat(queries, dim=1), torch.cat(keys, dim=1)
 
-    def folded(self) -> Tensor:
-        """The one item matrix (N + 1, H); score = h @ folded.T."""
+    def folded(self, item: Tensor | None = None) -> Tensor:
+        """The one item matrix (N + 1, H), or its rows of item ids (n,); score = h @ folded.T."""
+        table = self.target_table if item is None else F.embedding(item, self.target_table)
         if not self.modalities:
-            return self.target_table
-        weights = self.gate()
-        matrix = weights[:, :1] * self.target_table
+            return table
+        weights = self.gate(item)
+        matrix = weights[:, :1] * table
         for source, modality in enumerate(self.modalities, start=1):
-            projected = self.projections[modality](getattr(self, f"vectors_{modality}"))
+            vectors = getattr(self, f"vectors_{modality}")
+            projected = self.projections[modality](vectors if item is None else vectors[item])
             matrix = matrix + weights[:, source : source + 1] * projected
         return matrix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from transformers import DynamicCache
 
 from llmrec.finetune.fusion import ItemScores
 from llmrec.finetune.item_inputs import ItemTokens
-from llmrec.finetune.packing import PackedRows, TokenLayout, lay_out, several_slots
-from llmrec.item_softmax import item_cross_entropy
+from llmrec.finetune.packing import PackedRows, TokenStream, lay_out, lay_out_stream, several_slots
+from llmrec.item_softmax import item_binary_cross_entropy, item_cross_entropy
 
 
 class MMESID(nn.Module):
     """A causal language model that reads item tokens and scores the whole catalogue.
+
+    Everything runs through `forward`, whose first argument names what to do: wrappers that shard parameters
+    over processes bring them together there and nowhere else.
 
     Args:
         base: decoder without a language-model head, called with inputs_embeds, a 4-dimensional
@@ -24,8 +28,13 @@ class MMESID(nn.Module):
         item_tokens: item ids to input embeddings.
         item_scores: read-out vectors to catalogue scores.
         instruction: int64 (I,) token ids before the history.
-        response: int64 (R,) token ids after it, R >= 1.
+        response: int64 (R,) token ids after it; R = 0 reads out at the last item.
         share_instruction: encode the instruction once per forward pass.
+        stream: put all tokens of a forward pass one behind the other (implies a shared instruction).
+        flex: give the base FlexAttention's block masks in place of dense ones (streams only).
+        min_slots: see `packing.lay_out`.
+        loss: 'ce', 'bce_full' (sum over all items) or 'bce_sampled' (one item beside the target).
+        mask_pad: leave row 0 out of the loss.
         dropout_rate: dropout on item tokens and read-out vectors.
         alignment_weight: of the item tokens' alignment loss, per target, where they have one.
     """
@@ -39,6 +48,11 @@ class MMESID(nn.Module):
         response: Tensor,
         *,
         share_instruction: bool = True,
+        stream: bool = False,
+        flex: bool = False,
+        min_slots: int = 0,
+        loss: str = "ce",
+        mask_pad: bool = True,
         dropout_rate: float = 0.0,
         alignment_weight: float = 0.0,
     ) -> None:
@@ -47,23 +61,42 @@ class MMESID(nn.Module):
         self.item_tokens = item_tokens
         self.item_scores = item_scores
         self.share_instruction = share_instruction
+        self.stream = stream
+        self.flex = flex
+        self.min_slots = min_slots
+        self.loss_kind = loss
+        self.mask_pad = mask_pad
         self.dropout = nn.Dropout(dropout_rate)
         self.alignment_weight = alignment_weight
         self.register_buffer("instruction", instruction, persistent=False)
         self.register_buffer("response", response, persistent=False)
 
-    def forward(self, groups: list[PackedRows]) -> Tensor:
-        """Sum over the groups' targets of the cross-entropy over items 1..N; shape ().
+    def forward(self, what: str, *arguments: Any) -> Any:
+        """`loss`, `hidden` or `tables` of the arguments."""
+        return {"loss": self.loss, "hidden": self.hidden, "tables": self.tables}[what](*arguments)
+
+    def loss(self, groups: list[PackedRows]) -> Tensor:
+        """Sum over the groups' targets of the loss over the catalogue; shape ().
 
         Groups are rows of similar length. Each distinct item is turned into a token once, and the
         catalogue is scored once, for all of them.
         """
+        device = self.instruction.device
+        # Rows may lie on the host, where sizes are read off without waiting for a GPU.
         items = torch.unique(torch.cat([rows.items.flatten() for rows in groups]))
+        index = [torch.searchsorted(items, rows.items) for rows in groups]
+        items = items.to(device, non_blocking=True)
         tokens = self.item_tokens(items)
-        hidden = [self.hidden(rows, tokens, torch.searchsorted(items, rows.items)) for rows in groups]
-        queries, keys = self.item_scores.factors(self.dropout(torch.cat(hidden)))
-        target = torch.cat([rows.target for rows in groups])
-        loss = item_cross_entropy(queries, keys, target)
+        hidden = [self.hidden(rows, tokens, places) for rows, places in zip(groups, index)]
+        readout = self.dropout(torch.cat(hidden))
+        target = torch.cat([rows.target for rows in groups]).to(device, non_blocking=True)
+        if self.loss_kind == "bce_sampled":
+            negative = torch.cat([rows.negative for rows in groups]).to(device, non_blocking=True)
+            loss = self._sampled_loss(readout, target, negative)
+        else:
+            queries, keys = self.item_scores.factors(readout)
+            kind = item_cross_entropy if self.loss_kind == "ce" else item_binary_cross_entropy
+            loss = kind(queries, keys, target, skip_row_0=self.mask_pad)
         if self.alignment_weight and self.item_tokens.alignment_temperature is not None:
             loss = loss + self.alignment_weight * len(target) * self.item_tokens.alignment(items)
         return loss
@@ -76,37 +109,91 @@ class MMESID(nn.Module):
             tokens: item tokens (X, H), or (X, P, H) where an item has P of them.
             index: int64 (G, T), which token stands in each slot; None: the item id itself.
         """
+        if index is not None:
+            rows = dataclasses.replace(rows, items=index)
+        return self._hidden_stream(rows, tokens) if self.stream else self._hidden_rows(rows, tokens)
+
+    def tables(self, item: Tensor) -> tuple[Tensor, Tensor]:
+        """Item tokens (n, ...) and rows (n, H) of the one item matrix, of item ids (n,)."""
+        return self.item_tokens(item), self.item_scores.folded(item)
+
+    def _sampled_loss(self, readout: Tensor, target: Tensor, negative: Tensor) -> Tensor:
+        """-log s(score of the target) - log(1 - s(score of the sampled item)), summed."""
+        rows = self.item_scores.folded(torch.cat([target, negative]))
+        readout = readout.to(torch.promote_types(readout.dtype, torch.float32))
+        right, wrong = (readout.repeat(2, 1) * rows).sum(dim=1).chunk(2)
+        return F.softplus(-right).sum() + F.softplus(wrong).sum()
+
+    def _hidden_rows(self, rows: PackedRows, tokens: Tensor) -> Tensor:
+        """`hidden` with rows side by side."""
+        per_item = self.item_tokens.tokens_per_item
         layout = lay_out(
-            several_slots(rows, self.item_tokens.tokens_per_item),
+            several_slots(rows, per_item),
             instruction=len(self.instruction),
             response=len(self.response),
             shared=self.share_instruction,
-        )
+            min_slots=self.min_slots * per_item,
+        ).to(self.instruction.device)
         embed = self.base.get_input_embeddings()
-        slots = F.embedding(rows.items if index is None else index, tokens.flatten(1)).to(embed.weight.dtype)
+        slots = F.embedding(rows.items.to(tokens.device), tokens.flatten(1)).to(embed.weight.dtype)
         slots = slots.reshape(len(slots), -1, tokens.shape[-1])
         copies = embed(self.response).repeat(rows.history.shape[1], 1).expand(len(slots), -1, -1)
         parts = [self.dropout(slots), copies]
-        past = None
+        past, last = None, None
         if self.share_instruction:
-            past = self._shared_instruction(embed, len(slots))
+            past, last = self._shared_instruction(embed, len(slots))
         else:
             parts.insert(0, embed(self.instruction).expand(len(slots), -1, -1))
-        hidden = self._run_base(torch.cat(parts, dim=1), layout, past)
-        return hidden.flatten(0, 1)[layout.readout]
+        hidden = self._run_base(torch.cat(parts, dim=1), layout.visible, layout.position, past).flatten(0, 1)
+        if last is not None and not len(self.response):
+            hidden = torch.cat([hidden, last])
+        return hidden[layout.readout]
 
-    def _shared_instruction(self, embed: nn.Module, num_rows: int) -> DynamicCache:
-        """Keys and values of the instruction, one pass, repeated for every row."""
+    def _hidden_stream(self, rows: PackedRows, tokens: Tensor) -> Tensor:
+        """`hidden` with rows one behind the other."""
+        stream = lay_out_stream(
+            rows,
+            instruction=len(self.instruction),
+            response=len(self.response),
+            min_slots=self.min_slots,
+            tokens_per_item=self.item_tokens.tokens_per_item,
+            bucketed=self.flex,
+        ).to(self.instruction.device)
+        embed = self.base.get_input_embeddings()
+        text = embed(torch.cat([self.response, self.instruction]))
+        items = self.dropout(tokens.reshape(-1, tokens.shape[-1]).to(text.dtype))
+        table = torch.cat([text, text.new_zeros(1, text.shape[1]), items])
+        mask = block_mask(stream) if self.flex else stream.visible()
+        embeddings = F.embedding(stream.source, table)[None]
+        return self._run_base(embeddings, mask, stream.position[None], None)[0, stream.readout]
+
+    def _shared_instruction(self, embed: nn.Module, num_rows: int) -> tuple[DynamicCache, Tensor]:
+        """Keys and values of the instruction, one pass, repeated for every row; its last output (1, H)."""
         past = DynamicCache()
-        self.base(inputs_embeds=embed(self.instruction)[None], past_key_values=past, use_cache=True)
+        output = self.base(inputs_embeds=embed(self.instruction)[None], past_key_values=past, use_cache=True)
         past.batch_repeat_interleave(num_rows)
-        return past
+        return past, output.last_hidden_state[0, -1:]
 
-    def _run_base(self, embeddings: Tensor, layout: TokenLayout, past: Any) -> Tensor:
+    def _run_base(self, embeddings: Tensor, mask: Any, position: Tensor, past: Any) -> Tensor:
         return self.base(
             inputs_embeds=embeddings,
-            attention_mask=layout.visible,
-            position_ids=layout.position,
+            attention_mask=mask,
+            position_ids=position,
             past_key_values=past,
             use_cache=past is not None,
         ).last_hidden_state
+
+
+def block_mask(stream: TokenStream) -> Any:
+    """FlexAttention's block mask of a stream; one for all layers."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    size = len(stream.source)
+    return create_block_mask(
+        lambda batch, head, query, key: stream.sees(query, key),
+        None,
+        None,
+        size,
+        size,
+        device=stream.source.device,
+    )

@@ -10,12 +10,17 @@ Layouts of the same training targets (history h items, instruction I tokens, res
 
 Both give every read-out the same value and gradient (specs: prefix packing is exact for causal
 models), which tests/finetune/test_packing.py shows in float64.
+
+The tokens of the rows lie side by side, padded to the longest row of a group (`lay_out`; suits CPUs), or one
+behind the other in a single stream with the instruction once in front (`lay_out_stream`; suits GPUs).
+
 Source: our derivation; related: prefix sharing (arXiv 2410.20305). The official release uses per_prefix.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +29,7 @@ from torch import Tensor
 from llmrec.artifacts import Targets
 
 RESPONSE_INDEX = torch.iinfo(torch.int64).max
+INSTRUCTION_ROW, PADDING_ROW = -1, -2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +45,25 @@ class PackedRows:
     """int64 (G, C) items each copy sees; -1 marks a slot without a target"""
     target: Tensor
     """int64 (n,) item to predict of each real copy, row by row"""
+    negative: Tensor | None = None
+    """int64 (n,) an item that is not the target, for losses that sample one"""
 
     @property
     def num_targets(self) -> int:
         return len(self.target)
 
 
+class Movable:
+    """Tensors that go to a device together."""
+
+    def to(self, device: torch.device) -> Any:
+        """The same on another device."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
+        return type(self)(**moved)
+
+
 @dataclass(frozen=True, kw_only=True)
-class TokenLayout:
+class TokenLayout(Movable):
     """Where the tokens of packed rows sit and what they see."""
 
     position: Tensor
@@ -54,28 +71,67 @@ class TokenLayout:
     visible: Tensor
     """bool (G, 1, Q, P + Q); the first P keys are a shared instruction, seen by all"""
     readout: Tensor
-    """int64 (n,) index into the flattened (G * Q) tokens of each target's last response token"""
+    """int64 (n,) index into the flattened (G * Q) tokens of each target's last response token, or without
+    response tokens of its last item; G * Q stands for the last token of a shared instruction"""
 
 
-def group_rows(targets: Targets, layout: str) -> np.ndarray:
+@dataclass(frozen=True, kw_only=True)
+class TokenStream(Movable):
+    """The tokens of many rows one behind the other, S in all, the instruction first and padding last.
+
+    A query sees the keys of its own row, or of the instruction, with index <= its limit, and the keys of its
+    own copy with place <= its own. All tensors are int64 (S,) unless said otherwise.
+    """
+
+    source: Tensor
+    """row of the table [response; instruction; one row for padding; item tokens] that embeds the token"""
+    position: Tensor
+    row: Tensor
+    """number of the row, -1 for the instruction, -2 for padding"""
+    index: Tensor
+    limit: Tensor
+    copy: Tensor
+    """number of the response copy over all rows, from 1; 0 for items and instruction, -1 for padding"""
+    place: Tensor
+    readout: Tensor
+    """(n,) place in the stream of each target's read-out"""
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether the token at `query` sees the one at `key`; bool of their common shape."""
+        own_row = (self.row[key] == self.row[query]) | (self.row[key] == INSTRUCTION_ROW)
+        in_prompt = own_row & (self.index[key] <= self.limit[query])
+        own_copy = (self.copy[key] == self.copy[query]) & (self.copy[query] != 0)
+        return in_prompt | (own_copy & (self.place[key] <= self.place[query]))
+
+    def visible(self) -> Tensor:
+        """`sees` for all pairs, bool (1, 1, S, S)."""
+        token = torch.arange(len(self.source), device=self.source.device)
+        return self.sees(token[:, None], token[None, :])[None, None]
+
+
+def group_rows(targets: Targets, layout: str, min_slots: int = 0) -> np.ndarray:
     """Row number of each target, int64 (E,), counted from 0.
 
-    Packed: consecutive targets of one user and one window share a row. per_prefix: one row each.
+    Packed: consecutive targets of one user and one window share a row. per_prefix: one row each. Histories of
+    1 to min_slots - 1 items start later than longer ones (see `lay_out`), so a row ends with one.
     """
     if layout == "per_prefix":
         return np.arange(len(targets))
     new = np.ones(len(targets), dtype=bool)
-    new[1:] = (targets.user[1:] != targets.user[:-1]) | (targets.start[1:] != targets.start[:-1])
+    history = targets.stop - targets.start
+    shifted = (history[:-1] > 0) & (history[:-1] < min_slots) & (history[1:] != history[:-1])
+    new[1:] = (targets.user[1:] != targets.user[:-1]) | (targets.start[1:] != targets.start[:-1]) | shifted
     return np.cumsum(new) - 1
 
 
-def pack(item: Tensor, targets: Targets, row: np.ndarray) -> PackedRows:
+def pack(item: Tensor, targets: Targets, row: np.ndarray, negative: np.ndarray | None = None) -> PackedRows:
     """Lay out targets in rows.
 
     Args:
         item: int64 (n,) all interactions' items, on the device to compute on.
         targets: the targets of these rows, in the order of `group_rows`.
         row: int64 (E,) non-decreasing row number of each target.
+        negative: int64 (E,) a sampled item for each target.
     """
     device = item.device
     row = torch.as_tensor(row, device=device)
@@ -91,7 +147,8 @@ def pack(item: Tensor, targets: Targets, row: np.ndarray) -> PackedRows:
     items = torch.where(real, item[(row_start[:, None] + slot).clamp_(max=len(item) - 1)], 0)
     history = torch.full((len(copies), int(copies.max())), -1, device=device)
     history[row, torch.arange(len(row), device=device) - first[row]] = stop - start
-    return PackedRows(items=items, history=history, target=target)
+    sampled = None if negative is None else torch.as_tensor(negative, device=device)
+    return PackedRows(items=items, history=history, target=target, negative=sampled)
 
 
 def several_slots(rows: PackedRows, tokens_per_item: int) -> PackedRows:
@@ -100,10 +157,12 @@ def several_slots(rows: PackedRows, tokens_per_item: int) -> PackedRows:
         return rows
     history = torch.where(rows.history >= 0, rows.history * tokens_per_item, -1)
     items = rows.items.repeat_interleave(tokens_per_item, dim=1)
-    return PackedRows(items=items, history=history, target=rows.target)
+    return PackedRows(items=items, history=history, target=rows.target, negative=rows.negative)
 
 
-def lay_out(rows: PackedRows, *, instruction: int, response: int, shared: bool) -> TokenLayout:
+def lay_out(
+    rows: PackedRows, *, instruction: int, response: int, shared: bool, min_slots: int = 0
+) -> TokenLayout:
     """Positions, visibility and read-outs of packed rows.
 
     A row's tokens are [instruction, unless shared][T items][C * R response tokens]. Each token has an
@@ -114,8 +173,10 @@ def lay_out(rows: PackedRows, *, instruction: int, response: int, shared: bool) 
     Args:
         rows: what to lay out.
         instruction: I, number of instruction tokens.
-        response: R, number of response tokens, >= 1.
+        response: R, number of response tokens; 0 reads out at the last item.
         shared: whether the instruction is kept outside the rows, as P = I shared keys.
+        min_slots: the response stands behind so many slots at least; fewer items stand right before it,
+            and nothing sees the empty slots (the official collator: 2).
     """
     device = rows.items.device
     num_rows, num_slots = rows.items.shape
@@ -130,16 +191,111 @@ def lay_out(rows: PackedRows, *, instruction: int, response: int, shared: bool) 
     token_copy = torch.cat([zeros, copy])
     token_place = torch.cat([zeros, place])
     limit = torch.cat([head.expand(num_rows, -1), seen], dim=1)
-    position = torch.cat([(head + instruction - 1).expand(num_rows, -1), instruction + seen + place], dim=1)
+    shift = (head > 0) * item_shift(rows, min_slots)[:, None]
+    before = seen.clamp(min=min_slots)
+    position = torch.cat([head + instruction - 1 + shift, instruction + before + place], dim=1)
 
     in_prompt = key_index <= limit[:, :, None]
     in_copy = (token_copy[:, None] == token_copy) & (token_place <= token_place[:, None]) & (token_copy > 0)
     visible = in_prompt | in_copy
     if shared:
         visible = torch.cat([visible.new_ones(*visible.shape[:2], instruction), visible], dim=2)
-    last = len(head) + response * torch.arange(1, num_copies + 1, device=device) - 1
-    flat = torch.arange(num_rows, device=device)[:, None] * len(token_copy) + last
+    width = len(token_copy)
+    if response:
+        last = len(head) + response * torch.arange(1, num_copies + 1, device=device) - 1
+        last = last.expand(num_rows, -1)
+    else:
+        last = rows.history + len(head) - num_slots - 1
+    flat = torch.arange(num_rows, device=device)[:, None] * width + last
+    flat = torch.where(last < 0, num_rows * width, flat)
     return TokenLayout(position=position, visible=visible[:, None], readout=flat[rows.history >= 0])
+
+
+def item_shift(rows: PackedRows, min_slots: int) -> Tensor:
+    """How much later a row's items stand because they are fewer than min_slots, int64 (G,)."""
+    return (min_slots - rows.history.amax(dim=1)).clamp(min=0)
+
+
+def lay_out_stream(
+    rows: PackedRows,
+    *,
+    instruction: int,
+    response: int,
+    min_slots: int = 0,
+    tokens_per_item: int = 1,
+    bucketed: bool = False,
+) -> TokenStream:
+    """The tokens of packed rows as one stream: what `lay_out` says, without padding between rows.
+
+    Args:
+        rows: what to lay out, one slot per item.
+        instruction: I; it stands once in front and all rows see it.
+        response: R; 0 reads out at the last item.
+        min_slots: see `lay_out`.
+        tokens_per_item: tokens that stand for one item.
+        bucketed: pad to `stream_bucket`, so that few different lengths occur.
+    """
+    device = rows.items.device
+    rows, min_slots = several_slots(rows, tokens_per_item), min_slots * tokens_per_item
+    num_rows, num_slots = rows.items.shape
+    num_copies = rows.history.shape[1]
+    longest = rows.history.amax(dim=1)
+    slot = torch.arange(1, num_slots + 1, device=device)
+    place = torch.arange(response, device=device).repeat(num_copies)
+    copy = torch.arange(1, num_copies + 1, device=device).repeat_interleave(response)
+    history = rows.history.repeat_interleave(response, dim=1)
+    seen = history.clamp(min=0)
+    row = torch.arange(num_rows, device=device)[:, None]
+    zero = torch.zeros_like(slot)
+    items_at = response + instruction + 1
+
+    def both(of_items: Tensor, of_copies: Tensor) -> Tensor:
+        return torch.cat([of_items.expand(num_rows, -1), of_copies.expand(num_rows, -1)], dim=1)[real]
+
+    real = torch.cat([slot <= longest[:, None], history >= 0], dim=1)
+    shift = item_shift(rows, min_slots)[:, None]
+    head = torch.arange(1 - instruction, 1, device=device)
+    own = head.new_zeros(instruction)
+    parts = {
+        "source": (
+            response + head + instruction - 1,
+            both(items_at + rows.items * tokens_per_item + (slot - 1) % tokens_per_item, place),
+        ),
+        "position": (
+            head + instruction - 1,
+            both(slot + instruction - 1 + shift, instruction + seen.clamp(min=min_slots) + place),
+        ),
+        "row": (own + INSTRUCTION_ROW, both(row.expand(-1, num_slots), row.expand(-1, len(place)))),
+        "index": (head, both(slot, torch.full_like(place, RESPONSE_INDEX))),
+        "limit": (head, both(slot, seen)),
+        "copy": (own, both(zero, row * num_copies + copy)),
+        "place": (own, both(zero, place)),
+    }
+    joined = {name: torch.cat(pair) for name, pair in parts.items()}
+    size = len(joined["source"])
+    if bucketed:
+        padding = {"source": response + instruction, "row": PADDING_ROW, "index": RESPONSE_INDEX}
+        padding |= {"limit": -RESPONSE_INDEX, "copy": -1}
+        more = (0, stream_bucket(size) - size)
+        joined = {
+            name: torch.nn.functional.pad(values, more, value=padding.get(name, 0))
+            for name, values in joined.items()
+        }
+    copies = (rows.history >= 0).sum(dim=1)
+    length = longest + response * copies
+    start = instruction + torch.cumsum(length, 0) - length
+    if response:
+        ordinal = torch.arange(1, num_copies + 1, device=device)
+        readout = (start + longest)[:, None] + response * ordinal - 1
+    else:
+        readout = torch.where(rows.history > 0, start[:, None] + rows.history - 1, instruction - 1)
+    return TokenStream(**joined, readout=readout[rows.history >= 0])
+
+
+def stream_bucket(size: int) -> int:
+    """The length a stream is padded to: at most an eighth more, and a multiple of 128."""
+    step = max(128, 1 << max((size - 1).bit_length() - 4, 0))
+    return -(-size // step) * step
 
 
 def count_tokens(
@@ -160,12 +316,13 @@ def count_tokens(
         response: R.
         layout: 'packed' or 'per_prefix'.
         shared: whether the instruction is shared.
-        min_slots: item slots a row has at least (the official collator: 2).
+        min_slots: see `lay_out`; a packed row has no empty slots, a prompt of its own pads to so many.
         tokens_per_item: tokens that stand for one item.
     """
-    row = group_rows(targets, layout)
+    row = group_rows(targets, layout, min_slots)
     num_rows = int(row[-1]) + 1 if len(row) else 0
     longest = np.zeros(num_rows, dtype=np.int64)
     np.maximum.at(longest, row, targets.stop - targets.start)
-    items = tokens_per_item * int(np.maximum(longest, min_slots).sum())
+    empty = min_slots if layout == "per_prefix" else 0
+    items = tokens_per_item * int(np.maximum(longest, empty).sum())
     return items + response * len(targets) + instruction * (1 if shared else num_rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,8 +40,9 @@ class CatalogueScores:
         device = model.instruction.device
         with torch.inference_mode():
             item = torch.arange(len(model.item_scores.target_table), device=device)
-            self.tokens = torch.cat([model.item_tokens(block) for block in item.split(TABLE_BLOCK)])
-            self.matrix = model.item_scores.folded().float()
+            tables = [model("tables", block) for block in item.split(TABLE_BLOCK)]
+            self.tokens, self.matrix = (torch.cat(parts) for parts in zip(*tables))
+            self.matrix = self.matrix.float()
 
     @torch.inference_mode()
     def __call__(self, history: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ class CatalogueScores:
         length = (history > 0).sum(dim=1, keepdim=True)
         rows = PackedRows(items=history, history=length, target=length[:, 0])
         with autocast(history.device, self.precision):
-            hidden = self.model.hidden(rows, self.tokens)
+            hidden = self.model("hidden", rows, self.tokens)
         return hidden.float() @ self.matrix.T
 
 
@@ -72,7 +74,7 @@ def load_scorer(
         ArtifactMismatchError: if the artefacts do not belong together, or weights are missing or too many.
     """
     check_same_catalog(adapter, collab, content, ids)
-    config = from_dict(FinetuneConfig, adapter.settings["config"])
+    config = for_scoring(from_dict(FinetuneConfig, adapter.settings["config"]))
     prompt = Prompt(**adapter.settings["prompt"])
     if adapter.base:
         base = LlamaModel(LlamaConfig.from_dict({**adapter.base_config, "_attn_implementation": "sdpa"}))
@@ -86,6 +88,13 @@ def load_scorer(
     model = build_model(config, base, prompt, vectors, ids, train_count, distributed.device())
     set_heads(model, heads)
     return scorer_of(model, config)
+
+
+def for_scoring(config: FinetuneConfig) -> FinetuneConfig:
+    """The settings without those that concern training or the machine that it ran on."""
+    names = ("rows", "attention", "compile", "kernels", "checkpoint_activations", "share_instruction")
+    defaults = {name: FinetuneConfig.__dataclass_fields__[name].default for name in names}
+    return replace(config, **defaults)
 
 
 def heads_of(model: MMESID) -> dict[str, Tensor]:

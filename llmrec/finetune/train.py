@@ -1,28 +1,25 @@
 """finetune: train MME-SID on packed rows, with accelerate.
 
-An optimiser step always holds `batch_targets` targets, however they are packed and however many
-processes share them, so results do not depend on packing or world size beyond rounding.
+An optimiser step always holds the same targets, however they are packed and however many processes share
+them, so results do not depend on packing or world size beyond rounding.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from llmrec import distributed
+from llmrec import distributed, machine
 from llmrec.artifacts import (
     CollabEmbeddings,
     ContentEmbeddings,
@@ -31,16 +28,35 @@ from llmrec.artifacts import (
     Targets,
     check_same_catalog,
 )
-from llmrec.data.batches import length_groups, pad_histories
-from llmrec.errors import ArtifactMismatchError, TrainingError
+from llmrec.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    StopRequests,
+    pack_optimizer,
+    stop_requests,
+    unpack_optimizer,
+)
+from llmrec.data.batches import pad_histories
+from llmrec.errors import ArtifactMismatchError, StoppedError, TrainingError
 from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k
 from llmrec.evaluation.rank import rank_users
 from llmrec.finetune import build
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.engine import Engine
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.packing import PackedRows, count_tokens, group_rows, pack
-from llmrec.finetune.scoring import heads_of, load_scorer, scorer_of
+from llmrec.finetune.scoring import heads_of, load_scorer
+from llmrec.finetune.steps import (
+    micro_batches,
+    row_lengths,
+    sampled_items,
+    share_rows,
+    steps_of_epoch,
+    train_counts,
+    training_targets,
+)
+from llmrec.pipeline import made_from, resume_folder
 from llmrec.progress import progress
 
 logger = logging.getLogger("llmrec")
@@ -73,11 +89,16 @@ def finetune(
     prompt = build.load_prompt(config)
     base = build.load_base(config, prompt)
     vectors = build.item_vectors(config, collab, content, ids)
-    train_count = torch.from_numpy(data.train_count)
+    train_count = torch.from_numpy(train_counts(config, data))
     model = build.build_model(config, base, prompt, vectors, ids, train_count, device)
-    trainer = Trainer(config, data, model)
+    longest = data.targets("train", "valid", "test", max_history=config.max_history)
+    items = int((longest.stop - longest.start).max(initial=0)) * model.item_tokens.tokens_per_item
+    build.check_context(config, base, len(prompt.instruction) + items + len(prompt.response))
     if config.ctrl_stage == "two":
         align_first(config, model, data.num_items)
+    folder = resume_folder()
+    checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", made_from())
+    trainer = Trainer(config, data, model, checkpoints)
     trainer.run()
     heads = {name: value.detach().cpu() for name, value in heads_of(model).items()}
     weights: dict[str, Any] = {}
@@ -142,8 +163,8 @@ def align_first(config: FinetuneConfig, model: MMESID, num_items: int) -> None:
 
 
 @dataclass
-class Progress:
-    """What the current log window has seen."""
+class Window:
+    """What has been seen since the last row of the log."""
 
     loss: Tensor | float = 0.0
     targets: int = 0
@@ -152,54 +173,71 @@ class Progress:
 
 
 class Trainer:
-    """The loop: epochs of optimiser steps of micro-batches.
+    """The loop: epochs of optimiser steps of micro-batches, with checkpoints.
 
     Args:
         config: settings.
         data: interactions; the train split is learned, the valid split is only ranked.
         model: trained in place.
+        checkpoints: where to leave work for a run after a stop, and to look for it; None: nowhere.
     """
 
-    def __init__(self, config: FinetuneConfig, data: Interactions, model: MMESID) -> None:
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        data: Interactions,
+        model: MMESID,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
         distributed.state()
         self.config = config
         self.data = data
         self.model = model
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+        self.checkpoints = checkpoints
+        self.engine = Engine(config, model)
         self.device = distributed.device()
-        self.item = torch.from_numpy(data.item).to(self.device)
-        self.targets = data.targets("train", max_history=config.max_history, max_targets=config.max_targets)
-        self.steps_per_epoch = math.ceil(len(self.targets) / config.batch_targets)
-        self.num_steps = config.epochs * self.steps_per_epoch
-        parameters = list(build.trainable(model).values())
-        optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
-        self.generator = np.random.default_rng(config.seed)
+        self.item = torch.from_numpy(data.item)
+        self.targets = training_targets(config, data)
+        sizes = [self._steps_in(epoch) for epoch in range(1, config.epochs + 1)]
+        self.num_steps = sum(sizes)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.engine.inner, self._learning_rate_factor)
         self.log: list[dict[str, Any]] = []
         self.step = 0
         self.total_tokens = 0
         self.seconds = 0.0
-        self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        self.window = Window()
+        self.best: tuple[float, int] | None = None
+        self.best_weights: dict[str, Tensor] = {}
+        self.saved_at = time.monotonic()
+        self.peak = machine.matmul_peak(self.device, self.engine.dtype) if distributed.is_main() else 1.0
+        self.flops = build.flops_per_token(model)
 
     def run(self) -> None:
-        """Train all epochs; the model holds the selected weights afterwards."""
+        """Train all epochs; the model holds the selected weights afterwards.
+
+        Raises:
+            TrainingError: the loss became NaN or infinite.
+            StoppedError: the process was asked to stop; the work is saved.
+        """
+        epoch, done = self._resume()
         logger.info(
             "finetune: %s targets, %s steps, %s trainable parameters",
             f"{len(self.targets):,}", f"{self.num_steps:,}",
             f"{build.parameter_counts(self.model)['trainable']:,}",
         )  # fmt: skip
-        with progress(None, "finetune", total=self.num_steps, unit="step") as bar:
-            for epoch in range(1, self.config.epochs + 1):
-                self._train_epoch(epoch, bar)
+        with (
+            stop_requests() as stop,
+            progress(None, "finetune", total=self.num_steps, unit="step", initial=self.step) as bar,
+        ):
+            while epoch <= self.config.epochs:
+                self._train_epoch(epoch, done, bar, stop)
                 every = self.config.eval_every_epochs
                 if every and (epoch % every == 0 or epoch == self.config.epochs):
                     self._validate(epoch)
+                epoch, done = epoch + 1, 0
         if self.config.select == "valid" and self.best is not None:
             with torch.no_grad():
-                for name, value in self.best[2].items():
+                for name, value in self.best_weights.items():
                     self.model.get_parameter(name).copy_(value)
 
     def metrics(self) -> dict[str, Any]:
@@ -220,82 +258,95 @@ class Trainer:
         """A few histories and their scores by the trained model."""
         number = min(CHECKED_HISTORIES, len(self.targets))
         sample = self.targets.take(np.linspace(0, len(self.targets) - 1, number).astype(np.int64))
-        start, stop = (torch.from_numpy(ends).to(self.device) for ends in (sample.start, sample.stop))
-        history = pad_histories(self.item, start, stop)
-        return history, scorer_of(self.model, self.config).score(history)
+        start, stop = (torch.from_numpy(ends) for ends in (sample.start, sample.stop))
+        history = pad_histories(self.item, start, stop).to(self.device)
+        return history, self.engine.scorer().score(history)
 
-    def _train_epoch(self, epoch: int, bar: tqdm) -> None:
+    def _train_epoch(self, epoch: int, done: int, bar: tqdm, stop: StopRequests) -> None:
+        """The steps of an epoch after the first `done`."""
         self.model.train()
-        window = Progress()
-        for chosen in epoch_steps(self.targets, self.config, self.generator):
+        steps = steps_of_epoch(self.targets, self.config, epoch, len(self.model.response))
+        for number, chosen in enumerate(steps[done:], start=done + 1):
             begun = time.perf_counter()
-            loss, tokens = self._train_step(self.targets.take(chosen))
+            loss, tokens = self.train_step(self.targets.take(chosen))
             self.seconds += time.perf_counter() - begun
             self.step += 1
             self.total_tokens += tokens
-            window.loss = window.loss + loss
-            window.targets += len(chosen)
-            window.tokens += tokens
+            self.window.loss = self.window.loss + loss
+            self.window.targets += len(chosen)
+            self.window.tokens += tokens
             bar.update()
-            if self.step % self.config.log_every_steps == 0 or self.step % self.steps_per_epoch == 0:
-                self._log_window(epoch, window, bar)
-                window = Progress()
+            if self.step % self.config.log_every_steps == 0 or number == len(steps):
+                self._log_window(epoch, bar)
+                if stop.agreed():
+                    self._stop(epoch, number)
+            elif distributed.world_size() == 1 and stop.agreed():
+                self._stop(epoch, number)
+            if self._save_is_due():
+                self._save(epoch, number)
 
-    def _train_step(self, targets: Targets) -> tuple[Tensor, int]:
+    def train_step(self, targets: Targets) -> tuple[Tensor, int]:
         """One optimiser step; the summed loss of all processes' targets and the tokens it took."""
+        # The state of random numbers is a function of the step, so checkpoints need not hold it.
+        seed = np.random.SeedSequence((self.config.seed, self.step, distributed.rank()))
+        torch.manual_seed(int(seed.generate_state(1)[0]))
         total = torch.zeros((), device=self.device)
-        micro_batches = list(self._micro_batches(targets))
-        for number, groups in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                with self.accelerator.autocast():
-                    loss = self.wrapped(groups)
-                # DDP averages gradients over processes; the step's loss is the mean over its targets.
-                scale = distributed.world_size() / len(targets)
-                self.accelerator.backward(loss * scale)
-            total += loss.detach()
-        self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
-        self.optimizer.step()
+        passes = self._passes(targets)
+        for number, (groups, weight) in enumerate(passes, start=1):
+            # The step's loss is the mean over its targets; gradients are averaged over processes.
+            scale = weight * distributed.world_size() / len(targets)
+            loss = self.engine.forward_backward(groups, scale, last=number == len(passes))
+            total += weight * loss
+        self.engine.step()
         self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if distributed.world_size() > 1:
-            total = self.accelerator.reduce(total, "sum")
-        tokens = count_tokens(
+            total = self.engine.accelerator.reduce(total, "sum")
+        return total, self._count_tokens(targets)
+
+    def _count_tokens(self, targets: Targets) -> int:
+        return count_tokens(
             targets,
             instruction=len(self.model.instruction),
             response=len(self.model.response),
             layout=self.config.layout,
             shared=self.model.share_instruction,
+            min_slots=self.model.min_slots,
             tokens_per_item=self.model.item_tokens.tokens_per_item,
         )
-        return total, tokens
 
-    def _micro_batches(self, targets: Targets) -> Iterator[list[PackedRows]]:
-        """This process's share of a step: forward passes of a few groups of similar row length."""
-        row = group_rows(targets, self.config.layout)
-        length = row_lengths(targets, row, len(self.model.response), self.model.item_tokens.tokens_per_item)
-        if not self.model.share_instruction:
-            length += len(self.model.instruction)
-        world, own = distributed.world_size(), distributed.rank()
-        if row[-1] + 1 < world:
-            raise TrainingError(
-                f"an optimiser step of {len(targets)} targets has {row[-1] + 1} rows for {world} processes; "
-                "raise finetune.batch_targets, or use fewer processes"
-            )
-        order = np.argsort(-length, kind="stable")
-        mine = order[own::world]
-        groups, cells = [], 0
-        for group in length_groups(length[mine], self.config.micro_batch_tokens):
-            size = len(group) * int(length[mine[group]].max())
-            if groups and cells + size > self.config.micro_batch_tokens:
-                yield groups
-                groups, cells = [], 0
-            chosen = np.flatnonzero(np.isin(row, mine[group]))
-            groups.append(pack(self.item, targets.take(chosen), row[chosen]))
-            cells += size
-        yield groups
+    def _passes(self, targets: Targets) -> list[tuple[list[PackedRows], float]]:
+        """This process's forward passes of a step, and their weights.
 
-    def _log_window(self, epoch: int, window: Progress, bar: tqdm) -> None:
+        Wrappers that share parameters need as many passes in every process; those that are missing are
+        filled with rows of weight 0.
+        """
+        model, config = self.model, self.config
+        row = group_rows(targets, config.layout, model.min_slots)
+        length = row_lengths(targets, row, len(model.response), model.item_tokens.tokens_per_item)
+        room = config.micro_batch_tokens
+        if model.stream:
+            room = max(room - len(model.instruction), 1)
+        elif not model.share_instruction:
+            length += len(model.instruction)
+        shares = share_rows(length, distributed.world_size())
+        passes = [micro_batches(length[own], room, stream=model.stream) for own in shares]
+        own = shares[distributed.rank()]
+        negative = None
+        if config.loss == "bce_sampled":
+            seed = (config.seed, self.step, 1)
+            negative = sampled_items(targets.item, self.data.num_items, seed)
+
+        def packed(rows: np.ndarray) -> PackedRows:
+            chosen = np.flatnonzero(np.isin(row, rows))
+            sampled = None if negative is None else negative[chosen]
+            return pack(self.item, targets.take(chosen), row[chosen], sampled)
+
+        mine = [([packed(own[group]) for group in groups], 1.0) for groups in passes[distributed.rank()]]
+        missing = max(map(len, passes)) - len(mine)
+        return mine + [([packed(np.array([0]))], 0.0)] * missing
+
+    def _log_window(self, epoch: int, bar: tqdm) -> None:
+        window, self.window = self.window, Window()
         loss = float(window.loss) / window.targets
         if not math.isfinite(loss):
             raise TrainingError(
@@ -303,6 +354,7 @@ class Trainer:
                 f"({self.config.learning_rate:g}) or use finetune.precision=fp32"
             )
         seconds = time.perf_counter() - window.started
+        speed = window.tokens / seconds / distributed.world_size()
         row = {
             "epoch": epoch,
             "step": self.step,
@@ -310,31 +362,115 @@ class Trainer:
             "learning_rate": self.schedule.get_last_lr()[0],
             "tokens_per_second": round(window.tokens / seconds, 1),
             "targets_per_second": round(window.targets / seconds, 1),
+            "share_of_peak": round(speed * self.flops / self.peak, 4),
+            "memory_bytes": machine.peak_memory(self.device),
         }
         self.log.append(row)
-        bar.set_postfix_str(f"epoch {epoch}, loss {loss:.4f}, {row['tokens_per_second']:,.0f} tokens/s")
+        bar.set_postfix_str(
+            f"epoch {epoch}, loss {loss:.4f}, {row['tokens_per_second']:,.0f} tokens/s, "
+            f"{row['share_of_peak']:.0%} of peak, {row['memory_bytes'] / 2**30:.1f} GiB"
+        )
 
     def _validate(self, epoch: int) -> None:
         targets = self.data.targets("valid")
         if not len(targets):
             return
-        scorer = scorer_of(self.model, self.config)
-        rank = rank_users(scorer, self.data, targets, shard=True).rank
+        with self.engine.whole_weights():
+            scorer = self.engine.scorer()
+            rank = rank_users(scorer, self.data, targets, shard=True).rank
+            fusion = fusion_shares(self.model)
+            better = self.best is None or float(ndcg_at_k(rank, 10).mean()) > self.best[0]
+            if better and self.config.select == "valid":
+                trained = build.trainable(self.model).items()
+                self.best_weights = {name: value.detach().clone() for name, value in trained}
         row = {
             "epoch": epoch,
             "step": self.step,
             "valid_ndcg@10": float(ndcg_at_k(rank, 10).mean()),
             "valid_recall@10": float(recall_at_k(rank, 10).mean()),
-            "fusion": fusion_shares(self.model),
+            "fusion": fusion,
         }
         self.log.append(row)
         logger.info(
             "finetune: epoch %s, valid ndcg@10 %.4f, recall@10 %.4f",
             epoch, row["valid_ndcg@10"], row["valid_recall@10"],
         )  # fmt: skip
-        if self.best is None or row["valid_ndcg@10"] > self.best[0]:
-            kept = {name: value.detach().clone() for name, value in build.trainable(self.model).items()}
-            self.best = (row["valid_ndcg@10"], epoch, kept if self.config.select == "valid" else {})
+        if better:
+            self.best = (row["valid_ndcg@10"], epoch)
+        self.window.started = time.perf_counter()
+
+    def _save_is_due(self) -> bool:
+        minutes = self.config.save_every_minutes
+        return bool(self.checkpoints and minutes and time.monotonic() - self.saved_at >= 60 * minutes)
+
+    def _save(self, epoch: int, done: int) -> None:
+        """Write a checkpoint of this moment: `done` steps of the epoch."""
+        self.saved_at = time.monotonic()
+        if self.checkpoints is None or not distributed.is_main() or self.engine.sharded:
+            return
+        begun = time.perf_counter()
+        weights = build.trainable(self.model)
+        tensors, optimizer = pack_optimizer(self.engine.inner.state_dict())
+        tensors |= {f"weights.{name}": value for name, value in weights.items()}
+        tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
+        state = {
+            "epoch": epoch,
+            "done": done,
+            "optimizer": optimizer,
+            "schedule": {"last_epoch": self.schedule.last_epoch},
+            "log": self.log,
+            "total_tokens": self.total_tokens,
+            "seconds": self.seconds,
+            "window": {
+                "loss": float(self.window.loss),
+                "targets": self.window.targets,
+                "tokens": self.window.tokens,
+            },
+            "best": self.best,
+        }
+        self.checkpoints.save(Checkpoint(step=self.step, tensors=tensors, state=state))
+        logger.info("finetune: step %s saved in %.1f s", self.step, time.perf_counter() - begun)
+        self.saved_at = time.monotonic()
+
+    def _resume(self) -> tuple[int, int]:
+        """Take up the newest checkpoint; the epoch to go on with and how many of its steps are done."""
+        found = None if self.checkpoints is None or self.engine.sharded else self.checkpoints.latest()
+        if found is None:
+            return 1, 0
+        weights = build.trainable(self.model)
+        with torch.no_grad():
+            for name, value in weights.items():
+                value.copy_(found.tensors[f"weights.{name}"])
+        state = found.state
+        self.engine.inner.load_state_dict(unpack_optimizer(found.tensors, state["optimizer"]))
+        for group, rate in zip(self.engine.inner.param_groups, self.schedule.base_lrs):
+            group["lr"] = rate * self._learning_rate_factor(state["schedule"]["last_epoch"])
+        self.schedule.last_epoch = state["schedule"]["last_epoch"]
+        self.schedule._last_lr = [group["lr"] for group in self.engine.inner.param_groups]
+        self.best_weights = {
+            name.removeprefix("best."): value.to(self.device)
+            for name, value in found.tensors.items()
+            if name.startswith("best.")
+        }
+        self.step, self.log = found.step, state["log"]
+        self.total_tokens, self.seconds = state["total_tokens"], state["seconds"]
+        self.window = Window(**state["window"])
+        self.best = None if state["best"] is None else tuple(state["best"])
+        logger.info("finetune: going on after step %s of %s", self.step, self.num_steps)
+        return state["epoch"], state["done"]
+
+    def _stop(self, epoch: int, done: int) -> None:
+        self._save(epoch, done)
+        kept = self.checkpoints is not None and not self.engine.sharded
+        raise StoppedError(
+            f"stopped after step {self.step} of {self.num_steps}"
+            + ("; the same command goes on from there" if kept else "; nothing was kept")
+        )
+
+    def _steps_in(self, epoch: int) -> int:
+        if self.config.batch_by == "targets":
+            return math.ceil(len(self.targets) / self.config.batch_size)
+        return len(steps_of_epoch(self.targets, self.config, epoch, len(self.model.response)))
 
     def _learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, then a cosine to zero; never 0 at the first step."""
@@ -343,25 +479,6 @@ class Trainer:
             return (step + 1) / (warmup + 1)
         done = (step - warmup) / max(1, self.num_steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def epoch_steps(targets: Targets, config: FinetuneConfig, generator: np.random.Generator) -> list[np.ndarray]:
-    """Which targets each optimiser step of one epoch holds.
-
-    Users (packed) or single targets (per_prefix) are shuffled and laid end to end; every
-    `batch_targets` targets make a step, so a user may straddle two steps.
-    """
-    row = group_rows(targets, config.layout)
-    place = generator.permutation(int(row[-1]) + 1)
-    order = np.argsort(place[row], kind="stable")
-    return np.split(order, range(config.batch_targets, len(order), config.batch_targets))
-
-
-def row_lengths(targets: Targets, row: np.ndarray, response: int, tokens_per_item: int = 1) -> np.ndarray:
-    """Tokens of each row without instruction: its longest history and its response copies."""
-    longest = np.zeros(int(row[-1]) + 1, dtype=np.int64)
-    np.maximum.at(longest, row, targets.stop - targets.start)
-    return tokens_per_item * np.maximum(longest, 1) + response * np.bincount(row)
 
 
 def fusion_shares(model: MMESID) -> dict[str, dict[str, float]] | None:

@@ -84,5 +84,5 @@ def test_padding_gets_no_gradient_and_is_never_predicted():
     item, targets = random_users([3, 1])
     targets.item[:] = targets.item % 12 + 1
     item[:] = item % 12 + 1
-    net([pack(item, targets, group_rows(targets, "packed"))]).backward()
+    net.loss([pack(item, targets, group_rows(targets, "packed"))]).backward()
     assert not net.item_scores.target_table.grad[0].any()

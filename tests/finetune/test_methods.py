@@ -53,7 +53,7 @@ def test_packed_prompts_are_the_prompts_themselves(settings, share):
     if settings["method"] == "ctrl_mm":
         loss = loss + 0.1 * len(targets) * net.item_tokens.alignment(torch.unique(rows.items))
     expected = gradients(net, loss)
-    found_loss = net([rows])
+    found_loss = net.loss([rows])
     torch.testing.assert_close(found_loss, loss, **EXACT)
     found = gradients(net, found_loss)
     assert found.keys() == expected.keys() and found

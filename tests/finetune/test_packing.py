@@ -80,7 +80,7 @@ def test_values_loss_and_every_gradient_equal_plain_prompts(layout, share, lora)
     scores = full_scores(net, expected_hidden)
     expected_loss = F.cross_entropy(scores, torch.from_numpy(targets.item) - 1, reduction="sum")
     expected = gradients(net, expected_loss)
-    loss = net([rows])
+    loss = net.loss([rows])
     torch.testing.assert_close(loss, expected_loss, **EXACT)
     got = gradients(net, loss)
     assert got.keys() == expected.keys() and len(got) > 20
@@ -96,7 +96,7 @@ def test_histories_of_0_1_2_50_and_more_items_equal_plain_prompts():
     assert rows.items.shape[0] == 2
     expected = plain_prompts(net, item, targets)
     torch.testing.assert_close(read_out(net, rows), expected, **EXACT)
-    net([rows]).backward()
+    net.loss([rows]).backward()
     packed = {name: p.grad.clone() for name, p in net.named_parameters()}
     loss = F.cross_entropy(full_scores(net, expected), torch.from_numpy(targets.item) - 1, reduction="sum")
     for name, gradient in gradients(net, loss).items():

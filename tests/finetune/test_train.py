@@ -21,13 +21,14 @@ from llmrec.finetune import train
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
 from llmrec.finetune.scoring import load_scorer
+from llmrec.finetune.steps import epoch_steps
 
 TINY = FinetuneConfig(
     mini=MiniConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24),
     prompt="compact",
     fusion_temperature=1.0,
     epochs=2,
-    batch_targets=64,
+    batch_size=64,
     learning_rate=1e-2,
     warmup_steps=2,
 )
@@ -81,7 +82,7 @@ def test_one_seed_gives_one_result_and_another_seed_another():
 
 def test_layout_and_micro_batches_change_nothing_but_rounding():
     """One step over all targets: the same gradient however they are laid out."""
-    whole = dataclasses.replace(TINY, batch_targets=10_000, epochs=2, warmup_steps=0)
+    whole = dataclasses.replace(TINY, batch_size=10_000, epochs=2, warmup_steps=0)
     expected = weights(fit(whole)[0])
     for change in (
         {"layout": "per_prefix"},
@@ -97,8 +98,8 @@ def test_every_epoch_trains_every_target_once():
     data = interactions([[1, 2, 3, 4, 5], [2, 3, 4], [5, 4, 3, 2, 1, 6, 7]], 7)
     targets = data.targets("train")
     for layout in ("packed", "per_prefix"):
-        config = dataclasses.replace(TINY, batch_targets=4, layout=layout)
-        steps = train.epoch_steps(targets, config, np.random.default_rng(0))
+        config = dataclasses.replace(TINY, batch_size=4, layout=layout)
+        steps = epoch_steps(targets, config, np.random.default_rng(0))
         assert [len(step) for step in steps] == [4, 4, 1]
         assert sorted(np.concatenate(steps).tolist()) == list(range(9))
 
@@ -166,7 +167,7 @@ def test_lora_is_saved_for_plain_peft_and_scores_survive(pretrained, tmp_path):
     from transformers import AutoModelForCausalLM
 
     config = FinetuneConfig(
-        base_model=str(pretrained), prompt="compact", epochs=3, batch_targets=64, learning_rate=1e-2,
+        base_model=str(pretrained), prompt="compact", epochs=3, batch_size=64, learning_rate=1e-2,
         fusion_temperature=1.0, warmup_steps=0,
     )  # fmt: skip
     adapter, made = fit(config)
@@ -220,7 +221,7 @@ def test_lora_trains_a_real_pretrained_llama(real_data):
         torch.arange(data.num_items + 1), torch.device("cpu"),
     )  # fmt: skip
     trainer = train.Trainer(
-        dataclasses.replace(config, epochs=10, batch_targets=100, learning_rate=1e-2, warmup_steps=0,
+        dataclasses.replace(config, epochs=10, batch_size=100, learning_rate=1e-2, warmup_steps=0,
                             fusion="equal", fusion_temperature=1e-3), data, model,
     )  # fmt: skip
     trainer.run()
@@ -238,7 +239,7 @@ import test_train
 from llmrec import pipeline
 from worlds import cycle
 data = cycle()
-config = dataclasses.replace(test_train.TINY, batch_targets=100)
+config = dataclasses.replace(test_train.TINY, batch_size=100)
 stub = type("Stub", (), {{"stage": "prepare_data", "_manifest": {{"files": {{}}}}}})()
 made = test_train.inputs(data)
 def finetune(config, stub) -> test_train.Adapter:
