@@ -46,10 +46,24 @@ def state() -> Any:
             "`accelerate launch --cpu` starts one process whatever --num_processes says; on a CPU use "
             "`torchrun --nproc_per_node N` (or mpirun) for more"
         )
-    found = PartialState(cpu=on_cpu or not torch.cuda.is_available(), timeout=datetime.timedelta(days=1))
+    options: dict[str, Any] = {"timeout": datetime.timedelta(days=1)}
+    if uses_deepspeed() and not torch.cuda.is_available():
+        # Asked for a CPU, accelerate leaves DeepSpeed out; without, it takes the CPU as it finds no GPU.
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        options["backend"] = "gloo"
+        on_cpu = False
+    else:
+        on_cpu = on_cpu or not torch.cuda.is_available()
+    found = PartialState(cpu=on_cpu, **options)
     if found.device.type == "cpu":
         torch.set_num_threads(num_threads())
     return found
+
+
+def uses_deepspeed() -> bool:
+    """Whether the launcher asked for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
 def num_threads() -> int:

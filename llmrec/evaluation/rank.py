@@ -118,8 +118,12 @@ def rank_users(
     device = distributed.device()
     order = np.argsort(targets.stop - targets.start, kind="stable")
     blocks = [order[first : first + block_size] for first in range(0, len(order), block_size)]
+    mine: list[np.ndarray | None] = list(blocks)
     if shard:
-        blocks = blocks[distributed.rank() :: distributed.world_size()]
+        world = distributed.world_size()
+        mine = blocks[distributed.rank() :: world]
+        # Where weights are sharded, all processes must score equally often.
+        mine += [None] * (-(-len(blocks) // world) - len(mine))
     size = len(targets)
     result = {
         "rank": torch.zeros(size, dtype=torch.float64, device=device),
@@ -129,9 +133,11 @@ def rank_users(
     }
     item = torch.from_numpy(data.item).to(device)
     time = torch.from_numpy(data.timestamp).to(device) if scorer.uses_time else None
-    with torch.inference_mode():
-        for block in blocks:
-            _rank_block(scorer, item, time, targets.take(block), block, mask_seen, top_k, result)
+    nowhere = {name: torch.zeros_like(values) for name, values in result.items()}
+    with torch.no_grad():
+        for own in mine:
+            block, out = (blocks[0], nowhere) if own is None else (own, result)
+            _rank_block(scorer, item, time, targets.take(block), block, mask_seen, top_k, out)
     if shard and distributed.world_size() > 1:
         for values in result.values():
             torch.distributed.all_reduce(values)

@@ -204,6 +204,7 @@ def build_model(
         min_slots=2 if config.pad_quirk else 0,
         loss=config.loss,
         mask_pad=config.mask_pad,
+        precision=config.precision,
         dropout_rate=config.dropout_rate,
         alignment_weight=config.ctrl_weight if config.ctrl_stage == "joint" else 0.0,
     )

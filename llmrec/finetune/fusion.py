@@ -104,7 +104,7 @@ class ItemScores(nn.Module):
         hidden_size: int,
     ) -> None:
         super().__init__()
-        num_rows = len(next(iter(vectors.values())))
+        self.num_rows = num_rows = len(next(iter(vectors.values())))
         self.modalities = tuple(projections)
         self.projections = projections
         self.gate = gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -35,6 +36,7 @@ class MMESID(nn.Module):
         min_slots: see `packing.lay_out`.
         loss: 'ce', 'bce_full' (sum over all items) or 'bce_sampled' (one item beside the target).
         mask_pad: leave row 0 out of the loss.
+        precision: 'bf16' for bfloat16 matrix products in `forward`, item tables excepted.
         dropout_rate: dropout on item tokens and read-out vectors.
         alignment_weight: of the item tokens' alignment loss, per target, where they have one.
     """
@@ -53,6 +55,7 @@ class MMESID(nn.Module):
         min_slots: int = 0,
         loss: str = "ce",
         mask_pad: bool = True,
+        precision: str = "fp32",
         dropout_rate: float = 0.0,
         alignment_weight: float = 0.0,
     ) -> None:
@@ -66,14 +69,18 @@ class MMESID(nn.Module):
         self.min_slots = min_slots
         self.loss_kind = loss
         self.mask_pad = mask_pad
+        self.precision = precision
         self.dropout = nn.Dropout(dropout_rate)
         self.alignment_weight = alignment_weight
         self.register_buffer("instruction", instruction, persistent=False)
         self.register_buffer("response", response, persistent=False)
 
     def forward(self, what: str, *arguments: Any) -> Any:
-        """`loss`, `hidden` or `tables` of the arguments."""
-        return {"loss": self.loss, "hidden": self.hidden, "tables": self.tables}[what](*arguments)
+        """`loss`, `hidden`, `tables` or `weights` of the arguments."""
+        if what in ("loss", "hidden"):
+            with autocast(self.instruction.device, self.precision):
+                return getattr(self, what)(*arguments)
+        return {"tables": self.tables, "weights": self.weights}[what](*arguments)
 
     def loss(self, groups: list[PackedRows]) -> Tensor:
         """Sum over the groups' targets of the loss over the catalogue; shape ().
@@ -116,6 +123,13 @@ class MMESID(nn.Module):
     def tables(self, item: Tensor) -> tuple[Tensor, Tensor]:
         """Item tokens (n, ...) and rows (n, H) of the one item matrix, of item ids (n,)."""
         return self.item_tokens(item), self.item_scores.folded(item)
+
+    def weights(self) -> Tensor:
+        """Mixing weights of the score sources, (N, S)."""
+        scores = self.item_scores
+        if not scores.modalities:
+            return scores.target_table.new_ones(scores.num_rows - 1, 1)
+        return scores.gate()[1:]
 
     def _sampled_loss(self, readout: Tensor, target: Tensor, negative: Tensor) -> Tensor:
         """-log s(score of the target) - log(1 - s(score of the sampled item)), summed."""
@@ -182,6 +196,13 @@ class MMESID(nn.Module):
             past_key_values=past,
             use_cache=past is not None,
         ).last_hidden_state
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """bfloat16 matrix products where asked for."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def block_mask(stream: TokenStream) -> Any:

@@ -274,8 +274,8 @@ def lay_out_stream(
     joined = {name: torch.cat(pair) for name, pair in parts.items()}
     size = len(joined["source"])
     if bucketed:
-        padding = {"source": response + instruction, "row": PADDING_ROW, "index": RESPONSE_INDEX}
-        padding |= {"limit": -RESPONSE_INDEX, "copy": -1}
+        padding = {"source": response + instruction, "row": PADDING_ROW}
+        padding |= {"limit": -instruction, "copy": -1}
         more = (0, stream_bucket(size) - size)
         joined = {
             name: torch.nn.functional.pad(values, more, value=padding.get(name, 0))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from llmrec import distributed
@@ -30,39 +29,33 @@ class CatalogueScores:
     Item tokens and the folded item matrix are (N + 1, H) tables; a history is one row with one response.
 
     Args:
-        model: the trained module; put into evaluation mode.
-        precision: 'bf16' to run the base model in bfloat16; tables and scores are float32.
+        model: the trained module; put into evaluation mode. Tables and scores are float32.
+        run: what to call in its place, a wrapper that brings sharded weights together.
     """
 
-    def __init__(self, model: MMESID, precision: str) -> None:
-        self.model = model.eval()
-        self.precision = precision
+    def __init__(self, model: MMESID, run: nn.Module | None = None) -> None:
+        self.run = (model if run is None else run).eval()
         device = model.instruction.device
-        with torch.inference_mode():
-            item = torch.arange(len(model.item_scores.target_table), device=device)
-            tables = [model("tables", block) for block in item.split(TABLE_BLOCK)]
+        with torch.no_grad():
+            item = torch.arange(model.item_scores.num_rows, device=device)
+            tables = [self.run("tables", block) for block in item.split(TABLE_BLOCK)]
             self.tokens, self.matrix = (torch.cat(parts) for parts in zip(*tables))
             self.matrix = self.matrix.float()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, history: Tensor) -> Tensor:
         """Scores float32 (B, N + 1) of right-padded histories int64 (B, T); column 0 means nothing."""
         length = (history > 0).sum(dim=1, keepdim=True)
         rows = PackedRows(items=history, history=length, target=length[:, 0])
-        with autocast(history.device, self.precision):
-            hidden = self.model("hidden", rows, self.tokens)
+        hidden = self.run("hidden", rows, self.tokens)
         return hidden.float() @ self.matrix.T
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """bfloat16 matrix products where asked for."""
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-def scorer_of(model: MMESID, config: FinetuneConfig, name: str = "mme_sid") -> Scorer:
-    return Scorer(name=name, score=CatalogueScores(model, config.precision), max_history=config.max_history)
+def scorer_of(
+    model: MMESID, config: FinetuneConfig, name: str = "mme_sid", run: nn.Module | None = None
+) -> Scorer:
+    """The module as it is now, as a method to be ranked; `run` as in `CatalogueScores`."""
+    return Scorer(name=name, score=CatalogueScores(model, run), max_history=config.max_history)
 
 
 def load_scorer(

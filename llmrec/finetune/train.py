@@ -100,13 +100,16 @@ def finetune(
     checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", made_from())
     trainer = Trainer(config, data, model, checkpoints)
     trainer.run()
-    heads = {name: value.detach().cpu() for name, value in heads_of(model).items()}
-    weights: dict[str, Any] = {}
-    if config.is_mini:
-        weights["base"] = {name: value.cpu() for name, value in base.state_dict().items()}
-        weights["base_config"] = base.config.to_dict()
-    else:
-        weights["lora"], weights["lora_config"] = build.lora_weights(base, config)
+    expected = trainer.sample_scores()
+    with trainer.engine.whole_weights():
+        heads = {name: value.detach().cpu().clone() for name, value in heads_of(model).items()}
+        weights: dict[str, Any] = {}
+        if config.is_mini:
+            weights["base"] = {name: value.cpu().clone() for name, value in base.state_dict().items()}
+            weights["base_config"] = base.config.to_dict()
+        else:
+            lora, weights["lora_config"] = build.lora_weights(base, config)
+            weights["lora"] = {name: value.detach().cpu().clone() for name, value in lora.items()}
     adapter = Adapter(
         catalog=data.catalog,
         settings=build.settings_of(config, prompt, base),
@@ -116,7 +119,7 @@ def finetune(
         **weights,
     )
     if distributed.is_main():
-        check_saved(adapter, trainer.sample_scores(), data, collab, content, ids)
+        check_saved(adapter, expected, data, collab, content, ids)
     return adapter
 
 
@@ -194,6 +197,8 @@ class Trainer:
         self.data = data
         self.model = model
         self.checkpoints = checkpoints
+        self.flops = build.flops_per_token(model)
+        self.counts = build.parameter_counts(model)
         self.engine = Engine(config, model)
         self.device = distributed.device()
         self.item = torch.from_numpy(data.item)
@@ -210,7 +215,7 @@ class Trainer:
         self.best_weights: dict[str, Tensor] = {}
         self.saved_at = time.monotonic()
         self.peak = machine.matmul_peak(self.device, self.engine.dtype) if distributed.is_main() else 1.0
-        self.flops = build.flops_per_token(model)
+        self.fusion_sources = ("target", *model.item_scores.modalities)
 
     def run(self) -> None:
         """Train all epochs; the model holds the selected weights afterwards.
@@ -223,7 +228,7 @@ class Trainer:
         logger.info(
             "finetune: %s targets, %s steps, %s trainable parameters",
             f"{len(self.targets):,}", f"{self.num_steps:,}",
-            f"{build.parameter_counts(self.model)['trainable']:,}",
+            f"{self.counts['trainable']:,}",
         )  # fmt: skip
         with (
             stop_requests() as stop,
@@ -236,9 +241,9 @@ class Trainer:
                     self._validate(epoch)
                 epoch, done = epoch + 1, 0
         if self.config.select == "valid" and self.best is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.engine.whole_weights(write=True):
                 for name, value in self.best_weights.items():
-                    self.model.get_parameter(name).copy_(value)
+                    self.engine.parameters[name].copy_(value)
 
     def metrics(self) -> dict[str, Any]:
         """Totals of the run, for metrics.json."""
@@ -251,7 +256,7 @@ class Trainer:
             "train_seconds": round(self.seconds, 3),
             "epoch_kept": kept,
             "valid": next((row for row in shown if row["epoch"] == kept), None),
-            "parameters": build.parameter_counts(self.model),
+            "parameters": self.counts,
         }
 
     def sample_scores(self) -> tuple[Tensor, Tensor]:
@@ -375,14 +380,15 @@ class Trainer:
         targets = self.data.targets("valid")
         if not len(targets):
             return
-        with self.engine.whole_weights():
-            scorer = self.engine.scorer()
-            rank = rank_users(scorer, self.data, targets, shard=True).rank
-            fusion = fusion_shares(self.model)
-            better = self.best is None or float(ndcg_at_k(rank, 10).mean()) > self.best[0]
-            if better and self.config.select == "valid":
-                trained = build.trainable(self.model).items()
-                self.best_weights = {name: value.detach().clone() for name, value in trained}
+        rank = rank_users(self.engine.scorer(), self.data, targets, shard=True).rank
+        with torch.no_grad():
+            fusion = fusion_shares(self.engine.wrapped("weights"), self.fusion_sources)
+        better = self.best is None or float(ndcg_at_k(rank, 10).mean()) > self.best[0]
+        if better and self.config.select == "valid":
+            with self.engine.whole_weights():
+                self.best_weights = {
+                    name: value.detach().clone() for name, value in self.engine.parameters.items()
+                }
         row = {
             "epoch": epoch,
             "step": self.step,
@@ -409,9 +415,8 @@ class Trainer:
         if self.checkpoints is None or not distributed.is_main() or self.engine.sharded:
             return
         begun = time.perf_counter()
-        weights = build.trainable(self.model)
         tensors, optimizer = pack_optimizer(self.engine.inner.state_dict())
-        tensors |= {f"weights.{name}": value for name, value in weights.items()}
+        tensors |= {f"weights.{name}": value for name, value in self.engine.parameters.items()}
         tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
         state = {
             "epoch": epoch,
@@ -437,9 +442,8 @@ class Trainer:
         found = None if self.checkpoints is None or self.engine.sharded else self.checkpoints.latest()
         if found is None:
             return 1, 0
-        weights = build.trainable(self.model)
         with torch.no_grad():
-            for name, value in weights.items():
+            for name, value in self.engine.parameters.items():
                 value.copy_(found.tensors[f"weights.{name}"])
         state = found.state
         self.engine.inner.load_state_dict(unpack_optimizer(found.tensors, state["optimizer"]))
@@ -481,16 +485,17 @@ class Trainer:
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def fusion_shares(model: MMESID) -> dict[str, dict[str, float]] | None:
-    """Per score source: mean weight, and share of items whose largest weight it is."""
-    scores = model.item_scores
-    if not scores.modalities:
+def fusion_shares(weights: Tensor, sources: tuple[str, ...]) -> dict[str, dict[str, float]] | None:
+    """Per score source: mean weight, and share of items whose largest weight it is; None if there is one.
+
+    Args:
+        weights: mixing weights (N, S).
+        sources: S names.
+    """
+    if len(sources) == 1:
         return None
-    with torch.no_grad():
-        weights = scores.gate()[1:]
-    names = ("target", *scores.modalities)
-    largest = torch.bincount(weights.argmax(dim=1), minlength=len(names)).double() / len(weights)
+    largest = torch.bincount(weights.argmax(dim=1), minlength=len(sources)).double() / len(weights)
     return {
-        "mean_weight": dict(zip(names, weights.double().mean(dim=0).tolist())),
-        "largest_share": dict(zip(names, largest.tolist())),
+        "mean_weight": dict(zip(sources, weights.double().mean(dim=0).tolist())),
+        "largest_share": dict(zip(sources, largest.tolist())),
     }

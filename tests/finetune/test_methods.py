@@ -148,7 +148,7 @@ def test_the_alignment_is_info_nce_of_pairs_and_is_trained_first_or_along():
         torch.from_numpy(targets.item) - 1,
         reduction="sum",
     )
-    torch.testing.assert_close(two([rows]), plain, **EXACT)
+    torch.testing.assert_close(two.loss([rows]), plain, **EXACT)
 
 
 def test_collapse_is_as_the_paper_says():

@@ -64,7 +64,12 @@ def semantic_ids(num_items: int, modalities: tuple[str, ...], seed: int = 0) -> 
 
 
 def model(
-    num_items: int, *, lora: bool = False, dims: dict[str, int] | None = None, **settings: object
+    num_items: int,
+    *,
+    lora: bool = False,
+    dims: dict[str, int] | None = None,
+    prompt: Prompt = PROMPT,
+    **settings: object,
 ) -> MMESID:
     """MME-SID on a tiny Llama in float64, with three modalities unless said otherwise."""
     dims = dims or {"collab": 5, "text": 7, "image": 6}
@@ -79,7 +84,7 @@ def model(
     train_count = torch.arange(num_items + 1)
     ids = semantic_ids(num_items, tuple(dims))
     built = build.build_model(
-        config, base, PROMPT, vectors(num_items, dims), ids, train_count, torch.device("cpu")
+        config, base, prompt, vectors(num_items, dims), ids, train_count, torch.device("cpu")
     )
     for parent in list(built.modules()):
         for name, child in parent.named_children():
