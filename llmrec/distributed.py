@@ -66,6 +66,11 @@ def uses_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
+def uses_fsdp() -> bool:
+    """Whether the launcher asked for fully sharded data parallelism."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def num_threads() -> int:
     """Threads for this process on a CPU: $LLMREC_NUM_THREADS, or its share of the cores."""
     import psutil

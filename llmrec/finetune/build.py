@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaModel
 
+from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.finetune.config import FinetuneConfig
@@ -98,9 +99,17 @@ def add_lora(base: nn.Module, config: FinetuneConfig) -> PeftModel:
     return model
 
 
-def lora_weights(model: PeftModel, config: FinetuneConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """LoRA matrices and config as plain PEFT expects them on the causal language model."""
-    state = get_peft_model_state_dict(model)
+def lora_weights(
+    model: PeftModel, config: FinetuneConfig, trained: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """LoRA matrices and config as plain PEFT expects them on the causal language model.
+
+    Args:
+        model: the decoder with LoRA.
+        config: settings.
+        trained: its trained weights by name, whole.
+    """
+    state = get_peft_model_state_dict(model, state_dict=trained)
     renamed = {CAUSAL_LM_PREFIX + name.removeprefix(DECODER_PREFIX): value for name, value in state.items()}
     plain = model.peft_config["default"].to_dict()
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}
@@ -218,10 +227,15 @@ def engine(config: FinetuneConfig, device: torch.device) -> tuple[bool, bool]:
         ConfigError: what was asked for does not work on this device.
     """
     gpu = device.type not in ("cpu", "meta")
-    can = gpu and config.share_instruction
+    can = (gpu or distributed.uses_fsdp()) and config.share_instruction
     stream = can if config.rows == "auto" else config.rows == "stream"
     stream = stream or config.attention == "flex" or (config.checkpoint_activations and can_share(config))
     flex = (gpu and stream) if config.attention == "auto" else config.attention == "flex"
+    if distributed.uses_fsdp() and distributed.world_size() > 1 and not stream:
+        raise ConfigError(
+            "with FSDP a forward pass uses every weight once, so finetune.rows must be stream (or auto), "
+            f"got {config.rows!r}, and finetune.share_instruction true"
+        )
     for name, wanted in (
         ("attention='flex'", config.attention == "flex"),
         ("kernels='liger'", config.kernels == "liger"),
@@ -241,7 +255,7 @@ def set_up_base(config: FinetuneConfig, base: nn.Module, flex: bool) -> None:
     Raises:
         ConfigError: a library is missing, or the base model does not fit.
     """
-    inner = base.get_base_model() if isinstance(base, PeftModel) else base
+    inner = decoder_of(base)
     inner.set_attn_implementation("flex_attention" if flex else "sdpa")
     if config.kernels == "liger":
         try:
@@ -258,6 +272,11 @@ def set_up_base(config: FinetuneConfig, base: nn.Module, flex: bool) -> None:
     if config.compile:
         for block in inner.layers:
             block.compile(dynamic=not flex)
+
+
+def decoder_of(base: nn.Module) -> nn.Module:
+    """The base model without LoRA's wrapper."""
+    return base.get_base_model() if isinstance(base, PeftModel) else base
 
 
 def check_context(config: FinetuneConfig, base: nn.Module, tokens: int) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llmrec import distributed
 from llmrec.evaluation.rank import Scorer
 from llmrec.finetune import build
 from llmrec.finetune.config import FinetuneConfig
@@ -35,8 +38,10 @@ class Engine:
         self.model = model
         # bfloat16 is the model's own affair: wrappers would turn what is trained into bfloat16 too.
         self.accelerator = Accelerator(mixed_precision="no")
-        self.kind = self.accelerator.distributed_type
-        self.sharded = self.kind in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        self.fsdp = distributed.uses_fsdp() and distributed.world_size() > 1
+        self.sharded = self.fsdp or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.fsdp:
+            shard(model)
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.parameters = build.trainable(model)
         self.inner = optimizer_of(config, list(self.parameters.values()))
@@ -47,10 +52,17 @@ class Engine:
                 "gradient_clipping": config.clip_norm,
                 "zero_allow_untested_optimizer": True,
             }
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, self.inner)
+        self.wrapped, self.optimizer = model, self.inner
+        if not self.fsdp:
+            self.wrapped, self.optimizer = self.accelerator.prepare(model, self.inner)
 
     def forward_backward(self, groups: list[PackedRows], scale: float, *, last: bool) -> Tensor:
         """Add the gradients of scale * loss; the loss. The last call of a step shares them over processes."""
+        if self.fsdp:
+            self.model.set_requires_gradient_sync(last)
+            loss = self.wrapped("loss", groups)
+            (loss * scale).backward()
+            return loss.detach()
         self.accelerator.gradient_state._set_sync_gradients(last)
         hold = contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)
         with hold:
@@ -61,29 +73,62 @@ class Engine:
 
     def step(self) -> None:
         """Clip the gradients, update the weights, forget the gradients."""
-        self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
+        if self.fsdp:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)
+        else:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    @contextlib.contextmanager
-    def whole_weights(self, *, write: bool = False) -> Iterator[None]:
-        """Inside, the model's trained weights are whole in every process.
+    def weights(self) -> dict[str, Tensor]:
+        """What is trained, whole and copied, by name; every process must call."""
+        with self._gathered():
+            return {name: whole(value).detach().clone() for name, value in self.parameters.items()}
 
-        Args:
-            write: keep what the main process changes.
-        """
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        """Inverse of `weights`; every process must call with the same."""
+        with torch.no_grad(), self._gathered(write=True):
+            for name, parameter in self.parameters.items():
+                value = weights[name].to(parameter.device)
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
+
+    def _gathered(self, *, write: bool = False) -> contextlib.AbstractContextManager:
+        """Inside, weights that DeepSpeed spread over processes are whole."""
         if not any(hasattr(parameter, "ds_id") for parameter in self.parameters.values()):
-            yield
-            return
+            return contextlib.nullcontext()
         import deepspeed
 
         rank = 0 if write else None
-        with deepspeed.zero.GatheredParameters(list(self.parameters.values()), modifier_rank=rank):
-            yield
+        return deepspeed.zero.GatheredParameters(list(self.parameters.values()), modifier_rank=rank)
+
+    def close(self) -> None:
+        """Let models be loaded whole again, which transformers would spread too after ZeRO-3."""
+        if distributed.uses_deepspeed():
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()
 
     def scorer(self) -> Scorer:
         """The model as it is now, as a scorer; every process must call it equally often if `sharded`."""
         return scorer_of(self.model, self.config, run=self.wrapped if self.sharded else None)
+
+
+def shard(model: MMESID) -> None:
+    """FSDP2: spread every block's weights, and the rest as one group, over all processes.
+
+    By torch rather than accelerate, which knows FSDP on GPUs only, so that tests run what users run.
+    """
+    mesh = init_device_mesh(distributed.device().type, (distributed.world_size(),))
+    for block in build.decoder_of(model.base).layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor with all its parts, if they lie in different processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def optimizer_of(config: FinetuneConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

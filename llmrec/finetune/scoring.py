@@ -34,7 +34,8 @@ class CatalogueScores:
     """
 
     def __init__(self, model: MMESID, run: nn.Module | None = None) -> None:
-        self.run = (model if run is None else run).eval()
+        self.run = model if run is None else run
+        self.run.eval()
         device = model.instruction.device
         with torch.no_grad():
             item = torch.arange(model.item_scores.num_rows, device=device)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from backbones import save_backbone
 from tiny_mme_sid import vectors
 from worlds import cycle, interactions
 
-from llmrec import pipeline
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import ArtifactMismatchError, ConfigError, TrainingError
 from llmrec.evaluation.rank import rank_users
@@ -60,7 +58,8 @@ def fit(config: FinetuneConfig, data=None) -> tuple[Adapter, tuple]:
 
 
 def weights(adapter: Adapter) -> dict[str, torch.Tensor]:
-    return {**adapter.heads, **{f"base.{name}": value for name, value in adapter.base.items()}}
+    base = {f"base.{name}": value for name, value in adapter.base.items()}
+    return {**adapter.heads, **adapter.lora, **base}
 
 
 def test_learns_which_item_follows():
@@ -147,19 +146,7 @@ def test_foreign_or_missing_weights_are_refused():
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> Path:
-    """A folder as the Hub has them: a causal language model of random weights and its tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(folder)
-    words = ["<unk>", "Items", "of", "this", "user", ",", "oldest", "first", ":", "next"]
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    return folder
+    return save_backbone(tmp_path_factory.mktemp("base"))
 
 
 def test_lora_is_saved_for_plain_peft_and_scores_survive(pretrained, tmp_path):
@@ -228,39 +215,3 @@ def test_lora_trains_a_real_pretrained_llama(real_data):
     losses = [row["loss"] for row in trainer.log if "loss" in row]
     assert losses[-1] < 0.5 * losses[0]
     assert all(torch.equal(value, base.get_parameter(name)) for name, value in frozen.items())
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path[:0] = {paths!r}
-import dataclasses
-import test_train
-from llmrec import pipeline
-from worlds import cycle
-data = cycle()
-config = dataclasses.replace(test_train.TINY, batch_size=100)
-stub = type("Stub", (), {{"stage": "prepare_data", "_manifest": {{"files": {{}}}}}})()
-made = test_train.inputs(data)
-def finetune(config, stub) -> test_train.Adapter:
-    return test_train.train.finetune(config, data, *made)
-finetune.every_process = True
-pipeline.run_stage(finetune, config, (stub,), Path({out!r}))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_train_the_same_model_as_one(tmp_path):
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    loaded = []
-    for world in (1, 2):
-        script = tmp_path / f"run{world}.py"
-        script.write_text(SCRIPT.format(paths=paths, out=str(tmp_path / f"out{world}")))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        subprocess.run([*command, str(script)], check=True, capture_output=True)
-        loaded.append(pipeline.load(Adapter, tmp_path / f"out{world}"))
-        assert pipeline.manifest_of(loaded[-1])["processes"] == world
-    one, two = map(weights, loaded)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
-    assert loaded[0].metrics["tokens"] == loaded[1].metrics["tokens"]

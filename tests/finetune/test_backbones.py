@@ -1,0 +1,131 @@
+"""Any decoder that takes input embeddings: packed prompts are its own, and an adapter of it survives."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from backbones import KINDS, save_backbone
+from test_packing import plain_prompts, random_users
+from test_train import TINY, fit
+from tiny_mme_sid import PROMPT, semantic_ids, vectors
+
+from llmrec.errors import ConfigError
+from llmrec.finetune import build
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.packing import group_rows, pack
+from llmrec.finetune.scoring import load_scorer
+
+NUM_ITEMS = 30
+LORA = FinetuneConfig(
+    base_model="set below", prompt="compact", epochs=2, batch_size=64, learning_rate=1e-2,
+    fusion_temperature=1.0, warmup_steps=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def backbone(request, tmp_path_factory):
+    return save_backbone(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.mark.parametrize("rows", ["padded", "stream"])
+def test_packed_prompts_are_the_prompts_of_every_backbone(backbone, rows):
+    """Values and the gradient of the item tokens; the norms of these models round to float32."""
+    config = dataclasses.replace(LORA, base_model=str(backbone), rows=rows)
+    base = build.load_base(config, PROMPT)
+    for name, value in base.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.3)
+    dims = {"collab": 5, "text": 7}
+    net = build.build_model(
+        config, base, PROMPT, vectors(NUM_ITEMS, dims), semantic_ids(NUM_ITEMS, tuple(dims)),
+        torch.arange(NUM_ITEMS + 1), torch.device("cpu"),
+    ).double()  # fmt: skip
+    item, targets = random_users([1, 2, 3, 12])
+    rows = pack(item, targets, group_rows(targets, "packed"))
+    found = {}
+    for name in ("packed", "plain"):
+        tokens = net.item_tokens(torch.arange(NUM_ITEMS + 1))
+        hidden = net.hidden(rows, tokens) if name == "packed" else plain_prompts(net, item, targets)
+        weight = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
+        loss = (hidden * weight).sum()
+        trained = [value for value in net.parameters() if value.requires_grad]
+        found[name] = hidden, torch.autograd.grad(loss, trained, allow_unused=True)
+    torch.testing.assert_close(found["packed"][0], found["plain"][0], rtol=1e-5, atol=1e-5)
+    compared = 0
+    for one, two in zip(found["packed"][1], found["plain"][1]):
+        assert (one is None) == (two is None)
+        if one is not None:
+            compared += 1
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    assert compared > 10
+
+
+def test_adapters_of_every_backbone_are_trained_saved_and_loaded(backbone):
+    adapter, made = fit(dataclasses.replace(LORA, base_model=str(backbone)))
+    losses = [row["loss"] for row in adapter.log if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert len(adapter.lora) == 12
+    scores = load_scorer(adapter, *made).score(torch.tensor([[1, 2, 3]]))
+    assert torch.isfinite(scores).all()
+
+
+def test_prompts_longer_than_the_window_are_refused(tmp_path_factory):
+    from worlds import interactions
+
+    folder = save_backbone(tmp_path_factory.mktemp("window"), "mistral")
+    rng = np.random.default_rng(0)
+    data = interactions([rng.integers(1, 9, 60).tolist(), rng.integers(1, 9, 5).tolist()], 8)
+    config = dataclasses.replace(LORA, base_model=str(folder))
+    with pytest.raises(
+        ConfigError, match=r"prompt has 68 tokens and .* sees 40 at once; set finetune\.max_history"
+    ):
+        fit(config, data)
+    fit(dataclasses.replace(config, max_history=30, epochs=1), data)
+
+
+def test_four_bit_bases_train_and_keep_their_scores(tmp_path_factory):
+    folder = save_backbone(
+        tmp_path_factory.mktemp("nf4"), hidden_size=64, intermediate_size=64, num_attention_heads=2
+    )
+    config = dataclasses.replace(
+        LORA, base_model=str(folder), quantize="nf4", precision="bf16", project_codes=True
+    )
+    adapter, made = fit(config)
+    losses = [row["loss"] for row in adapter.log if "loss" in row]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ConfigError, match="quantize='nf4' computes in bfloat16"):
+        dataclasses.replace(config, precision="fp32")
+    assert load_scorer(adapter, *made).score(torch.tensor([[1, 2]])).dtype == torch.float32
+
+
+def test_eight_bit_states_learn_as_well():
+    settings = dataclasses.replace(TINY, epochs=4)
+    losses = {
+        name: [
+            row["loss"] for row in fit(dataclasses.replace(settings, optimizer=name))[0].log if "loss" in row
+        ]
+        for name in ("adamw", "adamw_8bit")
+    }
+    assert losses["adamw_8bit"][-1] == pytest.approx(losses["adamw"][-1], rel=0.02)
+    assert losses["adamw_8bit"] != losses["adamw"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"checkpoint_activations": True}, {"compile": True}], ids=["recompute", "compile"]
+)
+def test_recomputed_and_compiled_blocks_train_the_same(settings):
+    plain = fit(TINY)[0]
+    found = fit(dataclasses.replace(TINY, **settings))[0]
+    for name, value in plain.heads.items():
+        torch.testing.assert_close(found.heads[name], value, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("settings", [{"attention": "flex"}, {"kernels": "liger"}], ids=["flex", "liger"])
+def test_what_only_a_gpu_does_is_refused_without_one(settings):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match=r"trains on a GPU, and there is none"):
+        fit(dataclasses.replace(TINY, **settings))

@@ -1,0 +1,101 @@
+"""Two processes, however they share the work, train what one process trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import save_backbone
+from test_train import weights
+
+from llmrec import pipeline
+from llmrec.finetune.adapter import Adapter
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import dataclasses
+import test_train
+from llmrec import pipeline
+from worlds import cycle
+data = cycle()
+config = dataclasses.replace(test_train.TINY, batch_size=100, micro_batch_tokens=150, select="valid")
+base = {base!r}
+if base:
+    config = dataclasses.replace(config, base_model=base, mini=test_train.MiniConfig())
+stub = type("Stub", (), {{"stage": "prepare_data", "_manifest": {{"files": {{}}}}}})()
+made = test_train.inputs(data)
+def finetune(config, stub) -> test_train.Adapter:
+    return test_train.train.finetune(config, data, *made)
+finetune.every_process = True
+pipeline.run_stage(finetune, config, (stub,), Path({out!r}))
+"""
+
+PROFILES = Path(__file__).parents[2] / "recipes" / "accelerate"
+
+
+def run(folder: Path, world: int, profile: str | None, base: Path | None) -> Adapter:
+    """The stage under accelerate's launcher with one of our profiles, loaded from disk."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    script = folder / "run.py"
+    content = SCRIPT.format(paths=paths, out=str(folder / "out"), base=str(base) if base else None)
+    script.write_text(content)
+    command = [sys.executable]
+    if profile is not None:
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(PROFILES / f"{profile}.yaml")]
+        command += [*launch, "--num_processes", str(world), "--main_process_port", "0"]
+    environment = {**os.environ, "LLMREC_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-9000:]
+    loaded = pipeline.load(Adapter, folder / "out")
+    assert pipeline.manifest_of(loaded)["processes"] == world
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_backbone(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, base) -> dict[bool, Adapter]:
+    """One process without a launcher, with the mini base and with LoRA on a frozen one."""
+    return {
+        lora: run(tmp_path_factory.mktemp("alone"), 1, None, base if lora else None) for lora in (False, True)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("profile", "lora"),
+    [(name, False) for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")]
+    + [("zero3", True), ("fsdp2", True)],
+)
+def test_two_processes_train_the_same_model_as_one(profile, lora, alone, base, tmp_path):
+    found, expected = run(tmp_path, 2, profile, base if lora else None), alone[lora]
+    for name, value in weights(expected).items():
+        torch.testing.assert_close(weights(found)[name], value, rtol=1e-3, atol=1e-4)
+    assert bool(found.lora) == lora and expected.log
+    for one, two in zip(expected.log, found.log):
+        assert one["step"] == two["step"]
+        for name in ("loss", "valid_ndcg@10"):
+            assert one.get(name, 0) == pytest.approx(two.get(name, 0), rel=1e-4)
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_profiles_are_what_accelerate_reads(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    wanted = {"one_gpu": "NO", "ddp": "MULTI_GPU", "multi_node": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert config.distributed_type == wanted.get(path.stem, "DEEPSPEED")
+    assert config.mixed_precision == "no"
+    if path.stem.startswith("zero"):
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
