@@ -209,13 +209,19 @@ def stop_requests() -> Iterator[StopRequests]:
 
 def pack_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state_dict as tensors by name and JSON."""
-    tensors, plain = {}, {}
-    for number, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{number}.{name}"] = value
-            else:
-                plain[f"{number}.{name}"] = value
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+
+    def sort(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                sort(f"{path}/{name}", inner)
+        elif isinstance(value, Tensor):
+            tensors[f"optimizer{path}"] = value
+        else:
+            plain[path] = value
+
+    sort("", state["state"])
     groups = [
         {name: value for name, value in group.items() if not isinstance(value, Tensor)}
         for group in state["param_groups"]
@@ -225,12 +231,12 @@ def pack_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
 
 def unpack_optimizer(tensors: dict[str, Tensor], state: dict[str, Any]) -> dict[str, Any]:
     """Inverse of `pack_optimizer`; other tensors are passed over."""
-    entries: dict[int, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, key = name.split(".", 2)
-            entries.setdefault(int(number), {})[key] = value
-    for name, value in state["plain"].items():
-        number, key = name.split(".", 1)
-        entries.setdefault(int(number), {})[key] = value
+    found = {name[9:]: value for name, value in tensors.items() if name.startswith("optimizer/")}
+    entries: dict[Any, Any] = {}
+    for path, value in {**found, **state["plain"]}.items():
+        _, number, *inner, last = path.split("/")
+        place = entries.setdefault(int(number), {})
+        for name in inner:
+            place = place.setdefault(name, {})
+        place[last] = value
     return {"state": entries, "param_groups": state["groups"]}

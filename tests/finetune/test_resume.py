@@ -1,0 +1,148 @@
+"""A fine-tuning run that was stopped ends with the very weights of one that was not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import TINY, inputs, weights
+from worlds import cycle
+
+from llmrec import pipeline
+from llmrec.errors import StoppedError
+from llmrec.finetune import train
+from llmrec.finetune.adapter import Adapter
+
+OFTEN = dataclasses.replace(TINY, epochs=3, save_every_minutes=1e-9, dropout_rate=0.2, select="valid")
+
+
+def fine_tune(config, folder: Path, data=None) -> Adapter:
+    """The stage in a run folder, with inputs that are not on disk."""
+    data = data or cycle()
+    made = inputs(data)
+    for artifact in (data, *made):
+        object.__setattr__(artifact, "_manifest", {"files": {}})
+    return pipeline.run_stage(train.finetune, config, (data, *made), folder)
+
+
+def stop_at(step: int, monkeypatch, error: BaseException) -> None:
+    """Let the step after this many fail."""
+    whole = train.Trainer.train_step
+
+    def failing(self, targets):
+        if self.step == step:
+            raise error
+        return whole(self, targets)
+
+    monkeypatch.setattr(train.Trainer, "train_step", failing)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"loss": "bce_sampled"}, {"optimizer": "adamw_8bit"}, {"batch_by": "tokens", "rows": "stream"}],
+    ids=["adamw", "sampled", "8bit", "tokens"],
+)
+@pytest.mark.parametrize("step", [1, 6])
+def test_stopped_and_resumed_equals_never_stopped(settings, step, tmp_path, monkeypatch):
+    config = dataclasses.replace(OFTEN, **settings)
+    expected = fine_tune(dataclasses.replace(config), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(step, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(config, tmp_path / "stopped")
+    assert list((tmp_path / ".stopped.unfinished" / "checkpoints").glob("step-*"))
+    begun = []
+    monkeypatch.setattr(
+        train.Trainer, "_train_epoch",
+        lambda self, *rest, whole=train.Trainer._train_epoch: (begun.append(self.step), whole(self, *rest)),
+    )  # fmt: skip
+    found = fine_tune(config, tmp_path / "stopped")
+    assert begun[0] == step, "nothing is done twice"
+    for name, value in weights(expected).items():
+        assert torch.equal(weights(found)[name], value), name
+    timed = ("tokens_per_second", "targets_per_second", "share_of_peak", "memory_bytes")
+    for one, two in zip(expected.log, found.log):
+        assert {k: v for k, v in one.items() if k not in timed} == {
+            k: v for k, v in two.items() if k not in timed
+        }
+    assert found.metrics["tokens"] == expected.metrics["tokens"]
+    assert not (tmp_path / ".stopped.unfinished").exists()
+
+
+def test_work_of_other_settings_is_not_taken_up(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(3, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(OFTEN, tmp_path / "out")
+    other = dataclasses.replace(OFTEN, learning_rate=2e-2)
+    found, expected = fine_tune(other, tmp_path / "out"), fine_tune(other, tmp_path / "whole")
+    for name, value in weights(expected).items():
+        assert torch.equal(weights(found)[name], value)
+
+
+def test_a_polite_stop_ends_the_step_saves_and_says_so(tmp_path, monkeypatch):
+    config = dataclasses.replace(OFTEN, save_every_minutes=1000.0)
+    whole = train.Trainer.train_step
+
+    def asking(self, targets):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, targets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", asking)
+        with pytest.raises(StoppedError, match=r"stopped after step 5 of \d+; the same command goes on"):
+            fine_tune(config, tmp_path / "out")
+    found, expected = fine_tune(config, tmp_path / "out"), fine_tune(config, tmp_path / "whole")
+    for name, value in weights(expected).items():
+        assert torch.equal(weights(found)[name], value)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import dataclasses
+import test_resume
+config = dataclasses.replace(test_resume.OFTEN, epochs=60, eval_every_epochs=30)
+test_resume.fine_tune(config, Path({out!r}))
+"""
+
+
+@pytest.mark.slow
+def test_killed_runs_go_on_and_end_with_the_same_weights(tmp_path):
+    """SIGKILL at four moments, then once to the end; and a run that nobody disturbs."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    results, kept = [], []
+    for name, kills in (("killed", 4), ("whole", 0)):
+        script = tmp_path / f"{name}.py"
+        script.write_text(SCRIPT.format(paths=paths, out=str(tmp_path / name)))
+        environment = {**os.environ, "LLMREC_NUM_THREADS": "1"}
+        checkpoints = tmp_path / f".{name}.unfinished" / "checkpoints"
+        for kill in range(kills):
+            child = subprocess.Popen(
+                [sys.executable, str(script)], env=environment, stderr=subprocess.DEVNULL
+            )
+            before = set(checkpoints.glob("step-*"))
+            deadline = time.monotonic() + 120
+            while len(set(checkpoints.glob("step-*")) - before) < 1 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.05 + 0.07 * kill)
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            kept.append(
+                max(json.loads(path.read_text())["step"] for path in checkpoints.glob("step-*/manifest.json"))
+            )
+        subprocess.run([sys.executable, str(script)], check=True, capture_output=True, env=environment)
+        results.append(weights(pipeline.load(Adapter, tmp_path / name)))
+    assert kept == sorted(set(kept)) and len(kept) == 4, "every kill found more work done"
+    for name, value in results[1].items():
+        assert torch.equal(results[0][name], value), name

@@ -1,0 +1,107 @@
+"""Checkpoints: whole or absent, verified, the one before as a fallback."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from llmrec import checkpoint
+from llmrec.checkpoint import Checkpoint, Checkpoints, pack_optimizer, unpack_optimizer
+from llmrec.errors import LlmrecError
+
+
+def saved(folder, *steps: int, made_from="a") -> Checkpoints:
+    store = Checkpoints(folder, {"config": made_from})
+    for step in steps:
+        store.save(Checkpoint(step=step, tensors={"w": torch.full((3,), float(step))}, state={"at": step}))
+    return store
+
+
+def test_the_newest_is_found_and_two_are_kept(tmp_path):
+    store = saved(tmp_path, 5, 10, 20)
+    assert [path.name for path in store.found()] == ["step-00000010", "step-00000020"]
+    found = store.latest()
+    assert found.step == 20 and found.state == {"at": 20} and found.tensors["w"].tolist() == [20.0] * 3
+    assert Checkpoints(tmp_path / "none", {}).latest() is None
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "emptied", "gone"])
+def test_a_damaged_one_is_named_kept_aside_and_passed_over(name, how, tmp_path, caplog):
+    store = saved(tmp_path, 1, 2)
+    path = tmp_path / "step-00000002" / name
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 1
+    elif how == "cut":
+        del content[-3:]
+    elif how == "emptied":
+        content.clear()
+    path.unlink() if how == "gone" else path.write_bytes(bytes(content))
+    assert store.latest().step == 1
+    assert "step-00000002 is damaged" in caplog.text and "going on from the one before" in caplog.text
+    assert (tmp_path / "damaged-step-00000002").is_dir()
+    assert store.latest().step == 1, "and it is not looked at again"
+
+
+def test_another_runs_work_is_not_taken_up(tmp_path, caplog):
+    saved(tmp_path, 1, 2)
+    assert Checkpoints(tmp_path, {"config": "b"}).latest() is None
+    assert "made with other settings or inputs" in caplog.text
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_a_stop_in_the_middle_of_saving_leaves_the_one_before(tmp_path, monkeypatch):
+    store = saved(tmp_path, 1)
+    (tmp_path / ".step-00000002.77").mkdir()
+    (tmp_path / ".step-00000002.77" / "tensors.safetensors").write_bytes(b"half")
+    assert store.latest().step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "flush", full)
+    with pytest.raises(LlmrecError, match=r"cannot be written .*No space left.*make room and start again"):
+        saved(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '{"files": {}}', '{"files": {"x": 1}, "step": 1}', "{", '{"files": 3}']
+)
+def test_manifests_of_any_form_are_refused(text, tmp_path):
+    store = saved(tmp_path, 1)
+    (tmp_path / "step-00000001" / "manifest.json").write_text(text)
+    assert store.latest() is None
+
+
+def test_optimiser_states_survive_the_way_to_json_and_back():
+    weights = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(2))]
+    optimizer = torch.optim.AdamW(weights, lr=0.1)
+    sum(weight.square().sum() for weight in weights).backward()
+    optimizer.step()
+    tensors, plain = pack_optimizer(optimizer.state_dict())
+    other = torch.optim.AdamW(weights, lr=0.5)
+    other.load_state_dict(
+        unpack_optimizer({**tensors, "weights.a": weights[0]}, json.loads(json.dumps(plain)))
+    )
+    assert other.param_groups[0]["lr"] == 0.1
+    for one, two in zip(optimizer.state.values(), other.state.values()):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
+
+
+def test_a_stop_signal_is_asked_once_and_handlers_come_back():
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with checkpoint.stop_requests() as stop:
+        assert not stop.agreed()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed()
+        assert signal.getsignal(signal.SIGTERM) is before, "a second one acts at once"
+    assert signal.getsignal(signal.SIGTERM) is before
