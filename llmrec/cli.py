@@ -12,7 +12,7 @@ from pathlib import Path
 from llmrec import __version__
 from llmrec.config import describe
 from llmrec.errors import ConfigError
-from llmrec.recipe import apply_overrides, guarded, set_up_logging
+from llmrec.recipe import PRESETS, apply_overrides, guarded, set_up_logging, with_preset
 from llmrec.stages import COMMANDS, STAGES, Stage
 
 GPU_NAMES = ("A100", "H100", "H200", "L40S", "RTX4090")
@@ -64,7 +64,8 @@ def estimate(options: argparse.Namespace) -> None:
     set_up_logging()
     from llmrec import estimate as module
 
-    recipe = apply_overrides(module.recipe_of(Path(options.recipe)), options.set)
+    recipe = with_preset(module.recipe_of(Path(options.recipe)), options.preset)
+    recipe = apply_overrides(recipe, options.set)
     found = module.estimate(recipe, Path(options.run_dir) if options.run_dir else None)
     print(module.shown(found, options.gpu))
 
@@ -104,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     costs.add_argument("recipe", metavar="RECIPE", help="a recipe's file")
     costs.add_argument("--run-dir", metavar="DIR", help="use the stages that are finished there")
     costs.add_argument("--gpu", default="H100", choices=GPU_NAMES, help="for memory and time (H100)")
+    costs.add_argument("--preset", choices=PRESETS, help="as in the paper, or the published code")
     check = verbs.add_parser("doctor", help="is this machine ready, and what to do where it is not")
     check.add_argument(
         "recipe", metavar="RECIPE", nargs="?", help="also look for this recipe's data and models"

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
 from llmrec.errors import ConfigError
 from llmrec.finetune import build
+from llmrec.finetune.build import decoder_of
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.methods import modalities_of
 from llmrec.finetune.packing import count_tokens
@@ -257,21 +258,31 @@ def operations(
 def bytes_used(
     config: FinetuneConfig, model: Any, widths: dict[str, int], counts: dict[str, int]
 ) -> dict[str, float]:
-    """Bytes on one GPU: exact for what is kept, rough for activations (no checkpointing)."""
+    """Bytes on one GPU: exact for what is kept, rough for activations."""
     kept = sum(
         value.numel() * value.element_size() for value in model.parameters() if not value.requires_grad
     )
+    if config.quantize == "nf4":
+        # Linear layers in 4 bits, and 0.127 bits of scales a weight (double quantisation).
+        linear = [module for module in decoder_of(model.base).modules() if isinstance(module, nn.Linear)]
+        frozen = sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
+        kept -= frozen * (2 - 4.127 / 8)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    states = 2 if config.optimizer == "adamw_8bit" else 8
     base = model.base.config
     half = 2 if config.precision == "bf16" else 4
     # Per token and layer: inputs of the linear layers, queries, keys, values, and the feed-forward part.
     numbers = 10 * base.hidden_size + 4 * base.intermediate_size
+    if config.checkpoint_activations:
+        numbers += base.hidden_size * base.num_hidden_layers
+    else:
+        numbers *= base.num_hidden_layers
     tokens = min(config.micro_batch_tokens, max(counts["tokens"] // max(counts["steps"], 1), 1))
     return {
         "frozen weights": float(kept),
-        "trained weights, gradients, AdamW": 16.0 * trained,
+        "trained weights, gradients, AdamW": (8.0 + states) * trained,
         "item vectors": 4.0 * (counts["items"] + 1) * sum(widths.values()),
-        "activations (rough)": float(half * tokens * numbers * base.num_hidden_layers),
+        "activations (rough)": float(half * tokens * numbers),
     }
 
 

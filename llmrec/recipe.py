@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,13 +21,16 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError, LlmrecError, StoppedError
 from llmrec.evaluation.config import EvaluateConfig
+from llmrec.finetune.config import PRESETS as FINETUNE_PRESETS
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.semantic_ids.config import PRESETS as ID_PRESETS
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stages import STAGES
 
 C = TypeVar("C")
 USER_ERROR = 2
 INTERRUPTED = 130
+PRESETS = ("default", "paper", "official")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
     name = Path(recipe.__code__.co_filename).stem
     description = recipe.__globals__.get("__doc__") or ""
     options = parser(name, description.strip()).parse_args(arguments)
-    chosen = apply_overrides(recipe(), options.set)
+    chosen = apply_overrides(with_preset(recipe(), options.preset), options.set)
     root = Path(options.run_dir or Path("runs") / name)
     if options.print_config:
         print("\n".join(f"{path}={format_value(value)}" for path, value in flatten(chosen)))
@@ -101,6 +104,11 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--run-dir", metavar="DIR", help=f"where stages keep their output (runs/{name})")
+    made.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="settings of learn_semantic_ids and finetune as in the paper, or the published code",
+    )
     made.add_argument("--until", metavar="STAGE", choices=list(STAGES), help="last stage to run")
     made.add_argument(
         "--set",
@@ -113,6 +121,13 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("--print-config", action="store_true", help="print every setting and leave")
     made.add_argument("--dry-run", action="store_true", help="say what each stage would do and leave")
     return made
+
+
+def with_preset(recipe: Recipe, name: str | None) -> Recipe:
+    """The recipe with the settings of that name wherever a stage has some."""
+    if name is None:
+        return recipe
+    return replace(recipe, learn_semantic_ids=ID_PRESETS[name], finetune=FINETUNE_PRESETS[name])
 
 
 def apply_overrides(config: C, assignments: list[str]) -> C:

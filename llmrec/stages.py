@@ -12,8 +12,10 @@ from llmrec.collab.config import TrainCollabConfig
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.evaluation.config import EvaluateConfig
+from llmrec.finetune.config import PRESETS as FINETUNE_PRESETS
 from llmrec.finetune.config import FinetuneConfig
-from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig, ReportSemanticIdsConfig
+from llmrec.semantic_ids.config import PRESETS as ID_PRESETS
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig, ReportSemanticIdsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ STAGES: dict[str, Stage] = {
             "llmrec.semantic_ids.learn",
             "prepare_data train_collab encode_items",
             SemanticIds,
-            PRESETS,
+            ID_PRESETS,
         ),
         _stage(
             "finetune",
@@ -105,6 +107,7 @@ STAGES: dict[str, Stage] = {
             "llmrec.finetune.train",
             "prepare_data train_collab encode_items learn_semantic_ids",
             "llmrec.finetune.adapter:Adapter",
+            FINETUNE_PRESETS,
         ),
         _stage(
             "evaluate",

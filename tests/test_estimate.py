@@ -1,5 +1,6 @@
 """Costs told in advance against what is then counted, and a machine that is looked over."""
 
+import dataclasses
 import importlib.metadata
 import json
 
@@ -15,8 +16,9 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import ConfigError
 from llmrec.estimate import distinct_items, estimate, recipe_of, scaled, shown
+from llmrec.finetune import build
 from llmrec.finetune.config import FinetuneConfig
-from llmrec.recipe import Recipe
+from llmrec.recipe import Recipe, with_preset
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 
 
@@ -62,6 +64,48 @@ def test_the_published_size_is_counted_without_building_it(tmp_path):
     assert found.memory["frozen weights"] == pytest.approx(15.0e9, rel=0.02)
     assert found.total_memory == pytest.approx(21.5e9, rel=0.02)
     assert "fits a RTX4090 (24 GB)" in shown(found, "RTX4090")
+
+
+@pytest.mark.real_data
+def test_the_official_preset_costs_what_the_published_code_counts(real_data, tmp_path):
+    """Specs A.8 and E: 150,041 targets in 9,378 steps, 17 + 4 prompt tokens, 439.3 M trained parameters."""
+    for path in (real_data.parent / "models" / "llama3-tokenizer").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    transformers.LlamaConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    clip, base = {"encoder": "llm2clip"}, str(tmp_path)
+    sequences = str(real_data / "beauty" / "sequences_mme_sid.txt")
+    found = {}
+    for preset in ("default", "official"):
+        chosen = Recipe(
+            prepare_data=PrepareDataConfig(source="sequences", interactions=sequences),
+            encode_items=EncodeItemsConfig(text=TextEncoderConfig(**clip), image=ImageEncoderConfig(**clip)),
+            learn_semantic_ids=LearnSemanticIdsConfig(code_dim=4096),
+        )
+        chosen = with_preset(chosen, preset)
+        if preset == "default":
+            chosen = dataclasses.replace(
+                chosen, learn_semantic_ids=LearnSemanticIdsConfig(code_dim=4096),
+                finetune=FinetuneConfig(base_model=base, precision="bf16"),
+            )  # fmt: skip
+        else:
+            chosen = dataclasses.replace(
+                chosen, finetune=dataclasses.replace(chosen.finetune, base_model=base)
+            )
+        prompt = build.load_prompt(chosen.finetune)
+        assert (len(prompt.instruction), len(prompt.response)) == (
+            (17, 4) if preset == "official" else (33, 4)
+        )
+        found[preset] = estimate(chosen)
+    official = found["official"]
+    assert (official.counts["targets"], official.counts["steps"]) == (150_041, 9_378)
+    assert official.counts["epochs"] == 4
+    assert official.parameters["base_trainable"] == 14_155_776
+    assert official.parameters["trainable"] == pytest.approx(439.3e6, rel=2e-4)
+    assert official.counts["tokens_per_prefix"] == 4_315_886
+    assert found["default"].memory["frozen weights"] > 3 * official.memory["frozen weights"]
 
 
 def test_distinct_items_by_hand():

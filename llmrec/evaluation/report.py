@@ -51,6 +51,8 @@ def render(
             "curves": curves(collab, ids, adapter),
             "parts": part_curves(collab.log if collab else []),
             "fusion": fusion_curve(adapter),
+            "frequency": frequency_curve(adapter),
+            "spectra": spectra_curve(adapter),
         }
     return (
         environment(Path(__file__).parent)
@@ -62,6 +64,7 @@ def render(
             best=best_values(metrics["rows"]),
             charts=charts,
             quality=ids.quality if ids is not None else {},
+            analysis=adapter.analysis if adapter is not None else {},
             summary=data.summary,
             examples=examples(data, targets, rankings, config),
             stages=[provenance(artifact) for artifact in artifacts],
@@ -165,6 +168,44 @@ def fusion_curve(adapter: Any) -> str:
     axes.set_ylabel("mean weight")
     axes.set_ylim(0, 1)
     legend_above(axes)
+    return svg(figure_)
+
+
+def frequency_curve(adapter: Any) -> str:
+    """Fusion weights by popularity of the item, the first and last time they were logged; SVG, or ''."""
+    rows = [row for row in (adapter.log if adapter else []) if row.get("fusion")]
+    if not rows or "by_frequency" not in rows[0]["fusion"]:
+        return ""
+    figure_, axes = plt.subplots(figsize=(6, 2.2))
+    groups = list(rows[0]["fusion"]["by_frequency"])
+    for number, source in enumerate(rows[0]["fusion"]["mean_weight"]):
+        for row, style in ((rows[0], ":"), (rows[-1], "-")):
+            values = [row["fusion"]["by_frequency"][group][source] for group in groups]
+            shown = source if row is rows[-1] else None
+            axes.plot(groups, values, style, marker="o", markersize=3, color=COLOURS[number], label=shown)
+    axes.set_xlabel("train interactions of the item")
+    axes.set_ylabel("mean weight")
+    axes.set_ylim(0, 1)
+    legend_above(axes)
+    return svg(figure_)
+
+
+def spectra_curve(adapter: Any) -> str:
+    """Singular values of the item tables over the largest, on a logarithmic scale; SVG, or ''."""
+    found = adapter.analysis.get("spectra", {}) if adapter is not None else {}
+    if not found:
+        return ""
+    figure_, axes = plt.subplots(figsize=(6, 2.8))
+    for number, (name, values) in enumerate(found.items()):
+        ratio = np.maximum(values["log10_ratio"], -8)
+        style = "-" if number < len(COLOURS) else "--"
+        axes.plot(
+            np.arange(1, len(ratio) + 1), ratio, style, color=COLOURS[number % len(COLOURS)],
+            label=name.replace("_", " "),
+        )  # fmt: skip
+    axes.set_xlabel("place of the singular value")
+    axes.set_ylabel("log10 of its share of the largest")
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return svg(figure_)
 
 

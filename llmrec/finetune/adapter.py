@@ -40,6 +40,8 @@ class Adapter:
     """Targets, tokens, seconds, trainable parameters by part, validation metrics."""
     log: list[dict[str, Any]] = field(default_factory=list)
     """Rows of training (step, loss, tokens_per_second...) and of validation (epoch, valid_ndcg@10...)."""
+    analysis: dict[str, Any] = field(default_factory=dict)
+    """tau: before and after, by item table; spectra by item table (see finetune/analysis.py)."""
 
     def save(self, folder: Path) -> None:
         # One entry per header: with more, their order, and so the file's bytes, would be left to chance.
@@ -47,6 +49,7 @@ class Adapter:
         write_json(folder / "llmrec_config.json", {"catalog": self.catalog, **self.settings})
         write_json(folder / "metrics.json", self.metrics)
         write_jsonl(folder / "log.jsonl", self.log)
+        write_json(folder / "analysis.json", self.analysis)
         if self.lora:
             _save_tensors(folder / "adapter_model.safetensors", self.lora, {"format": "pt"})
             write_json(folder / "adapter_config.json", self.lora_config)
@@ -72,6 +75,7 @@ class Adapter:
             heads=_load_tensors(folder / "heads.safetensors", catalog),
             metrics=read_json(folder / "metrics.json"),
             log=read_jsonl(folder / "log.jsonl"),
+            analysis=read_json(folder / "analysis.json"),
             **optional,
         )
 

@@ -225,6 +225,9 @@ class FinetuneConfig:
     log_every_steps: int = 20
     """Optimiser steps between rows of the log."""
 
+    analyse: bool = True
+    """Measure afterwards what became of the item tables: Kendall's tau, singular spectra (minutes for 8B)."""
+
     seed: int = 0
     """Seed of initial weights, data order and dropout."""
 

@@ -6,6 +6,7 @@ them, so results do not depend on packing or world size beyond rounding.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import tempfile
@@ -41,7 +42,7 @@ from llmrec.data.batches import pad_histories
 from llmrec.errors import ArtifactMismatchError, StoppedError, TrainingError
 from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k
 from llmrec.evaluation.rank import rank_users
-from llmrec.finetune import build
+from llmrec.finetune import analysis, build
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.engine import Engine
@@ -99,6 +100,7 @@ def finetune(
         align_first(config, model, data.num_items)
     folder = resume_folder()
     checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", made_from())
+    before = analysis.taus(model, data, collab.vectors) if config.analyse and distributed.is_main() else {}
     trainer = Trainer(config, data, model, checkpoints)
     trainer.run()
     expected = trainer.sample_scores()
@@ -120,19 +122,27 @@ def finetune(
         **weights,
     )
     if distributed.is_main():
-        check_saved(adapter, expected, data, collab, content, ids)
+        loaded = check_saved(adapter, expected, collab, content, ids)
+        if config.analyse:
+            found = {
+                "tau": {"before": before, "after": analysis.taus(loaded, data, collab.vectors)},
+                "spectra": analysis.spectra(loaded, collab.vectors),
+            }
+            adapter = dataclasses.replace(adapter, analysis=found)
     return adapter
 
 
 def check_saved(
     adapter: Adapter,
     expected: tuple[Tensor, Tensor],
-    data: Interactions,
     collab: CollabEmbeddings,
     content: ContentEmbeddings,
     ids: SemanticIds,
-) -> None:
+) -> MMESID:
     """Save, load and compare scores, so that no run ends with weights that cannot be loaded.
+
+    Returns:
+        The loaded model.
 
     Raises:
         ArtifactMismatchError: if the loaded model scores differently.
@@ -150,6 +160,7 @@ def check_saved(
             f"the saved adapter scores differently from the trained one (largest difference {difference:g})"
         )
     logger.info("finetune: saved, loaded and compared; largest score difference %g", difference)
+    return loaded.score.run
 
 
 def align_first(config: FinetuneConfig, model: MMESID, num_items: int) -> None:
@@ -383,7 +394,8 @@ class Trainer:
             return
         rank = rank_users(self.engine.scorer(), self.data, targets, shard=True).rank
         with torch.no_grad():
-            fusion = fusion_shares(self.engine.wrapped("weights"), self.fusion_sources)
+            weights = self.engine.wrapped("weights")
+            fusion = fusion_shares(weights, self.fusion_sources, self.data.train_count)
         better = self.best is None or float(ndcg_at_k(rank, 10).mean()) > self.best[0]
         if better and self.config.select == "valid":
             self.best_weights = self.engine.weights()
@@ -481,12 +493,18 @@ class Trainer:
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def fusion_shares(weights: Tensor, sources: tuple[str, ...]) -> dict[str, dict[str, float]] | None:
-    """Per score source: mean weight, and share of items whose largest weight it is; None if there is one.
+def fusion_shares(
+    weights: Tensor, sources: tuple[str, ...], train_count: np.ndarray
+) -> dict[str, dict[str, Any]] | None:
+    """Per score source: mean weight, also by popularity, and share of items whose largest weight it is.
 
     Args:
         weights: mixing weights (N, S).
         sources: S names.
+        train_count: int64 (N + 1,).
+
+    Returns:
+        None if there is one source.
     """
     if len(sources) == 1:
         return None
@@ -494,4 +512,5 @@ def fusion_shares(weights: Tensor, sources: tuple[str, ...]) -> dict[str, dict[s
     return {
         "mean_weight": dict(zip(sources, weights.double().mean(dim=0).tolist())),
         "largest_share": dict(zip(sources, largest.tolist())),
+        "by_frequency": analysis.weights_by_frequency(weights, sources, train_count),
     }

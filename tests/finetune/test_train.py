@@ -161,8 +161,8 @@ def test_lora_is_saved_for_plain_peft_and_scores_survive(pretrained, tmp_path):
     assert not adapter.base and len(adapter.lora) == 2 * 3 * 2
     adapter.save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "heads.safetensors", "llmrec_config.json",
-        "log.jsonl", "metrics.json",
+        "adapter_config.json", "adapter_model.safetensors", "analysis.json", "heads.safetensors",
+        "llmrec_config.json", "log.jsonl", "metrics.json",
     }  # fmt: skip
 
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pretrained), tmp_path)
