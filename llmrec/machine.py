@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+
+PROCESS = Path("/proc") / "self"
 
 if TYPE_CHECKING:
     import torch
@@ -57,12 +61,32 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = Non
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes used so far: allocated on a GPU, or resident in this process."""
+    """Most bytes used since `reset_peak_memory`: allocated on a GPU, or resident in this process."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated(device)
+    return peak_resident_memory()
+
+
+def peak_resident_memory() -> int:
+    """Most bytes this process held since `reset_peak_memory`, or since it began where that does nothing."""
+    status = PROCESS / "status"
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory() -> None:
+    """Forget earlier peaks, so that a stage is not charged with what ran before it (Linux and GPUs)."""
+    with contextlib.suppress(OSError):
+        (PROCESS / "clear_refs").write_text("5")
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
 
 
 def processor() -> str:

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import shutil
 import time
 import typing
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmrec import __version__, distributed
+from llmrec import __version__, distributed, machine
 from llmrec.artifacts import Report, read_json, write_json
 from llmrec.config import as_dict, changed_fields
 from llmrec.errors import MissingArtifactError, StaleArtifactError
@@ -116,6 +115,7 @@ def compute(
     if not main and not distributed.runs_everywhere(function):
         return
     logger.info("%s: started", function.__name__)
+    machine.reset_peak_memory()
     started = time.perf_counter()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     token = _unfinished.set((unfinished, wanted))
@@ -222,7 +222,7 @@ def write_manifest(folder: Path, wanted: dict[str, Any], seconds: float) -> None
         "files": files,
         "versions": versions,
         "seconds": round(seconds, 3),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": machine.peak_resident_memory(),
         "processes": distributed.world_size(),
     }
     write_json(folder / MANIFEST, manifest)

@@ -349,23 +349,43 @@ def test_there_are_recipes():
 
 
 def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("compare_methods", ROOT / "tools" / "compare_methods.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    base = tiny().finetune
-    settings = [
-        f"{name}={getattr(base, name)}" for name in ("prompt", "epochs", "batch_size", "warmup_steps")
-    ]
-    settings += [f"mini.{name}={value}" for name, value in dataclasses.asdict(base.mini).items()]
-    command = ["--run-dir", str(finished), "--out", str(tmp_path), "--set", *settings, "fusion_temperature=1"]
-    command += ["--methods", "mme_sid", "e4srec", "concat", "--seeds", "0", "1"]
+    from llmrec.finetune import compare
+
+    command = ["--run-dir", str(finished), "--out", str(tmp_path), "--seeds", "0", "1"]
+    command += ["--rows", "mme_sid", "e4srec", "concat", "se_sid_mmd"]
     for extra in (["--seeds", "0"], [], ["--summarise"]):
         with pytest.raises(SystemExit) as left:
-            tool.main(command + extra)
+            compare.main(tiny, command + extra)
         assert not left.value.code
         lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["method", "mme_sid", "e4srec", "concat", "sasrec"]
-    assert all("2 of 2" in line and "±" in line for line in lines[1:4])
-    assert all(re.search(r"[+-]\d\.\d{4} \(", line) for line in lines[2:4])
-    tokens = [int(line.split()[-3].replace(",", "")) for line in lines[1:4]]
-    assert tokens[2] > tokens[1] == tokens[0]  # three tokens an item
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[0] for row in table[2:]] == [
+        f"`{name}`" for name in ("mme_sid", "e4srec", "concat", "se_sid_mmd", "sasrec", "popularity")
+    ]
+    rows = {row[0].strip("`"): dict(zip(table[0], row)) for row in table[2:]}
+    assert all(rows[name]["seeds"] == "2 of 2" for name in ("mme_sid", "e4srec", "concat"))
+    assert re.fullmatch(r"0\.\d{4} ± 0\.\d{4}", rows["mme_sid"]["ndcg@10"])
+    difference = "ndcg@10 to the first (95 % interval)"
+    assert all(
+        re.match(r"[+-]\d\.\d{4} \(", rows[name][difference]) for name in ("e4srec", "sasrec", "popularity")
+    )
+    tokens = {name: int(rows[name]["tokens"].replace(",", "")) for name in ("mme_sid", "e4srec", "concat")}
+    assert tokens["concat"] > tokens["mme_sid"] == tokens["e4srec"]  # three tokens an item
+    assert int(rows["e4srec"]["rank"]) <= tiny().train_collab.sasrec.embed_dim + 1  # Eq. 7
+    assert (tmp_path / "learn_semantic_ids" / "mmd_gradient").is_dir()
+    assert json.loads((tmp_path / "table.json").read_text())[1]["row"] == "e4srec"
+    with pytest.raises(SystemExit):
+        compare.main(tiny, [*command, "--rows", "me", "mme_sid", "--summarise"])
+    assert "missing" in capsys.readouterr().out
+
+
+def test_every_row_of_the_comparison_is_a_valid_setting():
+    from llmrec.finetune.compare import ROWS, settings_of
+
+    for base in (FinetuneConfig(), FinetuneConfig(fusion_temperature=1.0, fusion_weights="modalities")):
+        for name, row in ROWS.items():
+            made = settings_of(base, row)
+            assert made.batch_size == base.batch_size
+            assert (made.fusion_temperature == 1.0) == (
+                base.fusion_temperature == 1.0 and made.fusion_used == "frequency"
+            ), name

@@ -18,6 +18,9 @@ from llmrec.artifacts import Interactions, Targets
 from llmrec.data.batches import pad_histories
 from llmrec.errors import TrainingError
 
+MOST_SCORES = 1 << 26
+"""Scores held at once (256 MiB)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
@@ -109,13 +112,15 @@ def rank_users(
         data: where the histories are.
         targets: what to rank; the whole history of a target is masked, also where the scorer is shown
             less of it.
-        block_size: targets scored at once; histories of similar length stand together.
+        block_size: most targets scored at once (fewer in very large catalogues, so that memory does not grow
+            with both); histories of similar length stand together.
         mask_seen: whether `rank` and `top` leave out items of the history.
         top_k: items to keep per target.
         shard: share the blocks over processes; every process must call, and gets the whole result.
             Without it no process talks to another.
     """
     device = distributed.device()
+    block_size = max(1, min(block_size, MOST_SCORES // (data.num_items + 1)))
     order = np.argsort(targets.stop - targets.start, kind="stable")
     blocks = [order[first : first + block_size] for first in range(0, len(order), block_size)]
     mine: list[np.ndarray | None] = list(blocks)

@@ -1,0 +1,293 @@
+"""MME-SID, the methods it is compared with and its ablations, on one data set: the paper's Table 3, for
+several seeds, with costs.
+
+All rows share the data, vectors and settings of one recipe; a row changes what its name says and no more.
+Every (row, seed) is a cell, a pair of stage folders that is skipped once it is there, so a comparison that
+was stopped goes on, and what is missing is shown as missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llmrec.collab.config import PROVIDER_FIELDS
+from llmrec.errors import ConfigError, MissingArtifactError
+from llmrec.finetune.config import FREQUENCY_FIELDS, METHOD_FIELDS, FinetuneConfig
+from llmrec.recipe import Recipe, apply_overrides, guarded, set_up_logging
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a row of the table changes."""
+
+    finetune: dict[str, Any] = field(default_factory=dict)
+    ids: dict[str, Any] = field(default_factory=dict)
+    """Settings of learn_semantic_ids; such rows share semantic IDs of their own"""
+    meaning: str = ""
+
+
+MMD = {"reconstruction": "mmd", "codebook_update": "gradient"}
+MSE = {"reconstruction": "mse", "codebook_update": "gradient"}
+
+ROWS: dict[str, Row] = {
+    "mme_sid": Row(meaning="MME-SID"),
+    "e4srec": Row(finetune={"method": "e4srec"}, meaning="E4SRec"),
+    "me": Row(finetune={"method": "me"}, meaning="ME, concatenated"),
+    "me_sum": Row(finetune={"method": "me", "me_mode": "sum"}, meaning="ME, added"),
+    "concat": Row(finetune={"method": "concat"}, meaning="Concat, a token per modality"),
+    "concat_feature": Row(
+        finetune={"method": "concat", "concat_mode": "feature"}, meaning="Concat, one shared token"
+    ),
+    "concat_mlp": Row(finetune={"method": "concat_mlp"}, meaning="Concat&MLP"),
+    "ctrl_mm": Row(finetune={"method": "ctrl_mm"}, meaning="CTRL-MM, joint"),
+    "ctrl_mm_two": Row(finetune={"method": "ctrl_mm", "ctrl_stage": "two"}, meaning="CTRL-MM, two stages"),
+    "se_sid": Row(finetune={"method": "se_sid"}, meaning="SE-SID, the recipe's semantic IDs"),
+    "se_sid_mmd": Row(finetune={"method": "se_sid"}, ids=MMD, meaning="SE-SID-MMD"),
+    "se_sid_mse": Row(finetune={"method": "se_sid"}, ids=MSE, meaning="SE-SID-MSE"),
+    "mme_sid_random": Row(finetune={"random_codes": True}, meaning="MME-SID-random"),
+    "se_random": Row(finetune={"method": "se_random"}, meaning="SE-random"),
+    "mme_random": Row(finetune={"method": "mme_random"}, meaning="MME-random"),
+    "no_fusion": Row(finetune={"fusion": "equal"}, meaning="MME-SID without fusion"),
+}
+"""Rows by name; the first is what the others are held to."""
+
+METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20")
+
+
+def main(
+    recipe: Callable[[], Recipe] | None = None,
+    arguments: list[str] | None = None,
+    *,
+    description: str | None = None,
+) -> None:
+    """Compare from the command line, and exit (codes as in `llmrec.recipe.main`).
+
+    Args:
+        recipe: whose data, vectors and settings are used; None: the command line names a recipe's file.
+        arguments: command line; None: the process's.
+        description: help text.
+    """
+    options = parser(recipe is None, description).parse_args(arguments)
+    sys.exit(guarded(lambda: compare(options, recipe)))
+
+
+def parser(names_recipe: bool, description: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="rows:\n" + "\n".join(f"  {name:16}{row.meaning}" for name, row in ROWS.items()),
+    )  # fmt: skip
+    if names_recipe:
+        made.add_argument("recipe", metavar="RECIPE", help="a recipe's file")
+    made.add_argument("--run-dir", metavar="DIR", help="where the recipe's stages are (runs/NAME)")
+    made.add_argument("--out", metavar="DIR", help="where cells and tables go (RUN_DIR/methods)")
+    made.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    made.add_argument("--summarise", action="store_true", help="train nothing, show what there is")
+    made.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="STAGE.FIELD=VALUE", help="change settings"
+    )
+    return made
+
+
+def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) -> None:
+    """Train what is missing; print the table and write table.md and table.json."""
+    from llmrec.estimate import recipe_of
+
+    if recipe is None:
+        name, made = Path(options.recipe).stem, recipe_of(Path(options.recipe))
+    else:
+        name, made = Path(recipe.__code__.co_filename).stem, recipe()
+    chosen = apply_overrides(made, options.set)
+    if len(set(options.seeds)) < len(options.seeds):
+        raise ConfigError(f"--seeds must differ, got {', '.join(map(str, options.seeds))}")
+    set_up_logging()
+    root = Path(options.run_dir or Path("runs") / name)
+    out = Path(options.out or root / "methods")
+    if not options.summarise:
+        run_cells(chosen, options.rows, options.seeds, root, out)
+    from llmrec import distributed
+    from llmrec.artifacts import write_json
+
+    if not distributed.is_main():
+        return
+    found = summarise({row: cells_of(out, row, options.seeds) for row in options.rows}, options.seeds)
+    text = markdown(found)
+    print(text)
+    if out.is_dir():
+        (out / "table.md").write_text(text + "\n", encoding="utf-8")
+        write_json(out / "table.json", found)
+
+
+def run_cells(recipe: Recipe, rows: list[str], seeds: list[int], root: Path, out: Path) -> None:
+    """Fine-tune and rank what is not finished, seed by seed, so that all rows have results early."""
+    from llmrec.evaluation.evaluate import evaluate
+    from llmrec.finetune.train import finetune
+    from llmrec.pipeline import RunDir, load, run, run_stage
+    from llmrec.semantic_ids.learn import learn_semantic_ids
+    from llmrec.stages import STAGES
+
+    run(recipe, RunDir(root), until="learn_semantic_ids")
+    names = ("prepare_data", "train_collab", "encode_items", "learn_semantic_ids")
+    inputs = tuple(load(STAGES[name].artifact_class(), root / name) for name in names)
+    for seed in seeds:
+        for name in rows:
+            row = ROWS[name]
+            own = inputs
+            if row.ids:
+                config = replace(recipe.learn_semantic_ids, **row.ids)
+                variant = "_".join(row.ids.values())
+                folder = out / "learn_semantic_ids" / variant
+                own = (*inputs[:3], run_stage(learn_semantic_ids, config, inputs[:3], folder))
+            folder = out / name / f"seed{seed}"
+            config = replace(settings_of(recipe.finetune, row), seed=seed)
+            adapter = run_stage(finetune, config, own, folder / "finetune")
+            run_stage(evaluate, recipe.evaluate, (*own, adapter), folder / "evaluate")
+
+
+def settings_of(base: FinetuneConfig, row: Row) -> FinetuneConfig:
+    """A recipe's settings for one row, without those that its method does not have."""
+    defaults = {name: spec.default for name, spec in FinetuneConfig.__dataclass_fields__.items()}
+    method = row.finetune.get("method", base.method)
+    changes: dict[str, Any] = {
+        name: defaults[name] for name, methods in METHOD_FIELDS.items() if method not in methods
+    }
+    if method != base.method:
+        changes["fusion"] = defaults["fusion"]
+    changes |= row.finetune
+    changes["method"] = method
+    probe = FinetuneConfig(method=method, fusion=changes.get("fusion", base.fusion))
+    if probe.fusion_used != "frequency":
+        changes |= {name: defaults[name] for name in FREQUENCY_FIELDS}
+    return replace(base, **changes)
+
+
+def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
+    """What the finished cells of a row measured: metrics, ranks, costs, analyses."""
+    import pyarrow.parquet as pq
+
+    from llmrec.artifacts import read_json
+    from llmrec.pipeline import read_manifest
+
+    found = []
+    for seed in seeds:
+        folder = out / row / f"seed{seed}"
+        try:
+            manifest = read_manifest(folder / "finetune")
+            rows = read_json(folder / "evaluate" / "metrics.json")["rows"]
+        except MissingArtifactError:
+            continue
+        analysis = folder / "finetune" / "analysis.json"
+        ranks = pq.read_table(folder / "evaluate" / "rankings.parquet")
+        found.append(
+            {
+                "seed": seed,
+                "rows": rows,
+                "ranks": {name: ranks[f"rank_{name}"].to_numpy() for name in rows},
+                "metrics": read_json(folder / "finetune" / "metrics.json"),
+                "seconds": manifest["seconds"],
+                "memory": manifest["peak_memory_bytes"],
+                "analysis": read_json(analysis) if analysis.is_file() else {},
+            }
+        )
+    return found
+
+
+def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[dict[str, Any]]:
+    """One entry per row, and after them the collaborative provider and popularity, for scale.
+
+    The difference to the first row is of ndcg@10, user by user, of means over the seeds both have; p is
+    Wilcoxon's, corrected for the number of rows (Holm).
+    """
+    import numpy as np
+
+    from llmrec.evaluation.analysis import difference_of, holm
+    from llmrec.evaluation.metrics import ndcg_at_k
+
+    table, users = [], {}
+    reference = next(iter(cells))
+    for name, found in cells.items():
+        entry: dict[str, Any] = {"row": name, "seeds": len(found), "of": len(seeds)}
+        if found:
+            values = [cell["rows"]["mme_sid"] for cell in found]
+            users[name] = {cell["seed"]: ndcg_at_k(cell["ranks"]["mme_sid"], 10) for cell in found}
+            entry |= {metric: mean_and_spread([value[metric] for value in values]) for metric in METRICS}
+            entry |= {
+                "trained": found[0]["metrics"]["parameters"]["trainable"],
+                "tokens": found[0]["metrics"]["tokens"],
+                "seconds": float(np.mean([cell["seconds"] for cell in found])),
+                "memory": max(cell["memory"] for cell in found),
+            }
+            entry |= after_tuning(found)
+        table.append(entry)
+    some = next((cell for found in cells.values() for cell in found), None)
+    for name in (
+        () if some is None else [*(key for key in some["rows"] if key in PROVIDER_FIELDS), "popularity"]
+    ):
+        users[name] = {seed: ndcg_at_k(some["ranks"][name], 10) for seed in seeds}
+        values = {metric: mean_and_spread([some["rows"][name][metric]]) for metric in METRICS}
+        table.append({"row": name, "seeds": 1, "of": 1, **values})
+    for entry in table:
+        common = sorted(users.get(entry["row"], {}).keys() & users.get(reference, {}).keys())
+        if entry["row"] != reference and common:
+            ours, theirs = (
+                np.mean([users[row][seed] for seed in common], axis=0) for row in (entry["row"], reference)
+            )
+            entry |= difference_of(ours - theirs, samples=2000, seed=0)
+    tested = [entry for entry in table if entry.get("wilcoxon_p") is not None]
+    for entry, p in zip(tested, holm([entry["wilcoxon_p"] for entry in tested])):
+        entry["p"] = p
+    return table
+
+
+def mean_and_spread(values: list[float]) -> dict[str, float | None]:
+    """Mean and standard deviation over seeds (None for one)."""
+    import numpy as np
+
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+
+
+def after_tuning(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Numerical rank of the item tokens (before their activation, where there is one), and tau of the
+    collaborative codes after fine-tuning, of the first seed, where they were measured."""
+    analysis = found[0]["analysis"]
+    spectra, taus = analysis.get("spectra", {}), analysis.get("tau", {}).get("after", {})
+    name = "token_before_activation" if "token_before_activation" in spectra else "token"
+    return {
+        "rank_of_tokens": spectra.get(name, {}).get("numerical_rank"),
+        "tau_of_codes": taus.get("codes_collab"),
+    }
+
+
+def markdown(table: list[dict[str, Any]]) -> str:
+    """The comparison as a Markdown table; rows without a finished cell are shown as missing."""
+    head = ["method", "seeds", *METRICS, "ndcg@10 to the first (95 % interval)", "p", "rank", "tau"]
+    head += ["trained", "tokens", "seconds", "peak MiB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for entry in table:
+        cells = [f"`{entry['row']}`", f"{entry['seeds']} of {entry['of']}"]
+        if not entry["seeds"]:
+            cells += ["missing"] + [""] * (len(head) - 3)
+            lines.append("| " + " | ".join(cells) + " |")
+            continue
+        for metric in METRICS:
+            spread = entry[metric]["sd"]
+            cells.append(f"{entry[metric]['mean']:.4f}" + ("" if spread is None else f" ± {spread:.4f}"))
+        if "difference" in entry:
+            cells.append(f"{entry['difference']:+.4f} ({entry['low']:+.4f} to {entry['high']:+.4f})")
+            cells.append("" if "p" not in entry else "< 0.001" if entry["p"] < 0.001 else f"{entry['p']:.3f}")
+        else:
+            cells += ["", ""]
+        cells.append("" if entry.get("rank_of_tokens") is None else str(entry["rank_of_tokens"]))
+        cells.append("" if entry.get("tau_of_codes") is None else f"{entry['tau_of_codes']:.3f}")
+        if "trained" in entry:
+            cells += [f"{entry['trained']:,}", f"{entry['tokens']:,}", f"{entry['seconds']:.0f}"]
+            cells.append(f"{entry['memory'] / 2**20:,.0f}")
+        else:
+            cells += [""] * 4
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

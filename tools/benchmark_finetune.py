@@ -1,0 +1,381 @@
+"""How fast fine-tuning and its evaluation are, as ratios to what the same work takes the plain way.
+
+    python tools/benchmark_finetune.py packing --prepare-data runs/x/prepare_data --users 256
+    python tools/benchmark_finetune.py evaluation --prepare-data runs/x/prepare_data
+    python tools/benchmark_finetune.py catalogue --items 1000000
+    python tools/benchmark_finetune.py engine --prepare-data runs/x/prepare_data --shape llama3-8b
+
+packing: the same training targets in packed prompts and in one prompt per target, alternating, with a random
+`mini` base. evaluation: histories of test users in blocks with everything kept that can be, and one prompt
+per user. catalogue: memory of training steps and of a full ranking in a very large catalogue. engine: tokens
+per second, share of the measured matrix-product peak, memory and seconds per epoch of a random base of a
+published shape with the whole side network, variant by variant; for a GPU (`--shape tiny` runs anywhere).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModel, BitsAndBytesConfig, LlamaConfig
+
+from llmrec import distributed, machine, pipeline
+from llmrec.artifacts import Interactions, SemanticIds
+from llmrec.data.batches import pad_histories
+from llmrec.evaluation.rank import rank_users
+from llmrec.finetune import build
+from llmrec.finetune.config import FinetuneConfig, MiniConfig
+from llmrec.finetune.model import MMESID
+from llmrec.finetune.packing import count_tokens
+from llmrec.finetune.prompt import Prompt
+from llmrec.finetune.scoring import scorer_of
+from llmrec.finetune.steps import steps_of_epoch
+from llmrec.finetune.train import Trainer
+
+LAYOUTS = ("packed", "per_prefix")
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rope_theta": 500000.0,
+        "vocab_size": 1024,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+    },
+}
+"""Published configs (llama3-8b: meta-llama/Meta-Llama-3-8B), but for the vocabulary, which only texts use."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "16 targets": {"batch_size": 16},
+    "64 targets": {"batch_size": 64},
+    "256 targets": {"batch_size": 256},
+    "256, dense masks": {"batch_size": 256, "attention": "sdpa"},
+    "256, compiled": {"batch_size": 256, "compile": True},
+    "256, liger": {"batch_size": 256, "kernels": "liger"},
+    "256, recomputed": {"batch_size": 256, "checkpoint_activations": True},
+    "64, 8-bit states": {"batch_size": 64, "optimizer": "adamw_8bit"},
+    "64, read out at items": {"batch_size": 64, "readout": "item"},
+    "64, one prompt per target": {"batch_size": 64, "layout": "per_prefix"},
+    "16, 4-bit base": {"batch_size": 16, "quantize": "nf4", "optimizer": "adamw_8bit"},
+}
+GPU_ONLY = ("256, liger",)
+
+
+def world(
+    data: Interactions, widths: dict[str, int], hidden: int, options: argparse.Namespace
+) -> tuple[dict[str, np.ndarray], SemanticIds, Prompt]:
+    """Random vectors, codes of 4 x 256 and a prompt of the wanted length."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    rows = data.num_items + 1
+    vectors = {name: rng.standard_normal((rows, width), np.float32) for name, width in widths.items()}
+    for table in vectors.values():
+        table[0] = 0
+    ids = SemanticIds(
+        catalog=data.catalog,
+        codes={name: rng.integers(0, 256, (rows, 4)) for name in vectors},
+        codebooks={name: rng.standard_normal((4, 256, hidden), np.float32) for name in vectors},
+    )
+    prompt = Prompt(
+        instruction=[n % 16 for n in range(options.instruction)],
+        response=list(range(options.response)),
+        vocab_size=16,
+    )
+    return vectors, ids, prompt
+
+
+def mini_model(data: Interactions, config: FinetuneConfig, options: argparse.Namespace) -> MMESID:
+    """MME-SID on a random mini base, the same for all layouts."""
+    widths = {"collab": 64, "text": 64}
+    vectors, ids, prompt = world(data, widths, options.width, options)
+    base, count = build.load_base(config, prompt), torch.from_numpy(data.train_count)
+    return build.build_model(config, base, prompt, vectors, ids, count, distributed.device())
+
+
+def mini_config(options: argparse.Namespace, **settings: Any) -> FinetuneConfig:
+    mini = MiniConfig(
+        hidden_size=options.width, num_layers=options.layers, intermediate_size=2 * options.width
+    )
+    return FinetuneConfig(mini=mini, fusion_temperature=1.0, eval_every_epochs=0, **settings)
+
+
+def packing(options: argparse.Namespace) -> None:
+    """Seconds per training step, one prompt per target over packed."""
+    data = pipeline.load(Interactions, Path(options.prepare_data))
+    trainers = {}
+    for layout in LAYOUTS:
+        config = mini_config(options, layout=layout, batch_size=options.batch_size)
+        trainers[layout] = Trainer(config, data, mini_model(data, config, options))
+    targets = trainers["packed"].targets
+    users = np.random.default_rng(0).choice(np.unique(targets.user), options.users, replace=False)
+    chosen = np.flatnonzero(np.isin(targets.user, users))
+    steps = [
+        targets.take(part)
+        for part in np.split(chosen, range(options.batch_size, len(chosen), options.batch_size))
+    ]
+
+    def epoch(layout: str) -> float:
+        return sum(float(trainers[layout].train_step(step)[0]) for step in steps) / len(chosen)
+
+    print_ratio({name: lambda name=name: epoch(name) for name in LAYOUTS}, options.rounds, "mean loss")
+    size = {"instruction": options.instruction, "response": options.response}
+    for layout in LAYOUTS:
+        tokens = count_tokens(targets, layout=layout, shared=False, **size)
+        print(f"{layout:10s} an epoch has {tokens:,} tokens, instruction in every row")
+    print(f"{len(chosen):,} targets of {options.users} users; {machine.describe()}")
+
+
+def evaluation(options: argparse.Namespace) -> None:
+    """Seconds to rank test users, one prompt per user over blocks."""
+    data = pipeline.load(Interactions, Path(options.prepare_data))
+    config = mini_config(options)
+    model = mini_model(data, config, options).eval()
+    targets = data.targets("test")
+    users = np.random.default_rng(0).choice(len(targets), min(options.users, len(targets)), replace=False)
+    targets = targets.take(np.sort(users))
+
+    def blocks() -> float:
+        return float(rank_users(scorer_of(model, config), data, targets, block_size=256).rank.mean())
+
+    @torch.no_grad()
+    def prompts() -> float:
+        """A plain causal forward pass per user; the item matrix is folded once here too."""
+        matrix, ranks = model.item_scores.folded(), []
+        embed = model.base.get_input_embeddings()
+        for start, stop, target in zip(targets.start, targets.stop, targets.item):
+            history = torch.from_numpy(data.item[start:stop])
+            parts = [embed(model.instruction), model.item_tokens(history), embed(model.response)]
+            hidden = model.base(inputs_embeds=torch.cat(parts)[None], use_cache=False).last_hidden_state
+            scores = (matrix @ hidden[0, -1])[1:]
+            own = scores[target - 1]
+            ahead = (scores > own).sum() + 0.5 * ((scores == own).sum() - 1)
+            seen = scores[torch.unique(history[history != target]) - 1]
+            ranks.append(float(ahead - (seen > own).sum() - 0.5 * (seen == own).sum()))
+        return float(np.mean(ranks))
+
+    print_ratio({"blocks": blocks, "one prompt per user": prompts}, options.rounds, "mean rank")
+    print(f"{len(targets):,} users, {data.num_items:,} items; {machine.describe()}")
+
+
+def print_ratio(runs: dict[str, Callable[[], float]], rounds: int, what: str) -> None:
+    """Time the first against the second in turn, after one round of each that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            begun = time.perf_counter()
+            value = run()
+            took = time.perf_counter() - begun
+            print(f"{name:20s} {took:8.2f} s, {what} {value:.6f}")
+            if number:
+                seconds[name].append(took)
+    fast, slow = seconds.values()
+    ratios = [b / a for a, b in zip(fast, slow)]
+    names = list(runs)
+    print(
+        f"{names[1]} / {names[0]}: median {statistics.median(ratios):.2f}, "
+        f"{min(ratios):.2f} to {max(ratios):.2f} over {rounds} rounds"
+    )
+
+
+def catalogue(options: argparse.Namespace) -> None:
+    """Memory of steps of several sizes and of a full ranking, one after the other in one process."""
+    data = random_data(options.items)
+    config = mini_config(options, batch_size=16)
+    model = mini_model(data, config, options)
+    trainer = Trainer(config, data, model)
+    show_memory("built")
+    for size in (16, 64, 256):
+        begun = time.perf_counter()
+        loss, _ = trainer.train_step(trainer.targets.take(np.arange(size)))
+        show_memory(f"step of {size} targets, loss {float(loss) / size:.3f}", begun)
+    begun = time.perf_counter()
+    targets = data.targets("test").take(np.arange(256))
+    rank = rank_users(scorer_of(model, config), data, targets, top_k=20).rank
+    show_memory(f"256 users ranked, mean rank {rank.mean():,.0f}", begun)
+    print(f"{data.num_items:,} items, width {options.width}; {machine.describe()}")
+
+
+def show_memory(what: str, begun: float | None = None) -> None:
+    took = "" if begun is None else f", {time.perf_counter() - begun:.1f} s"
+    print(f"{what}{took}; peak memory so far {machine.peak_memory(distributed.device()) / 1e9:.2f} GB")
+
+
+def random_data(num_items: int, num_users: int = 500) -> Interactions:
+    """Users of 12 random items each."""
+    import pyarrow as pa
+
+    rng = np.random.default_rng(0)
+    split = np.tile(np.array([0] * 10 + [1, 2], dtype=np.int8), num_users)
+    item = rng.integers(1, num_items + 1, len(split))
+    item[:num_items:7] = np.arange(1, len(item[:num_items:7]) + 1) % 100 + 1
+    names = [str(number) for number in range(1, num_items + 1)]
+    count = np.bincount(item[split == 0], minlength=num_items + 1)[1:]
+    table = pa.table({"raw_id": names, "title": names, "train_count": count})
+    return Interactions(
+        user_raw_ids=[str(user) for user in range(num_users)],
+        items=table,
+        offset=np.arange(num_users + 1) * 12,
+        item=item,
+        timestamp=np.arange(len(item)),
+        split=split,
+        summary={},
+    )
+
+
+def engine(options: argparse.Namespace) -> None:
+    """One table: what every variant reaches on this device."""
+    data = pipeline.load(Interactions, Path(options.prepare_data))
+    device = distributed.device()
+    shape = SHAPES[options.shape]
+    widths = {"collab": 64, "text": options.content_width, "image": options.content_width}
+    vectors, ids, prompt = world(data, widths, shape["hidden_size"], options)
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    peak = machine.matmul_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    print(f"{machine.describe()}; matrix products reach {peak / 1e12:.3g} TFLOP/s")
+    rows = []
+    for name, settings in VARIANTS.items():
+        if options.only and name not in options.only:
+            continue
+        if device.type != "cuda" and (name in GPU_ONLY or "quantize" in settings):
+            print(f"{name}: needs a GPU")
+            continue
+        config = FinetuneConfig(
+            base_model="random", precision=precision, eval_every_epochs=0, analyse=False,
+            micro_batch_tokens=options.micro_batch_tokens, **settings,
+        )  # fmt: skip
+        own_prompt = dataclasses.replace(prompt, response=[]) if config.readout == "item" else prompt
+        base = build.add_lora(random_base(shape, config, device), config)
+        count = torch.from_numpy(data.train_count)
+        model = build.build_model(config, base, own_prompt, vectors, ids, count, device)
+        rows.append({"variant": name, **measure(config, data, model, peak, options)})
+        print(" ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+        del model, base
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    if options.out:
+        Path(options.out).write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1))
+
+
+def random_base(shape: dict[str, Any], config: FinetuneConfig, device: torch.device) -> torch.nn.Module:
+    """A decoder of random weights, made on the device; through files where it is to be quantised."""
+    known = LlamaConfig(**shape, bos_token_id=None, eos_token_id=None)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    with device:
+        base = AutoModel.from_config(known, dtype=dtype)
+    if config.quantize == "none":
+        return base
+    import tempfile
+
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        base.save_pretrained(folder)
+        del base
+        torch.cuda.empty_cache()
+        place = {"": torch.cuda.current_device()}
+        base = AutoModel.from_pretrained(folder, quantization_config=four_bits, dtype=dtype, device_map=place)
+    torch.cuda.reset_peak_memory_stats()
+    return base
+
+
+def measure(
+    config: FinetuneConfig, data: Interactions, model: MMESID, peak: float, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Some steps after a few that do not count, and one ranking of some users."""
+    device = distributed.device()
+    trainer = Trainer(config, data, model)
+    steps = steps_of_epoch(trainer.targets, config, 1, len(model.response))
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for chosen in steps[: options.warm_up]:
+        trainer.train_step(trainer.targets.take(chosen))
+    wait()
+    begun, tokens = time.perf_counter(), 0
+    timed = steps[options.warm_up : options.warm_up + options.steps]
+    for chosen in timed:
+        tokens += trainer.train_step(trainer.targets.take(chosen))[1]
+    wait()
+    seconds = time.perf_counter() - begun
+    speed = tokens / seconds
+    memory = machine.peak_memory(device)
+    scorer = scorer_of(model, config)
+    targets = data.targets("test")
+    some = targets.take(np.arange(min(options.users, len(targets))))
+    history = pad_histories(
+        torch.from_numpy(data.item), torch.from_numpy(some.start[:8]), torch.from_numpy(some.stop[:8])
+    )
+    scorer.score(history.to(device))
+    wait()
+    begun = time.perf_counter()
+    rank_users(scorer, data, some)
+    wait()
+    ranked = time.perf_counter() - begun
+    return {
+        "tokens_per_second": round(speed),
+        "share_of_peak": round(speed * trainer.flops / peak, 4),
+        "seconds_per_step": round(seconds / len(timed), 5),
+        "seconds_per_epoch": round(seconds / len(timed) * len(steps), 1),
+        "peak_gb": round(memory / 1e9, 2),
+        "evaluation_seconds": round(ranked * len(targets) / len(some), 1),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    made = {name: verbs.add_parser(name) for name in ("packing", "evaluation", "catalogue", "engine")}
+    for name, verb in made.items():
+        if name != "catalogue":
+            verb.add_argument("--prepare-data", required=True, help="output folder of prepare_data")
+            verb.add_argument("--users", type=int, default=600, help="users that are trained on or ranked")
+        if name != "engine":
+            verb.add_argument("--rounds", type=int, default=5, help="timed rounds of each way")
+            verb.add_argument("--width", type=int, default=128, help="H of the mini base model")
+            verb.add_argument("--layers", type=int, default=2, help="its transformer blocks")
+        verb.add_argument("--instruction", type=int, default=33, help="I, instruction tokens")
+        verb.add_argument("--response", type=int, default=4, help="R, response tokens")
+    made["packing"].add_argument("--batch-size", type=int, default=4096, help="targets per optimiser step")
+    made["catalogue"].add_argument("--items", type=int, default=1_000_000, help="N")
+    own = made["engine"]
+    own.add_argument("--shape", choices=SHAPES, default="llama3-8b", help="of the base model")
+    own.add_argument("--content-width", type=int, default=1280, help="of text and image vectors")
+    own.add_argument("--steps", type=int, default=30, help="timed steps of each variant")
+    own.add_argument("--warm-up", type=int, default=5, help="steps before them")
+    own.add_argument("--micro-batch-tokens", type=int, default=16384, help="most tokens of a forward pass")
+    own.add_argument("--only", nargs="+", choices=VARIANTS, help="some of the variants")
+    own.add_argument("--out", metavar="FILE", help="JSON with the rows")
+    options = parser.parse_args(arguments)
+    {"packing": packing, "evaluation": evaluation, "catalogue": catalogue, "engine": engine}[options.verb](
+        options
+    )
+
+
+if __name__ == "__main__":
+    main()
