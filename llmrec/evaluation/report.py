@@ -198,7 +198,7 @@ def spectra_curve(adapter: Any) -> str:
     figure_, axes = plt.subplots(figsize=(6, 2.8))
     for number, (name, values) in enumerate(found.items()):
         ratio = np.maximum(values["log10_ratio"], -8)
-        style = "-" if number < len(COLOURS) else "--"
+        style = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
         axes.plot(
             np.arange(1, len(ratio) + 1), ratio, style, color=COLOURS[number % len(COLOURS)],
             label=name.replace("_", " "),

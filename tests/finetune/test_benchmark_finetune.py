@@ -43,17 +43,16 @@ def test_both_ways_come_to_the_same_and_the_ratio_is_printed(verb, tool, prepare
     values = re.findall(r"(?:mean loss|mean rank) ([\d.]+)", text)
     first, second = values[:2]
     assert float(first) == pytest.approx(float(second), rel=1e-3)
-    assert re.search(r"per_(prefix|user)? ?/? ?.*median \d+\.\d\d", text) and "torch" in text
+    assert re.search(r"median \d+\.\d\d, \d", text) and "torch" in text
 
 
 def test_the_catalogue_and_the_engine_run_small(tool, prepared, capsys, tmp_path):
     tool.main(["catalogue", "--items", "3000", "--width", "16", "--layers", "1"])
     assert capsys.readouterr().out.count("peak memory so far") == 5
     out = tmp_path / "rows.json"
-    tool.main(
-        ["engine", "--prepare-data", prepared, "--shape", "tiny", "--content-width", "8", "--users", "8"]
-        + ["--steps", "2", "--warm-up", "1", "--out", str(out), "--only", "16 targets", "64, 8-bit states"]
-    )
+    some = ["--steps", "2", "--warm-up", "1", "--out", str(out), "--only", "16 targets", "64, 8-bit states"]
+    small = ["--shape", "tiny", "--content-width", "8", "--users", "8"]
+    tool.main(["engine", "--prepare-data", prepared, *small, *some])
     rows = json.loads(out.read_text())["rows"]
     assert [row["variant"] for row in rows] == ["16 targets", "64, 8-bit states"]
     assert all(row["tokens_per_second"] > 0 and row["seconds_per_epoch"] > 0 for row in rows)
