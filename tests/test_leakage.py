@@ -21,7 +21,14 @@ from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.learn import learn_semantic_ids
 
 NUM_ITEMS = 30
-TIMES = ("seconds", "train_seconds", "tokens_per_second", "targets_per_second")
+TIMES = (
+    "seconds",
+    "train_seconds",
+    "tokens_per_second",
+    "targets_per_second",
+    "share_of_peak",
+    "memory_bytes",
+)
 """Fields that measure the machine, and differ between equal runs."""
 
 

@@ -54,7 +54,7 @@ def test_bad_templates_are_refused_by_name(tmp_path, content, message):
 
 
 def test_unknown_names_list_the_known_ones(tmp_path):
-    with pytest.raises(ConfigError, match=r"known: chat, compact, official17"):
+    with pytest.raises(ConfigError, match=r"known: chat, chatml, compact, gemma, mistral, official17"):
         read_template("chatty")
     with pytest.raises(ConfigError, match="no such file"):
         read_template(str(tmp_path / "absent.toml"))
