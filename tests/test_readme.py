@@ -35,7 +35,9 @@ def test_two_commands_come_first():
 @pytest.mark.parametrize("command", LAUNCHED)
 def test_recipe_commands_are_accepted(command, capsys):
     words = shlex.split(command)
-    place = next(number for number, word in enumerate(words) if word.startswith("recipes/"))
+    named = [number for number, word in enumerate(words) if word.startswith("recipes/")]
+    assert all((ROOT / words[number]).is_file() for number in named)
+    place = next(number for number in named if words[number].endswith(".py"))
     spec = importlib.util.spec_from_file_location("recipe", ROOT / words[place])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
