@@ -281,7 +281,9 @@ class ContentEmbeddings:
     missing: dict[str, np.ndarray]
     """By modality: bool (N + 1,), items without text or picture; entry 0 is False"""
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By modality: encoder name, model id, revision, pooling, preprocessing, width, counts."""
+    """By modality: encoder name, model id, revision, pooling, preprocessing, width, counts, settings."""
+    fitted: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """By modality: what an encoder learned from these items and needs for others (TF-IDF, PCA)."""
 
     def __post_init__(self) -> None:
         for modality, vectors in self.vectors.items():
@@ -297,7 +299,10 @@ class ContentEmbeddings:
                 vectors=vectors,
                 missing=self.missing[modality],
             )
-        write_json(folder / "encoders.json", {"catalog": self.catalog, "encoders": self.encoders})
+        for modality, arrays in self.fitted.items():
+            save_arrays(folder / f"{modality}_fitted.safetensors", self.catalog, **arrays)
+        content = {"catalog": self.catalog, "encoders": self.encoders, "fitted": list(self.fitted)}
+        write_json(folder / "encoders.json", content)
 
     @classmethod
     def load(cls, folder: Path) -> ContentEmbeddings:
@@ -306,9 +311,14 @@ class ContentEmbeddings:
             modality: load_arrays(folder / f"{modality}.safetensors", content["catalog"])
             for modality in content["encoders"]
         }
+        fitted = {
+            modality: load_arrays(folder / f"{modality}_fitted.safetensors", content["catalog"])
+            for modality in content.pop("fitted")
+        }
         return cls(
             vectors={modality: found["vectors"] for modality, found in arrays.items()},
             missing={modality: found["missing"] for modality, found in arrays.items()},
+            fitted=fitted,
             **content,
         )
 

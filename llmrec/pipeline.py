@@ -28,7 +28,7 @@ from llmrec.errors import MissingArtifactError, StaleArtifactError
 
 logger = logging.getLogger("llmrec")
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "safetensors")
 

@@ -53,7 +53,9 @@ def descriptor(picture: Image.Image) -> np.ndarray:
     return np.concatenate([colour, shape]).astype(np.float32)
 
 
-def reduce(features: np.ndarray, *, dim: int, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+def reduce(
+    features: np.ndarray, *, dim: int, seed: int
+) -> tuple[np.ndarray, dict[str, Any], dict[str, np.ndarray]]:
     """PCA of descriptors, colour and shape weighing the same.
 
     Args:
@@ -62,16 +64,19 @@ def reduce(features: np.ndarray, *, dim: int, seed: int) -> tuple[np.ndarray, di
         seed: of the PCA where it is randomised.
 
     Returns:
-        float32 (n, D) and what was kept.
+        float32 (n, D), what was kept, and what `project` needs for other pictures.
     """
-    features = features - features.mean(axis=0)
+    centre = features.mean(axis=0)
+    features, plain = features - centre, features
     if not (np.abs(features) > 1e-6).any():
         raise DataError(
             f"encode_items.image: all {len(features)} pictures look the same; check the image paths, or set "
             "encode_items.image.encoder=none"
         )
-    for block in (features[:, :COLOURS], features[:, COLOURS:]):
-        block /= max(float(np.sqrt((block**2).sum(axis=1).mean())), 1e-12)
+    scale = np.ones(features.shape[1], np.float32)
+    for part in (slice(None, COLOURS), slice(COLOURS, None)):
+        scale[part] = max(float(np.sqrt((features[:, part] ** 2).sum(axis=1).mean())), 1e-12)
+    features /= scale
     pca = PCA(min(dim, *features.shape), random_state=seed).fit(features)
     sizes = pca.singular_values_
     rank = max(1, int((sizes > 1e-4 * sizes[0]).sum()))
@@ -79,6 +84,13 @@ def reduce(features: np.ndarray, *, dim: int, seed: int) -> tuple[np.ndarray, di
         logger.warning(
             "image: %d pictures span %d directions; width %d instead of %d", len(features), rank, rank, dim
         )
-    vectors = pca.transform(features)[:, :rank].astype(np.float32)
+    fitted = {"centre": centre, "scale": scale, "mean": pca.mean_, "components": pca.components_[:rank]}
     kept = pca.explained_variance_ratio_[:rank].sum()
-    return vectors, {"dim_asked": dim, "explained_variance_rate": round(float(kept), 6)}
+    about = {"dim_asked": dim, "explained_variance_rate": round(float(kept), 6)}
+    return project(plain, fitted), about, fitted
+
+
+def project(features: np.ndarray, fitted: dict[str, np.ndarray]) -> np.ndarray:
+    """Vectors float32 (n, D) of descriptors, by a PCA that was fitted before."""
+    scaled = (features - fitted["centre"]) / fitted["scale"]
+    return ((scaled - fitted["mean"]) @ fitted["components"].T).astype(np.float32)

@@ -13,6 +13,7 @@ import pyarrow.types as types
 
 from llmrec import distributed
 from llmrec.artifacts import ContentEmbeddings, Interactions
+from llmrec.config import as_dict
 from llmrec.encoders.cache import VectorCache
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encoder import Encoder, encode_pictures, encode_texts, finish
@@ -23,8 +24,8 @@ from llmrec.pipeline import resume_folder, sha256
 
 logger = logging.getLogger("llmrec")
 
-Encoded = tuple[np.ndarray, np.ndarray, dict[str, Any]]
-"""Vectors (N + 1, D), missing items (N + 1,), and what made them."""
+Encoded = tuple[np.ndarray, np.ndarray, dict[str, Any], dict[str, np.ndarray]]
+"""Vectors (N + 1, D), missing items (N + 1,), what made them, and what was fitted to them."""
 
 NOT_TEXT = ("raw_id", "image_path")
 """Columns of the item table that hold text but do not describe the item."""
@@ -43,16 +44,17 @@ def encode_items(config: EncodeItemsConfig, data: Interactions) -> ContentEmbedd
         made["text"] = encode_text(config.text, data)
     if config.image.encoder != "none":
         made["image"] = encode_image(config.image, data)
-    for modality, (_, _, about) in made.items():
+    for modality, (_, _, about, _) in made.items():
         logger.info(
             "encode_items: %s by %s, width %d, %d of %d items have none",
             modality, about["encoder"], about["width"], about["num_missing"], data.num_items,
         )  # fmt: skip
     return ContentEmbeddings(
         catalog=data.catalog,
-        vectors={modality: vectors for modality, (vectors, _, _) in made.items()},
-        missing={modality: missing for modality, (_, missing, _) in made.items()},
-        encoders={modality: about for modality, (_, _, about) in made.items()},
+        vectors={modality: vectors for modality, (vectors, _, _, _) in made.items()},
+        missing={modality: missing for modality, (_, missing, _, _) in made.items()},
+        encoders={modality: about for modality, (_, _, about, _) in made.items()},
+        fitted={modality: fitted for modality, (_, _, _, fitted) in made.items() if fitted},
     )
 
 
@@ -71,7 +73,8 @@ def encode_text(config: TextEncoderConfig, data: Interactions) -> Encoded:
     encoder = text_encoder(config, chosen)
     vectors = encode_texts(encoder, chosen, config.batch_size, cache_of(encoder, config.encoder))
     about = {"columns": columns, "template": config.template, **encoder.describe()}
-    return assemble("text", config, data, vectors, present, about)
+    fitted = getattr(encoder, "fitted", dict)()
+    return assemble("text", config, data, vectors, present, about, fitted)
 
 
 def encode_image(config: ImageEncoderConfig, data: Interactions) -> Encoded:
@@ -107,13 +110,14 @@ def encode_image(config: ImageEncoderConfig, data: Interactions) -> Encoded:
     if broken:
         logger.warning("encode_items: %d pictures cannot be read and count as missing", broken)
     about = {"num_unreadable": broken, **encoder.describe()}
+    fitted: dict[str, np.ndarray] = {}
     if config.encoder == "classical":
         from llmrec.encoders.classical import reduce
 
-        vectors, statistics = reduce(vectors, dim=config.dim, seed=config.seed)
+        vectors, statistics, fitted = reduce(vectors, dim=config.dim, seed=config.seed)
         about |= statistics
     named[named] = readable
-    return assemble("image", config, data, vectors, named, about)
+    return assemble("image", config, data, vectors, named, about, fitted)
 
 
 def cache_of(encoder: Encoder, name: str) -> VectorCache:
@@ -179,7 +183,7 @@ def precomputed(modality: str, config: TextEncoderConfig | ImageEncoderConfig, d
     """Vectors made elsewhere, joined by raw id."""
     vectors, missing = read_vectors(config.path, data.raw_ids, f"encode_items.{modality}")
     present = ~missing[1:]
-    return assemble(modality, config, data, vectors[1:][present], present, {"path": config.path})
+    return assemble(modality, config, data, vectors[1:][present], present, {"path": config.path}, {})
 
 
 def assemble(
@@ -189,6 +193,7 @@ def assemble(
     vectors: np.ndarray,
     present: np.ndarray,
     about: dict[str, Any],
+    fitted: dict[str, np.ndarray],
 ) -> Encoded:
     """Item rows and their description, from the vectors of the items that have one.
 
@@ -196,6 +201,7 @@ def assemble(
         vectors: float32 (n, D), in item order.
         present: bool (N,), n of them true.
         about: what the encoder says of itself.
+        fitted: what it learned from these items.
     """
     rows, missing = finish(
         vectors,
@@ -212,8 +218,9 @@ def assemble(
         "num_items": data.num_items,
         "num_missing": int(missing.sum()),
         "missing": config.missing,
+        "settings": as_dict(config),
     }
-    return rows, missing, {**shared, **about}
+    return rows, missing, {**shared, **about}, fitted
 
 
 def item_texts(config: TextEncoderConfig, items: pa.Table) -> tuple[list[str], list[str]]:

@@ -45,7 +45,7 @@ class TfidfEncoder:
             self.svd = TruncatedSVD(keep, random_state=seed).fit(table)
         sizes = self.svd.singular_values_
         rank = max(1, int((sizes > 1e-6 * sizes[0]).sum()))
-        self.svd.components_ = self.svd.components_[:rank]
+        self.components = self.svd.components_[:rank]
         self.explained = float(np.nan_to_num(self.svd.explained_variance_ratio_[:rank], nan=1.0).sum())
         if rank < dim:
             logger.warning(
@@ -57,7 +57,16 @@ class TfidfEncoder:
         return inputs
 
     def encode(self, batch: list[str]) -> np.ndarray:
-        return self.svd.transform(self.vectorizer.transform(batch)).astype(np.float32)
+        return (self.vectorizer.transform(batch) @ self.components.T).astype(np.float32)
+
+    def fitted(self) -> dict[str, np.ndarray]:
+        """What `FittedTfidf` needs: terms (UTF-8, one a line), their weights, and directions."""
+        terms = "\n".join(self.vectorizer.get_feature_names_out())
+        return {
+            "terms": np.frombuffer(terms.encode(), np.uint8).copy(),
+            "idf": self.vectorizer.idf_,
+            "components": self.components,
+        }
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -65,3 +74,27 @@ class TfidfEncoder:
             "dim_asked": self.asked,
             "explained_variance_rate": round(self.explained, 6),
         }
+
+
+class FittedTfidf:
+    """A `TfidfEncoder` that was fitted before, for texts of new items.
+
+    Args:
+        arrays: see `TfidfEncoder.fitted`.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        terms = arrays["terms"].tobytes().decode().split("\n")
+        self.vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=WORD, vocabulary=terms)
+        self.vectorizer.idf_ = arrays["idf"]
+        self.components = arrays["components"]
+
+    def prepare(self, inputs: list[str]) -> list[str]:
+        return inputs
+
+    def encode(self, batch: list[str]) -> np.ndarray:
+        """float32 (B, D); a text without a known word gives zeros."""
+        return (self.vectorizer.transform(batch) @ self.components.T).astype(np.float32)
+
+    def describe(self) -> dict[str, Any]:
+        return {"num_terms": len(self.vectorizer.vocabulary)}

@@ -16,6 +16,8 @@ from llmrec.finetune.item_inputs import ItemTokens
 from llmrec.finetune.packing import PackedRows, TokenStream, lay_out, lay_out_stream, several_slots
 from llmrec.item_softmax import item_binary_cross_entropy, item_cross_entropy
 
+Instruction = tuple[list[tuple[Tensor, Tensor]], Tensor]
+
 
 class MMESID(nn.Module):
     """A causal language model that reads item tokens and scores the whole catalogue.
@@ -77,7 +79,7 @@ class MMESID(nn.Module):
 
     def forward(self, what: str, *arguments: Any) -> Any:
         """`loss`, `hidden`, `tables` or `weights` of the arguments."""
-        if what in ("loss", "hidden"):
+        if what in ("loss", "hidden", "encode_instruction"):
             with autocast(self.instruction.device, self.precision):
                 return getattr(self, what)(*arguments)
         return {"tables": self.tables, "weights": self.weights}[what](*arguments)
@@ -108,17 +110,33 @@ class MMESID(nn.Module):
             loss = loss + self.alignment_weight * len(target) * self.item_tokens.alignment(items)
         return loss
 
-    def hidden(self, rows: PackedRows, tokens: Tensor, index: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        rows: PackedRows,
+        tokens: Tensor,
+        index: Tensor | None = None,
+        instruction: Instruction | None = None,
+    ) -> Tensor:
         """Read-out vectors (n, H), one per target of the rows.
 
         Args:
             rows: what to encode.
             tokens: item tokens (X, H), or (X, P, H) where an item has P of them.
             index: int64 (G, T), which token stands in each slot; None: the item id itself.
+            instruction: what `encode_instruction` gave, if that is known already.
         """
         if index is not None:
             rows = dataclasses.replace(rows, items=index)
-        return self._hidden_stream(rows, tokens) if self.stream else self._hidden_rows(rows, tokens)
+        if self.stream:
+            return self._hidden_stream(rows, tokens)
+        return self._hidden_rows(rows, tokens, instruction)
+
+    def encode_instruction(self) -> Instruction:
+        """Keys and values of the instruction by layer, each (1, heads, I, D), and its last output (1, H)."""
+        past = DynamicCache()
+        embed = self.base.get_input_embeddings()
+        output = self.base(inputs_embeds=embed(self.instruction)[None], past_key_values=past, use_cache=True)
+        return [(layer.keys, layer.values) for layer in past.layers], output.last_hidden_state[0, -1:]
 
     def tables(self, item: Tensor) -> tuple[Tensor, Tensor]:
         """Item tokens (n, ...) and rows (n, H) of the one item matrix, of item ids (n,)."""
@@ -138,7 +156,7 @@ class MMESID(nn.Module):
         right, wrong = (readout.repeat(2, 1) * rows).sum(dim=1).chunk(2)
         return F.softplus(-right).sum() + F.softplus(wrong).sum()
 
-    def _hidden_rows(self, rows: PackedRows, tokens: Tensor) -> Tensor:
+    def _hidden_rows(self, rows: PackedRows, tokens: Tensor, instruction: Instruction | None) -> Tensor:
         """`hidden` with rows side by side."""
         per_item = self.item_tokens.tokens_per_item
         layout = lay_out(
@@ -155,7 +173,10 @@ class MMESID(nn.Module):
         parts = [self.dropout(slots), copies]
         past, last = None, None
         if self.share_instruction:
-            past, last = self._shared_instruction(embed, len(slots))
+            known, last = self.encode_instruction() if instruction is None else instruction
+            past = DynamicCache()
+            for layer, (keys, values) in enumerate(known):
+                past.update(keys.expand(len(slots), -1, -1, -1), values.expand(len(slots), -1, -1, -1), layer)
         else:
             parts.insert(0, embed(self.instruction).expand(len(slots), -1, -1))
         hidden = self._run_base(torch.cat(parts, dim=1), layout.visible, layout.position, past).flatten(0, 1)
@@ -180,13 +201,6 @@ class MMESID(nn.Module):
         mask = block_mask(stream) if self.flex else stream.visible()
         embeddings = F.embedding(stream.source, table)[None]
         return self._run_base(embeddings, mask, stream.position[None], None)[0, stream.readout]
-
-    def _shared_instruction(self, embed: nn.Module, num_rows: int) -> tuple[DynamicCache, Tensor]:
-        """Keys and values of the instruction, one pass, repeated for every row; its last output (1, H)."""
-        past = DynamicCache()
-        output = self.base(inputs_embeds=embed(self.instruction)[None], past_key_values=past, use_cache=True)
-        past.batch_repeat_interleave(num_rows)
-        return past, output.last_hidden_state[0, -1:]
 
     def _run_base(self, embeddings: Tensor, mask: Any, position: Tensor, past: Any) -> Tensor:
         return self.base(

@@ -26,7 +26,8 @@ TABLE_BLOCK = 4096
 class CatalogueScores:
     """Scores of the whole catalogue from histories, with everything that can be computed once kept.
 
-    Item tokens and the folded item matrix are (N + 1, H) tables; a history is one row with one response.
+    Item tokens and the folded item matrix are (N + 1, H) tables, the instruction's keys and values are kept;
+    a history is one row with one response.
 
     Args:
         model: the trained module; put into evaluation mode. Tables and scores are float32.
@@ -42,14 +43,20 @@ class CatalogueScores:
             tables = [self.run("tables", block) for block in item.split(TABLE_BLOCK)]
             self.tokens, self.matrix = (torch.cat(parts) for parts in zip(*tables))
             self.matrix = self.matrix.float()
+            shared = model.share_instruction and not model.stream
+            self.instruction = self.run("encode_instruction") if shared else None
 
     @torch.no_grad()
     def __call__(self, history: Tensor) -> Tensor:
         """Scores float32 (B, N + 1) of right-padded histories int64 (B, T); column 0 means nothing."""
+        return self.read_out(history) @ self.matrix.T
+
+    @torch.no_grad()
+    def read_out(self, history: Tensor) -> Tensor:
+        """Read-out vectors float32 (B, H) of right-padded histories int64 (B, T)."""
         length = (history > 0).sum(dim=1, keepdim=True)
         rows = PackedRows(items=history, history=length, target=length[:, 0])
-        hidden = self.run("hidden", rows, self.tokens)
-        return hidden.float() @ self.matrix.T
+        return self.run("hidden", rows, self.tokens, None, self.instruction).float()
 
 
 def scorer_of(
@@ -60,9 +67,13 @@ def scorer_of(
 
 
 def load_scorer(
-    adapter: Adapter, collab: CollabEmbeddings, content: ContentEmbeddings, ids: SemanticIds
+    adapter: Adapter,
+    collab: CollabEmbeddings,
+    content: ContentEmbeddings,
+    ids: SemanticIds,
+    device: torch.device | None = None,
 ) -> Scorer:
-    """Rebuild the trained module from its artefacts.
+    """Rebuild the trained module from its artefacts, on a device (None: this process's).
 
     Raises:
         ArtifactMismatchError: if the artefacts do not belong together, or weights are missing or too many.
@@ -79,7 +90,7 @@ def load_scorer(
     heads = dict(adapter.heads)
     train_count = heads.pop("train_count")
     vectors = item_vectors(config, collab, content, ids)
-    model = build_model(config, base, prompt, vectors, ids, train_count, distributed.device())
+    model = build_model(config, base, prompt, vectors, ids, train_count, device or distributed.device())
     set_heads(model, heads)
     return scorer_of(model, config)
 

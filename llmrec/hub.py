@@ -1,0 +1,331 @@
+"""push_to_hub: a packaged recommender as a model repository, and back.
+
+One commit holds the whole package, so a repository never shows half of one. Large files are uploaded before
+the commit and are found again if the upload was cut. Nothing is sent that is not a recommender: no
+interactions, no pictures, no local paths, no tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from llmrec import __version__
+from llmrec.errors import ConfigError, LlmrecError, MissingArtifactError
+
+if TYPE_CHECKING:
+    from llmrec.inference.package import Package
+
+SECRETS = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,})\b"
+)
+"""Tokens of the Hub and of common services."""
+
+LOCAL_PATH = re.compile(r"^(?:/|~/|[A-Za-z]:[\\/]|\\\\|file:)")
+IN_TEXT = re.compile(
+    r"(?:^|[\s\"'(])((?:/(?:home|root|Users|tmp|mnt|var|opt|srv|media|work|data)/|~/)[^\s\"')]+)"
+)
+
+LICENCES = {
+    "meta-llama/meta-llama-3": (
+        "llama3",
+        "Built with Meta Llama 3: the Meta Llama 3 Community License applies.",
+    ),
+    "meta-llama/llama-3.1": ("llama3.1", "Built with Llama: the Llama 3.1 Community License applies."),
+    "meta-llama/llama-3.2": ("llama3.2", "Built with Llama: the Llama 3.2 Community License applies."),
+    "google/gemma": ("gemma", "Gemma is provided under and subject to the Gemma Terms of Use."),
+}
+"""Licence tag and line of base models whose terms follow what is trained on them, by beginning of the id."""
+
+
+class HubError(LlmrecError):
+    """The Hub refused or could not be reached; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushed:
+    """Where a package is now."""
+
+    repo: str
+    url: str
+    revision: str
+    """The commit, which `Recommender.from_pretrained(repo, revision=...)` takes"""
+
+
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool = True,
+    token: str | None = None,
+    endpoint: str | None = None,
+    message: str = "Recommender packaged by llmrec",
+) -> Pushed:
+    """Create or update a model repository with a package, in one commit.
+
+    Args:
+        folder: see `inference.package`.
+        repo: owner/name.
+        private: whether a repository that is created is private; one that exists stays as it is.
+        token: of the Hub; None: the one that `hf auth login` stored.
+        endpoint: address of the Hub; None: the public one, or $HF_ENDPOINT.
+        message: of the commit.
+
+    Raises:
+        ConfigError: the package holds something that must not leave this machine.
+        MissingArtifactError: a file of the package is damaged.
+        HubError: the Hub refused.
+    """
+    from llmrec.inference.package import check
+
+    check(folder)
+    refuse_private(folder)
+    api = HfApi(endpoint=endpoint, token=token)
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name))
+        for name, _ in listing(folder)
+    ]
+    try:
+        found = api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
+        api.preupload_lfs_files(found.repo_id, operations)
+        with warnings.catch_warnings():
+            # It takes the table of items for a dataset.
+            warnings.filterwarnings("ignore", message=".*commit a data file")
+            commit = api.create_commit(found.repo_id, operations, commit_message=message)
+    except (HfHubHTTPError, HFValidationError, OSError, RuntimeError) as error:
+        raise HubError(explained(error, repo)) from None
+    return Pushed(repo=found.repo_id, url=str(found), revision=commit.oid)
+
+
+def download(repo: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
+    """The folder of a package from the Hub, from the cache as far as it is there.
+
+    Raises:
+        MissingArtifactError: no such repository, revision or package.
+        HubError: the Hub cannot be reached.
+    """
+    try:
+        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir))
+    except HFValidationError:
+        raise MissingArtifactError(f"{repo} is neither a folder here nor a Hub id (owner/name)") from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise HubError(explained(error, repo)) from None
+        name = repo if revision is None else f"{repo}@{revision}"
+        raise MissingArtifactError(
+            f"{name} is not on the Hub, or not for you to see; check the name, or log in with `hf auth login`"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(explained(error, repo)) from None
+
+
+def listing(folder: Path) -> list[tuple[str, int]]:
+    """What would be pushed: names and bytes."""
+    return [
+        (path.relative_to(folder).as_posix(), path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def refuse_private(folder: Path) -> None:
+    """Stop if a package holds interactions, tokens, or paths of this machine.
+
+    Raises:
+        ConfigError: names file and place.
+    """
+    from llmrec.inference.package import ENDINGS
+
+    for name, _ in listing(folder):
+        path = folder / name
+        if not name.endswith(ENDINGS) or path.name in (
+            "interactions.parquet",
+            "users.parquet",
+            "rankings.parquet",
+        ):
+            raise ConfigError(
+                f"{name} is not part of a recommender and is not pushed; take it out of {folder}"
+            )
+        if path.suffix not in (".json", ".jsonl", ".md"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        if SECRETS.search(text):
+            raise ConfigError(
+                f"{name} holds what looks like an access token; take it out, and revoke the token"
+            )
+        for place, value in texts_of(path, text):
+            local = value if LOCAL_PATH.match(value) and path.suffix != ".md" else None
+            found = IN_TEXT.search(value)
+            if local or found:
+                shown = local or found.group(1)
+                raise ConfigError(
+                    f"{name}: {place} is a path of this machine ({shown}); package again with --rename "
+                    f"{shown}=HUB_ID (or any other text)"
+                )
+
+
+def texts_of(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    """Every text in a file with the place where it stands."""
+    if path.suffix == ".md":
+        for number, line in enumerate(text.splitlines(), start=1):
+            yield f"line {number}", line
+        return
+    documents = text.splitlines() if path.suffix == ".jsonl" else [text]
+    for number, document in enumerate(documents, start=1):
+        prefix = f"line {number} " if path.suffix == ".jsonl" else ""
+        yield from ((prefix + place, value) for place, value in leaves(json.loads(document), ""))
+
+
+def leaves(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from leaves(inner, f"{place}[{number}]")
+    elif isinstance(value, str):
+        yield place, value
+
+
+def explained(error: Exception, repo: str) -> str:
+    """What went wrong and what to do, without any token."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    advice = {
+        401: "log in with `hf auth login`, or give a token with write access",
+        403: "the token may not write there; use one with write access, or another owner",
+        404: "there is no such repository, or it is not for you to see",
+        409: "someone else changed it at the same moment; push again",
+        413: "a file is too large for this Hub",
+        429: "too many requests; wait a few minutes and push again, what was uploaded is kept",
+    }.get(status, "push again later, what was uploaded is kept")
+    reason = SECRETS.sub("<token>", " ".join(str(error).split()))[:300]
+    return f"{repo}: the Hub said {status or 'nothing'} ({reason}); {advice}"
+
+
+def card(package: Package) -> str:
+    """The model card: what ran, in numbers of this run, and how to use it."""
+    settings = package.adapter.settings["config"]
+    base = settings["base_model"]
+    mini = base == "mini"
+    licence, line = next(
+        (found for start, found in LICENCES.items() if str(base).lower().startswith(start)), (None, None)
+    )
+    metrics = package.evaluation.get("rows", {}).get("mme_sid", {})
+    summary = package.data.get("summary", {})
+    metadata = ModelCardData(
+        library_name="peft" if package.adapter.lora else None,
+        base_model=None if mini else base,
+        license=licence,
+        tags=["recommender-systems", "sequential-recommendation", "mme-sid", "llmrec"],
+    )
+    head = metadata.to_dict()
+    if metrics:
+        head["model-index"] = [
+            {
+                "name": settings["method"],
+                "results": [
+                    {
+                        "task": {"type": "sequential-recommendation", "name": "Next-item recommendation"},
+                        "dataset": {"type": "own", "name": source_of(package)},
+                        "metrics": [
+                            {
+                                "type": name,
+                                "value": round(value, 6),
+                                "name": f"{name}, seed {settings['seed']}",
+                            }
+                            for name, value in metrics.items()
+                        ],
+                    }
+                ],
+            }
+        ]
+    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+    counts = [
+        f"| {name.replace('_', ' ')} | {summary[name]:,} |"
+        for name in ("num_users", "num_items", "num_interactions")
+        if isinstance(summary.get(name), int)
+    ]
+    rows = package.evaluation.get("rows", {})
+    columns = list(metrics)
+    table = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    table += [
+        f"| {package.evaluation.get('labels', {}).get(name, name)} | "
+        + " | ".join(f"{row[column]:.4f}" for column in columns)
+        + " |"
+        for name, row in rows.items()
+    ]
+    parameters = package.adapter.metrics.get("parameters", {})
+    parts = [f"---\n{front}---\n", f"# {settings['method']} on {source_of(package)}\n"]
+    parts.append(
+        "A next-item recommender: a language model that reads one token per item of a user's history and "
+        f"scores the whole catalogue. Made by llmrec {__version__}.\n"
+    )
+    if mini:
+        parts.append("Base model: a small Llama, trained from nothing with the rest.\n")
+    else:
+        revision = package.adapter.settings.get("revision")
+        parts.append(f"Base model: `{base}`" + (f" at `{revision}`.\n" if revision else ".\n"))
+    parts.append(
+        f"Licence: {line}\n" if line else "Licence: that of the base model and of the data; see there.\n"
+    )
+    parts.append("## Data\n\n" + "\n".join(["| | |", "|---|---|", *counts]) + "\n")
+    split = summary.get("split")
+    if split:
+        parts.append(f"Split: {str(split).replace('_', ' ')}. {leak_warning(split)}\n")
+    if columns:
+        parts.append(
+            "## Metrics\n\nTest items, ranked among the whole catalogue, items of the history left out; one "
+            f"run, seed {settings['seed']}: no spread over seeds is known.\n\n" + "\n".join(table) + "\n"
+        )
+    parts.append(
+        "## Use\n\n```python\nfrom llmrec.inference.recommender import Recommender\n\n"
+        'recommender = Recommender.from_pretrained("OWNER/NAME")  # or a folder\n'
+        f'for item in recommender.recommend([["{first_id(package)}"]], k=10)[0]:\n'
+        "    print(item.item_id, item.title, item.score)\n```\n"
+    )
+    if package.adapter.lora:
+        parts.append(
+            "The LoRA matrices alone load with plain PEFT on the base model; the item tables and the fusion "
+            "gate are in `heads.safetensors`, without which they recommend nothing.\n"
+        )
+    parts.append(
+        f"## Limits\n\nIt knows the {len(package.items):,} items it was made with; `add_items` makes others "
+        "known without training, at lower quality. It repeats the biases of its data, popularity above all. "
+        f"Trained parameters: {parameters.get('trainable', 0):,}.\n"
+    )
+    return "\n".join(parts)
+
+
+def source_of(package: Package) -> str:
+    """Short name of the data."""
+    config = package.data.get("config", {})
+    source = config.get("source", "own data")
+    if source == "sample_market":
+        return "the sample market"
+    return str(config.get("category") or Path(str(config.get("interactions") or source)).stem)
+
+
+def leak_warning(split: str) -> str:
+    if split == "leave_one_out":
+        return "Leave-one-out puts other users' later interactions into training."
+    return ""
+
+
+def first_id(package: Package) -> str:
+    return str(package.items["raw_id"][0].as_py()).replace('"', "")

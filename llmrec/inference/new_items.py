@@ -1,0 +1,142 @@
+"""Items that came after training: their vectors, codes and table rows, without training anything.
+
+Text and image vectors come from the catalogue's encoders. What only training could have given, the
+collaborative vector and the item's rows of trained tables, is the mean over the items nearest by content.
+Codes are the frozen quantiser's, and the fusion gate sees an item of frequency 0. Known items keep every number
+they had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from llmrec.artifacts import CollabEmbeddings
+from llmrec.errors import ConfigError, DataError
+from llmrec.inference.package import Package
+from llmrec.semantic_ids.assign import assign
+
+BLOCK = 1 << 22
+"""Similarities held at once."""
+
+
+def extended(
+    package: Package, items: pa.Table, content: dict[str, np.ndarray], *, neighbours: int = 10
+) -> Package:
+    """The package with more items at the end of its catalogue.
+
+    Args:
+        package: what was trained.
+        items: one row per new item: raw_id, and the text columns that are known.
+        content: vectors float32 (n, D_m) of the new items by content modality.
+        neighbours: items nearest by content whose mean stands in for what training would have given.
+
+    Raises:
+        DataError: ids that are taken, doubled or empty.
+        ConfigError: there is no content modality to go by.
+    """
+    check_ids(package, items)
+    if not content:
+        raise ConfigError("new items need text or image vectors, and this catalogue has neither")
+    near = nearest(package, content, neighbours)
+    collab_rows = package.collab.vectors[near].mean(axis=1, dtype=np.float64).astype(np.float32)
+    names = [*package.items["raw_id"].to_pylist(), *items["raw_id"].to_pylist()]
+    catalog = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    vectors = {"collab": collab_rows, **content}
+    codes = assign(package.ids, {name: vectors[name] for name in package.ids.modalities})
+    heads = {
+        name: torch.cat([value, value[torch.from_numpy(near)].mean(dim=1).to(value.dtype)])
+        if name != "train_count" and len(value) == len(package.collab.vectors)
+        else value
+        for name, value in package.adapter.heads.items()
+    }
+    count = package.adapter.heads["train_count"]
+    heads["train_count"] = torch.cat([count, count.new_zeros(len(items))])
+    return Package(
+        items=joined(package.items, items),
+        adapter=dataclasses.replace(package.adapter, catalog=catalog, heads=heads),
+        collab=CollabEmbeddings(
+            catalog=catalog,
+            provider=package.collab.provider,
+            vectors=np.concatenate([package.collab.vectors, collab_rows]),
+            metrics=package.collab.metrics,
+        ),
+        content=dataclasses.replace(
+            package.content,
+            catalog=catalog,
+            vectors={
+                name: np.concatenate([known, content[name]])
+                for name, known in package.content.vectors.items()
+            },
+            missing={
+                name: np.concatenate([known, np.zeros(len(items), dtype=bool)])
+                for name, known in package.content.missing.items()
+            },
+        ),
+        ids=dataclasses.replace(
+            package.ids,
+            catalog=catalog,
+            codes={name: np.concatenate([known, codes[name]]) for name, known in package.ids.codes.items()},
+        ),
+        data=package.data,
+        evaluation=package.evaluation,
+    )
+
+
+def check_ids(package: Package, items: pa.Table) -> None:
+    new = items["raw_id"].to_pylist()
+    known = set(package.items["raw_id"].to_pylist())
+    for name in new:
+        if not isinstance(name, str) or not name:
+            raise DataError(f"new items: every one needs an id, a text that is not empty, got {name!r}")
+    taken = [name for name in new if name in known]
+    if taken:
+        raise DataError(f"new items: {len(taken)} ids are in the catalogue, the first is {taken[0]!r}")
+    if len(set(new)) < len(new):
+        raise DataError("new items: an id is given twice")
+
+
+def nearest(package: Package, content: dict[str, np.ndarray], neighbours: int) -> np.ndarray:
+    """Trained items nearest by mean cosine over the content modalities, int64 (n, k).
+
+    Items that were never trained lend nothing, unless there are no others.
+    """
+    trained = np.flatnonzero(package.adapter.heads["train_count"].numpy() > 0)
+    if not len(trained):
+        trained = np.arange(1, len(package.collab.vectors))
+    k = min(neighbours, len(trained))
+    known, new = [], []
+    for name, rows in content.items():
+        table = package.content.vectors[name][trained].astype(np.float64)
+        centre = table.mean(axis=0)
+        known.append(unit(table - centre))
+        new.append(unit(rows - centre))
+    known_rows, new_rows = np.concatenate(known, axis=1), np.concatenate(new, axis=1)
+    found = []
+    size = max(1, BLOCK // len(trained))
+    for start in range(0, len(new_rows), size):
+        similarity = new_rows[start : start + size] @ known_rows.T
+        found.append(np.argpartition(-similarity, k - 1, axis=1)[:, :k])
+    return trained[np.concatenate(found)]
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def joined(known: pa.Table, new: pa.Table) -> pa.Table:
+    """The item tables one below the other; columns the new one lacks are empty, those of its own dropped."""
+    columns = {}
+    for field in known.schema:
+        if field.name in new.column_names:
+            below = new[field.name].cast(field.type).combine_chunks()
+        elif field.name == "train_count":
+            below = pa.array([0] * len(new), field.type)
+        else:
+            below = pa.nulls(len(new), field.type)
+        columns[field.name] = pa.chunked_array([*known[field.name].chunks, below])
+    return pa.table(columns)

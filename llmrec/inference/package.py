@@ -1,0 +1,212 @@
+"""A trained recommender as one folder that others can use; no user's data and no pictures are in it.
+
+    package.json                     form, versions, size and SHA-256 of every file
+    README.md                        model card (see hub.py); not hashed, so that it can be edited
+    adapter_config.json, adapter_model.safetensors, heads.safetensors, llmrec_config.json, ...   see Adapter
+    items.parquet                    raw ids, titles and text columns, in the order of the item tables
+    train_collab/ encode_items/ learn_semantic_ids/   item vectors, codes and the frozen quantiser
+    data.json, evaluation.json       counts of the data, metrics of the run
+
+Everything is safetensors, JSON, parquet or Markdown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmrec import __version__
+from llmrec.artifacts import (
+    CollabEmbeddings,
+    ContentEmbeddings,
+    Interactions,
+    Report,
+    SemanticIds,
+    check_same_catalog,
+    read_json,
+    write_json,
+)
+from llmrec.errors import ConfigError, MissingArtifactError
+from llmrec.finetune.adapter import Adapter
+from llmrec.pipeline import load, manifest_of, sha256
+
+FORM = 1
+MANIFEST = "package.json"
+CARD = "README.md"
+NOT_HASHED = (MANIFEST, CARD, ".gitattributes")
+ENDINGS = (".safetensors", ".json", ".jsonl", ".parquet", ".md")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """What a recommender is made of."""
+
+    items: pa.Table
+    """One row per item in id order: raw_id, title, train_count and text columns"""
+    adapter: Adapter
+    collab: CollabEmbeddings
+    content: ContentEmbeddings
+    ids: SemanticIds
+    data: dict[str, Any]
+    """Counts, split and settings of the data."""
+    evaluation: dict[str, Any]
+    """metrics.json of the evaluation, or empty."""
+
+    @property
+    def catalog(self) -> str:
+        return self.adapter.catalog
+
+
+def package_run(run_dir: Path, out: Path, *, renamed: dict[str, str] | None = None) -> Path:
+    """Gather what a finished run learned into a folder of its own.
+
+    Args:
+        run_dir: with the stages up to finetune, and evaluate if it was run.
+        out: the folder to make.
+        renamed: strings to replace in all settings, such as local model folders by Hub ids.
+
+    Raises:
+        MissingArtifactError: a stage is not finished.
+        ConfigError: out exists.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists; give another folder, or delete it")
+    kinds = (Interactions, CollabEmbeddings, ContentEmbeddings, SemanticIds, Adapter)
+    data, collab, content, ids, adapter = (load(kind, run_dir / kind.stage) for kind in kinds)
+    check_same_catalog(data, collab, content, ids, adapter)
+    evaluation: dict[str, Any] = {}
+    if (run_dir / Report.stage).is_dir():
+        report = load(Report, run_dir / Report.stage)
+        evaluation = {**report.metrics, "seed": adapter.settings["config"].get("seed")}
+    about = {
+        "summary": data.summary,
+        "config": manifest_of(data)["config"],
+        "stages": {
+            kind.stage: {
+                "seconds": manifest_of(artifact)["seconds"],
+                "versions": manifest_of(artifact)["versions"],
+            }
+            for kind, artifact in zip(kinds, (data, collab, content, ids, adapter))
+        },
+    }
+    package = Package(
+        items=data.items.drop_columns([name for name in data.items.column_names if name == "image_path"]),
+        adapter=adapter,
+        collab=dataclasses.replace(collab, state={}, log=[]),
+        content=content,
+        ids=dataclasses.replace(ids, log=[]),
+        data=about,
+        evaluation=evaluation,
+    )
+    return save(package, out, renamed=renamed)
+
+
+def save(package: Package, out: Path, *, renamed: dict[str, str] | None = None) -> Path:
+    """Write a package: all of it or nothing."""
+    from llmrec.hub import card
+
+    scratch = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        package.adapter.save(scratch)
+        for artifact in (package.collab, package.content, package.ids):
+            (scratch / artifact.stage).mkdir()
+            artifact.save(scratch / artifact.stage)
+        pq.write_table(package.items, scratch / "items.parquet")
+        write_json(scratch / "data.json", package.data)
+        write_json(scratch / "evaluation.json", package.evaluation)
+        for path in scratch.rglob("*.json"):
+            write_json(path, rename(read_json(path), renamed or {}))
+        (scratch / CARD).write_text(card(package_at(scratch)), encoding="utf-8")
+        write_manifest(scratch)
+        os.replace(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return out
+
+
+def rename(value: Any, names: dict[str, str]) -> Any:
+    """A JSON value with whole strings replaced."""
+    if isinstance(value, dict):
+        return {key: rename(inner, names) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rename(inner, names) for inner in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file with size and hash."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in NOT_HASHED
+    }
+    foreign = [name for name in files if not name.endswith(ENDINGS)]
+    assert not foreign, foreign
+    versions = {"llmrec": __version__, "python": platform.python_version()}
+    write_json(folder / MANIFEST, {"form": FORM, "versions": versions, "files": files})
+
+
+def check(folder: Path) -> None:
+    """Compare every file of a package with its manifest.
+
+    Raises:
+        MissingArtifactError: names what is missing, damaged or of another form.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise MissingArtifactError(
+            f"{folder} is not a packaged recommender (no {MANIFEST}); make one with `llmrec package`"
+        )
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        form, files = manifest["form"], dict(manifest["files"])
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise MissingArtifactError(f"{folder / MANIFEST} is damaged ({error})") from None
+    if form != FORM:
+        raise MissingArtifactError(
+            f"{folder} is of form {form} and this version reads form {FORM}; install the version that made it"
+        )
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        inside = ".." not in Path(name).parts and not Path(name).is_absolute()
+        if not inside or not path.is_file() or path.stat().st_size != size or sha256(path) != digest:
+            raise MissingArtifactError(f"{path} is missing or damaged; fetch the package again")
+
+
+def load_package(folder: Path) -> Package:
+    """A package from its folder, after checking every file.
+
+    Raises:
+        MissingArtifactError: a file is missing or damaged.
+        ArtifactMismatchError: its parts do not belong together.
+    """
+    check(folder)
+    package = package_at(folder)
+    check_same_catalog(package.adapter, package.collab, package.content, package.ids)
+    return package
+
+
+def package_at(folder: Path) -> Package:
+    """A package from its folder as it is."""
+    kinds = (CollabEmbeddings, ContentEmbeddings, SemanticIds)
+    collab, content, ids = (kind.load(folder / kind.stage) for kind in kinds)
+    return Package(
+        items=pq.read_table(folder / "items.parquet"),
+        adapter=Adapter.load(folder),
+        collab=collab,
+        content=content,
+        ids=ids,
+        data=read_json(folder / "data.json"),
+        evaluation=read_json(folder / "evaluation.json"),
+    )

@@ -1,0 +1,322 @@
+"""A trained recommender in use: histories of raw ids in, ranked items out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from llmrec.data.batches import length_groups
+from llmrec.errors import DataError
+from llmrec.finetune.model import MMESID
+from llmrec.finetune.scoring import CatalogueScores, load_scorer
+from llmrec.inference.package import Package, load_package
+
+BLOCK_SCORES = 1 << 24
+"""Scores held at once (64 MiB)."""
+
+MAX_CELLS = 1 << 15
+"""Tokens of item slots in one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """One recommended item."""
+
+    item_id: str
+    title: str | None
+    score: float
+    """Larger is better; scores of one history can be compared with each other."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """What each source added to the score: the target table, and each modality."""
+
+
+class Recommender:
+    """Ranks the catalogue for histories, those of training and any others.
+
+    Args:
+        package: what was trained.
+        device: where to compute; None: a GPU if there is one.
+    """
+
+    def __init__(self, package: Package, device: str | torch.device | None = None) -> None:
+        self.package = package
+        self.device = torch.device(device) if device is not None else default_device()
+        self._load()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        base_model: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> Recommender:
+        """Load a packaged recommender from a folder or from the Hub.
+
+        Args:
+            source: a folder, or a Hub id (owner/name).
+            revision: commit, branch or tag on the Hub.
+            device: where to compute; None: a GPU if there is one.
+            base_model: where the base model is, if not where the package says.
+            cache_dir: where downloads are kept; None: the Hub client's own place.
+
+        Raises:
+            MissingArtifactError: a file is missing or damaged, or the repository does not exist.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            from llmrec.hub import download
+
+            folder = download(str(source), revision=revision, cache_dir=cache_dir)
+        package = load_package(folder)
+        if base_model is not None:
+            settings = {**package.adapter.settings, "revision": None}
+            settings["config"] = {**settings["config"], "base_model": base_model, "revision": None}
+            adapter = dataclasses.replace(package.adapter, settings=settings)
+            package = dataclasses.replace(package, adapter=adapter)
+        return cls(package, device)
+
+    def _load(self) -> None:
+        package = self.package
+        scorer = load_scorer(package.adapter, package.collab, package.content, package.ids, self.device)
+        self.scores: CatalogueScores = scorer.score
+        self.max_history = scorer.max_history
+        self.raw_ids: list[str] = package.items["raw_id"].to_pylist()
+        self.titles: list[str | None] = (
+            package.items["title"].to_pylist()
+            if "title" in package.items.column_names
+            else [None] * len(self.raw_ids)
+        )
+        self.number = {name: place for place, name in enumerate(self.raw_ids, start=1)}
+        self.sources = ("target", *self.model.item_scores.modalities)
+
+    @property
+    def model(self) -> MMESID:
+        return self.scores.run
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings of fine-tuning."""
+        return self.package.adapter.settings["config"]
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        candidates: Sequence[str] | None = None,
+        unknown: str = "error",
+        explain: bool = False,
+    ) -> list[list[Recommendation]]:
+        """The best items for every history.
+
+        Args:
+            histories: raw item ids, oldest first; an empty history is allowed.
+            k: items per history; fewer come back if fewer are left.
+            exclude_seen: leave out the items of the history.
+            candidates: rank only these items; None: the whole catalogue.
+            unknown: ids that are not in the catalogue: 'error', or 'skip' them.
+            explain: say what each score source added.
+
+        Raises:
+            DataError: an id is not in the catalogue, or something is not a list of ids.
+        """
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise DataError(f"k must be a whole number of at least 1, got {k!r}")
+        if unknown not in ("error", "skip"):
+            raise DataError(f"unknown must be 'error' or 'skip', got {unknown!r}")
+        rows = [
+            self._numbers(history, unknown, f"history {place}") for place, history in enumerate(histories)
+        ]
+        allowed = None
+        if candidates is not None:
+            allowed = np.unique(self._numbers(candidates, unknown, "candidates"))
+            if not len(allowed):
+                raise DataError("candidates: none of them is in the catalogue")
+        found: list[list[Recommendation]] = [[] for _ in rows]
+        for group in length_groups([max(len(row), 1) for row in rows], MAX_CELLS) if rows else []:
+            hidden = self._read_out([rows[place] for place in group])
+            best = self._best(hidden, [rows[place] for place in group], k, exclude_seen, allowed)
+            for place, state, (items, values) in zip(group, hidden, best):
+                found[place] = self._describe(state, items, values, explain)
+        return found
+
+    def score(self, histories: Sequence[Sequence[str]], *, unknown: str = "error") -> np.ndarray:
+        """Scores of all items, float32 (n, N), in the order of `raw_ids`."""
+        rows = [
+            self._numbers(history, unknown, f"history {place}") for place, history in enumerate(histories)
+        ]
+        return (self._read_out(rows) @ self.scores.matrix[1:].T).cpu().numpy()
+
+    def add_items(
+        self,
+        items: Sequence[Mapping[str, Any]],
+        *,
+        vectors: Mapping[str, np.ndarray] | None = None,
+        neighbours: int = 10,
+    ) -> None:
+        """Make items known that came after training; nothing is trained (see `new_items`).
+
+        Args:
+            items: each with `item_id`, the catalogue's text columns as far as they are known (`title`...), and
+                `image`, a picture's path, where there is one.
+            vectors: content vectors float32 (n, D_m) by modality, in place of encoding.
+            neighbours: see `new_items.extended`.
+
+        Raises:
+            DataError: ids that are taken or doubled; a picture that cannot be read.
+            ConfigError: the catalogue's vectors came from a file and none are given.
+        """
+        from llmrec.encoders.again import ItemEncoders
+        from llmrec.inference.new_items import check_ids, extended
+
+        if not items:
+            return
+        table = item_table(items, self.package.items.column_names)
+        check_ids(self.package, table)
+        content = {name: np.asarray(rows, np.float32) for name, rows in (vectors or {}).items()}
+        for name, rows in content.items():
+            known = self.package.content.vectors.get(name)
+            if known is None or rows.shape != (len(items), known.shape[1]) or not np.isfinite(rows).all():
+                raise DataError(
+                    f"vectors[{name!r}] must be finite numbers of shape ({len(items)}, width of {name}), got "
+                    f"{rows.shape}"
+                )
+        encoders = ItemEncoders(self.package.content)
+        for name in self.package.content.vectors:
+            if name in content:
+                continue
+            if name == "text":
+                content[name], _ = encoders.text(table)
+            else:
+                content[name], _ = encoders.image(table, [item.get("image") for item in items])
+        self.package = extended(self.package, table, content, neighbours=neighbours)
+        self._load()
+
+    def _numbers(self, history: Sequence[str], unknown: str, what: str) -> np.ndarray:
+        """Item ids int64 of raw ids."""
+        if isinstance(history, str) or not isinstance(history, Sequence):
+            raise DataError(f"{what} must be a list of item ids, got {history!r:.80}")
+        numbers = [self.number.get(name) if isinstance(name, str) else None for name in history]
+        if unknown == "error" and None in numbers:
+            name = history[numbers.index(None)]
+            raise DataError(
+                f"{what}: {name!r:.80} is not in the catalogue of {len(self.raw_ids):,} items; raw ids are "
+                f"texts such as {self.raw_ids[0]!r}; unknown='skip' leaves such ids out"
+            )
+        return np.array([number for number in numbers if number is not None], dtype=np.int64)
+
+    def _read_out(self, rows: list[np.ndarray]) -> Tensor:
+        """Read-out vectors float32 (n, H)."""
+        if self.max_history is not None:
+            rows = [row[-self.max_history :] for row in rows]
+        width = max([1, *map(len, rows)])
+        padded = np.zeros((len(rows), width), dtype=np.int64)
+        for place, row in enumerate(rows):
+            padded[place, : len(row)] = row
+        return self.scores.read_out(torch.from_numpy(padded).to(self.device))
+
+    @torch.no_grad()
+    def _best(
+        self,
+        hidden: Tensor,
+        rows: list[np.ndarray],
+        k: int,
+        exclude_seen: bool,
+        allowed: np.ndarray | None,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per history the best items and their scores, exact, a block of the catalogue at a time."""
+        matrix = self.scores.matrix
+        items = torch.arange(1, len(matrix), device=self.device)
+        if allowed is not None:
+            items = torch.from_numpy(allowed).to(self.device)
+        size = max(1, BLOCK_SCORES // max(1, len(hidden)))
+        values = hidden.new_empty(len(hidden), 0)
+        chosen = items.new_empty(len(hidden), 0)
+        seen_row = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(row) for row in rows])).to(
+            self.device
+        )
+        seen_item = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *rows])).to(self.device)
+        for block in items.split(size):
+            scores = hidden @ matrix[block].T
+            if exclude_seen and len(seen_item):
+                place = torch.searchsorted(block, seen_item).clamp(max=len(block) - 1)
+                hit = block[place] == seen_item
+                scores[seen_row[hit], place[hit]] = -torch.inf
+            values = torch.cat([values, scores], dim=1)
+            chosen = torch.cat([chosen, block.expand(len(hidden), -1)], dim=1)
+            # A stable order: of equal scores the earlier item of the catalogue comes first.
+            best = values.sort(dim=1, descending=True, stable=True) if values.shape[1] <= 4 * k else None
+            if best is not None:
+                values, order = best.values[:, :k], best.indices[:, :k]
+            else:
+                values, order = values.topk(min(k, values.shape[1]), dim=1)
+            chosen = chosen.gather(1, order)
+        found = []
+        for own_values, own_items in zip(values.cpu().numpy(), chosen.cpu().numpy()):
+            real = own_values > -np.inf
+            found.append((own_items[real], own_values[real]))
+        return found
+
+    def _describe(
+        self, hidden: Tensor, items: np.ndarray, values: np.ndarray, explain: bool
+    ) -> list[Recommendation]:
+        parts = self._parts(hidden, items) if explain and len(items) else [{}] * len(items)
+        return [
+            Recommendation(
+                item_id=self.raw_ids[item - 1], title=self.titles[item - 1], score=float(value), parts=part
+            )
+            for item, value, part in zip(items.tolist(), values.tolist(), parts)
+        ]
+
+    @torch.no_grad()
+    def _parts(self, hidden: Tensor, items: np.ndarray) -> list[dict[str, float]]:
+        """What each source adds to the scores of items; the sum is the score, to rounding."""
+        heads = self.model.item_scores
+        item = torch.from_numpy(items).to(self.device)
+        columns = [heads.target_table[item].float() @ hidden]
+        if heads.modalities:
+            weights = heads.gate(item)
+            columns[0] = weights[:, 0] * columns[0]
+            for source, name in enumerate(heads.modalities, start=1):
+                rows = heads.projections[name](getattr(heads, f"vectors_{name}")[item])
+                columns.append(weights[:, source] * (rows @ hidden))
+        table = torch.stack(columns, dim=1).cpu().numpy()
+        return [dict(zip(self.sources, map(float, row))) for row in table]
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def item_table(items: Sequence[Mapping[str, Any]], columns: list[str]) -> pa.Table:
+    """New items as a table: raw_id, and the known text columns that they have.
+
+    Raises:
+        DataError: an item is not a mapping, has no id, or a column that the catalogue does not have.
+    """
+    allowed = {"item_id", "image", *columns} - {"raw_id", "train_count"}
+    for item in items:
+        if not isinstance(item, Mapping) or "item_id" not in item:
+            raise DataError(f"new items: each must be a mapping with item_id, got {item!r:.80}")
+        extra = sorted(set(item) - allowed)
+        if extra:
+            raise DataError(
+                f"new items: {', '.join(extra)} is no column of the catalogue ({', '.join(sorted(allowed))})"
+            )
+    names = [name for name in columns if name not in ("raw_id", "train_count")]
+    made: dict[str, pa.Array] = {"raw_id": pa.array([item["item_id"] for item in items], pa.string())}
+    for name in names:
+        made[name] = pa.array([item.get(name) for item in items], pa.string())
+    return pa.table(made)
