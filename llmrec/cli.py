@@ -12,6 +12,7 @@ from pathlib import Path
 from llmrec import __version__
 from llmrec.config import describe
 from llmrec.errors import ConfigError
+from llmrec.inference import command
 from llmrec.recipe import PRESETS, apply_overrides, guarded, set_up_logging, with_preset
 from llmrec.stages import COMMANDS, STAGES, Stage
 
@@ -25,6 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(guarded(lambda: estimate(options)))
     if options.stage == "doctor":
         sys.exit(guarded(lambda: doctor(options)))
+    if options.stage in command.COMMANDS:
+        sys.exit(guarded(lambda: command.COMMANDS[options.stage](options)))
     sys.exit(guarded(lambda: run(COMMANDS[options.stage], options)))
 
 
@@ -101,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = made.add_subparsers(dest="stage", metavar="STAGE", required=True)
     for stage in COMMANDS.values():
         add_arguments(verbs.add_parser(stage.name, help=stage.summary, **help_of(stage)), stage)
+    command.add_parsers(verbs)
     costs = verbs.add_parser("estimate", help="what fine-tuning a recipe will cost, from the real data")
     costs.add_argument("recipe", metavar="RECIPE", help="a recipe's file")
     costs.add_argument("--run-dir", metavar="DIR", help="use the stages that are finished there")

@@ -1,7 +1,7 @@
 """A small Hub: the part of its HTTP API that creating, uploading, committing and downloading models needs.
 
-Speaks to the real huggingface_hub client. Failures can be asked for: `fail(path_part, statuses)` answers the next
-requests whose path holds that part with these statuses; 0 cuts the connection in the middle.
+Speaks to the real huggingface_hub client. Failures can be asked for: `fail(path_part, statuses)` answers the
+next requests whose path holds that part with these statuses; 0 cuts the connection in the middle.
 """
 
 from __future__ import annotations
@@ -148,8 +148,9 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.objects[value["oid"]]
         oid = hashlib.sha1(body).hexdigest()
         repository["commits"].append((oid, files))
-        self.answer(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.address}/{repo}/commit/{oid}",
-                          "hookOutput": "", "pullRequestUrl": None})  # fmt: skip
+        url = f"{self.hub.address}/{repo}/commit/{oid}"
+        said = {"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": "", "pullRequestUrl": None}
+        self.answer(200, said)
 
     def info(self, repo: str, revision: str | None, body: bytes) -> None:
         found = self.at(repo, revision or "main")

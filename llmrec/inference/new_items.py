@@ -2,8 +2,8 @@
 
 Text and image vectors come from the catalogue's encoders. What only training could have given, the
 collaborative vector and the item's rows of trained tables, is the mean over the items nearest by content.
-Codes are the frozen quantiser's, and the fusion gate sees an item of frequency 0. Known items keep every number
-they had.
+Codes are the frozen quantiser's, and the fusion gate sees an item of frequency 0. Known items keep every
+number they had.
 """
 
 from __future__ import annotations

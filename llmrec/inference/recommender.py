@@ -169,8 +169,8 @@ class Recommender:
         """Make items known that came after training; nothing is trained (see `new_items`).
 
         Args:
-            items: each with `item_id`, the catalogue's text columns as far as they are known (`title`...), and
-                `image`, a picture's path, where there is one.
+            items: each with `item_id`, the catalogue's text columns as far as they are known (`title`...),
+                and `image`, a picture's path, where there is one.
             vectors: content vectors float32 (n, D_m) by modality, in place of encoding.
             neighbours: see `new_items.extended`.
 

@@ -1,0 +1,243 @@
+"""Commands for a trained recommender: package, push_to_hub, recommend, serve. torch comes with them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llmrec.errors import ConfigError, DataError
+from llmrec.recipe import set_up_logging
+
+BATCH = 256
+"""Histories that are read and answered at once."""
+
+
+def add_parsers(verbs: Any) -> None:
+    """The four verbs with their arguments."""
+    made = verbs.add_parser("package", help="gather what a run learned into one folder that others can use")
+    made.add_argument("run_dir", metavar="RUN_DIR", help="a recipe's run folder")
+    made.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    add_rename(made)
+    made = verbs.add_parser(
+        "push_to_hub", help="push a packaged recommender, or a run, to a Hugging Face hub"
+    )
+    made.add_argument("source", metavar="PACKAGE", help="a package, or a recipe's run folder")
+    made.add_argument("--repo", required=True, metavar="OWNER/NAME")
+    made.add_argument(
+        "--public", action="store_true", help="if the repository is created, for everyone to see"
+    )
+    made.add_argument("--dry-run", action="store_true", help="list files and sizes and leave")
+    made.add_argument(
+        "--endpoint", metavar="URL", help="address of the hub (the public one, or $HF_ENDPOINT)"
+    )
+    made.add_argument("--message", default="Recommender packaged by llmrec", help="of the commit")
+    add_rename(made)
+    made = verbs.add_parser("recommend", help="recommend items for histories")
+    add_source(made)
+    made.add_argument(
+        "--history", action="append", default=[], metavar="ID,ID,...",
+        help="item ids, oldest first; may be repeated. Without any: from --file or standard input",
+    )  # fmt: skip
+    made.add_argument("--file", metavar="FILE", help="one history a line: ids with commas, or a JSON list")
+    made.add_argument("--k", type=int, default=10, help="items per history (10)")
+    made.add_argument("--keep-seen", action="store_true", help="items of the history may come back")
+    made.add_argument(
+        "--skip-unknown", action="store_true", help="pass over ids that are not in the catalogue"
+    )
+    made.add_argument("--explain", action="store_true", help="what each source added to a score")
+    made.add_argument("--format", choices=("table", "jsonl"), default="table")
+    made = verbs.add_parser("serve", help="answer over HTTP, with a page for people")
+    add_source(made)
+    made.add_argument("--compare", metavar="PACKAGE", help="a second recommender, side by side on the page")
+    made.add_argument("--images", metavar="DIR", help="pictures named by item id (ID.jpg, ID.png, ID.webp)")
+    made.add_argument("--host", default="127.0.0.1", help="127.0.0.1; 0.0.0.0 answers other machines too")
+    made.add_argument("--port", type=int, default=8000)
+
+
+def add_source(made: argparse.ArgumentParser) -> None:
+    made.add_argument("source", metavar="PACKAGE", help="a packaged recommender: a folder, or a Hub id")
+    made.add_argument("--revision", help="commit, branch or tag on the Hub")
+    made.add_argument("--base-model", metavar="MODEL", help="where the base model is, if not where it says")
+    made.add_argument("--device", help="cpu, cuda, cuda:1 (a GPU if there is one)")
+
+
+def add_rename(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--rename", action="extend", nargs="+", default=[], metavar="OLD=NEW",
+        help="replace a text in all settings, such as a local model folder by its Hub id",
+    )  # fmt: skip
+
+
+def renamed(pairs: list[str]) -> dict[str, str]:
+    """OLD=NEW pairs as a mapping."""
+    for pair in pairs:
+        if not pair.partition("=")[0] or "=" not in pair:
+            raise ConfigError(f"--rename {pair!r} is not of the form OLD=NEW")
+    return dict(tuple(pair.split("=", 1)) for pair in pairs)  # type: ignore[misc]
+
+
+def package(options: argparse.Namespace) -> None:
+    """Make a package."""
+    from llmrec.inference.package import package_run
+
+    print(package_run(Path(options.run_dir), Path(options.out), renamed=renamed(options.rename)))
+
+
+def push_to_hub(options: argparse.Namespace) -> None:
+    """Push a package; a run folder is packaged first."""
+    import tempfile
+
+    from llmrec.hub import listing, push, refuse_private
+    from llmrec.inference.package import MANIFEST, check, package_run
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(options.source)
+        if not (folder / MANIFEST).is_file():
+            folder = package_run(folder, Path(scratch) / "package", renamed=renamed(options.rename))
+        elif options.rename:
+            raise ConfigError(
+                "--rename changes settings while packaging; give the run folder, or package again"
+            )
+        if options.dry_run:
+            check(folder)
+            refuse_private(folder)
+            files = listing(folder)
+            for name, size in files:
+                print(f"{size:>15,}  {name}")
+            total = sum(size for _, size in files)
+            print(f"{total:>15,}  bytes in {len(files)} files would go to {options.repo}")
+            return
+        pushed = push(
+            folder,
+            options.repo,
+            private=not options.public,
+            endpoint=options.endpoint,
+            message=options.message,
+        )
+    print(f"{pushed.url} at {pushed.revision}")
+
+
+def recommend(options: argparse.Namespace) -> None:
+    """Print recommendations for histories from arguments, a file or standard input."""
+    recommender = load(options, options.source)
+    unknown = "skip" if options.skip_unknown else "error"
+    number = 0
+    for histories in batches(read_histories(options)):
+        found = recommender.recommend(
+            histories, options.k, exclude_seen=not options.keep_seen, unknown=unknown, explain=options.explain
+        )
+        for history, items in zip(histories, found):
+            number += 1
+            print(shown(number, history, items, options.format), flush=True)
+
+
+def shown(number: int, history: list[str], items: list[Any], how: str) -> str:
+    """One answer as a JSON line or as a table."""
+    if how == "jsonl":
+        rows = [
+            {"item_id": item.item_id, "title": item.title, "score": item.score}
+            | ({"parts": item.parts} if item.parts else {})
+            for item in items
+        ]
+        return json.dumps({"history": history, "items": rows}, ensure_ascii=False)
+    lines = [f"{number}. after {', '.join(history[-5:]) or 'nothing'}"]
+    for place, item in enumerate(items, start=1):
+        parts = "  ".join(f"{name} {value:+.3f}" for name, value in item.parts.items())
+        lines.append(
+            f"{place:>5}  {item.item_id:<16} {item.score:>9.4f}  {item.title or ''}  {parts}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def read_histories(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Histories as lists of ids.
+
+    Raises:
+        DataError: a line is neither; names file and line.
+    """
+    if options.history:
+        yield from (ids_of(text) for text in options.history)
+        return
+    if options.file:
+        path = Path(options.file)
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        with path.open(encoding="utf-8") as lines:
+            yield from parse_lines(lines, str(path))
+    else:
+        yield from parse_lines(sys.stdin, "standard input")
+
+
+def parse_lines(lines: Iterable[str], where: str) -> Iterator[list[str]]:
+    for number, line in enumerate(lines, start=1):
+        text = line.strip()
+        if text.startswith(("[", "{")):
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}, line {number}: not JSON ({error})") from None
+            value = value.get("history") if isinstance(value, dict) else value
+            if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+                raise DataError(f"{where}, line {number}: expected a list of item ids, got {text:.80}")
+            yield value
+        else:
+            yield ids_of(text)
+
+
+def ids_of(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def batches(histories: Iterable[list[str]]) -> Iterator[list[list[str]]]:
+    """Histories in lists of at most `BATCH`."""
+    held: list[list[str]] = []
+    for history in histories:
+        held.append(history)
+        if len(held) == BATCH:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Answer over HTTP until stopped."""
+    try:
+        import uvicorn
+
+        from llmrec.inference.server import application
+    except ImportError:
+        raise ConfigError("serving needs fastapi and uvicorn: pip install 'llmrec[serve]'") from None
+    images = Path(options.images) if options.images else None
+    if images is not None and not images.is_dir():
+        raise ConfigError(f"--images {images}: no such folder")
+    models = {"first": load(options, options.source)}
+    if options.compare:
+        models["second"] = load(options, options.compare)
+    print(f"http://{options.host}:{options.port}", flush=True)
+    uvicorn.run(
+        application(models, images=images, names={"first": options.source, "second": options.compare or ""}),
+        host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=10,
+    )  # fmt: skip
+
+
+def load(options: argparse.Namespace, source: str) -> Any:
+    """A recommender as the arguments say."""
+    set_up_logging()
+    from llmrec.inference.recommender import Recommender
+
+    return Recommender.from_pretrained(
+        source, revision=options.revision, device=options.device, base_model=options.base_model
+    )
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "package": package,
+    "push_to_hub": push_to_hub,
+    "recommend": recommend,
+    "serve": serve,
+}

@@ -1,0 +1,399 @@
+"""A recommender over HTTP: JSON for programs, one page for people.
+
+Requests that arrive together are answered in one forward pass. What a client sends is checked before it
+reaches the model: every mistake of theirs is a 4xx with a sentence, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+from llmrec import __version__
+from llmrec.errors import DataError
+from llmrec.inference.recommender import Recommendation, Recommender
+from llmrec.pages import environment
+
+logger = logging.getLogger("llmrec")
+
+MAX_BODY = 1 << 20
+MAX_HISTORIES = 256
+MAX_HISTORY = 2000
+MAX_K = 1000
+MAX_WAITING = 1024
+"""Most requests that wait; more are told to come back (503)."""
+MOST_TOGETHER = 64
+"""Histories answered in one forward pass."""
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+
+ItemId = Annotated[StrictStr, Field(max_length=256)]
+History = Annotated[list[ItemId], Field(max_length=MAX_HISTORY)]
+
+
+class Ask(BaseModel):
+    """What to recommend for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    histories: Annotated[list[History], Field(min_length=1, max_length=MAX_HISTORIES)]
+    k: Annotated[StrictInt, Field(ge=1, le=MAX_K)] = 10
+    exclude_seen: StrictBool = True
+    candidates: Annotated[list[ItemId], Field(min_length=1, max_length=100_000)] | None = None
+    skip_unknown: StrictBool = False
+    explain: StrictBool = False
+    model: Literal["first", "second"] = "first"
+
+
+@dataclass
+class Job:
+    """A request on its way through the model."""
+
+    ask: Ask
+    done: asyncio.Future
+
+
+@dataclass
+class Numbers:
+    """What /metrics tells."""
+
+    started: float = field(default_factory=time.time)
+    requests: Counter = field(default_factory=Counter)
+    histories: int = 0
+    passes: int = 0
+    seconds: deque = field(default_factory=lambda: deque(maxlen=10_000))
+
+
+class Batcher:
+    """Collects requests that wait and answers them together, one forward pass at a time, in a thread.
+
+    Args:
+        models: recommenders by name.
+        numbers: counted into.
+    """
+
+    def __init__(self, models: dict[str, Recommender], numbers: Numbers) -> None:
+        self.models = models
+        self.numbers = numbers
+        self.waiting: asyncio.Queue[Job] = asyncio.Queue(MAX_WAITING)
+
+    async def answer(self, ask: Ask) -> list[list[Recommendation]]:
+        """What the model recommends.
+
+        Raises:
+            HTTPException: 503 if too many wait; 422 if ids are unknown.
+        """
+        job = Job(ask, asyncio.get_running_loop().create_future())
+        try:
+            self.waiting.put_nowait(job)
+        except asyncio.QueueFull:
+            raise HTTPException(503, "too many requests are waiting; try again soon") from None
+        return await job.done
+
+    async def work(self) -> None:
+        """Answer for ever."""
+        while True:
+            jobs = [await self.waiting.get()]
+            together = len(jobs[0].ask.histories)
+            while not self.waiting.empty() and together < MOST_TOGETHER:
+                jobs.append(self.waiting.get_nowait())
+                together += len(jobs[-1].ask.histories)
+            # A request that fails in a way nobody foresaw must not end the loop.
+            (failed,) = await asyncio.gather(asyncio.to_thread(self.run, jobs), return_exceptions=True)
+            if failed is not None:
+                logger.error("serve: a request failed: %s: %s", type(failed).__name__, failed)
+                for job in jobs:
+                    self.finish(job, error=failed)
+
+    def run(self, jobs: list[Job]) -> None:
+        """One forward pass for all jobs that ask for the same thing."""
+        groups: dict[Any, list[Job]] = {}
+        for job in jobs:
+            ask = job.ask
+            candidates = None if ask.candidates is None else tuple(ask.candidates)
+            key = (ask.model, ask.k, ask.exclude_seen, candidates, ask.skip_unknown, ask.explain)
+            groups.setdefault(key, []).append(job)
+        for (model, k, exclude_seen, candidates, skip, explain), group in groups.items():
+            options = {"exclude_seen": exclude_seen, "candidates": candidates, "explain": explain}
+            options["unknown"] = "skip" if skip else "error"
+            histories = [history for job in group for history in job.ask.histories]
+            try:
+                found = self.models[model].recommend(histories, k, **options)
+            except DataError:
+                # One of them is wrong: each by itself, so that only that one hears of it.
+                for job in group:
+                    try:
+                        self.finish(job, self.models[model].recommend(job.ask.histories, k, **options))
+                    except DataError as error:
+                        self.finish(job, error=error)
+                continue
+            self.numbers.passes += 1
+            self.numbers.histories += len(histories)
+            for job in group:
+                self.finish(job, found[: len(job.ask.histories)])
+                found = found[len(job.ask.histories) :]
+
+    def finish(
+        self, job: Job, result: list[list[Recommendation]] | None = None, error: BaseException | None = None
+    ) -> None:
+        """Hand the answer to the waiting request, from whatever thread."""
+
+        def tell() -> None:
+            if job.done.done():
+                return
+            if error is not None:
+                job.done.set_exception(error)
+            else:
+                job.done.set_result(result)
+
+        job.done.get_loop().call_soon_threadsafe(tell)
+
+
+class Limit:
+    """Middleware that refuses bodies over `MAX_BODY` before they are read, and counts requests by status."""
+
+    def __init__(self, app: Any, numbers: Numbers) -> None:
+        self.app = app
+        self.numbers = numbers
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        begun = time.perf_counter()
+        held = 0
+
+        async def limited() -> dict:
+            nonlocal held
+            message = await receive()
+            held += len(message.get("body", b""))
+            if held > MAX_BODY:
+                raise TooLarge
+            return message
+
+        async def counted(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                self.numbers.requests[
+                    (scope["path"] if scope["path"] in COUNTED else "other", message["status"])
+                ] += 1
+                self.numbers.seconds.append(time.perf_counter() - begun)
+            await send(message)
+
+        size = dict(scope["headers"]).get(b"content-length", b"0")
+        try:
+            if not size.isdigit() or int(size) > MAX_BODY:
+                raise TooLarge
+            await self.app(scope, limited, counted)
+        except TooLarge:
+            answer = JSONResponse(
+                {"detail": f"the body is larger than {MAX_BODY:,} bytes"}, 413, {"Connection": "close"}
+            )
+            await answer(scope, receive, counted)
+
+
+class TooLarge(Exception):
+    """The body of a request is over the limit."""
+
+
+COUNTED = ("/", "/recommend", "/items", "/health", "/ready", "/metrics", "/about")
+
+
+def application(
+    models: dict[str, Recommender], *, images: Path | None = None, names: dict[str, str] | None = None
+) -> FastAPI:
+    """The web application.
+
+    Args:
+        models: 'first', and 'second' to compare with.
+        images: folder of pictures named by item id.
+        names: what people call the models; None: their methods.
+    """
+    numbers = Numbers()
+    batcher = Batcher(models, numbers)
+    first = models["first"]
+    search = Search(first)
+    pictures = find_pictures(first, images)
+    shown = {name: (names or {}).get(name) or model.config["method"] for name, model in models.items()}
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        worker = asyncio.create_task(batcher.work())
+        yield
+        # Requests that are in were answered by now; what is left has no one waiting for it.
+        worker.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await worker
+
+    app = FastAPI(
+        title="llmrec", version=__version__, lifespan=lifespan,
+        description="Next-item recommendations: histories of item ids in, ranked items out.",
+    )  # fmt: skip
+    app.add_middleware(Limit, numbers=numbers)
+
+    @app.exception_handler(RequestValidationError)
+    async def misunderstood(_: Request, error: RequestValidationError) -> JSONResponse:
+        """Where a request is wrong and why, in a sentence each, without sending it back."""
+        said = [
+            f"{'.'.join(map(str, one['loc'][1:])) or 'the request'}: {one['msg']}"
+            for one in error.errors()[:10]
+        ]
+        return JSONResponse({"detail": "; ".join(said)}, 422)
+
+    @app.post("/recommend")
+    async def recommend(ask: Ask) -> dict[str, Any]:
+        """The best items for every history."""
+        if ask.model not in models:
+            raise HTTPException(422, f"there is no {ask.model} model here, only {', '.join(models)}")
+        try:
+            found = await batcher.answer(ask)
+        except DataError as error:
+            raise HTTPException(422, str(error)) from None
+        return {"results": [[as_json(item, pictures) for item in items] for items in found]}
+
+    @app.get("/items")
+    async def items(
+        q: Annotated[str, Query(max_length=200)] = "", limit: Annotated[int, Query(ge=1, le=100)] = 24
+    ) -> dict[str, Any]:
+        """Items whose title or id holds all words; without words, the most popular."""
+        found = search.find(q, limit)
+        return {
+            "items": [
+                {
+                    "item_id": first.raw_ids[n],
+                    "title": first.titles[n],
+                    "picture": first.raw_ids[n] in pictures,
+                }
+                for n in found
+            ]
+        }
+
+    @app.get("/picture", response_class=FileResponse)
+    async def picture(item_id: Annotated[str, Query(max_length=256)]) -> FileResponse:
+        """An item's picture."""
+        if item_id not in pictures:
+            raise HTTPException(404, "no picture of such an item")
+        return FileResponse(pictures[item_id], headers={"Cache-Control": "max-age=86400"})
+
+    @app.get("/about")
+    async def about() -> dict[str, Any]:
+        """What answers here."""
+        return {
+            name: {
+                "name": shown[name], "items": len(model.raw_ids), "method": model.config["method"],
+                "sources": list(model.sources), "base_model": model.config["base_model"],
+            }
+            for name, model in models.items()
+        }  # fmt: skip
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the process lives."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        """Whether requests would be answered now."""
+        if batcher.waiting.full():
+            raise HTTPException(503, "too many requests are waiting")
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Counts in the text form that Prometheus reads."""
+        return Response(exposition(numbers, batcher), media_type="text/plain; version=0.0.4")
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> str:
+        """The page for people."""
+        return (
+            environment(Path(__file__).parent)
+            .get_template("page.html.j2")
+            .render(models=shown, version=__version__, items=len(first.raw_ids), pictures=bool(pictures))
+        )
+
+    @app.middleware("http")
+    async def headers(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
+        answer = await call(request)
+        answer.headers["X-Content-Type-Options"] = "nosniff"
+        answer.headers["Referrer-Policy"] = "no-referrer"
+        return answer
+
+    return app
+
+
+def as_json(item: Recommendation, pictures: dict[str, Path]) -> dict[str, Any]:
+    made: dict[str, Any] = {"item_id": item.item_id, "title": item.title, "score": item.score}
+    made["picture"] = item.item_id in pictures
+    if item.parts:
+        made["parts"] = item.parts
+    return made
+
+
+def find_pictures(recommender: Recommender, folder: Path | None) -> dict[str, Path]:
+    """Pictures by item id; only files that lie in the folder and are named by an item."""
+    if folder is None:
+        return {}
+    known = set(recommender.raw_ids)
+    return {
+        path.stem: path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in PICTURES and path.stem in known and path.is_file() and not path.is_symlink()
+    }
+
+
+class Search:
+    """Items by words of their titles and ids.
+
+    Args:
+        recommender: whose items.
+    """
+
+    def __init__(self, recommender: Recommender) -> None:
+        self.texts = [
+            f"{title or ''} {name}".lower() for title, name in zip(recommender.titles, recommender.raw_ids)
+        ]
+        counts = recommender.package.items["train_count"].to_pylist()
+        self.order = sorted(range(len(self.texts)), key=lambda place: (-counts[place], place))
+
+    def find(self, query: str, limit: int) -> list[int]:
+        """Places of the most popular items that hold all words."""
+        words = query.lower().split()
+        found = []
+        for place in self.order:
+            if all(word in self.texts[place] for word in words):
+                found.append(place)
+                if len(found) == limit:
+                    break
+        return found
+
+
+def exposition(numbers: Numbers, batcher: Batcher) -> str:
+    """Counters as Prometheus reads them."""
+    lines = ["# TYPE llmrec_requests_total counter"]
+    lines += [
+        f'llmrec_requests_total{{path="{path}",status="{status}"}} {count}'
+        for (path, status), count in sorted(numbers.requests.items())
+    ]
+    taken = sorted(numbers.seconds)
+    lines.append("# TYPE llmrec_request_seconds summary")
+    for share in (0.5, 0.95, 0.99):
+        value = taken[min(int(share * len(taken)), len(taken) - 1)] if taken else 0.0
+        lines.append(f'llmrec_request_seconds{{quantile="{share}"}} {value:.6f}')
+    for name, kind, value in (
+        ("llmrec_histories_total", "counter", numbers.histories),
+        ("llmrec_forward_passes_total", "counter", numbers.passes),
+        ("llmrec_waiting", "gauge", batcher.waiting.qsize()),
+        ("llmrec_uptime_seconds", "gauge", round(time.time() - numbers.started, 1)),
+    ):
+        lines += [f"# TYPE {name} {kind}", f"{name} {value}"]
+    return "\n".join(lines) + "\n"
