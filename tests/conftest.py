@@ -18,3 +18,25 @@ def real_data() -> Path:
     if not (folder / "beauty" / "sequences_mme_sid.txt").exists():
         pytest.skip(f"no real data at {folder} (set LLMREC_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A run folder of the tiny recipe, made once; not to be changed."""
+    from tiny_recipe import tiny
+
+    from llmrec.recipe import main
+
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    with pytest.raises(SystemExit) as left:
+        main(tiny, ["--run-dir", str(folder)])
+    assert left.value.code == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packaged(finished, tmp_path_factory) -> Path:
+    """The same as a package; not to be changed."""
+    from llmrec.inference.package import package_run
+
+    return package_run(finished, tmp_path_factory.mktemp("package") / "tiny")

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from test_recipes import finished  # noqa: F401  the fixture
 
 from llmrec import cli
 
@@ -148,7 +147,7 @@ def test_bad_vectors_are_refused(shop, tmp_path, capsys, rows, value, word):
     refused([*command, "--set", *given], ["vectors.parquet", word], out, capsys)
 
 
-def test_mixed_catalogues_are_refused(shop, finished, tmp_path, capsys):  # noqa: F811
+def test_mixed_catalogues_are_refused(shop, finished, tmp_path, capsys):
     call(prepare(shop, tmp_path / "data"), capsys)
     out = tmp_path / "out"
     command = ["learn_semantic_ids", "--prepare-data", str(tmp_path / "data"), "--out", str(out)]
@@ -157,7 +156,7 @@ def test_mixed_catalogues_are_refused(shop, finished, tmp_path, capsys):  # noqa
     refused(command, ["different catalogues"], out, capsys)
 
 
-def test_a_damaged_or_foreign_input_folder_is_refused(finished, tmp_path, capsys):  # noqa: F811
+def test_a_damaged_or_foreign_input_folder_is_refused(finished, tmp_path, capsys):
     copy, out = tmp_path / "data", tmp_path / "out"
     command = ["train_collab", "--prepare-data", str(copy), "--out", str(out)]
     refused(command, ["data", "not the output of a finished stage"], out, capsys)

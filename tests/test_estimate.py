@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_recipes import finished, tiny  # noqa: F401 (a fixture)
 from tiny import tokenizer
+from tiny_recipe import tiny
 
 from llmrec import cli, doctor
 from llmrec.data.config import PrepareDataConfig
@@ -22,7 +22,7 @@ from llmrec.recipe import Recipe, with_preset
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 
 
-def test_tokens_and_parameters_are_those_of_the_run(finished):  # noqa: F811
+def test_tokens_and_parameters_are_those_of_the_run(finished):
     metrics = json.loads((finished / "finetune" / "metrics.json").read_text())
     for folder in (finished, None):
         found = estimate(tiny(), folder)

@@ -15,58 +15,21 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from tiny_recipe import tiny
 
 from llmrec import cli
 from llmrec.artifacts import ContentEmbeddings, Interactions
-from llmrec.collab.config import PROVIDER_FIELDS, SASRecConfig, TrainCollabConfig
-from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
-from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
+from llmrec.collab.config import PROVIDER_FIELDS
+from llmrec.data.config import PrepareDataConfig
+from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
-from llmrec.evaluation.config import EvaluateConfig
-from llmrec.finetune.config import FinetuneConfig, MiniConfig
+from llmrec.finetune.config import FinetuneConfig
 from llmrec.recipe import Recipe, apply_overrides, main, plan
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-
-
-def tiny() -> Recipe:
-    """Every stage, in seconds."""
-    return Recipe(
-        prepare_data=PrepareDataConfig(
-            market=SampleMarketConfig(num_users=120, num_items=96, num_interests=8, max_length=10)
-        ),
-        train_collab=TrainCollabConfig(
-            sasrec=SASRecConfig(embed_dim=16, num_layers=1, num_heads=2, inner_dim=32, dropout_rate=0.1),
-            epochs=3,
-        ),
-        encode_items=EncodeItemsConfig(text=TextEncoderConfig(dim=16), image=ImageEncoderConfig(dim=16)),
-        learn_semantic_ids=LearnSemanticIdsConfig(
-            num_codes=8, num_levels=2, code_dim=16, hidden_dims=(32,), epochs=5, batch_size=96
-        ),
-        finetune=FinetuneConfig(
-            mini=MiniConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32),
-            prompt="compact",
-            fusion_temperature=1.0,
-            epochs=2,
-            batch_size=128,
-            learning_rate=3e-3,
-            warmup_steps=2,
-        ),
-        evaluate=EvaluateConfig(bootstrap_samples=50, num_examples=3),
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A run folder of the tiny recipe."""
-    folder = tmp_path_factory.mktemp("run") / "tiny"
-    with pytest.raises(SystemExit) as left:
-        main(tiny, ["--run-dir", str(folder)])
-    assert left.value.code == 0
-    return folder
 
 
 def run(arguments: list[str], capsys) -> tuple[int, str, str]:

@@ -219,8 +219,9 @@ def serve(options: argparse.Namespace) -> None:
     if options.compare:
         models["second"] = load(options, options.compare)
     print(f"http://{options.host}:{options.port}", flush=True)
+    names = {"first": Path(options.source).name, "second": Path(options.compare or "").name}
     uvicorn.run(
-        application(models, images=images, names={"first": options.source, "second": options.compare or ""}),
+        application(models, images=images, names=names),
         host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=10,
     )  # fmt: skip
 

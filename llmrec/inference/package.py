@@ -13,6 +13,7 @@ Everything is safetensors, JSON, parquet or Markdown.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -154,7 +155,13 @@ def write_manifest(folder: Path) -> None:
     foreign = [name for name in files if not name.endswith(ENDINGS)]
     assert not foreign, foreign
     versions = {"llmrec": __version__, "python": platform.python_version()}
-    write_json(folder / MANIFEST, {"form": FORM, "versions": versions, "files": files})
+    content = {"form": FORM, "versions": versions, "files": files}
+    write_json(folder / MANIFEST, {**content, "digest": digest_of(content)})
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    """Hash of a manifest's content, so that damage to itself is noticed."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def check(folder: Path) -> None:
@@ -168,7 +175,8 @@ def check(folder: Path) -> None:
             f"{folder} is not a packaged recommender (no {MANIFEST}); make one with `llmrec package`"
         )
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
         form, files = manifest["form"], dict(manifest["files"])
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
@@ -177,6 +185,9 @@ def check(folder: Path) -> None:
         raise MissingArtifactError(
             f"{folder} is of form {form} and this version reads form {FORM}; install the version that made it"
         )
+    content = {name: value for name, value in manifest.items() if name != "digest"}
+    if manifest.get("digest") != digest_of(content) or text != json.dumps(manifest, indent=2) + "\n":
+        raise MissingArtifactError(f"{folder / MANIFEST} is damaged or was edited; fetch the package again")
     for name, (size, digest) in expected.items():
         path = folder / name
         inside = ".." not in Path(name).parts and not Path(name).is_absolute()

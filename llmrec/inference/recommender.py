@@ -157,7 +157,7 @@ class Recommender:
         rows = [
             self._numbers(history, unknown, f"history {place}") for place, history in enumerate(histories)
         ]
-        return (self._read_out(rows) @ self.scores.matrix[1:].T).cpu().numpy()
+        return (self._read_out(rows) @ self.scores.matrix.T)[:, 1:].cpu().numpy()
 
     def add_items(
         self,

@@ -1,0 +1,91 @@
+"""llmrec package, recommend and serve from the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from llmrec import cli
+from llmrec.inference.recommender import Recommender
+
+
+def run(arguments: list[str], capsys) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    captured = capsys.readouterr()
+    return left.value.code, captured.out, captured.err
+
+
+def test_histories_from_arguments_a_file_and_standard_input(packaged, tmp_path, capsys, monkeypatch):
+    recommender = Recommender.from_pretrained(packaged)
+    ids = recommender.raw_ids
+    expected = [item.item_id for item in recommender.recommend([ids[:2]], k=3)[0]]
+    lines = f'{ids[0]}, {ids[1]}\n["{ids[0]}", "{ids[1]}"]\n{{"history": ["{ids[0]}", "{ids[1]}"]}}\n\n'
+    (tmp_path / "histories.txt").write_text(lines)
+    base = ["recommend", str(packaged), "--k", "3", "--format", "jsonl"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    for more, count in (
+        (["--history", f"{ids[0]},{ids[1]}"], 1),
+        (["--file", str(tmp_path / "histories.txt")], 4),
+        ([], 4),
+    ):
+        code, out, _ = run([*base, *more], capsys)
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert code == 0 and len(rows) == count
+        assert all([item["item_id"] for item in row["items"]] == expected for row in rows[:3])
+    code, out, _ = run(["recommend", str(packaged), "--k", "2", "--explain", "--history", ids[0]], capsys)
+    assert code == 0 and "collab" in out and recommender.recommend([[ids[0]]], k=1)[0][0].title in out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--history", "gone"], "'gone' is not in the catalogue"),
+        (["--history", "gone", "--k", "0"], "k must be a whole number"),
+        (["--file", "no-such-file"], "no-such-file: no such file"),
+        (["--file", "BAD"], "bad.txt, line 2: not JSON"),
+    ],
+)
+def test_mistakes_are_one_line(more, message, packaged, tmp_path, capsys):
+    (tmp_path / "bad.txt").write_text('["P01"]\n[1,\n')
+    more = [str(tmp_path / "bad.txt") if word == "BAD" else word for word in more]
+    code, _, err = run(
+        ["recommend", str(packaged), "--skip-unknown" if "BAD" in more else "--explain", *more], capsys
+    )
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_what_is_no_package_is_refused(tmp_path, capsys):
+    code, _, err = run(["recommend", str(tmp_path), "--history", "a"], capsys)
+    assert code == 2 and "is not a packaged recommender" in err
+    code, _, err = run(["package", str(tmp_path), "--out", str(tmp_path / "x")], capsys)
+    assert code == 2 and "prepare_data is not the output of a finished stage" in err
+    code, _, err = run(["serve", str(tmp_path), "--images", str(tmp_path / "none")], capsys)
+    assert code == 2 and "no such folder" in err
+
+
+def test_a_server_starts_answers_and_stops_when_asked(packaged):
+    script = "from llmrec.cli import main; main()"
+    command = [sys.executable, "-c", script, "serve", str(packaged), "--port", "18473"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ})
+    try:
+        assert child.stdout.readline().decode().strip() == "http://127.0.0.1:18473"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                assert httpx.get("http://127.0.0.1:18473/ready").status_code == 200
+                break
+            except httpx.ConnectError:
+                time.sleep(0.1)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) in (0, -signal.SIGTERM, 143)
+    finally:
+        child.kill()

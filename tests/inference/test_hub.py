@@ -1,0 +1,169 @@
+"""Pushing to a Hub and back, with the real client against a local server that speaks its HTTP API."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import hub_server
+import huggingface_hub
+import numpy as np
+import pytest
+from hub_server import TOKEN
+
+from llmrec import cli
+from llmrec.errors import ConfigError, MissingArtifactError
+from llmrec.hub import HubError, download, listing, push, refuse_private
+from llmrec.inference.recommender import Recommender
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A local Hub that the client of this process talks to."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    with hub_server.running() as running:
+        yield running
+
+
+def put(packaged: Path, hub, **options):
+    return push(packaged, "ann/tiny", token=TOKEN, endpoint=hub.address, **options)
+
+
+FRESH = """
+import sys, json
+import numpy as np
+from llmrec.inference.recommender import Recommender
+loaded = Recommender.from_pretrained(sys.argv[1], cache_dir=sys.argv[2])
+np.save(sys.argv[3], loaded.score([loaded.raw_ids[:3], [], loaded.raw_ids[7:9]]))
+"""
+
+
+def test_pushed_deleted_and_loaded_by_id_in_a_fresh_process_it_scores_the_same(packaged, hub, tmp_path):
+    copy = tmp_path / "package"
+    shutil.copytree(packaged, copy)
+    before = Recommender.from_pretrained(copy)
+    expected = before.score([before.raw_ids[:3], [], before.raw_ids[7:9]])
+    pushed = put(copy, hub)
+    shutil.rmtree(copy)
+    assert hub.repos["ann/tiny"]["private"] and pushed.revision == hub.repos["ann/tiny"]["commits"][-1][0]
+    assert len(hub.repos["ann/tiny"]["commits"]) == 2, "one commit for everything"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
+    script, scores = tmp_path / "fresh.py", tmp_path / "scores.npy"
+    script.write_text(FRESH)
+    subprocess.run(
+        [sys.executable, str(script), "ann/tiny", str(tmp_path / "cache"), str(scores)],
+        check=True, env=environment, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert np.abs(np.load(scores) - expected).max() == 0
+
+
+def test_a_second_push_uploads_only_what_changed(packaged, hub, tmp_path):
+    first = put(packaged, hub)
+    uploads = len(hub.uploads)
+    second = put(packaged, hub, message="again")
+    assert first.revision != second.revision and len(hub.uploads) == uploads
+    assert set(hub.repos["ann/tiny"]["commits"][-1][1]) == {name for name, _ in listing(packaged)}
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, "the Hub said 401.*log in with `hf auth login`"),
+        (403, "the Hub said 403.*may not write there"),
+        (409, "the Hub said 409.*push again"),
+    ],
+)
+def test_refusals_are_explained_without_the_token(status, message, packaged, hub):
+    hub.fail("/commit/main", [status])
+    with pytest.raises(HubError, match=message) as found:
+        put(packaged, hub)
+    assert TOKEN not in str(found.value)
+    assert len(hub.repos["ann/tiny"]["commits"]) == 1, "nothing of it is to be seen"
+
+
+@pytest.mark.parametrize("statuses", [[429], [500, 503], [503]])
+def test_a_busy_hub_is_asked_again(statuses, packaged, hub, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    hub.fail("/upload/", list(statuses))
+    try:
+        put(packaged, hub)
+    except HubError as error:
+        assert "what was uploaded is kept" in str(error) or "wait a few minutes" in str(error)
+        put(packaged, hub)
+    assert len(hub.repos["ann/tiny"]["commits"]) == 2
+
+
+def test_an_upload_that_is_cut_goes_on_from_what_arrived(packaged, hub, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    names = [name for name, _ in listing(packaged) if name.endswith(hub_server.LARGE)]
+    hub.fail("/upload/", [403] * 3)
+    with pytest.raises(HubError):
+        put(packaged, hub)
+    arrived = len(hub.uploads)
+    assert 0 < arrived < len(names)
+    put(packaged, hub)
+    assert len(hub.uploads) == len(set(hub.uploads)) <= len(names)
+    assert set(hub.repos["ann/tiny"]["commits"][-1][1]) == {name for name, _ in listing(packaged)}
+
+
+def test_what_is_not_there_is_named(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                        hub.address + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(MissingArtifactError, match="neither a folder here nor a Hub id"):
+        download("no/such/folder")
+    with pytest.raises((MissingArtifactError, HubError), match="ann/none"):
+        download("ann/none", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("data.json", lambda text: text.replace('"config"', '"where": "/home/ann/data", "config"', 1),
+         r"data\.json: where is a path of this machine \(/home/ann/data\); package again with --rename"),
+        ("README.md", lambda text: text + "\nsee /home/ann/x\n", r"README\.md: line \d+ is a path"),
+        ("README.md", lambda text: text + f"\n{TOKEN}\n", "looks like an access token"),
+    ],
+)  # fmt: skip
+def test_paths_and_tokens_never_leave(name, change, message, packaged, tmp_path):
+    copy = tmp_path / "package"
+    shutil.copytree(packaged, copy)
+    (copy / name).write_text(change((copy / name).read_text()))
+    with pytest.raises(ConfigError, match=message) as found:
+        refuse_private(copy)
+    assert TOKEN not in str(found.value)
+
+
+def test_raw_data_never_leaves(packaged, finished, tmp_path):
+    for foreign in ("interactions.parquet", "notes.txt", "weights.bin"):
+        copy = tmp_path / foreign.partition(".")[0]
+        shutil.copytree(packaged, copy)
+        (copy / foreign).write_bytes(b"x")
+        with pytest.raises(ConfigError, match=f"{foreign} is not part of a recommender"):
+            refuse_private(copy)
+
+
+def test_the_command_lists_pushes_and_renames(packaged, finished, hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    command = ["push_to_hub", str(finished), "--repo", "ann/cli", "--endpoint", hub.address]
+    for more in (["--dry-run"], []):
+        with pytest.raises(SystemExit) as left:
+            cli.main([*command, *more])
+        assert not left.value.code, capsys.readouterr().err
+        text = capsys.readouterr().out
+        assert ("would go to ann/cli" in text) == bool(more)
+        assert ("ann/cli" in hub.repos) == (not more)
+    assert TOKEN not in text and hub.repos["ann/cli"]["commits"][-1][0] in text
+    for bad in (["--rename", "x"], ["--rename", "=y"]):
+        with pytest.raises(SystemExit) as left:
+            cli.main([*command, *bad])
+        assert left.value.code == 2 and "OLD=NEW" in capsys.readouterr().err
+    files = hub.repos["ann/cli"]["commits"][-1][1]
+    assert json.loads(files["package.json"])["form"] == 1

@@ -1,0 +1,115 @@
+"""Items added after training: known ones keep their numbers, new ones are found by what they look like."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from llmrec.artifacts import Interactions
+from llmrec.errors import ConfigError, DataError
+from llmrec.inference.package import load_package
+from llmrec.inference.recommender import Recommender
+from llmrec.pipeline import load
+from llmrec.semantic_ids.assign import assign
+
+
+@pytest.fixture
+def fresh(packaged) -> Recommender:
+    return Recommender.from_pretrained(packaged)
+
+
+def picture(finished, number: int):
+    return load(Interactions, finished / "prepare_data").image_file(number)
+
+
+def test_known_items_keep_every_score(fresh):
+    asked = [fresh.raw_ids[:3], [], fresh.raw_ids[4:9]]
+    before = fresh.score(asked)
+    fresh.add_items([{"item_id": "n1", "title": "Plain red drum"}, {"item_id": "n2", "title": "zzz"}])
+    after = fresh.score(asked)
+    assert after.shape == (3, before.shape[1] + 2)
+    np.testing.assert_allclose(after[:, :-2], before, rtol=0, atol=1e-5)
+    assert np.isfinite(after).all()
+
+
+def test_new_ids_work_in_histories_and_results(fresh):
+    fresh.add_items([{"item_id": "n1", "title": "Plain red drum"}])
+    (found,) = fresh.recommend([["n1"]], k=5)
+    assert found and all(item.item_id != "n1" for item in found)
+    (found,) = fresh.recommend([fresh.raw_ids[:2]], k=len(fresh.raw_ids))
+    assert "n1" in [item.item_id for item in found]
+    assert fresh.titles[-1] == "Plain red drum" and fresh.raw_ids[-1] == "n1"
+
+
+def test_a_twin_of_a_known_item_gets_its_vectors_and_codes(fresh, finished):
+    package = fresh.package
+    number = int(np.argmax(package.adapter.heads["train_count"].numpy()))
+    title = fresh.titles[number - 1]
+    columns = [name for name in package.items.column_names if name not in ("raw_id", "train_count", "title")]
+    row = {name: package.items[name][number - 1].as_py() for name in columns}
+    fresh.add_items([{"item_id": "twin", "title": title, **row, "image": picture(finished, number)}])
+    content, ids = fresh.package.content, fresh.package.ids
+    for name in ("text", "image"):
+        np.testing.assert_allclose(content.vectors[name][-1], content.vectors[name][number], atol=1e-4)
+        assert ids.codes[name][-1].tolist() == ids.codes[name][number].tolist()
+    assert int(fresh.package.adapter.heads["train_count"][-1]) == 0
+
+
+def test_what_training_would_have_given_is_the_mean_of_neighbours(fresh):
+    package = fresh.package
+    width = {name: rows.shape[1] for name, rows in package.content.vectors.items()}
+    rng = np.random.default_rng(0)
+    vectors = {name: rng.normal(size=(3, dim)).astype(np.float32) for name, dim in width.items()}
+    fresh.add_items([{"item_id": f"n{n}"} for n in range(3)], vectors=vectors, neighbours=4)
+    trained = np.flatnonzero(package.adapter.heads["train_count"].numpy() > 0)
+    for place in range(3):
+        similarity = np.zeros(len(trained))
+        for name, rows in vectors.items():
+            table = package.content.vectors[name][trained]
+            known, new = table - table.mean(axis=0), rows[place] - table.mean(axis=0)
+            similarity += known @ new / np.linalg.norm(known, axis=1) / np.linalg.norm(new)
+        near = trained[np.argsort(-similarity)[:4]]
+        expected = package.collab.vectors[near].mean(axis=0)
+        np.testing.assert_allclose(fresh.package.collab.vectors[97 + place], expected, atol=1e-5)
+        target = package.adapter.heads["item_scores.target_table"][torch.from_numpy(near)].mean(dim=0)
+        torch.testing.assert_close(
+            fresh.package.adapter.heads["item_scores.target_table"][97 + place], target, rtol=1e-5, atol=1e-6
+        )
+    new = {"collab": fresh.package.collab.vectors[97:], **vectors}
+    expected_codes = assign(package.ids, {name: new[name] for name in package.ids.modalities})
+    for name, codes in expected_codes.items():
+        assert np.array_equal(fresh.package.ids.codes[name][97:], codes)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([{"item_id": "P01"}], "1 ids are in the catalogue"),
+        ([{"item_id": "a"}, {"item_id": "a"}], "an id is given twice"),
+        ([{"item_id": ""}], "a text that is not empty"),
+        ([{"title": "x"}], "each must be a mapping with item_id"),
+        ([{"item_id": "a", "colour": "red"}], "colour is no column of the catalogue"),
+        ([{"item_id": "a", "image": "no/such/file.png"}], "no/such/file.png"),
+    ],
+)
+def test_impossible_items_are_refused_and_change_nothing(items, message, fresh):
+    if items[0].get("item_id") == "P01":
+        items = [{"item_id": fresh.raw_ids[0]}]
+    before = len(fresh.raw_ids), fresh.package.catalog
+    with pytest.raises(DataError, match=message):
+        fresh.add_items(items)
+    assert before == (len(fresh.raw_ids), fresh.package.catalog)
+
+
+def test_vectors_of_the_wrong_shape_or_kind_are_refused(fresh):
+    for bad in ({"text": np.zeros((2, 3))}, {"smell": np.zeros((1, 3))}, {"text": np.full((1, 16), np.nan)}):
+        with pytest.raises(DataError, match=r"must be finite numbers of shape \(1, width of"):
+            fresh.add_items([{"item_id": "a"}], vectors=bad)
+
+
+def test_vectors_from_a_file_must_come_with_new_items(packaged):
+    package = load_package(packaged)
+    package.content.encoders["text"]["encoder"] = "precomputed"
+    with pytest.raises(ConfigError, match=r"text vectors came from a file.*vectors=\{'text'"):
+        Recommender(package).add_items([{"item_id": "a", "title": "x"}])

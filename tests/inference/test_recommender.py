@@ -1,0 +1,184 @@
+"""A packaged recommender: same scores as the run's, exact best items, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from llmrec import pipeline
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
+from llmrec.errors import ConfigError, DataError, MissingArtifactError
+from llmrec.finetune.adapter import Adapter
+from llmrec.finetune.scoring import load_scorer
+from llmrec.inference import recommender as module
+from llmrec.inference.package import ENDINGS, digest_of, package_run, rename
+from llmrec.inference.recommender import Recommender
+
+
+@pytest.fixture(scope="module")
+def loaded(packaged) -> Recommender:
+    return Recommender.from_pretrained(packaged)
+
+
+def histories(recommender: Recommender) -> list[list[str]]:
+    ids = recommender.raw_ids
+    return [ids[:3], [], [ids[5]], ids[10:22], [ids[2], ids[2], ids[7]]]
+
+
+def test_scores_are_those_of_the_run(finished, loaded):
+    kinds = (Interactions, CollabEmbeddings, ContentEmbeddings, SemanticIds, Adapter)
+    data, collab, content, ids, adapter = (pipeline.load(kind, finished / kind.stage) for kind in kinds)
+    assert loaded.raw_ids == data.raw_ids
+    scorer = load_scorer(adapter, collab, content, ids)
+    for history in histories(loaded):
+        numbers = torch.tensor([[loaded.number[name] for name in history] or [0]])
+        expected = scorer.score(numbers)[:, 1:].numpy()
+        assert np.array_equal(loaded.score([history]), expected)
+
+
+def test_recommendations_are_the_best_of_all_scores(loaded, monkeypatch):
+    asked = histories(loaded)
+    scores = loaded.score(asked)
+    for block in (1 << 24, 40):
+        monkeypatch.setattr(module, "BLOCK_SCORES", block)
+        for keep in (False, True):
+            found = loaded.recommend(asked, k=7, exclude_seen=not keep)
+            for history, row, items in zip(asked, scores, found):
+                row = row.copy()
+                if not keep:
+                    row[[loaded.number[name] - 1 for name in history]] = -np.inf
+                best = np.argsort(-row, kind="stable")[:7]
+                assert [item.item_id for item in items] == [loaded.raw_ids[place] for place in best]
+                np.testing.assert_allclose([item.score for item in items], row[best], rtol=1e-5, atol=1e-5)
+                assert items[0].title
+
+
+def test_batches_change_nothing_but_rounding(loaded):
+    asked = histories(loaded)
+    together = loaded.recommend(asked, k=5)
+    for history, expected in zip(asked, together):
+        (alone,) = loaded.recommend([history], k=5)
+        assert [item.item_id for item in alone] == [item.item_id for item in expected]
+        assert [item.score for item in alone] == pytest.approx([item.score for item in expected], abs=1e-4)
+    assert loaded.recommend([]) == []
+
+
+def test_candidates_more_than_there_are_and_parts(loaded):
+    ids = loaded.raw_ids
+    (found,) = loaded.recommend([ids[:2]], k=50, candidates=[ids[1], ids[4], ids[9], ids[4]])
+    assert {item.item_id for item in found} == {ids[4], ids[9]}
+    (found,) = loaded.recommend([ids[:2]], k=len(ids) + 5)
+    assert len(found) == len(ids) - 2
+    (found,) = loaded.recommend([ids[:2]], k=4, explain=True)
+    for item in found:
+        assert set(item.parts) == {"target", "collab", "image", "text"}
+        assert sum(item.parts.values()) == pytest.approx(item.score, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"histories": [["nothing"]]}, r"history 0: 'nothing' is not in the catalogue of 96 items; .*'P"),
+        ({"histories": ["P01"]}, "history 0 must be a list of item ids"),
+        ({"histories": [[7]]}, "history 0: 7 is not in the catalogue"),
+        ({"histories": [[]], "k": 0}, "k must be a whole number of at least 1, got 0"),
+        ({"histories": [[]], "k": True}, "k must be a whole number"),
+        ({"histories": [[]], "k": 2.5}, "k must be a whole number"),
+        ({"histories": [[]], "unknown": "maybe"}, "unknown must be"),
+        ({"histories": [[]], "candidates": ["x"]}, "candidates: 'x' is not in the catalogue"),
+        ({"histories": [[]], "candidates": ["x"], "unknown": "skip"}, "none of them is in the catalogue"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_with_a_reason(arguments, message, loaded):
+    with pytest.raises(DataError, match=message):
+        loaded.recommend(**arguments)
+
+
+def test_unknown_ids_are_skipped_when_asked(loaded):
+    ids = loaded.raw_ids
+    expected = loaded.recommend([[ids[1], ids[2]]], k=3)
+    assert loaded.recommend([[ids[1], "gone", ids[2]]], k=3, unknown="skip") == expected
+
+
+def test_a_package_holds_no_data_and_no_code(packaged, finished):
+    files = [path for path in packaged.rglob("*") if path.is_file()]
+    assert files and all(path.suffix in ENDINGS for path in files)
+    names = {path.name for path in files}
+    assert not names & {
+        "interactions.parquet",
+        "users.parquet",
+        "rankings.parquet",
+        "true_scores.safetensors",
+    }
+    assert "image_path" not in pq.read_schema(packaged / "items.parquet").names
+    users = pq.read_table(finished / "prepare_data" / "users.parquet")["raw_id"].to_pylist()
+    text = "".join(path.read_text() for path in files if path.suffix in (".json", ".jsonl", ".md"))
+    assert not any(f'"{user}"' in text for user in users)
+    card = (packaged / "README.md").read_text()
+    metrics = json.loads((finished / "evaluate" / "metrics.json").read_text())["rows"]["mme_sid"]
+    assert f"{metrics['ndcg@10']:.4f}" in card and "model-index" in card and "from_pretrained" in card
+
+
+def test_packaging_refuses_what_exists_and_what_is_unfinished(packaged, finished, tmp_path):
+    with pytest.raises(ConfigError, match="exists; give another folder"):
+        package_run(finished, packaged)
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "finetune")
+    with pytest.raises(MissingArtifactError, match="finetune is not the output of a finished stage"):
+        package_run(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def every_file(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_every_damaged_file_is_refused_by_name(how, packaged, tmp_path):
+    for name in every_file(packaged):
+        if name == "README.md" or (how != "gone" and not (packaged / name).stat().st_size):
+            continue
+        folder = tmp_path / "copy"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(packaged, folder)
+        content = bytearray((folder / name).read_bytes())
+        if how == "flipped":
+            content[len(content) // 2] ^= 4
+        (folder / name).write_bytes(bytes(content[:-1] if how == "cut" else content))
+        if how == "gone":
+            (folder / name).unlink()
+        with pytest.raises(MissingArtifactError, match=name.rpartition("/")[2]):
+            Recommender.from_pretrained(folder)
+
+
+def test_manifests_cannot_point_outside(packaged, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(packaged, folder)
+    manifest = json.loads((folder / "package.json").read_text())
+    manifest["files"]["../secret.json"] = {"bytes": 2, "sha256": "0" * 64}
+    (tmp_path / "secret.json").write_text("{}")
+
+    def write() -> None:
+        content = {name: value for name, value in manifest.items() if name != "digest"}
+        (folder / "package.json").write_text(
+            json.dumps({**content, "digest": digest_of(content)}, indent=2) + "\n"
+        )
+
+    write()
+    with pytest.raises(MissingArtifactError, match=r"secret\.json is missing or damaged"):
+        Recommender.from_pretrained(folder)
+    manifest["form"] = 99
+    write()
+    with pytest.raises(MissingArtifactError, match="of form 99 and this version reads form 1"):
+        Recommender.from_pretrained(folder)
+
+
+def test_texts_are_renamed_wherever_they_stand_alone():
+    value = {"a": "/x/y", "b": ["/x/y", {"c": "/x/y/z"}], "d": 3}
+    assert rename(value, {"/x/y": "hub/id"}) == {"a": "hub/id", "b": ["hub/id", {"c": "/x/y/z"}], "d": 3}

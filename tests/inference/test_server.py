@@ -1,0 +1,211 @@
+"""The server: right answers, clear refusals, requests answered together, nothing that breaks it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from llmrec.inference import server as module
+from llmrec.inference.recommender import Recommender
+from llmrec.inference.server import MAX_BODY, application
+
+
+@pytest.fixture(scope="module")
+def recommender(packaged) -> Recommender:
+    return Recommender.from_pretrained(packaged)
+
+
+@pytest.fixture(scope="module")
+def pictures(finished) -> Path:
+    return finished / "prepare_data" / "images"
+
+
+class Running(threading.Thread):
+    """uvicorn in a thread, on a free port of this machine."""
+
+    def __init__(self, app) -> None:
+        super().__init__(daemon=True)
+        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+
+    def run(self) -> None:
+        self.server.run()
+
+    def __enter__(self) -> str:
+        self.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        return f"http://127.0.0.1:{port}"
+
+    def __exit__(self, *_) -> None:
+        self.server.should_exit = True
+        self.join(20)
+        assert not self.is_alive(), "it stops when asked"
+
+
+@pytest.fixture(scope="module")
+def address(recommender, pictures):
+    app = application({"first": recommender, "second": recommender}, images=pictures)
+    with Running(app) as address:
+        yield address
+
+
+def ask(address, **body):
+    return httpx.post(f"{address}/recommend", json=body)
+
+
+def test_answers_are_the_recommenders(address, recommender):
+    asked = [recommender.raw_ids[:3], [], recommender.raw_ids[4:6]]
+    found = ask(address, histories=asked, k=4, explain=True).json()["results"]
+    expected = recommender.recommend(asked, k=4, explain=True)
+    for items, rows in zip(expected, found):
+        assert [row["item_id"] for row in rows] == [item.item_id for item in items]
+        assert [row["score"] for row in rows] == pytest.approx([item.score for item in items], abs=1e-4)
+        assert rows[0]["parts"].keys() == items[0].parts.keys() and rows[0]["picture"] is True
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 422, "JSON"),
+        (b"[]", 422, ""),
+        (b"\xff\xfe", 422, ""),
+        ({}, 422, "histories: Field required"),
+        ({"histories": "x"}, 422, "histories: Input should be a valid list"),
+        ({"histories": []}, 422, "at least 1"),
+        ({"histories": [["gone"]]}, 422, "'gone' is not in the catalogue"),
+        ({"histories": [[3]]}, 422, "valid string"),
+        ({"histories": [["x" * 300]]}, 422, "at most 256"),
+        ({"histories": [["P01"] * 3000]}, 422, "at most 2000"),
+        ({"histories": [[]] * 300}, 422, "at most 256"),
+        ({"histories": [[]], "k": 0}, 422, "k: Input should be greater than or equal to 1"),
+        ({"histories": [[]], "k": 10**9}, 422, "k: Input should be less than or equal to 1000"),
+        ({"histories": [[]], "k": "10"}, 422, "k: Input should be a valid integer"),
+        ({"histories": [[]], "k": 1.5}, 422, "k: "),
+        ({"histories": [[]], "exclude_seen": "yes"}, 422, "exclude_seen"),
+        ({"histories": [[]], "model": "third"}, 422, "model"),
+        ({"histories": [[]], "extra": 1}, 422, "extra"),
+        ({"histories": [[]], "candidates": []}, 422, "candidates"),
+        (b"0" * (MAX_BODY + 1), 413, "larger than"),
+        (b"0" * (10 * MAX_BODY), 413, "larger than"),
+    ],
+    ids=str,
+)
+def test_bad_requests_are_told_so(body, status, message, address):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    before = httpx.get(f"{address}/about").json()
+    try:
+        found = httpx.post(
+            f"{address}/recommend", content=content, headers={"Content-Type": "application/json"}
+        )
+    except (httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadError):
+        assert status == 413, "only a body that is refused unread may end with a closed connection"
+    else:
+        assert found.status_code in (status, 400 if status == 422 else status), found.text
+        assert message in found.json()["detail"] and len(found.text) < 2000
+    assert httpx.get(f"{address}/about").json() == before
+
+
+def test_a_body_without_a_length_is_limited_too(address):
+    def endless():
+        for _ in range(20):
+            yield b" " * (MAX_BODY // 8)
+
+    with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadError):
+        assert httpx.post(f"{address}/recommend", content=endless()).status_code in (400, 413)
+    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+
+
+def test_items_are_searched_and_pictures_served(address, recommender):
+    found = httpx.get(f"{address}/items", params={"q": "", "limit": 5}).json()["items"]
+    counts = dict(zip(recommender.raw_ids, recommender.package.items["train_count"].to_pylist()))
+    assert [counts[item["item_id"]] for item in found] == sorted(counts.values(), reverse=True)[:5]
+    title = recommender.titles[0]
+    found = httpx.get(f"{address}/items", params={"q": title.upper()}).json()["items"]
+    assert recommender.raw_ids[0] in [item["item_id"] for item in found]
+    image = httpx.get(f"{address}/picture", params={"item_id": recommender.raw_ids[0]})
+    assert image.status_code == 200 and image.headers["content-type"].startswith("image/")
+    for bad in ("nothing", "../manifest", "/etc/passwd", "..%2f..%2fmanifest.json"):
+        assert httpx.get(f"{address}/picture", params={"item_id": bad}).status_code == 404
+    assert httpx.get(f"{address}/items", params={"limit": 0}).status_code == 422
+
+
+def test_health_readiness_metrics_and_the_description(address):
+    assert httpx.get(f"{address}/ready").json() == {"status": "ready"}
+    text = httpx.get(f"{address}/metrics").text
+    assert 'llmrec_requests_total{path="/ready",status="200"}' in text and "llmrec_waiting 0" in text
+    paths = httpx.get(f"{address}/openapi.json").json()["paths"]
+    assert {"/recommend", "/items", "/health"} <= set(paths)
+    page = httpx.get(address)
+    assert "What comes next?" in page.text and page.headers["x-content-type-options"] == "nosniff"
+
+
+def test_requests_that_wait_are_answered_in_one_pass(recommender, monkeypatch):
+    calls = []
+    real = recommender.recommend
+
+    def slow(histories, *rest, **options):
+        calls.append(len(histories))
+        time.sleep(0.05)
+        return real(histories, *rest, **options)
+
+    monkeypatch.setattr(recommender, "recommend", slow)
+    expected = {name: real([[name]], 3)[0] for name in recommender.raw_ids[:20]}
+
+    async def many(address):
+        async with httpx.AsyncClient() as client:
+            answers = await asyncio.gather(
+                *(
+                    client.post(f"{address}/recommend", json={"histories": [[name]], "k": 3})
+                    for name in expected
+                ),
+                client.post(f"{address}/recommend", json={"histories": [["gone"]], "k": 3}),
+            )
+        return answers
+
+    with Running(application({"first": recommender})) as address:
+        *answers, wrong = asyncio.run(many(address))
+    for name, answer in zip(expected, answers):
+        found = [row["item_id"] for row in answer.json()["results"][0]]
+        assert found == [item.item_id for item in expected[name]]
+    assert wrong.status_code == 422, "one bad request does not spoil those beside it"
+    assert max(calls) > 1 and len(calls) < 60
+
+
+def test_too_many_requests_are_told_to_come_back(recommender, monkeypatch):
+    monkeypatch.setattr(module, "MAX_WAITING", 1)
+    monkeypatch.setattr(module, "MOST_TOGETHER", 1)
+    real = recommender.recommend
+    monkeypatch.setattr(recommender, "recommend", lambda *a, **o: (time.sleep(0.3), real(*a, **o))[1])
+
+    async def many(address):
+        async with httpx.AsyncClient(timeout=30) as client:
+            body = {"histories": [[]], "k": 1}
+            return await asyncio.gather(*(client.post(f"{address}/recommend", json=body) for _ in range(8)))
+
+    with Running(application({"first": recommender})) as address:
+        statuses = [answer.status_code for answer in asyncio.run(many(address))]
+    assert set(statuses) == {200, 503}
+
+
+def test_an_error_nobody_foresaw_ends_one_request_and_not_the_server(recommender, monkeypatch):
+    real = recommender.recommend
+    broken = {"once": True}
+
+    def failing(*arguments, **options):
+        if broken.pop("once", False):
+            raise RuntimeError("out of luck")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(recommender, "recommend", failing)
+    with Running(application({"first": recommender})) as address:
+        assert ask(address, histories=[[]]).status_code == 500
+        assert ask(address, histories=[[]]).status_code == 200
