@@ -1,7 +1,8 @@
 """Items that came after training: their vectors, codes and table rows, without training anything.
 
 Text and image vectors come from the catalogue's encoders. What only training could have given, the
-collaborative vector and the item's rows of trained tables, is the mean over the items nearest by content.
+collaborative vector and the item's rows of trained tables, is the mean over the items nearest by content, at
+the length these have.
 Codes are the frozen quantiser's, and the fusion gate sees an item of frequency 0. Known items keep every
 number they had.
 """
@@ -43,13 +44,13 @@ def extended(
     if not content:
         raise ConfigError("new items need text or image vectors, and this catalogue has neither")
     near = nearest(package, content, neighbours)
-    collab_rows = package.collab.vectors[near].mean(axis=1, dtype=np.float64).astype(np.float32)
+    collab_rows = mean_of(package.collab.vectors, near)
     names = [*package.items["raw_id"].to_pylist(), *items["raw_id"].to_pylist()]
     catalog = hashlib.sha256("\n".join(names).encode()).hexdigest()
     vectors = {"collab": collab_rows, **content}
     codes = assign(package.ids, {name: vectors[name] for name in package.ids.modalities})
     heads = {
-        name: torch.cat([value, value[torch.from_numpy(near)].mean(dim=1).to(value.dtype)])
+        name: torch.cat([value, torch.from_numpy(mean_of(value.float().numpy(), near)).to(value.dtype)])
         if name != "train_count" and len(value) == len(package.collab.vectors)
         else value
         for name, value in package.adapter.heads.items()
@@ -122,6 +123,17 @@ def nearest(package: Package, content: dict[str, np.ndarray], neighbours: int) -
         similarity = new_rows[start : start + size] @ known_rows.T
         found.append(np.argpartition(-similarity, k - 1, axis=1)[:, :k])
     return trained[np.concatenate(found)]
+
+
+def mean_of(table: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Mean rows of neighbours (n, k), as long as these are on average, float32 (n, D).
+
+    A plain mean of vectors that point in different directions is shorter than all of them, and shorter
+    vectors score lower, so that new items would stand behind every item that was trained.
+    """
+    rows = table[near].astype(np.float64)
+    length = np.linalg.norm(rows, axis=2).mean(axis=1, keepdims=True)
+    return (unit(rows.mean(axis=1)) * length).astype(np.float32)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
