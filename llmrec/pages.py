@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import re
@@ -12,8 +13,14 @@ from typing import Any
 import jinja2
 import matplotlib
 import matplotlib.pyplot as plt
+from PIL import Image
+
+from llmrec.encoders.pictures import to_rgb
 
 COLOURS = ("#3565c4", "#d1701f", "#888888", "#2f9661", "#8e4bb8")
+THUMB_PIXELS = 72
+"""Longer side of a small picture."""
+
 STYLE = {
     # Text as text and fixed ids: small files, readable in light and dark, equal bytes for equal input.
     "svg.fonttype": "none",
@@ -77,3 +84,18 @@ def figure(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
     return str(value)
+
+
+def thumbnail(file: Path | None) -> str | None:
+    """A small picture as a data address; None if there is none that can be read."""
+    if file is None:
+        return None
+    try:
+        with Image.open(file) as image:
+            small = to_rgb(image)
+        small.thumbnail((THUMB_PIXELS, THUMB_PIXELS))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=70)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,31 @@ def test_inline_stage_commands_are_accepted():
     for command in inline:
         if "--help" not in command:
             assert cli.parser().parse_args(shlex.split(command)).stage in STAGES
+
+
+def test_commands_for_a_trained_recommender_are_accepted():
+    commands = [shlex.split(command)[1:] for command in COMMANDS if command.startswith("llmrec ")]
+    assert {"package", "recommend", "serve"} <= {words[0] for words in commands}
+    for words in commands:
+        cli.parser().parse_args(words)
+
+
+def test_the_python_example_runs(packaged, finished, tmp_path):
+    """As it stands, with the tiny recipe's package, ids and a picture of its own."""
+    (example,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    from llmrec.artifacts import Interactions
+    from llmrec.pipeline import load
+
+    data = load(Interactions, finished / "prepare_data")
+    for old, new in (
+        ("market", str(packaged)),
+        ("P001", data.raw_ids[0]),
+        ("P002", data.raw_ids[1]),
+        ("drum.png", str(data.image_file(1))),
+    ):
+        assert old in example
+        example = example.replace(old, new)
+    script = tmp_path / "example.py"
+    script.write_text(example)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from llmrec.config import as_dict
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import METRICS
 from llmrec.evaluation.rank import Ranking
-from llmrec.pages import COLOURS, drawing, environment, legend_above, svg
+from llmrec.pages import COLOURS, drawing, environment, legend_above, svg, thumbnail
 
 
 def render(
@@ -212,11 +212,16 @@ def spectra_curve(adapter: Any) -> str:
 def examples(
     data: Interactions, targets: Targets, rankings: dict[str, Ranking], config: EvaluateConfig
 ) -> list[dict[str, Any]]:
-    """A few random users: the end of the history, the target, its rank, and the first method's best five."""
+    """A few random users: the end of the history, the target, its rank, and the first method's best ten, with
+    pictures where there are some."""
     from llmrec.evaluation.evaluate import pick_examples
 
     names = ["", *(title or raw for title, raw in zip(data.titles, data.raw_ids))]
     first = next(iter(rankings.values()))
+
+    def card(item: int) -> dict[str, Any]:
+        return {"title": names[item], "picture": thumbnail(data.image_file(item)), "hit": False}
+
     shown = []
     for place in pick_examples(targets, config.num_examples, config.seed):
         history = data.item[targets.start[place] : targets.stop[place]]
@@ -224,10 +229,14 @@ def examples(
             {
                 "user": data.user_raw_ids[targets.user[place]],
                 "length": len(history),
-                "history": [names[item] for item in history[-5:]],
-                "target": names[targets.item[place]],
+                "history": [card(item) for item in history[-5:]],
+                "target": card(targets.item[place]),
                 "rank": int(np.floor(first.rank[place])) + 1,
-                "top": [(names[item], item == targets.item[place]) for item in first.top[place][:5] if item],
+                "top": [
+                    {**card(item), "hit": item == targets.item[place]}
+                    for item in first.top[place][:10]
+                    if item
+                ],
             }
         )
     return shown

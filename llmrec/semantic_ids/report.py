@@ -6,8 +6,6 @@ sample where it is not: the page says which.
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any, ClassVar
 
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
 
 from llmrec import __version__
 from llmrec.artifacts import (
@@ -27,8 +24,7 @@ from llmrec.artifacts import (
     read_json,
     write_json,
 )
-from llmrec.encoders.pictures import to_rgb
-from llmrec.pages import COLOURS, drawing, environment, legend_above, svg
+from llmrec.pages import COLOURS, drawing, environment, legend_above, svg, thumbnail
 from llmrec.semantic_ids.assign import Rebuilt, frozen, load_quantizer
 from llmrec.semantic_ids.config import ReportSemanticIdsConfig
 from llmrec.semantic_ids.diagnostics import (
@@ -46,7 +42,6 @@ from llmrec.semantic_ids.learn import ItemRows
 
 logger = logging.getLogger("llmrec")
 
-THUMB_PIXELS = 72
 DOTS = 4000
 """Pairs of items drawn in the plot of distances."""
 
@@ -324,18 +319,3 @@ def cards(data: Interactions, items: np.ndarray) -> list[dict[str, str | None]]:
         title = data.items["title"][item - 1].as_py() or data.items["raw_id"][item - 1].as_py()
         found.append({"title": title[:80], "picture": thumbnail(data.image_file(item))})
     return found
-
-
-def thumbnail(file: Path | None) -> str | None:
-    """A small picture as a data address; None if there is none that can be read."""
-    if file is None:
-        return None
-    try:
-        with Image.open(file) as image:
-            small = to_rgb(image)
-        small.thumbnail((THUMB_PIXELS, THUMB_PIXELS))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-    out = io.BytesIO()
-    small.save(out, "JPEG", quality=70)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
