@@ -85,6 +85,8 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
     set_up_logging()
     from llmrec.pipeline import RunDir, run
 
+    if options.push_to_hub and options.until not in (None, "evaluate"):
+        raise ConfigError(f"--push-to-hub pushes a finished run, which --until {options.until} does not make")
     report = run(chosen, RunDir(root), until=options.until)
     from llmrec import distributed
 
@@ -93,6 +95,22 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
 
         print(format_table(report.metrics))
         print(f"report: {root / 'evaluate' / 'report.html'}")
+    if options.push_to_hub and distributed.is_main():
+        push_run(root, options.push_to_hub)
+
+
+def push_run(root: Path, repo: str) -> None:
+    """Package a finished run, push it to the Hub, and write down where it is (pushed.json)."""
+    import tempfile
+
+    from llmrec.artifacts import write_json
+    from llmrec.hub import push
+    from llmrec.inference.package import package_run
+
+    with tempfile.TemporaryDirectory() as scratch:
+        pushed = push(package_run(root, Path(scratch) / "package"), repo)
+    write_json(root / "pushed.json", {"repo": pushed.repo, "url": pushed.url, "revision": pushed.revision})
+    print(f"pushed: {pushed.url} at {pushed.revision}")
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -117,6 +135,11 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         help="change settings, such as finetune.lora_rank=16; may be repeated",
+    )
+    made.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="when all is done, push the recommender to this repository of the Hub (private if it is new)",
     )
     made.add_argument("--print-config", action="store_true", help="print every setting and leave")
     made.add_argument("--dry-run", action="store_true", help="say what each stage would do and leave")

@@ -150,6 +150,24 @@ def test_raw_data_never_leaves(packaged, finished, tmp_path):
             refuse_private(copy)
 
 
+def test_a_recipe_ends_with_a_push_and_writes_down_where(finished, hub, tmp_path, capsys, monkeypatch):
+    from tiny_recipe import tiny
+
+    from llmrec.recipe import main
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(SystemExit) as left:
+        main(tiny, ["--run-dir", str(tmp_path / "run"), "--push-to-hub", "ann/recipe"])
+    assert left.value.code == 0, capsys.readouterr().err
+    written = json.loads((tmp_path / "run" / "pushed.json").read_text())
+    assert written["revision"] == hub.repos["ann/recipe"]["commits"][-1][0] in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(tiny, ["--run-dir", str(tmp_path / "x"), "--until", "prepare_data", "--push-to-hub", "a/b"])
+    assert left.value.code == 2 and "pushes a finished run" in capsys.readouterr().err
+
+
 def test_the_command_lists_pushes_and_renames(packaged, finished, hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     command = ["push_to_hub", str(finished), "--repo", "ann/cli", "--endpoint", hub.address]
