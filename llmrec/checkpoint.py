@@ -14,18 +14,21 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmrec import distributed
 from llmrec.artifacts import read_json, write_json
-from llmrec.errors import LlmrecError
+from llmrec.errors import LlmrecError, StoppedError
 
 logger = logging.getLogger("llmrec")
 
@@ -166,6 +169,105 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def checkpoints_here() -> Checkpoints | None:
+    """The checkpoints of the stage that is running; None outside of a stage."""
+    from llmrec.pipeline import made_from, resume_folder
+
+    folder = resume_folder()
+    return None if folder is None else Checkpoints(folder / "checkpoints", made_from())
+
+
+class EpochCheckpoints:
+    """Checkpoints at the ends of epochs, for training that runs in one process.
+
+    Everything that the next epoch depends on is kept: weights and buffers, optimiser states, the states of
+    all random number generators, and what the loop itself remembers.
+
+    Args:
+        model: trained.
+        optimizer: of the model.
+        generators: random number generators of the loop, by name; torch's global ones are added.
+        minutes: between checkpoints; 0: none.
+        what: the stage, for messages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        generators: dict[str, np.random.Generator | torch.Generator],
+        *,
+        minutes: float,
+        what: str,
+    ) -> None:
+        self.store = checkpoints_here()
+        self.model = model
+        self.optimizer = optimizer
+        self.generators = generators
+        self.minutes = minutes
+        self.what = what
+        self.saved_at = time.monotonic()
+
+    def resume(self) -> tuple[int, dict[str, Any], dict[str, Tensor] | None]:
+        """Epochs done, what the loop remembered, and the best weights; (0, {}, None) to begin with."""
+        found = None if self.store is None else self.store.latest()
+        if found is None:
+            return 0, {}, None
+        tensors, state = found.tensors, found.state
+        with torch.no_grad():
+            for name, value in self._values().items():
+                value.copy_(tensors[f"model.{name}"])
+        self.optimizer.load_state_dict(unpack_optimizer(tensors, state["optimizer"]))
+        for name, generator in self.generators.items():
+            if isinstance(generator, torch.Generator):
+                generator.set_state(tensors[f"generator.{name}"])
+            else:
+                generator.bit_generator.state = state["generators"][name]
+        torch.set_rng_state(tensors["generator.torch"])
+        if "generator.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["generator.cuda"])
+        best = {name[5:]: value for name, value in tensors.items() if name.startswith("best.")}
+        logger.info("%s: going on after epoch %s", self.what, found.step)
+        return found.step, state["loop"], best or None
+
+    def after_epoch(
+        self, epoch: int, loop: dict[str, Any], best: dict[str, Tensor] | None, stop: StopRequests
+    ) -> None:
+        """Save if it is time, or if the run is to stop.
+
+        Raises:
+            StoppedError: the process was asked to stop; the work is saved.
+        """
+        asked = stop.asked
+        due = self.minutes and time.monotonic() - self.saved_at >= 60 * self.minutes
+        if self.store is not None and (due or asked):
+            self._save(epoch, loop, best)
+            self.saved_at = time.monotonic()
+        if asked:
+            kept = "the same command goes on from there" if self.store else "nothing was kept"
+            raise StoppedError(f"{self.what}: stopped after epoch {epoch}; {kept}")
+
+    def _save(self, epoch: int, loop: dict[str, Any], best: dict[str, Tensor] | None) -> None:
+        tensors, optimizer = pack_optimizer(self.optimizer.state_dict())
+        tensors |= {f"model.{name}": value.clone() for name, value in self._values().items()}
+        tensors |= {f"best.{name}": value.clone() for name, value in (best or {}).items()}
+        tensors["generator.torch"] = torch.get_rng_state()
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            tensors["generator.cuda"] = torch.cuda.get_rng_state()
+        plain = {}
+        for name, generator in self.generators.items():
+            if isinstance(generator, torch.Generator):
+                tensors[f"generator.{name}"] = generator.get_state()
+            else:
+                plain[name] = generator.bit_generator.state
+        state = {"optimizer": optimizer, "generators": plain, "loop": loop}
+        self.store.save(Checkpoint(step=epoch, tensors=tensors, state=state))
+
+    def _values(self) -> dict[str, Tensor]:
+        """Weights and buffers, those included that are not saved with the model."""
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
 
 class StopRequests:

@@ -100,6 +100,9 @@ class TrainCollabConfig:
     patience: int = 10
     """Stop after so many validations in a row without a better ndcg@10."""
 
+    save_every_minutes: float = 10.0
+    """Least minutes between checkpoints, at ends of epochs, that a stopped run goes on from; 0: none."""
+
     seed: int = 0
     """Seed of initial weights, user order, dropout and negatives."""
 
@@ -107,6 +110,10 @@ class TrainCollabConfig:
         for name in ("epochs", "batch_size", "eval_every_epochs", "patience"):
             value = getattr(self, name)
             require(value >= 1, f"train_collab.{name} must be at least 1, got {value}")
+        require(
+            self.save_every_minutes >= 0,
+            f"train_collab.save_every_minutes must be at least 0, got {self.save_every_minutes}",
+        )
         for name in ("learning_rate", "clip_norm"):
             value = getattr(self, name)
             require(value > 0, f"train_collab.{name} must be greater than 0, got {value}")

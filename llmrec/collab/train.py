@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llmrec import distributed
 from llmrec.artifacts import SPLIT_CODES, CollabEmbeddings, Interactions, Targets
+from llmrec.checkpoint import EpochCheckpoints, stop_requests
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.losses import Loss
 from llmrec.collab.provider import PROVIDERS, scorer_of
@@ -194,27 +195,55 @@ def fit(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     rng = np.random.default_rng(config.seed)
-    log: list[dict[str, Any]] = []
-    best, best_state = {"best_epoch": config.epochs}, None
-    for epoch in range(1, config.epochs + 1):
-        started = time.perf_counter()
-        row = {"epoch": epoch, **train_epoch(model, optimizer, config, rows, rng, epoch)}
-        row["train_seconds"] = round(time.perf_counter() - started, 3)
-        if valid is not None and epoch % config.eval_every_epochs == 0:
-            row |= validate(model, data, valid)
-        row["seconds"] = round(time.perf_counter() - started, 3)
-        log.append(row)
-        logger.info("train_collab: %s", describe(row))
-        if "valid_ndcg@10" not in row:
-            continue
-        if row["valid_ndcg@10"] > best.get("valid_ndcg@10", -1.0):
-            best = {"best_epoch": epoch} | {name: row[name] for name in row if name.startswith("valid")}
-            best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        elif epoch - best["best_epoch"] >= config.patience * config.eval_every_epochs:
-            break
+    checkpoints = EpochCheckpoints(
+        model, optimizer, {"order": rng}, minutes=config.save_every_minutes, what="train_collab"
+    )
+    done, loop, best_state = checkpoints.resume()
+    log: list[dict[str, Any]] = loop.get("log", [])
+    best = loop.get("best", {"best_epoch": config.epochs})
+    with stop_requests() as stop:
+        for epoch in range(done + 1, config.epochs + 1):
+            if finished(config, best, log):
+                break
+            best_state = one_epoch(model, optimizer, config, data, rows, valid, rng, log, best) or best_state
+            checkpoints.after_epoch(epoch, {"log": log, "best": best}, best_state, stop)
     if best_state is not None:
         model.load_state_dict(best_state)
     return {**best, "epochs": len(log)}, log
+
+
+def finished(config: TrainCollabConfig, best: dict[str, Any], log: list[dict[str, Any]]) -> bool:
+    """Whether validation has not improved for as long as the settings wait."""
+    if not log or "valid_ndcg@10" not in log[-1]:
+        return False
+    return log[-1]["epoch"] - best["best_epoch"] >= config.patience * config.eval_every_epochs
+
+
+def one_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainCollabConfig,
+    data: Interactions,
+    rows: TrainingRows,
+    valid: Targets | None,
+    rng: np.random.Generator,
+    log: list[dict[str, Any]],
+    best: dict[str, Any],
+) -> dict[str, Tensor] | None:
+    """Train, validate and log one epoch; its weights if they are the best so far."""
+    epoch = len(log) + 1
+    started = time.perf_counter()
+    row = {"epoch": epoch, **train_epoch(model, optimizer, config, rows, rng, epoch)}
+    row["train_seconds"] = round(time.perf_counter() - started, 3)
+    if valid is not None and epoch % config.eval_every_epochs == 0:
+        row |= validate(model, data, valid)
+    row["seconds"] = round(time.perf_counter() - started, 3)
+    log.append(row)
+    logger.info("train_collab: %s", describe(row))
+    if "valid_ndcg@10" not in row or row["valid_ndcg@10"] <= best.get("valid_ndcg@10", -1.0):
+        return None
+    best |= {"best_epoch": epoch} | {name: row[name] for name in row if name.startswith("valid")}
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def train_epoch(

@@ -33,6 +33,7 @@ from llmrec.checkpoint import (
     Checkpoint,
     Checkpoints,
     StopRequests,
+    checkpoints_here,
     pack_optimizer,
     stop_requests,
     unpack_optimizer,
@@ -58,7 +59,6 @@ from llmrec.finetune.steps import (
     train_counts,
     training_targets,
 )
-from llmrec.pipeline import made_from, resume_folder
 from llmrec.progress import progress
 
 logger = logging.getLogger("llmrec")
@@ -98,10 +98,8 @@ def finetune(
     build.check_context(config, base, len(prompt.instruction) + items + len(prompt.response))
     if config.ctrl_stage == "two":
         align_first(config, model, data.num_items)
-    folder = resume_folder()
-    checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", made_from())
     before = analysis.taus(model, data, collab.vectors) if config.analyse and distributed.is_main() else {}
-    trainer = Trainer(config, data, model, checkpoints)
+    trainer = Trainer(config, data, model, checkpoints_here())
     trainer.run()
     expected = trainer.sample_scores()
     trainer.engine.close()

@@ -137,6 +137,9 @@ class LearnSemanticIdsConfig:
     log_every_epochs: int = 5
     """Epochs between log rows; the last epoch always has one."""
 
+    save_every_minutes: float = 10.0
+    """Least minutes between checkpoints, at ends of epochs, that a stopped run goes on from; 0: none."""
+
     seed: int = 0
     """Seed of initial weights, initial codes, batches, restarts and the sample for Kendall's tau."""
 
@@ -147,7 +150,7 @@ class LearnSemanticIdsConfig:
         for name in POSITIVE:
             value = getattr(self, name)
             require(value > 0, f"learn_semantic_ids.{name} must be greater than 0, got {value}")
-        for name in ("alignment_weight", "commitment_weight", "weight_decay"):
+        for name in ("alignment_weight", "commitment_weight", "weight_decay", "save_every_minutes"):
             value = getattr(self, name)
             require(value >= 0, f"learn_semantic_ids.{name} must be at least 0, got {value}")
         require(

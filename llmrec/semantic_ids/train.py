@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmrec.checkpoint import EpochCheckpoints, stop_requests
 from llmrec.errors import TrainingError
 from llmrec.progress import progress
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
@@ -115,23 +116,36 @@ def fit(model: MMRQVAE, config: LearnSemanticIdsConfig, items: TrainingItems) ->
     )
     rng = np.random.default_rng(config.seed)
     restarts = torch.Generator().manual_seed(config.seed)
-    log: list[dict[str, Any]] = []
-    epochs = progress(range(1, config.epochs + 1), "learn_semantic_ids", unit="epoch")
-    for epoch in epochs:
-        with matrix_precision(config.precision, items.device):
-            loss, parts, used = train_epoch(model, optimizer, config, items, rng, restarts)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"learn_semantic_ids: the loss became {loss} in epoch {epoch}; lower "
-                f"learn_semantic_ids.learning_rate (now {config.learning_rate}), or scale the vectors with "
-                f"learn_semantic_ids.normalise=standardise (now {config.normalise})"
-            )
-        epochs.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        if epoch % config.log_every_epochs == 0 or epoch == config.epochs:
-            log.append({"epoch": epoch, "loss": loss, "parts": parts, "utilisation": used})
-            logger.info(
-                "learn_semantic_ids: epoch %d, loss %.5g, %s", epoch, loss, describe_usage(used, config)
-            )
+    checkpoints = EpochCheckpoints(
+        model,
+        optimizer,
+        {"order": rng, "restarts": restarts},
+        minutes=config.save_every_minutes,
+        what="learn_semantic_ids",
+    )
+    done, loop, _ = checkpoints.resume()
+    log: list[dict[str, Any]] = loop.get("log", [])
+    with (
+        stop_requests() as stop,
+        progress(None, "learn_semantic_ids", total=config.epochs, unit="epoch", initial=done) as bar,
+    ):
+        for epoch in range(done + 1, config.epochs + 1):
+            with matrix_precision(config.precision, items.device):
+                loss, parts, used = train_epoch(model, optimizer, config, items, rng, restarts)
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"learn_semantic_ids: the loss became {loss} in epoch {epoch}; lower "
+                    f"learn_semantic_ids.learning_rate (now {config.learning_rate}), or scale the vectors by "
+                    f"learn_semantic_ids.normalise=standardise (now {config.normalise})"
+                )
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update()
+            if epoch % config.log_every_epochs == 0 or epoch == config.epochs:
+                log.append({"epoch": epoch, "loss": loss, "parts": parts, "utilisation": used})
+                logger.info(
+                    "learn_semantic_ids: epoch %d, loss %.5g, %s", epoch, loss, describe_usage(used, config)
+                )
+            checkpoints.after_epoch(epoch, {"log": log}, None, stop)
     return log
 
 

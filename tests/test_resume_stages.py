@@ -1,0 +1,129 @@
+"""Sequence models and semantic IDs: a run that was stopped ends with the bytes of one that was not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import CASES
+from worlds import cycle
+
+from llmrec import checkpoint, pipeline
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings
+from llmrec.collab import train as collab
+from llmrec.collab.config import TrainCollabConfig
+from llmrec.errors import StoppedError
+from llmrec.semantic_ids import train as ids
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.semantic_ids.learn import learn_semantic_ids
+
+TIMES = ("seconds", "train_seconds")
+
+
+def as_loaded(*artifacts):
+    """Inputs that are not on disk, with manifests as if they were."""
+    for artifact in artifacts:
+        object.__setattr__(artifact, "_manifest", {"files": {}})
+    return artifacts
+
+
+def content_of(folder: Path) -> dict[str, object]:
+    """Every file of a stage, times of day and durations aside."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.name == "manifest.json" or path.is_dir():
+            continue
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            found[path.name] = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text())
+            found[path.name] = {k: v for k, v in rows.items() if k not in TIMES}
+        else:
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def stopped_and_resumed(function, config, inputs, tmp_path, monkeypatch, module, epoch: int) -> list[int]:
+    """Run whole, run with a stop in the epoch after `epoch`, run on; compare; epochs of the third run."""
+    pipeline.run_stage(function, config, inputs, tmp_path / "whole")
+    real, done = module.train_epoch, []
+
+    def failing(*arguments):
+        done.append(1)
+        if len(done) == epoch + 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_epoch", failing)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run_stage(function, config, inputs, tmp_path / "cut")
+    again: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_epoch", lambda *arguments: (again.append(1), real(*arguments))[1])
+        pipeline.run_stage(function, config, inputs, tmp_path / "cut")
+    assert content_of(tmp_path / "cut") == content_of(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*.unfinished"))
+    return again
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_sequence_model_goes_on_where_it_was(case, tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        case.config(), epochs=4, save_every_minutes=1e-9, eval_every_epochs=1, patience=4
+    )
+    again = stopped_and_resumed(
+        collab.train_collab, config, as_loaded(cycle(num_users=30)), tmp_path, monkeypatch, collab, 2
+    )
+    assert len(again) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"codebook_update": "gradient"}, {"reconstruction": "mmd", "alignment": "mmd"}],
+    ids=["ema", "gradient", "mmd"],
+)
+def test_semantic_ids_go_on_where_they_were(settings, tmp_path, monkeypatch):
+    data = cycle(num_users=30, num_items=60)
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(2, data.num_items + 1, 6)).astype(np.float32)
+    rows[:, 0] = 0
+    made = CollabEmbeddings(catalog=data.catalog, provider="precomputed", vectors=rows[0])
+    content = ContentEmbeddings(
+        catalog=data.catalog,
+        vectors={"text": rows[1]},
+        missing={"text": np.zeros(data.num_items + 1, dtype=bool)},
+        encoders={"text": {}},
+    )
+    config = LearnSemanticIdsConfig(
+        num_levels=2, num_codes=4, code_dim=4, hidden_dims=(8,), epochs=6, batch_size=8,
+        save_every_minutes=1e-9, min_utilisation=0.0, **settings,
+    )  # fmt: skip
+    inputs = as_loaded(data, made, content)
+    again = stopped_and_resumed(learn_semantic_ids, config, inputs, tmp_path, monkeypatch, ids, 4)
+    assert len(again) == 2
+
+
+def test_a_polite_stop_ends_the_epoch_and_keeps_it(tmp_path, monkeypatch):
+    config = TrainCollabConfig(epochs=3)
+    inputs = as_loaded(cycle(num_users=30))
+    real = collab.train_epoch
+
+    def asking(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collab, "train_epoch", asking)
+        with pytest.raises(StoppedError, match="stopped after epoch 1; the same command goes on"):
+            pipeline.run_stage(collab.train_collab, config, inputs, tmp_path / "out")
+    store = checkpoint.Checkpoints(tmp_path / ".out.unfinished" / "checkpoints", None)
+    assert [path.name for path in store.found()] == ["step-00000001"]
+    pipeline.run_stage(collab.train_collab, config, inputs, tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").is_file()
