@@ -7,7 +7,9 @@ temporary folder, its manifest last, then renamed, so a folder with the stage's 
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -17,7 +19,7 @@ import platform
 import shutil
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ logger = logging.getLogger("llmrec")
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
+LOCK = "lock"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "safetensors")
 
 
@@ -120,7 +123,8 @@ def compute(
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     token = _unfinished.set((unfinished, wanted))
     try:
-        result = function(config, *inputs)
+        with locked(unfinished) if main else contextlib.nullcontext():
+            result = function(config, *inputs)
     finally:
         _unfinished.reset(token)
     if not main:
@@ -136,6 +140,31 @@ def compute(
         shutil.rmtree(scratch, ignore_errors=True)
     shutil.rmtree(unfinished, ignore_errors=True)
     logger.info("%s: finished in %.1f s, %s", function.__name__, seconds, folder)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from computing the same stage; the lock goes with this process, however it ends.
+
+    Raises:
+        StaleArtifactError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / LOCK
+    handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stage = folder.name.removeprefix(".").removesuffix(".unfinished")
+            raise StaleArtifactError(
+                f"another process is computing {stage} in {folder.parent}; wait for it, or use another"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+        if [path.name for path in folder.glob("*")] == [LOCK]:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def resume_folder() -> Path | None:

@@ -144,3 +144,27 @@ def test_the_output_of_another_stage_is_refused(tmp_path):
     both(tmp_path)
     with pytest.raises(MissingArtifactError, match="holds the output of count, expected double"):
         pipeline.load(Doubled, tmp_path / "count")
+
+
+def test_two_processes_cannot_compute_one_stage(tmp_path):
+    import multiprocessing
+
+    folder = tmp_path / ".stage.unfinished"
+    with pipeline.locked(folder):
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+
+        def other() -> None:
+            try:
+                with pipeline.locked(folder):
+                    results.put("held it too")
+            except StaleArtifactError as error:
+                results.put(str(error))
+
+        child = context.Process(target=other)
+        child.start()
+        assert "another process is computing stage in" in results.get(timeout=30)
+        child.join()
+    assert not folder.exists(), "a lock alone leaves nothing behind"
+    with pipeline.locked(folder):
+        pass

@@ -16,7 +16,7 @@ from llmrec.data.items import ItemFile
 from llmrec.data.named import resolve, warnings_of_counts
 from llmrec.data.sample_market import sample_market
 from llmrec.data.sources import Log, is_hub, read_log, read_sequences
-from llmrec.data.summary import future_rate, log_summary, summarise, warnings_of
+from llmrec.data.summary import future_rate, leaking_user_rate, log_summary, summarise, warnings_of
 from llmrec.errors import DataError
 from llmrec.pipeline import sha256
 
@@ -193,6 +193,7 @@ def split_rows(config: PrepareDataConfig, rows: Rows, summary: dict[str, Any]) -
         split = splits.leave_one_out(rows.offset)
         if config.source == "table" and not summary["times_are_positions"]:
             summary["train_after_test_rate"] = future_rate(rows.timestamp, split)
+            summary["leaking_user_rate"] = leaking_user_rate(rows.timestamp, split)
         return split
     if summary["times_are_positions"]:
         raise DataError(

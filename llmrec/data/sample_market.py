@@ -24,7 +24,7 @@ from llmrec.artifacts import Interactions
 from llmrec.data import splits, ties
 from llmrec.data.config import SampleMarketConfig
 from llmrec.data.sample_pictures import COLOURS, NOUNS, PATTERNS, SIZES, draw
-from llmrec.data.summary import future_rate, summarise, warnings_of
+from llmrec.data.summary import future_rate, leaking_user_rate, summarise, warnings_of
 
 NUM_INTERESTS = (2, 3, 4)
 """Interests of a user, each number as likely."""
@@ -73,6 +73,7 @@ def sample_market(config: SampleMarketConfig, seed: int) -> Interactions:
         "split": "leave_one_out",
         "ties": {"order": "file"} | ties.measure(offset, timestamp, item),
         "train_after_test_rate": future_rate(timestamp, split),
+        "leaking_user_rate": leaking_user_rate(timestamp, split),
         **summarise(offset, split, train_count),
         "market": {
             "best_reachable": best_reachable(scores),

@@ -43,6 +43,12 @@ def future_rate(timestamp: np.ndarray, split: np.ndarray) -> float:
     return float((timestamp[split == SPLIT_CODES["train"]] > middle).mean())
 
 
+def leaking_user_rate(timestamp: np.ndarray, split: np.ndarray) -> float:
+    """Share of test interactions, one a user, that are older than some train interaction."""
+    last = timestamp[split == SPLIT_CODES["train"]].max()
+    return float((timestamp[split == SPLIT_CODES["test"]] < last).mean())
+
+
 def warnings_of(summary: dict[str, Any]) -> list[str]:
     """Sentences for the log and the report."""
     found = []
@@ -52,7 +58,8 @@ def warnings_of(summary: dict[str, Any]) -> list[str]:
         found.append(
             "Leave-one-out lets a model train on the future of other users: "
             f"{summary['train_after_test_rate']:.1%} of train interactions are later than the median test "
-            "interaction. prepare_data.split=global_time does not."
+            f"interaction, and {summary['leaking_user_rate']:.1%} of the users have a test item older than "
+            "something that was trained on. prepare_data.split=global_time does not."
         )
     if summary.get("items_without_title"):
         found.append(f"{summary['items_without_title']} of {summary['num_items']} items have no title.")

@@ -283,7 +283,10 @@ class Trainer:
         steps = steps_of_epoch(self.targets, self.config, epoch, len(self.model.response))
         for number, chosen in enumerate(steps[done:], start=done + 1):
             begun = time.perf_counter()
-            loss, tokens = self.train_step(self.targets.take(chosen))
+            try:
+                loss, tokens = self.train_step(self.targets.take(chosen))
+            except torch.OutOfMemoryError:
+                raise TrainingError(self._out_of_memory()) from None
             self.seconds += time.perf_counter() - begun
             self.step += 1
             self.total_tokens += tokens
@@ -413,6 +416,19 @@ class Trainer:
             self.best = (row["valid_ndcg@10"], epoch)
         self.window.started = time.perf_counter()
 
+    def _out_of_memory(self) -> str:
+        """What to turn when the GPU is full: the one thing that helps most."""
+        tokens = self.config.micro_batch_tokens
+        if tokens > 2048:
+            advice = f"lower finetune.micro_batch_tokens ({tokens} now), which changes no result"
+        elif not self.config.checkpoint_activations:
+            advice = "set finetune.checkpoint_activations=true, which changes no result"
+        elif not self.config.is_mini and self.config.quantize == "none":
+            advice = "set finetune.quantize=nf4 finetune.optimizer=adamw_8bit"
+        else:
+            advice = "use a smaller base model, or spread it with recipes/accelerate/zero3.yaml"
+        return f"out of memory at step {self.step + 1}; {advice}"
+
     def _save_is_due(self) -> bool:
         minutes = self.config.save_every_minutes
         return bool(self.checkpoints and minutes and time.monotonic() - self.saved_at >= 60 * minutes)
@@ -423,6 +439,8 @@ class Trainer:
         if self.checkpoints is None or not distributed.is_main() or self.engine.sharded:
             return
         begun = time.perf_counter()
+        if not math.isfinite(float(self.window.loss)):
+            return  # weights that went wrong must not take the place of good ones; the log will say so
         tensors, optimizer = pack_optimizer(self.engine.inner.state_dict())
         tensors |= {f"weights.{name}": value for name, value in self.engine.weights().items()}
         tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}

@@ -253,6 +253,9 @@ def test_leave_one_out_says_how_much_of_the_future_it_trains_on(tmp_path):
     data = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]))
     # Test times 2, 13, 7: median 7. Train times 0, 7, 11, 2: one is later.
     assert data.summary["train_after_test_rate"] == 0.25
+    # The last train time is 11: tests at 2 and 7 are older.
+    assert data.summary["leaking_user_rate"] == 2 / 3
+    assert any("66.7% of the users" in sentence for sentence in data.summary["warnings"])
     assert any("25.0% of train interactions are later" in sentence for sentence in data.summary["warnings"])
 
 
