@@ -76,7 +76,7 @@ class Checkpoints:
             scratch.mkdir(parents=True)
             self._write(scratch, checkpoint)
             if final.exists():
-                shutil.rmtree(final)
+                drop(final)
             os.replace(scratch, final)
             flush(self.folder)
         except (OSError, SafetensorError) as error:
@@ -87,7 +87,7 @@ class Checkpoints:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         for old in self.found()[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+            drop(old)
         return final
 
     def latest(self) -> Checkpoint | None:
@@ -108,7 +108,7 @@ class Checkpoints:
                 continue
             if manifest.get("made_from") != self.made_from:
                 logger.warning("%s was made with other settings or inputs and is not used", path)
-                shutil.rmtree(path)
+                drop(path)
                 continue
             return Checkpoint(
                 step=manifest["step"],
@@ -129,6 +129,14 @@ class Checkpoints:
         write_json(folder / MANIFEST, {"step": checkpoint.step, "made_from": self.made_from, "files": files})
         for path in (*folder.iterdir(), folder):
             flush(path)
+
+
+def drop(path: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a stop half way leaves nothing that looks like one."""
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 class DamagedError(LlmrecError):

@@ -140,6 +140,8 @@ def without_times(value: Any) -> Any:
 
 def torture(kills: int, seconds: float, root: Path, seed: int) -> tuple[Counter[str], list[str]]:
     """Kill until there were enough kills or the time is over; counts and what was wrong."""
+    # Children are forks, and pools of threads do not survive a fork.
+    os.environ["LLMREC_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
     work = stages(root)

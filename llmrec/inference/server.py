@@ -312,6 +312,11 @@ def application(
         """Counts in the text form that Prometheus reads."""
         return Response(exposition(numbers, batcher), media_type="text/plain; version=0.0.4")
 
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        """Browsers ask for one; there is none."""
+        return Response(status_code=204)
+
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
         """The page for people."""
