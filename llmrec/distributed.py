@@ -47,8 +47,8 @@ def state() -> Any:
             "`torchrun --nproc_per_node N` (or mpirun) for more"
         )
     if uses_fsdp():
-        # Else transformers loads weights in one process only, and the others would shard what they do not
-        have.os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        # Else transformers loads weights in one process only, and the others shard what they lack.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     options: dict[str, Any] = {"timeout": datetime.timedelta(days=1)}
     if uses_deepspeed() and not torch.cuda.is_available():
         # Asked for a CPU, accelerate leaves DeepSpeed out; without, it takes the CPU as it finds no GPU.

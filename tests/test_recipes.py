@@ -316,7 +316,7 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     from llmrec.finetune import compare
 
     command = ["--run-dir", str(finished), "--out", str(tmp_path), "--seeds", "0", "1"]
-    command += ["--rows", "mme_sid", "e4srec", "concat", "se_sid_mmd"]
+    command += ["--rows", "mme_sid", "e4srec", "concat", "se_sid_mmd", "concat_feature"]
     for extra in (["--seeds", "0"], [], ["--summarise"]):
         with pytest.raises(SystemExit) as left:
             compare.main(tiny, command + extra)
@@ -324,11 +324,13 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert [row[0] for row in table[2:]] == [
-        f"`{name}`" for name in ("mme_sid", "e4srec", "concat", "se_sid_mmd", "sasrec", "popularity")
+        f"`{name}`"
+        for name in ("mme_sid", "e4srec", "concat", "se_sid_mmd", "concat_feature", "sasrec", "popularity")
     ]
     rows = {row[0].strip("`"): dict(zip(table[0], row)) for row in table[2:]}
     assert all(rows[name]["seeds"] == "2 of 2" for name in ("mme_sid", "e4srec", "concat"))
     assert re.fullmatch(r"0\.\d{4} ± 0\.\d{4}", rows["mme_sid"]["ndcg@10"])
+    assert rows["concat_feature"]["recall@5"] == "missing", "three modalities do not share a width of 16"
     difference = "ndcg@10 to the first (95 % interval)"
     assert all(
         re.match(r"[+-]\d\.\d{4} \(", rows[name][difference]) for name in ("e4srec", "sasrec", "popularity")

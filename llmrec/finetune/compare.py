@@ -9,6 +9,7 @@ was stopped goes on, and what is missing is shown as missing.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,8 @@ from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.errors import ConfigError, MissingArtifactError
 from llmrec.finetune.config import FREQUENCY_FIELDS, METHOD_FIELDS, FinetuneConfig
 from llmrec.recipe import Recipe, apply_overrides, guarded, set_up_logging
+
+logger = logging.getLogger("llmrec")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +137,11 @@ def run_cells(recipe: Recipe, rows: list[str], seeds: list[int], root: Path, out
     run(recipe, RunDir(root), until="learn_semantic_ids")
     names = ("prepare_data", "train_collab", "encode_items", "learn_semantic_ids")
     inputs = tuple(load(STAGES[name].artifact_class(), root / name) for name in names)
+    impossible: set[str] = set()
     for seed in seeds:
         for name in rows:
+            if name in impossible:
+                continue
             row = ROWS[name]
             own = inputs
             if row.ids:
@@ -145,7 +151,13 @@ def run_cells(recipe: Recipe, rows: list[str], seeds: list[int], root: Path, out
                 own = (*inputs[:3], run_stage(learn_semantic_ids, config, inputs[:3], folder))
             folder = out / name / f"seed{seed}"
             config = replace(settings_of(recipe.finetune, row), seed=seed)
-            adapter = run_stage(finetune, config, own, folder / "finetune")
+            try:
+                adapter = run_stage(finetune, config, own, folder / "finetune")
+            except ConfigError as error:
+                # It stays missing in the table; the other rows are worth having.
+                logger.warning("%s cannot be run with these settings: %s", name, error)
+                impossible.add(name)
+                continue
             run_stage(evaluate, recipe.evaluate, (*own, adapter), folder / "evaluate")
 
 
