@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmrec.data.batches import length_groups
-from llmrec.errors import DataError
+from llmrec.errors import ConfigError, DataError
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.scoring import CatalogueScores, load_scorer
 from llmrec.inference.package import Package, load_package
@@ -44,9 +44,19 @@ class Recommender:
     Args:
         package: what was trained.
         device: where to compute; None: a GPU if there is one.
+        index: 'exact' compares with every item; 'faiss' looks candidates up in a graph (HNSW, inner product)
+            and compares with these, which may miss some: for catalogues of millions (pip install faiss-cpu).
+
+    Raises:
+        ConfigError: faiss is not installed.
     """
 
-    def __init__(self, package: Package, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self, package: Package, device: str | torch.device | None = None, *, index: str = "exact"
+    ) -> None:
+        if index not in ("exact", "faiss"):
+            raise ConfigError(f"index must be 'exact' or 'faiss', got {index!r}")
+        self.index = index
         self.package = package
         self.device = torch.device(device) if device is not None else default_device()
         self._load()
@@ -60,6 +70,7 @@ class Recommender:
         device: str | torch.device | None = None,
         base_model: str | None = None,
         cache_dir: str | Path | None = None,
+        index: str = "exact",
     ) -> Recommender:
         """Load a packaged recommender from a folder or from the Hub.
 
@@ -69,6 +80,7 @@ class Recommender:
             device: where to compute; None: a GPU if there is one.
             base_model: where the base model is, if not where the package says.
             cache_dir: where downloads are kept; None: the Hub client's own place.
+            index: see the class.
 
         Raises:
             MissingArtifactError: a file is missing or damaged, or the repository does not exist.
@@ -84,7 +96,7 @@ class Recommender:
             settings["config"] = {**settings["config"], "base_model": base_model, "revision": None}
             adapter = dataclasses.replace(package.adapter, settings=settings)
             package = dataclasses.replace(package, adapter=adapter)
-        return cls(package, device)
+        return cls(package, device, index=index)
 
     def _load(self) -> None:
         package = self.package
@@ -99,6 +111,7 @@ class Recommender:
         )
         self.number = {name: place for place, name in enumerate(self.raw_ids, start=1)}
         self.sources = ("target", *self.model.item_scores.modalities)
+        self.graph = graph_of(self.scores.matrix[1:].cpu().numpy()) if self.index == "faiss" else None
 
     @property
     def model(self) -> MMESID:
@@ -236,8 +249,10 @@ class Recommender:
         exclude_seen: bool,
         allowed: np.ndarray | None,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per history the best items and their scores, exact, a block of the catalogue at a time."""
+        """Per history the best items and their scores, a block of the catalogue at a time."""
         matrix = self.scores.matrix
+        if self.graph is not None and allowed is None:
+            return self._best_of_graph(hidden, rows, k, exclude_seen)
         items = torch.arange(1, len(matrix), device=self.device)
         if allowed is not None:
             items = torch.from_numpy(allowed).to(self.device)
@@ -269,6 +284,23 @@ class Recommender:
             found.append((own_items[real], own_values[real]))
         return found
 
+    def _best_of_graph(
+        self, hidden: Tensor, rows: list[np.ndarray], k: int, exclude_seen: bool
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The same among the items that a search of the graph comes up with; their scores are exact."""
+        wanted = min(k + (max(map(len, rows)) if exclude_seen else 0), len(self.raw_ids))
+        self.graph.hnsw.efSearch = max(128, 2 * wanted)
+        _, places = self.graph.search(hidden.cpu().numpy(), wanted)
+        found = []
+        for state, own, row in zip(hidden, places, rows):
+            items = np.sort(own[own >= 0]) + 1
+            if exclude_seen:
+                items = items[~np.isin(items, row)]
+            values = (self.scores.matrix[torch.from_numpy(items).to(self.device)] @ state).cpu().numpy()
+            order = np.argsort(-values, kind="stable")[:k]
+            found.append((items[order], values[order]))
+        return found
+
     def _describe(
         self, hidden: Tensor, items: np.ndarray, values: np.ndarray, explain: bool
     ) -> list[Recommendation]:
@@ -294,6 +326,22 @@ class Recommender:
                 columns.append(weights[:, source] * (rows @ hidden))
         table = torch.stack(columns, dim=1).cpu().numpy()
         return [dict(zip(self.sources, map(float, row))) for row in table]
+
+
+def graph_of(rows: np.ndarray) -> Any:
+    """faiss's HNSW graph over vectors (N, H), by inner product.
+
+    Raises:
+        ConfigError: faiss is not installed.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise ConfigError("index='faiss' needs the package faiss-cpu: pip install 'llmrec[faiss]'") from None
+    graph = faiss.IndexHNSWFlat(rows.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
+    graph.hnsw.efConstruction = 200
+    graph.add(np.ascontiguousarray(rows, dtype=np.float32))
+    return graph
 
 
 def default_device() -> torch.device:

@@ -182,3 +182,21 @@ def test_manifests_cannot_point_outside(packaged, tmp_path):
 def test_texts_are_renamed_wherever_they_stand_alone():
     value = {"a": "/x/y", "b": ["/x/y", {"c": "/x/y/z"}], "d": 3}
     assert rename(value, {"/x/y": "hub/id"}) == {"a": "hub/id", "b": ["hub/id", {"c": "/x/y/z"}], "d": 3}
+
+
+def test_a_graph_finds_nearly_all_that_a_full_comparison_finds(packaged, loaded):
+    approximate = Recommender.from_pretrained(packaged, index="faiss")
+    asked = histories(loaded)
+    hits = 0
+    for ours, exact in zip(approximate.recommend(asked, k=10), loaded.recommend(asked, k=10)):
+        scores = {item.item_id: item.score for item in exact}
+        hits += sum(item.item_id in scores for item in ours)
+        assert [item.score for item in ours] == sorted((item.score for item in ours), reverse=True)
+        for item in ours:
+            if item.item_id in scores:
+                assert item.score == pytest.approx(scores[item.item_id], abs=1e-4)
+    assert hits >= 0.9 * 10 * len(asked)
+    few = approximate.recommend(asked[:1], k=3, candidates=loaded.raw_ids[5:9])
+    assert few == loaded.recommend(asked[:1], k=3, candidates=loaded.raw_ids[5:9])
+    with pytest.raises(ConfigError, match="index must be"):
+        Recommender.from_pretrained(packaged, index="magic")
