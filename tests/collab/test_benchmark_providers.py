@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from tool import load
 from worlds import cycle
 
 from llmrec.collab.train import TrainingRows
@@ -15,15 +15,10 @@ from llmrec.data.prepare import prepare_data
 from llmrec.distributed import device
 from llmrec.pipeline import run_stage
 
-PATH = Path(__file__).resolve().parents[2] / "tools" / "benchmark_providers.py"
-
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("benchmark_providers", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("benchmark_providers")
 
 
 @pytest.fixture(scope="module")

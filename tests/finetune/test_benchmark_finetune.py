@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
+from tool import load
 from worlds import cycle
 
 from llmrec.pipeline import describe_stage, write_manifest
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def tool():
-    path = ROOT / "tools" / "benchmark_finetune.py"
-    spec = importlib.util.spec_from_file_location("benchmark_finetune", path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    return load("benchmark_finetune")
 
 
 @pytest.fixture(scope="module")

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tool import load
 from worlds import interactions
-
-ROOT = Path(__file__).parents[2]
-
-
-def tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
 
 
 def test_latency_and_load_small(packaged, capsys):
-    benchmark = tool("benchmark_inference")
+    benchmark = load("benchmark_inference")
     small = ["--items", "300", "--width", "16", "--layers", "1", "--content-width", "8", "--cpu"]
     benchmark.main(["latency", *small, "--users", "64", "--rounds", "1"])
     text = capsys.readouterr().out
@@ -35,7 +25,7 @@ def test_latency_and_load_small(packaged, capsys):
 
 
 def test_withheld_items_are_in_no_table_and_users_are_those_who_end_with_one(tmp_path):
-    cold = tool("evaluate_cold_items")
+    cold = load("evaluate_cold_items")
     data = interactions([[1, 2, 3, 4], [2, 3, 1], [4, 1, 2]], 4)
     out = np.array([False, False, False, False, True])
     cold.write_rest(data, out, tmp_path)
@@ -49,7 +39,7 @@ def test_withheld_items_are_in_no_table_and_users_are_those_who_end_with_one(tmp
 
 @pytest.mark.slow
 def test_cold_items_from_training_to_table(tmp_path, capsys):
-    cold = tool("evaluate_cold_items")
+    cold = load("evaluate_cold_items")
     recipe = tmp_path / "tiny.py"
     recipe.write_text("from tiny_recipe import tiny\n\n\ndef recipe():\n    return tiny()\n")
     with pytest.raises(SystemExit) as left:

@@ -1,23 +1,13 @@
 """The tools that compare and time semantic IDs do what they say."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from test_learn import artefacts, clustered
+from tool import load
 
 from llmrec.semantic_ids.losses import mmd
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_settings_are_compared_over_seeds(tmp_path, capsys, monkeypatch):
@@ -31,7 +21,7 @@ def test_settings_are_compared_over_seeds(tmp_path, capsys, monkeypatch):
     command += ["--row", "kmeans", "method=rkmeans", *settings]
     command += ["--row", "mse", "reconstruction=mse", "epochs=2", "log_every_epochs=1", *settings]
     with pytest.raises(SystemExit) as left:
-        tool("compare_semantic_ids").main(command)
+        load("compare_semantic_ids").main(command)
     assert not left.value.code
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("text, 2 seeds; ") and len(lines) == 4
@@ -41,7 +31,7 @@ def test_settings_are_compared_over_seeds(tmp_path, capsys, monkeypatch):
 
 
 def test_both_references_are_timed_and_the_difference_tensor_gives_the_same_value(capsys):
-    benchmark = tool("benchmark_semantic_ids")
+    benchmark = load("benchmark_semantic_ids")
     x, y = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))
     ours = mmd(x, y, estimator="tllib")
     torch.testing.assert_close(benchmark.mmd_by_differences(x, y, estimator="tllib"), ours)
@@ -52,7 +42,7 @@ def test_both_references_are_timed_and_the_difference_tensor_gives_the_same_valu
 
 def test_a_catalogue_is_timed_with_its_memory(capsys):
     options = ["catalogue", "--items", "2000", "--dim", "8"]
-    tool("benchmark_semantic_ids").main(options)
+    load("benchmark_semantic_ids").main(options)
     assert re.search(
         r"2,000 items of 8 numbers .*peak memory\n\d+\.\d GB", capsys.readouterr().out, re.DOTALL
     )
