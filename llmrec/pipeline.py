@@ -33,6 +33,12 @@ logger = logging.getLogger("llmrec")
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 LOCK = "lock"
+MEASURED = (
+    *("seconds", "train_seconds", "tokens_per_second", "targets_per_second"),
+    *("share_of_peak", "memory_bytes"),
+)
+"""Fields of JSON files that measure the machine; all else is equal for equal runs on a CPU."""
+
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "safetensors")
 
 
@@ -121,24 +127,24 @@ def compute(
     machine.reset_peak_memory()
     started = time.perf_counter()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    token = _unfinished.set((unfinished, wanted))
-    try:
-        with locked(unfinished) if main else contextlib.nullcontext():
+    with locked(unfinished) if main else contextlib.nullcontext():
+        token = _unfinished.set((unfinished, wanted))
+        try:
             result = function(config, *inputs)
-    finally:
-        _unfinished.reset(token)
-    if not main:
-        return
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        scratch.mkdir(parents=True)
-        result.save(scratch)
-        seconds = time.perf_counter() - started
-        write_manifest(scratch, wanted, seconds)
-        os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    shutil.rmtree(unfinished, ignore_errors=True)
+        finally:
+            _unfinished.reset(token)
+        if not main:
+            return
+        scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+        try:
+            scratch.mkdir(parents=True)
+            result.save(scratch)
+            seconds = time.perf_counter() - started
+            write_manifest(scratch, wanted, seconds)
+            os.replace(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     logger.info("%s: finished in %.1f s, %s", function.__name__, seconds, folder)
 
 
@@ -300,6 +306,30 @@ def load(artifact: type, folder: Path) -> Any:
     loaded = artifact.load(folder)
     object.__setattr__(loaded, "_manifest", manifest)
     return loaded
+
+
+def content_of(folder: Path) -> dict[str, Any]:
+    """What equal runs have in common: every file of a finished stage by name, without the manifest and the
+    fields in `MEASURED`; JSON files as values, others as bytes."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or name == MANIFEST:
+            continue
+        if path.suffix == ".jsonl":
+            found[name] = [without_measured(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.suffix == ".json":
+            found[name] = without_measured(read_json(path))
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def without_measured(value: Any) -> Any:
+    """A JSON value without the fields in `MEASURED`."""
+    if isinstance(value, dict):
+        return {key: without_measured(inner) for key, inner in value.items() if key not in MEASURED}
+    return [without_measured(inner) for inner in value] if isinstance(value, list) else value
 
 
 def manifest_of(artifact: Any) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tool import TOOLS, load
 
-TOOL = Path(__file__).parents[1] / "tools" / "crash_test.py"
+TOOL = TOOLS / "crash_test.py"
 
 
 @pytest.mark.slow
@@ -27,9 +26,7 @@ def test_a_dozen_kills_lose_nothing_and_change_nothing():
 
 def test_it_would_notice(tmp_path):
     """A checkpoint that is not whole, and files that differ, are told apart from good ones."""
-    spec = importlib.util.spec_from_file_location("crash_test", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load("crash_test")
     from llmrec.checkpoint import Checkpoint, Checkpoints, DamagedError
 
     store = Checkpoints(tmp_path, "x")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,19 +17,11 @@ from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEn
 from llmrec.encoders.encode import encode_items
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
 from llmrec.finetune.train import finetune
+from llmrec.pipeline import content_of
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.learn import learn_semantic_ids
 
 NUM_ITEMS = 30
-TIMES = (
-    "seconds",
-    "train_seconds",
-    "tokens_per_second",
-    "targets_per_second",
-    "share_of_peak",
-    "memory_bytes",
-)
-"""Fields that measure the machine, and differ between equal runs."""
 
 
 def market() -> Interactions:
@@ -48,7 +40,7 @@ def changed(data: Interactions, splits: tuple[int, ...]) -> Interactions:
     return dataclasses.replace(data, item=item)
 
 
-def upstream_of_evaluate(data: Interactions, select: str, folder: Path) -> dict[str, bytes]:
+def upstream_of_evaluate(data: Interactions, select: str, folder: Path) -> dict[str, Any]:
     """Every file of every stage between prepare_data and evaluate, without what a clock says."""
     collab = train_collab(
         TrainCollabConfig(
@@ -83,21 +75,7 @@ def upstream_of_evaluate(data: Interactions, select: str, folder: Path) -> dict[
     for artifact in (collab, content, ids, adapter):
         (folder / artifact.stage).mkdir(parents=True)
         artifact.save(folder / artifact.stage)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): without_times(path) for path in files}
-
-
-def without_times(path: Path) -> bytes:
-    if path.suffix not in (".json", ".jsonl"):
-        return path.read_bytes()
-    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-    return json.dumps([strip(json.loads(line)) for line in lines]).encode()
-
-
-def strip(value: object) -> object:
-    if isinstance(value, dict):
-        return {name: strip(inner) for name, inner in value.items() if name not in TIMES}
-    return [strip(inner) for inner in value] if isinstance(value, list) else value
+    return content_of(folder)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,31 +20,12 @@ from llmrec.semantic_ids import train as ids
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.learn import learn_semantic_ids
 
-TIMES = ("seconds", "train_seconds")
-
 
 def as_loaded(*artifacts):
     """Inputs that are not on disk, with manifests as if they were."""
     for artifact in artifacts:
         object.__setattr__(artifact, "_manifest", {"files": {}})
     return artifacts
-
-
-def content_of(folder: Path) -> dict[str, object]:
-    """Every file of a stage, times of day and durations aside."""
-    found: dict[str, object] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.name == "manifest.json" or path.is_dir():
-            continue
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found[path.name] = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_text())
-            found[path.name] = {k: v for k, v in rows.items() if k not in TIMES}
-        else:
-            found[path.name] = path.read_bytes()
-    return found
 
 
 def stopped_and_resumed(function, config, inputs, tmp_path, monkeypatch, module, epoch: int) -> list[int]:
@@ -68,7 +47,7 @@ def stopped_and_resumed(function, config, inputs, tmp_path, monkeypatch, module,
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_epoch", lambda *arguments: (again.append(1), real(*arguments))[1])
         pipeline.run_stage(function, config, inputs, tmp_path / "cut")
-    assert content_of(tmp_path / "cut") == content_of(tmp_path / "whole")
+    assert pipeline.content_of(tmp_path / "cut") == pipeline.content_of(tmp_path / "whole")
     assert not list(tmp_path.glob(".*.unfinished"))
     return again
 

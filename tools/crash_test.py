@@ -12,7 +12,6 @@ was wrong.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -35,22 +34,12 @@ from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEn
 from llmrec.encoders.encode import encode_items
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
 from llmrec.finetune.train import finetune
-from llmrec.pipeline import MANIFEST, run_stage
+from llmrec.pipeline import MANIFEST, content_of, run_stage
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.learn import learn_semantic_ids
 
 ALWAYS = 1e-9
 """Minutes between checkpoints: one after every epoch or step."""
-
-TIMES = (
-    "seconds",
-    "train_seconds",
-    "tokens_per_second",
-    "targets_per_second",
-    "share_of_peak",
-    "memory_bytes",
-)
-"""What measures the machine."""
 
 
 def stages(root: Path) -> dict[str, tuple[Callable[..., Any], Any, tuple[Any, ...]]]:
@@ -115,27 +104,6 @@ def newest(checkpoints: Path) -> int:
     for path in checkpoints.glob("step-*"):
         steps.append(checkpoint.check(path)["step"])
     return max(steps)
-
-
-def content_of(folder: Path) -> dict[str, Any]:
-    """Every file of a finished stage, measurements of the machine aside."""
-    found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_dir() or name == MANIFEST:
-            continue
-        if path.suffix in (".json", ".jsonl"):
-            texts = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-            found[name] = [without_times(json.loads(text)) for text in texts]
-        else:
-            found[name] = path.read_bytes()
-    return found
-
-
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
-    return [without_times(inner) for inner in value] if isinstance(value, list) else value
 
 
 def torture(kills: int, seconds: float, root: Path, seed: int) -> tuple[Counter[str], list[str]]:

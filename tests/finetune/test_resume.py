@@ -68,12 +68,7 @@ def test_stopped_and_resumed_equals_never_stopped(settings, step, tmp_path, monk
     assert begun[0] == step, "nothing is done twice"
     for name, value in weights(expected).items():
         assert torch.equal(weights(found)[name], value), name
-    timed = ("tokens_per_second", "targets_per_second", "share_of_peak", "memory_bytes")
-    for one, two in zip(expected.log, found.log):
-        assert {k: v for k, v in one.items() if k not in timed} == {
-            k: v for k, v in two.items() if k not in timed
-        }
-    assert found.metrics["tokens"] == expected.metrics["tokens"]
+    assert pipeline.content_of(tmp_path / "stopped") == pipeline.content_of(tmp_path / "whole")
     assert not (tmp_path / ".stopped.unfinished").exists()
 
 
