@@ -287,7 +287,9 @@ def card(package: Package) -> str:
     parts.append("## Data\n\n" + "\n".join(["| | |", "|---|---|", *counts]) + "\n")
     split = summary.get("split")
     if split:
-        parts.append(f"Split: {str(split).replace('_', ' ')}. {leak_warning(split)}\n")
+        parts.append(
+            " ".join([f"Split: {str(split).replace('_', ' ')}.", *summary.get("warnings", [])]) + "\n"
+        )
     if columns:
         parts.append(
             "## Metrics\n\nTest items, ranked among the whole catalogue, items of the history left out; one "
@@ -319,12 +321,6 @@ def source_of(package: Package) -> str:
     if source == "sample_market":
         return "the sample market"
     return str(config.get("category") or Path(str(config.get("interactions") or source)).stem)
-
-
-def leak_warning(split: str) -> str:
-    if split == "leave_one_out":
-        return "Leave-one-out puts other users' later interactions into training."
-    return ""
 
 
 def first_id(package: Package) -> str:

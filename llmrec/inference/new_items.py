@@ -41,6 +41,8 @@ def extended(
         ConfigError: there is no content modality to go by.
     """
     check_ids(package, items)
+    if neighbours < 1:
+        raise DataError(f"neighbours must be at least 1, got {neighbours}")
     if not content:
         raise ConfigError("new items need text or image vectors, and this catalogue has neither")
     near = nearest(package, content, neighbours)

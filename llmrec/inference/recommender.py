@@ -254,8 +254,10 @@ class Recommender:
         if self.graph is not None and allowed is None:
             return self._best_of_graph(hidden, rows, k, exclude_seen)
         items = torch.arange(1, len(matrix), device=self.device)
+        table = matrix[1:]
         if allowed is not None:
             items = torch.from_numpy(allowed).to(self.device)
+            table = matrix[items]
         size = max(1, BLOCK_SCORES // max(1, len(hidden)))
         values = hidden.new_empty(len(hidden), 0)
         chosen = items.new_empty(len(hidden), 0)
@@ -263,20 +265,15 @@ class Recommender:
             self.device
         )
         seen_item = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *rows])).to(self.device)
-        for block in items.split(size):
-            scores = hidden @ matrix[block].T
+        for block, rows_of_block in zip(items.split(size), table.split(size)):
+            scores = hidden @ rows_of_block.T
             if exclude_seen and len(seen_item):
                 place = torch.searchsorted(block, seen_item).clamp(max=len(block) - 1)
                 hit = block[place] == seen_item
                 scores[seen_row[hit], place[hit]] = -torch.inf
             values = torch.cat([values, scores], dim=1)
             chosen = torch.cat([chosen, block.expand(len(hidden), -1)], dim=1)
-            # A stable order: of equal scores the earlier item of the catalogue comes first.
-            best = values.sort(dim=1, descending=True, stable=True) if values.shape[1] <= 4 * k else None
-            if best is not None:
-                values, order = best.values[:, :k], best.indices[:, :k]
-            else:
-                values, order = values.topk(min(k, values.shape[1]), dim=1)
+            values, order = values.topk(min(k, values.shape[1]), dim=1)
             chosen = chosen.gather(1, order)
         found = []
         for own_values, own_items in zip(values.cpu().numpy(), chosen.cpu().numpy()):

@@ -91,11 +91,8 @@ def test_refusals_are_explained_without_the_token(status, message, packaged, hub
 def test_a_busy_hub_is_asked_again(statuses, packaged, hub, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     hub.fail("/upload/", list(statuses))
-    try:
-        put(packaged, hub)
-    except HubError as error:
-        assert "what was uploaded is kept" in str(error) or "wait a few minutes" in str(error)
-        put(packaged, hub)
+    put(packaged, hub)
+    assert hub.failures == [("/upload/", [])], "every refusal was met and passed"
     assert len(hub.repos["ann/tiny"]["commits"]) == 2
 
 
@@ -119,7 +116,7 @@ def test_what_is_not_there_is_named(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(MissingArtifactError, match="neither a folder here nor a Hub id"):
         download("no/such/folder")
-    with pytest.raises((MissingArtifactError, HubError), match="ann/none"):
+    with pytest.raises(MissingArtifactError, match="ann/none"):
         download("ann/none", cache_dir=tmp_path)
 
 

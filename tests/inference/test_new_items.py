@@ -116,3 +116,8 @@ def test_vectors_from_a_file_must_come_with_new_items(packaged):
     package.content.encoders["text"]["encoder"] = "precomputed"
     with pytest.raises(ConfigError, match=r"text vectors came from a file.*vectors=\{'text'"):
         Recommender(package).add_items([{"item_id": "a", "title": "x"}])
+
+
+def test_at_least_one_neighbour_is_needed(fresh):
+    with pytest.raises(DataError, match="neighbours must be at least 1, got 0"):
+        fresh.add_items([{"item_id": "a", "title": "x"}], neighbours=0)
