@@ -111,7 +111,7 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
         "epochs": config.epochs,
     }
     parameters = build.parameter_counts(model)
-    flops = operations(config, model, counts, parameters)
+    flops = operations(model, counts, parameters)
     return Estimate(
         counts=counts, parameters=parameters, flops=flops, memory=bytes_used(config, model, widths, counts)
     )
@@ -225,19 +225,8 @@ def distinct_items(item: np.ndarray, targets: Any) -> int:
     return len(np.unique(np.concatenate([item[start:stop] for start, stop in longest.items()])))
 
 
-def operations(
-    config: FinetuneConfig, model: Any, counts: dict[str, int], parameters: dict[str, int]
-) -> dict[str, float]:
-    """Floating-point operations of one epoch, forward and backward.
-
-    A frozen linear layer costs 4 per weight and token (forward, and backward to its input), a trained one 6.
-    """
-    lora = parameters["base_trainable"] if not config.is_mini else 0
-    linear = sum(
-        module.weight.numel() for name, module in model.base.named_modules() if isinstance(module, nn.Linear)
-    )
-    frozen = 0 if config.is_mini else linear - lora
-    trained = linear if config.is_mini else lora
+def operations(model: Any, counts: dict[str, int], parameters: dict[str, int]) -> dict[str, float]:
+    """Floating-point operations of one epoch, forward and backward (see `build.flops_per_token`)."""
     side = sum(parameters[name] for name in ("projections", "item_mlp"))
     width = model.base.config.hidden_size
     vectors = sum(
@@ -248,7 +237,7 @@ def operations(
     folded = per_step > width
     scored = width + (0 if folded else vectors + len(model.item_scores.modalities))
     return {
-        "base model": (4.0 * frozen + 6.0 * trained) * counts["tokens"],
+        "base model": build.flops_per_token(model) * counts["tokens"],
         "item tokens": 6.0 * side * counts["item_tokens"],
         "catalogue scores": 6.0 * counts["targets"] * rows * scored,
         "item matrix": 6.0 * rows * width * vectors * counts["steps"] if folded else 0.0,

@@ -30,7 +30,7 @@ from llmrec.stages import STAGES
 C = TypeVar("C")
 USER_ERROR = 2
 INTERRUPTED = 130
-PRESETS = ("default", "paper", "official")
+PRESETS = tuple(FINETUNE_PRESETS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModel, LlamaConfig
 
 from llmrec import distributed, machine, pipeline
 from llmrec.artifacts import Interactions, SemanticIds
@@ -284,18 +284,14 @@ def random_base(shape: dict[str, Any], config: FinetuneConfig, device: torch.dev
         return base
     import tempfile
 
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
     with tempfile.TemporaryDirectory() as folder:
         base.save_pretrained(folder)
         del base
         torch.cuda.empty_cache()
         place = {"": torch.cuda.current_device()}
-        base = AutoModel.from_pretrained(folder, quantization_config=four_bits, dtype=dtype, device_map=place)
+        base = AutoModel.from_pretrained(
+            folder, quantization_config=build.four_bits(), dtype=dtype, device_map=place
+        )
     torch.cuda.reset_peak_memory_stats()
     return base
 

@@ -138,10 +138,12 @@ def rank_users(
     }
     item = torch.from_numpy(data.item).to(device)
     time = torch.from_numpy(data.timestamp).to(device) if scorer.uses_time else None
-    nowhere = {name: torch.zeros_like(values) for name, values in result.items()}
     with torch.no_grad():
         for own in mine:
-            block, out = (blocks[0], nowhere) if own is None else (own, result)
+            block = blocks[0] if own is None else own
+            out = (
+                {name: torch.zeros_like(values) for name, values in result.items()} if own is None else result
+            )
             _rank_block(scorer, item, time, targets.take(block), block, mask_seen, top_k, out)
     if shard and distributed.world_size() > 1:
         for values in result.values():

@@ -60,12 +60,7 @@ def load_base(config: FinetuneConfig, prompt: Prompt) -> nn.Module:
         )
     options: dict[str, Any] = {"dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32}
     if config.quantize == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        options["quantization_config"] = four_bits()
         if torch.cuda.is_available():
             options["device_map"] = {"": torch.cuda.current_device()}
     try:
@@ -75,6 +70,16 @@ def load_base(config: FinetuneConfig, prompt: Prompt) -> nn.Module:
     except (OSError, ValueError) as error:
         raise ConfigError(_cannot_load("base model", config.base_model, error)) from None
     return add_lora(base, config)
+
+
+def four_bits() -> BitsAndBytesConfig:
+    """NF4 with double quantisation, computing in bfloat16 (QLoRA, 2023)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def add_lora(base: nn.Module, config: FinetuneConfig) -> PeftModel:

@@ -78,11 +78,10 @@ class MMESID(nn.Module):
         self.register_buffer("response", response, persistent=False)
 
     def forward(self, what: str, *arguments: Any) -> Any:
-        """`loss`, `hidden`, `tables` or `weights` of the arguments."""
-        if what in ("loss", "hidden", "encode_instruction"):
-            with autocast(self.instruction.device, self.precision):
-                return getattr(self, what)(*arguments)
-        return {"tables": self.tables, "weights": self.weights}[what](*arguments)
+        """`loss`, `hidden`, `encode_instruction`, `tables` or `weights` of the arguments."""
+        precision = "fp32" if what in ("tables", "weights") else self.precision
+        with autocast(self.instruction.device, precision):
+            return getattr(self, what)(*arguments)
 
     def loss(self, groups: list[PackedRows]) -> Tensor:
         """Sum over the groups' targets of the loss over the catalogue; shape ().

@@ -48,10 +48,6 @@ class PackedRows:
     negative: Tensor | None = None
     """int64 (n,) an item that is not the target, for losses that sample one"""
 
-    @property
-    def num_targets(self) -> int:
-        return len(self.target)
-
 
 class Movable:
     """Tensors that go to a device together."""

@@ -366,11 +366,7 @@ class Trainer:
     def _log_window(self, epoch: int, bar: tqdm) -> None:
         window, self.window = self.window, Window()
         loss = float(window.loss) / window.targets
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {self.step}; lower finetune.learning_rate "
-                f"({self.config.learning_rate:g}) or use finetune.precision=fp32"
-            )
+        self._refuse_bad_loss(loss)
         seconds = time.perf_counter() - window.started
         speed = window.tokens / seconds / distributed.world_size()
         row = {
@@ -389,6 +385,13 @@ class Trainer:
             f"{row['share_of_peak']:.0%} of peak, {row['memory_bytes'] / 2**30:.1f} GiB"
         )
 
+    def _refuse_bad_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {self.step}; lower finetune.learning_rate "
+                f"({self.config.learning_rate:g}) or use finetune.precision=fp32"
+            )
+
     def _validate(self, epoch: int) -> None:
         targets = self.data.targets("valid")
         if not len(targets):
@@ -397,23 +400,24 @@ class Trainer:
         with torch.no_grad():
             weights = self.engine.wrapped("weights")
             fusion = fusion_shares(weights, self.fusion_sources, self.data.train_count)
-        better = self.best is None or float(ndcg_at_k(rank, 10).mean()) > self.best[0]
+        ndcg = float(ndcg_at_k(rank, 10).mean())
+        better = self.best is None or ndcg > self.best[0]
         if better and self.config.select == "valid":
             self.best_weights = self.engine.weights()
         row = {
             "epoch": epoch,
             "step": self.step,
-            "valid_ndcg@10": float(ndcg_at_k(rank, 10).mean()),
+            "valid_ndcg@10": ndcg,
             "valid_recall@10": float(recall_at_k(rank, 10).mean()),
             "fusion": fusion,
         }
         self.log.append(row)
         logger.info(
             "finetune: epoch %s, valid ndcg@10 %.4f, recall@10 %.4f",
-            epoch, row["valid_ndcg@10"], row["valid_recall@10"],
+            epoch, ndcg, row["valid_recall@10"],
         )  # fmt: skip
         if better:
-            self.best = (row["valid_ndcg@10"], epoch)
+            self.best = (ndcg, epoch)
         self.window.started = time.perf_counter()
 
     def _out_of_memory(self) -> str:
@@ -434,13 +438,16 @@ class Trainer:
         return bool(self.checkpoints and minutes and time.monotonic() - self.saved_at >= 60 * minutes)
 
     def _save(self, epoch: int, done: int) -> None:
-        """Write a checkpoint of this moment: `done` steps of the epoch."""
+        """Write a checkpoint of this moment: `done` steps of the epoch.
+
+        Raises:
+            TrainingError: the loss is NaN or infinite; such weights must not take the place of good ones.
+        """
         self.saved_at = time.monotonic()
+        self._refuse_bad_loss(float(self.window.loss))
         if self.checkpoints is None or not distributed.is_main() or self.engine.sharded:
             return
         begun = time.perf_counter()
-        if not math.isfinite(float(self.window.loss)):
-            return  # weights that went wrong must not take the place of good ones; the log will say so
         tensors, optimizer = pack_optimizer(self.engine.inner.state_dict())
         tensors |= {f"weights.{name}": value for name, value in self.engine.weights().items()}
         tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
@@ -465,7 +472,14 @@ class Trainer:
 
     def _resume(self) -> tuple[int, int]:
         """Take up the newest checkpoint; the epoch to go on with and how many of its steps are done."""
-        found = None if self.checkpoints is None or self.engine.sharded else self.checkpoints.latest()
+        found = None
+        if self.checkpoints is not None and not self.engine.sharded:
+            # The main process looks first, since looking also tidies up.
+            if not distributed.is_main():
+                distributed.wait()
+            found = self.checkpoints.latest()
+            if distributed.is_main():
+                distributed.wait()
         if found is None:
             return 1, 0
         self.engine.set_weights({name: found.tensors[f"weights.{name}"] for name in self.engine.parameters})

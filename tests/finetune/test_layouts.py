@@ -75,9 +75,10 @@ def test_options_under_every_layout(option, method, engine):
     compare(net, settings)
 
 
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("settings", METHODS, ids=NAMES)
-def test_streams_of_every_method(settings):
-    settings = {"fusion_temperature": 1e-3, **settings, "rows": "stream"}
+def test_packed_prompts_of_every_method_are_the_prompts_themselves(settings, engine):
+    settings = {"fusion_temperature": 1e-3, **settings, **engine}
     compare(model(NUM_ITEMS, **settings), settings)
 
 

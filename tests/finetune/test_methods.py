@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_packing import EXACT, NUM_ITEMS, full_scores, gradients, plain_prompts, random_users, read_out
+from test_packing import EXACT, NUM_ITEMS, full_scores, plain_prompts, random_users
 from tiny_mme_sid import WIDTH, model
 
 from llmrec.errors import ConfigError
@@ -37,28 +37,6 @@ ITEMS = torch.arange(1, NUM_ITEMS + 1)
 def build(settings, **more):
     """The tiny model's own temperature only where there is a gate."""
     return model(NUM_ITEMS, **{"fusion_temperature": 1e-3, **settings, **more})
-
-
-@pytest.mark.parametrize("settings", METHODS, ids=NAMES)
-@pytest.mark.parametrize("share", [True, False], ids=["shared", "own"])
-def test_packed_prompts_are_the_prompts_themselves(settings, share):
-    """Read-outs, loss and every gradient, in float64; three tokens an item included."""
-    net = build(settings, share_instruction=share)
-    item, targets = random_users([1, 2, 3, 5])
-    rows = pack(item, targets, group_rows(targets, "packed"))
-    hidden = plain_prompts(net, item, targets)
-    torch.testing.assert_close(read_out(net, rows), hidden, **EXACT)
-    scores = full_scores(net, hidden)
-    loss = F.cross_entropy(scores, torch.from_numpy(targets.item) - 1, reduction="sum")
-    if settings["method"] == "ctrl_mm":
-        loss = loss + 0.1 * len(targets) * net.item_tokens.alignment(torch.unique(rows.items))
-    expected = gradients(net, loss)
-    found_loss = net.loss([rows])
-    torch.testing.assert_close(found_loss, loss, **EXACT)
-    found = gradients(net, found_loss)
-    assert found.keys() == expected.keys() and found
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], **EXACT)
 
 
 def linear(part, rows):

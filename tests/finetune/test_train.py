@@ -215,3 +215,20 @@ def test_lora_trains_a_real_pretrained_llama(real_data):
     losses = [row["loss"] for row in trainer.log if "loss" in row]
     assert losses[-1] < 0.5 * losses[0]
     assert all(torch.equal(value, base.get_parameter(name)) for name, value in frozen.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, r"out of memory at step 1; lower finetune\.micro_batch_tokens \(16384 now\)"),
+        ({"micro_batch_tokens": 1024}, r"set finetune\.checkpoint_activations=true"),
+        ({"micro_batch_tokens": 1024, "checkpoint_activations": True}, "use a smaller base model"),
+    ],
+)
+def test_a_full_gpu_is_answered_with_the_setting_to_turn(settings, advice, monkeypatch):
+    def full(self, targets):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.Trainer, "train_step", full)
+    with pytest.raises(TrainingError, match=advice):
+        fit(dataclasses.replace(TINY, **settings))
