@@ -26,7 +26,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmrec import distributed
 from llmrec.artifacts import read_json, write_json
 from llmrec.errors import LlmrecError, StoppedError
 
@@ -284,12 +283,6 @@ class StopRequests:
     def __init__(self) -> None:
         self.asked = False
 
-    def agreed(self) -> bool:
-        """Whether any process was asked; with several, all must call, and all get the same answer."""
-        if distributed.world_size() == 1:
-            return self.asked
-        return any(distributed.gather_numbers(self.asked))
-
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequests]:
@@ -319,6 +312,21 @@ def stop_requests() -> Iterator[StopRequests]:
 
 def pack_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state_dict as tensors by name and JSON."""
+    tensors, plain = pack_states(state["state"])
+    groups = [
+        {name: value for name, value in group.items() if not isinstance(value, Tensor)}
+        for group in state["param_groups"]
+    ]
+    return tensors, {"plain": plain, "groups": groups}
+
+
+def unpack_optimizer(tensors: dict[str, Tensor], state: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of `pack_optimizer`; other tensors are passed over."""
+    return {"state": unpack_states(tensors, state["plain"]), "param_groups": state["groups"]}
+
+
+def pack_states(states: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What an optimiser remembers of each parameter, as tensors by name and JSON."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
 
@@ -331,22 +339,18 @@ def pack_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
         else:
             plain[path] = value
 
-    sort("", state["state"])
-    groups = [
-        {name: value for name, value in group.items() if not isinstance(value, Tensor)}
-        for group in state["param_groups"]
-    ]
-    return tensors, {"plain": plain, "groups": groups}
+    sort("", states)
+    return tensors, plain
 
 
-def unpack_optimizer(tensors: dict[str, Tensor], state: dict[str, Any]) -> dict[str, Any]:
-    """Inverse of `pack_optimizer`; other tensors are passed over."""
+def unpack_states(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Inverse of `pack_states`; other tensors are passed over."""
     found = {name[9:]: value for name, value in tensors.items() if name.startswith("optimizer/")}
     entries: dict[Any, Any] = {}
-    for path, value in {**found, **state["plain"]}.items():
+    for path, value in {**found, **plain}.items():
         _, number, *inner, last = path.split("/")
         place = entries.setdefault(int(number), {})
         for name in inner:
             place = place.setdefault(name, {})
         place[last] = value
-    return {"state": entries, "param_groups": state["groups"]}
+    return entries

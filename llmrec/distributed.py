@@ -103,17 +103,16 @@ def wait() -> None:
         state().wait_for_everyone()
 
 
-def gather_numbers(value: float) -> list[float]:
-    """The values of all processes, in order of rank; every process must call."""
+def any_process(*flags: bool) -> tuple[bool, ...]:
+    """For each flag, whether it is set in any process; every process must call, and all get the same."""
     if world_size() == 1:
-        return [value]
+        return flags
     import torch
 
-    state()
-    # Flags and numbers, sent as a tensor: objects would travel as pickles.
-    found = [torch.zeros((), dtype=torch.float64, device=device()) for _ in range(world_size())]
-    torch.distributed.all_gather(found, torch.tensor(float(value), dtype=torch.float64, device=device()))
-    return [one.item() for one in found]
+    # As a tensor: objects would travel as pickles.
+    found = torch.tensor(flags, dtype=torch.int32, device=device())
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return tuple(bool(flag) for flag in found.tolist())
 
 
 def device() -> Any:

@@ -22,6 +22,7 @@ def test_a_dozen_kills_lose_nothing_and_change_nothing():
         for words in (line.split(None, 1) for line in done.stdout.splitlines() if line)
     }
     assert counts["things wrong"] == 0 and counts["kills"] >= 3 and counts["runs finished"] >= 3
+    assert all(counts[f"kills of {name}"] for name in ("train_collab", "learn_semantic_ids", "finetune"))
 
 
 def test_it_would_notice(tmp_path):

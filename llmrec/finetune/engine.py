@@ -17,6 +17,7 @@ from llmrec.evaluation.rank import Scorer
 from llmrec.finetune import build
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.model import MMESID
+from llmrec.finetune.optimizer_states import States, read_states, whole, write_master, write_states
 from llmrec.finetune.packing import PackedRows
 from llmrec.finetune.scoring import scorer_of
 
@@ -31,6 +32,7 @@ class Engine:
     Attributes:
         inner: the optimiser itself, for learning rates and checkpoints.
         sharded: whether weights or optimiser states are spread over processes.
+        resumable: whether the optimiser's states can be kept.
     """
 
     def __init__(self, config: FinetuneConfig, model: MMESID) -> None:
@@ -40,6 +42,8 @@ class Engine:
         self.accelerator = Accelerator(mixed_precision="no")
         self.fsdp = distributed.uses_fsdp() and distributed.world_size() > 1
         self.sharded = self.fsdp or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        # Blocks of 8-bit states lie across parameters, so they cannot be put together again by parameter.
+        self.resumable = not (self.sharded and config.optimizer == "adamw_8bit")
         if self.fsdp:
             shard(model)
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -93,6 +97,16 @@ class Engine:
                 if isinstance(parameter, DTensor):
                     value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
                 parameter.copy_(value)
+        for name, parameter in self.parameters.items():
+            write_master(parameter, weights[name].to(parameter.device))
+
+    def optimizer_states(self) -> States:
+        """What the optimiser remembers, in the main process; every process must call if `sharded`."""
+        return read_states(list(self.parameters.values()), self.inner)
+
+    def set_optimizer_states(self, states: States) -> None:
+        """Inverse of `optimizer_states`; every process must call with the same."""
+        write_states(list(self.parameters.values()), self.inner, states)
 
     def _gathered(self, *, write: bool = False) -> contextlib.AbstractContextManager:
         """Inside, weights that DeepSpeed spread over processes are whole."""
@@ -124,11 +138,6 @@ def shard(model: MMESID) -> None:
     for block in build.decoder_of(model.base).layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def whole(value: Tensor) -> Tensor:
-    """A tensor with all its parts, if they lie in different processes."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def optimizer_of(config: FinetuneConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -34,9 +34,9 @@ from llmrec.checkpoint import (
     Checkpoints,
     StopRequests,
     checkpoints_here,
-    pack_optimizer,
+    pack_states,
     stop_requests,
-    unpack_optimizer,
+    unpack_states,
 )
 from llmrec.config import from_dict
 from llmrec.data.batches import pad_histories
@@ -208,10 +208,12 @@ class Trainer:
         self.config = config
         self.data = data
         self.model = model
-        self.checkpoints = checkpoints
         self.flops = build.flops_per_token(model)
         self.counts = build.parameter_counts(model)
         self.engine = Engine(config, model)
+        self.checkpoints = checkpoints if self.engine.resumable else None
+        if self.checkpoints is not checkpoints:
+            logger.warning("finetune: no checkpoints, since 8-bit optimiser states are spread over processes")
         self.device = distributed.device()
         self.item = torch.from_numpy(data.item)
         self.targets = training_targets(config, data)
@@ -294,14 +296,16 @@ class Trainer:
             self.window.targets += len(chosen)
             self.window.tokens += tokens
             bar.update()
-            if self.step % self.config.log_every_steps == 0 or number == len(steps):
+            logged = self.step % self.config.log_every_steps == 0 or number == len(steps)
+            if logged:
                 self._log_window(epoch, bar)
-                if stop.agreed():
-                    self._stop(epoch, number)
-            elif distributed.world_size() == 1 and stop.agreed():
-                self._stop(epoch, number)
-            if self._save_is_due():
-                self._save(epoch, number)
+            if logged or distributed.world_size() == 1:
+                # Several processes have to agree, and waiting for that in every step would cost time.
+                asked, due = distributed.any_process(stop.asked, self._save_is_due())
+                if asked or due:
+                    self._save(epoch, number)
+                if asked:
+                    self._stop()
 
     def train_step(self, targets: Targets) -> tuple[Tensor, int]:
         """One optimiser step; the summed loss of all processes' targets and the tokens it took."""
@@ -445,11 +449,13 @@ class Trainer:
         """
         self.saved_at = time.monotonic()
         self._refuse_bad_loss(float(self.window.loss))
-        if self.checkpoints is None or not distributed.is_main() or self.engine.sharded:
+        if self.checkpoints is None or not (distributed.is_main() or self.engine.sharded):
             return
         begun = time.perf_counter()
-        tensors, optimizer = pack_optimizer(self.engine.inner.state_dict())
+        tensors, optimizer = pack_states(self.engine.optimizer_states())
         tensors |= {f"weights.{name}": value for name, value in self.engine.weights().items()}
+        if not distributed.is_main():
+            return
         tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
         state = {
             "epoch": epoch,
@@ -473,7 +479,7 @@ class Trainer:
     def _resume(self) -> tuple[int, int]:
         """Take up the newest checkpoint; the epoch to go on with and how many of its steps are done."""
         found = None
-        if self.checkpoints is not None and not self.engine.sharded:
+        if self.checkpoints is not None:
             # The main process looks first, since looking also tidies up.
             if not distributed.is_main():
                 distributed.wait()
@@ -484,7 +490,7 @@ class Trainer:
             return 1, 0
         self.engine.set_weights({name: found.tensors[f"weights.{name}"] for name in self.engine.parameters})
         state = found.state
-        self.engine.inner.load_state_dict(unpack_optimizer(found.tensors, state["optimizer"]))
+        self.engine.set_optimizer_states(unpack_states(found.tensors, state["optimizer"]))
         for group, rate in zip(self.engine.inner.param_groups, self.schedule.base_lrs):
             group["lr"] = rate * self._learning_rate_factor(state["schedule"]["last_epoch"])
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
@@ -501,13 +507,9 @@ class Trainer:
         logger.info("finetune: going on after step %s of %s", self.step, self.num_steps)
         return state["epoch"], state["done"]
 
-    def _stop(self, epoch: int, done: int) -> None:
-        self._save(epoch, done)
-        kept = self.checkpoints is not None and not self.engine.sharded
-        raise StoppedError(
-            f"stopped after step {self.step} of {self.num_steps}"
-            + ("; the same command goes on from there" if kept else "; nothing was kept")
-        )
+    def _stop(self) -> None:
+        kept = "the same command goes on from there" if self.checkpoints else "nothing was kept"
+        raise StoppedError(f"stopped after step {self.step} of {self.num_steps}; {kept}")
 
     def _steps_in(self, epoch: int) -> int:
         if self.config.batch_by == "targets":

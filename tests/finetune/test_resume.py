@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -99,45 +95,3 @@ def test_a_polite_stop_ends_the_step_saves_and_says_so(tmp_path, monkeypatch):
     found, expected = fine_tune(config, tmp_path / "out"), fine_tune(config, tmp_path / "whole")
     for name, value in weights(expected).items():
         assert torch.equal(weights(found)[name], value)
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path[:0] = {paths!r}
-import dataclasses
-import test_resume
-config = dataclasses.replace(test_resume.OFTEN, epochs=60, eval_every_epochs=30)
-test_resume.fine_tune(config, Path({out!r}))
-"""
-
-
-@pytest.mark.slow
-def test_killed_runs_go_on_and_end_with_the_same_weights(tmp_path):
-    """SIGKILL at four moments, then once to the end; and a run that nobody disturbs."""
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    results, kept = [], []
-    for name, kills in (("killed", 4), ("whole", 0)):
-        script = tmp_path / f"{name}.py"
-        script.write_text(SCRIPT.format(paths=paths, out=str(tmp_path / name)))
-        environment = {**os.environ, "LLMREC_NUM_THREADS": "1"}
-        checkpoints = tmp_path / f".{name}.unfinished" / "checkpoints"
-        for kill in range(kills):
-            child = subprocess.Popen(
-                [sys.executable, str(script)], env=environment, stderr=subprocess.DEVNULL
-            )
-            before = set(checkpoints.glob("step-*"))
-            deadline = time.monotonic() + 120
-            while len(set(checkpoints.glob("step-*")) - before) < 1 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            time.sleep(0.05 + 0.07 * kill)
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            kept.append(
-                max(json.loads(path.read_text())["step"] for path in checkpoints.glob("step-*/manifest.json"))
-            )
-        subprocess.run([sys.executable, str(script)], check=True, capture_output=True, env=environment)
-        results.append(weights(pipeline.load(Adapter, tmp_path / name)))
-    assert kept == sorted(set(kept)) and len(kept) == 4, "every kill found more work done"
-    for name, value in results[1].items():
-        assert torch.equal(results[0][name], value), name
