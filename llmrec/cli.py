@@ -11,9 +11,10 @@ from pathlib import Path
 
 from llmrec import __version__
 from llmrec.config import describe
+from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
 from llmrec.inference import command
-from llmrec.recipe import PRESETS, apply_overrides, guarded, set_up_logging, with_preset
+from llmrec.recipe import PRESETS, apply_overrides, with_preset
 from llmrec.stages import COMMANDS, STAGES, Stage
 
 GPU_NAMES = ("A100", "H100", "H200", "L40S", "RTX4090")

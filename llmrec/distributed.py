@@ -11,10 +11,14 @@ import functools
 import logging
 import os
 import random
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 logger = logging.getLogger("llmrec")
+
+PATIENCE = datetime.timedelta(days=7)
+LOST = re.compile(r"connection (closed|reset) by|timed out waiting|broken pipe", re.IGNORECASE)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,9 +37,8 @@ def runs_everywhere(function: Callable[..., Any]) -> bool:
 def state() -> Any:
     """The process group and device, made on first use (accelerate's PartialState).
 
-    The time limit of collective calls is a day, because processes wait while the main one trains.
-    On the CPU, torch gets this process's share of the physical cores; `accelerate launch` would
-    leave it one thread.
+    Collective calls fail after `timeout`. On the CPU, torch gets this process's share of the physical
+    cores; `accelerate launch` would leave it one thread.
     """
     import torch
     from accelerate import PartialState
@@ -49,7 +52,7 @@ def state() -> Any:
     if uses_fsdp():
         # Else transformers loads weights in one process only, and the others shard what they lack.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    options: dict[str, Any] = {"timeout": datetime.timedelta(days=1)}
+    options: dict[str, Any] = {"timeout": timeout()}
     if uses_deepspeed() and not torch.cuda.is_available():
         # Asked for a CPU, accelerate leaves DeepSpeed out; without, it takes the CPU as it finds no GPU.
         os.environ.pop("ACCELERATE_USE_CPU", None)
@@ -98,9 +101,34 @@ def is_main() -> bool:
 
 
 def wait() -> None:
-    """Wait until every process gets here; nothing to do when there is one."""
+    """Wait until every process gets here, however long; nothing to do when there is one."""
     if world_size() > 1:
-        state().wait_for_everyone()
+        import torch
+
+        torch.distributed.barrier(group=_patient_group())
+
+
+@functools.cache
+def _patient_group() -> Any:
+    """All processes, for waiting while the main one trains by itself, which takes hours."""
+    import torch
+
+    state()
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def timeout() -> datetime.timedelta:
+    """How long a process may keep the others waiting in work that they share: $LLMREC_TIMEOUT_MINUTES."""
+    return datetime.timedelta(minutes=float(os.environ.get("LLMREC_TIMEOUT_MINUTES", "30")))
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether an error is no fault of this process but says that another one ended or hangs."""
+    if world_size() == 1:
+        return False
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or bool(LOST.search(str(error)))
 
 
 def any_process(*flags: bool) -> tuple[bool, ...]:

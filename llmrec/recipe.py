@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,9 +16,10 @@ from typing import Any, TypeVar
 
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.config import as_dict, changed_fields, flatten, override
+from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
-from llmrec.errors import ConfigError, LlmrecError, StoppedError
+from llmrec.errors import ConfigError
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.finetune.config import PRESETS as FINETUNE_PRESETS
 from llmrec.finetune.config import FinetuneConfig
@@ -28,8 +28,6 @@ from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stages import STAGES
 
 C = TypeVar("C")
-USER_ERROR = 2
-INTERRUPTED = 130
 PRESETS = tuple(FINETUNE_PRESETS)
 
 
@@ -51,22 +49,6 @@ def main(recipe: Callable[[], Recipe], arguments: list[str] | None = None) -> No
     Exit codes: 0 done, 2 something the user gave cannot work (one line says what), 130 interrupted.
     """
     sys.exit(guarded(lambda: run_recipe(recipe, arguments)))
-
-
-def guarded(command: Callable[[], None]) -> int:
-    """Run a command; errors meant for users become one line and an exit code."""
-    try:
-        command()
-    except StoppedError as error:
-        print(error, file=sys.stderr)
-        return INTERRUPTED
-    except LlmrecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted: finished stages are kept; the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
-    return 0
 
 
 def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> None:
@@ -196,13 +178,3 @@ def format_value(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return ",".join(str(part) for part in value)
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def set_up_logging() -> None:
-    """One line per stage and evaluation, from the main process, to standard error."""
-    from llmrec import distributed
-
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("llmrec").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
-    # It reports at start that optional CPU kernels are absent, which we do not use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

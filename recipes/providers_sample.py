@@ -16,8 +16,9 @@ from llmrec.collab.configs.bert4rec import Bert4RecConfig
 from llmrec.collab.configs.diffurec import DiffurecConfig
 from llmrec.collab.configs.diffusion import DiffusionConfig
 from llmrec.collab.configs.gmvae import GmvaeConfig
+from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
-from llmrec.recipe import Recipe, guarded, set_up_logging
+from llmrec.recipe import Recipe
 
 # Sizes for a small world, and patience for a model that learns nothing but popularity for many epochs;
 # all others train with their defaults.

@@ -15,7 +15,8 @@ import logging
 import time
 from pathlib import Path
 
-from llmrec.recipe import apply_overrides, guarded
+from llmrec.console import guarded
+from llmrec.recipe import apply_overrides
 
 FIGURES = {
     "tau latent": lambda found: found["tau"]["latent"],

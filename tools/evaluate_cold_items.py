@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from llmrec.artifacts import Interactions
+from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError
 from llmrec.estimate import recipe_of
@@ -29,7 +30,7 @@ from llmrec.inference.new_items import nearest
 from llmrec.inference.package import package_run
 from llmrec.inference.recommender import Recommender
 from llmrec.pipeline import RunDir, load, run
-from llmrec.recipe import Recipe, apply_overrides, guarded, set_up_logging
+from llmrec.recipe import Recipe, apply_overrides
 
 K = 10
 

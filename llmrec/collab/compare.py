@@ -281,7 +281,7 @@ def group_slices(groups: np.ndarray) -> dict[str, np.ndarray]:
 
 def main(arguments: list[str]) -> None:
     """One cell; started by `run_cell_process`."""
-    from llmrec.recipe import set_up_logging
+    from llmrec.console import set_up_logging
 
     set_up_logging()
     run_cell(Path(arguments[0]), Path(arguments[1]))

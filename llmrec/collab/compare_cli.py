@@ -12,9 +12,9 @@ from pathlib import Path
 from llmrec.artifacts import Interactions, write_json
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.config import override
+from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError, TrainingError
-from llmrec.recipe import guarded, set_up_logging
 
 Rows = dict[str, TrainCollabConfig]
 

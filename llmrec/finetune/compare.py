@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.collab.config import PROVIDER_FIELDS
+from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError, MissingArtifactError
 from llmrec.finetune.config import FREQUENCY_FIELDS, METHOD_FIELDS, FinetuneConfig
-from llmrec.recipe import Recipe, apply_overrides, guarded, set_up_logging
+from llmrec.recipe import Recipe, apply_overrides
 
 logger = logging.getLogger("llmrec")
 

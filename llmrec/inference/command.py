@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llmrec.console import set_up_logging
 from llmrec.errors import ConfigError, DataError
-from llmrec.recipe import set_up_logging
 
 BATCH = 256
 """Histories that are read and answered at once."""

@@ -1,0 +1,124 @@
+"""What commands say: log lines, errors and tracebacks; without secrets, and once for all processes."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from types import TracebackType
+
+from llmrec import distributed
+from llmrec.errors import LlmrecError, StoppedError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+HIDDEN = "[hidden]"
+SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
+SECRETS = re.compile(
+    r"""(?<=://)[^/\s:@]+:[^/\s@]+(?=@)            # user:password@ in an address
+      | (?<=[?&])(?:[\w-]*(?:token|signature|secret|password|api[_-]?key)|sig)=[^&\s"']+
+      | (?<=\bBearer\ )[\w.~+/-]{8,}=*
+      | \bhf_[A-Za-z0-9]{16,}
+      | \bgh[pousr]_[A-Za-z0-9]{20,}
+      | \bAKIA[0-9A-Z]{16}\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
+SHORTEST_SECRET = 8
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Run a command; errors meant for users become one line and an exit code.
+
+    Returns:
+        0 done, 2 something the user gave cannot work, 130 interrupted or asked to stop.
+    """
+    sys.excepthook = show_traceback
+    try:
+        command()
+    except StoppedError as error:
+        say(str(error))
+        return INTERRUPTED
+    except LlmrecError as error:
+        say(f"error: {error}")
+        return USER_ERROR
+    except RuntimeError as error:
+        if not distributed.lost_another(error):
+            raise
+        say(
+            f"error: process {distributed.rank()} lost the others: one ended, or did not answer for "
+            f"{distributed.timeout()} ({str(error).splitlines()[0]}). If none of them said why, the system "
+            "killed it, most often for want of memory"
+        )
+        return USER_ERROR
+    except KeyboardInterrupt:
+        say("interrupted: finished stages are kept; the same command goes on from there")
+        return INTERRUPTED
+    return 0
+
+
+def say(text: str) -> None:
+    """Print a last word to standard error, unless another process of this run had one."""
+    if first_to_fail():
+        print(redact(text), file=sys.stderr)
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """The excepthook of commands."""
+    if not first_to_fail():
+        return
+    import traceback as tracebacks
+
+    print(redact("".join(tracebacks.format_exception(kind, error, traceback))), end="", file=sys.stderr)
+
+
+def first_to_fail() -> bool:
+    """Whether no other process of this run has failed before; true the first time it is asked, anywhere.
+
+    An error of one process soon is an error of all, who lose it; only the first says something.
+    """
+    if distributed.world_size() == 1:
+        return True
+    from torch.distributed import DistStoreError, TCPStore
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=datetime.timedelta(seconds=5),
+        )
+        return store.add(f"llmrec failed {attempt}", 1) == 1
+    except (DistStoreError, RuntimeError, KeyError):
+        return True
+
+
+def redact(text: str) -> str:
+    """The text without what looks like a secret, and without the secrets of the environment."""
+    for name, value in os.environ.items():
+        if SECRET_NAMES.search(name) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, HIDDEN)
+    return SECRETS.sub(HIDDEN, text)
+
+
+class RedactingFormatter(logging.Formatter):
+    """Log lines, tracebacks in them included, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def set_up_logging() -> None:
+    """One line per stage and evaluation, from the main process, to standard error."""
+    root = logging.getLogger()
+    if not root.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(RedactingFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        root.addHandler(handler)
+    logging.getLogger("llmrec").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
+    # It reports at start that optional CPU kernels are absent, which we do not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

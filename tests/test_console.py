@@ -1,0 +1,162 @@
+"""What is said when things go wrong: without secrets, and once for all processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmrec import console
+from llmrec.errors import ConfigError, StoppedError
+
+TOKEN = "hf_" + "aB3" * 12
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"401 for {TOKEN}",
+        "https://ann:s3cret-word@mirror.example/beauty.csv",
+        "https://mirror.example/beauty.csv?size=3&X-Amz-Signature=s3cret-word&x=1",
+        "https://mirror.example/beauty.csv?sig=s3cret-word",
+        "https://mirror.example/b?access_token=s3cret-word",
+        "{'Authorization': 'Bearer s3cret-word'}",
+        "the password is in-the-environment",
+    ],
+)
+def test_secrets_are_hidden_and_the_rest_is_not(text, monkeypatch):
+    monkeypatch.setenv("MIRROR_PASSWORD", "in-the-environment")
+    found = console.redact(text)
+    assert console.HIDDEN in found
+    assert not any(secret in found for secret in (TOKEN, "s3cret-word", "in-the-environment"))
+    for plain in ("mirror.example", "beauty.csv", "size=3", "x=1", "401 for"):
+        assert (plain in found) == (plain in text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "finetune: step 20, 1,024 tokens/s, loss 6.5",
+        "runs/mme_sid_beauty/finetune was made with finetune.epochs=3 (now 4)",
+        "https://mirror.example/beauty.csv?size=3",
+    ],
+)
+def test_ordinary_lines_stay_as_they_are(text):
+    assert console.redact(text) == text
+
+
+def test_log_lines_and_their_tracebacks_are_without_secrets(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    console.set_up_logging()
+    try:
+        raise ValueError(f"bad token {TOKEN}")
+    except ValueError:
+        logging.getLogger("llmrec").exception("asking with %s", TOKEN)
+    said = capsys.readouterr().err
+    assert said.count(console.HIDDEN) == 2 and TOKEN not in said and "ValueError" in said
+
+
+def test_a_traceback_is_without_secrets(tmp_path):
+    script = tmp_path / "bad.py"
+    script.write_text(
+        f"from llmrec.console import guarded\nguarded(lambda: 1 / 0 if False else {{}}[{TOKEN!r}])\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 1 and "KeyError" in done.stderr and "Traceback" in done.stderr
+    # The line of source that Python quotes holds the token too.
+    assert TOKEN not in done.stderr
+
+
+def raising(error: BaseException):
+    def command() -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ConfigError(f"no such {TOKEN}"), 2, "error: no such [hidden]"),
+        (StoppedError("stopped after step 3"), 130, "stopped after step 3"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_for_users_are_one_line(error, code, said, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    assert console.guarded(raising(error)) == code
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_other_errors_are_raised(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(RuntimeError, match="timed out waiting"):
+        console.guarded(raising(RuntimeError("timed out waiting, with one process")))
+
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from llmrec import distributed, pipeline
+from llmrec.artifacts import Report
+from llmrec.console import guarded
+from llmrec.errors import ConfigError
+from llmrec.evaluation.config import EvaluateConfig
+
+what = sys.argv[1]
+
+def shared(config) -> Report:
+    if what == "all raise":
+        raise ConfigError("a setting that cannot work")
+    for step in range(1000):
+        if step == 5 and distributed.rank() == 1:
+            if what == "one raises":
+                raise ZeroDivisionError("a mistake of ours")
+            if what == "one is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "one hangs":
+                time.sleep(600)
+        distributed.any_process(False)
+
+def alone(config) -> Report:
+    if what == "main alone raises":
+        time.sleep(8)  # longer than the others would wait in shared work
+        raise ConfigError("a setting that cannot work")
+
+distributed.state()
+stage = alone if what == "main alone raises" else distributed.every_process(shared)
+sys.exit(guarded(lambda: pipeline.run_stage(stage, EvaluateConfig(), (), Path(sys.argv[2]))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("all raise", "error: a setting that cannot work"),
+        ("main alone raises", "error: a setting that cannot work"),
+        ("one raises", "ZeroDivisionError: a mistake of ours"),
+        ("one is killed", "lost the others"),
+        ("one hangs", "lost the others: one ended, or did not answer for 0:00:06"),
+    ],
+)
+def test_when_a_process_fails_the_run_ends_and_says_so_once(what, words, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "LLMREC_TIMEOUT_MINUTES": "0.1", "LLMREC_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    begun = time.monotonic()
+    done = subprocess.run(
+        [*command, str(script), what, str(tmp_path / "out")],
+        capture_output=True, text=True, env=environment, timeout=120, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode != 0 and time.monotonic() - begun < 60
+    assert done.stderr.count(words) == 1, done.stderr
+    assert done.stderr.count("error: ") + done.stderr.count("ZeroDivisionError:") == 1, done.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.[0-9]*"))
