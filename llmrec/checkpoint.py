@@ -27,13 +27,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmrec.artifacts import read_json, write_json
-from llmrec.errors import LlmrecError, StoppedError
+from llmrec.errors import StaleArtifactError, StoppedError, StorageError
+from llmrec.manifest import (
+    DamagedError,
+    check_files,
+    describe_files,
+    flush,
+    flush_all,
+    read_manifest,
+    write_manifest,
+)
 
 logger = logging.getLogger("llmrec")
 
 KEPT = 2
 """Checkpoints that are kept: the newest, and one to fall back on."""
 
+FORM = 1
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 
@@ -66,7 +76,7 @@ class Checkpoints:
         """Write a checkpoint and drop those before the last `KEPT`.
 
         Raises:
-            LlmrecError: the disk is full or cannot be written; earlier checkpoints stay.
+            StorageError: the disk is full or cannot be written; earlier checkpoints stay.
         """
         final = self.folder / f"{PREFIX}{checkpoint.step:08d}"
         scratch = self.folder / f".{final.name}.{os.getpid()}"
@@ -79,7 +89,7 @@ class Checkpoints:
             os.replace(scratch, final)
             flush(self.folder)
         except (OSError, SafetensorError) as error:
-            raise LlmrecError(
+            raise StorageError(
                 f"the checkpoint {final} cannot be written ({error}); make room and start again, which goes "
                 "on from the one before"
             ) from None
@@ -99,7 +109,7 @@ class Checkpoints:
         for path in reversed(self.found()):
             try:
                 manifest = check(path)
-            except DamagedError as error:
+            except (DamagedError, StaleArtifactError) as error:
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
@@ -124,10 +134,9 @@ class Checkpoints:
         plain = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
         save_file(plain, folder / "tensors.safetensors")
         write_json(folder / "state.json", checkpoint.state)
-        files = {name: describe(folder / name) for name in ("tensors.safetensors", "state.json")}
-        write_json(folder / MANIFEST, {"step": checkpoint.step, "made_from": self.made_from, "files": files})
-        for path in (*folder.iterdir(), folder):
-            flush(path)
+        content = {"schema": FORM, "step": checkpoint.step, "made_from": self.made_from}
+        write_manifest(folder / MANIFEST, {**content, "files": describe_files(folder)})
+        flush_all(folder)
 
 
 def drop(path: Path) -> None:
@@ -138,44 +147,19 @@ def drop(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-class DamagedError(LlmrecError):
-    """A checkpoint is not what its manifest says."""
-
-
 def check(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint after comparing every file with it.
 
     Raises:
         DamagedError: something is missing or different.
+        StaleArtifactError: another version wrote it in another form.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-        damaged = [name for name, expected in files.items() if describe(path / name) != expected]
-        complete = isinstance(manifest["step"], int) and {"tensors.safetensors", "state.json"} <= set(files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"checkpoint {path} is damaged ({type(error).__name__}: {error})") from None
-    if damaged or not complete:
-        raise DamagedError(
-            f"checkpoint {path} is damaged ({', '.join(damaged) or 'its manifest is not whole'})"
-        )
+        manifest = read_manifest(path / MANIFEST, FORM)
+        check_files(path, manifest)
+    except DamagedError as error:
+        raise DamagedError(f"checkpoint {path.name} is damaged: {error}") from None
     return manifest
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    from llmrec.pipeline import sha256
-
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checkpoints_here() -> Checkpoints | None:

@@ -25,6 +25,10 @@ class ArtifactMismatchError(LlmrecError):
     """Two artefacts do not belong together, or an artefact breaks its own contract."""
 
 
+class StorageError(LlmrecError):
+    """The disk is full, or a folder may not be written; what was there before still is."""
+
+
 class StoppedError(LlmrecError):
     """The process was asked to stop and has done so; what it had done is kept where the message says so."""
 

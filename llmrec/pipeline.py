@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -16,6 +17,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import time
 import typing
@@ -23,14 +25,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from llmrec import __version__, distributed, machine
-from llmrec.artifacts import Report, read_json, write_json
+from llmrec.artifacts import Report, read_json
 from llmrec.config import as_dict, changed_fields
-from llmrec.errors import MissingArtifactError, StaleArtifactError
+from llmrec.errors import MissingArtifactError, StaleArtifactError, StorageError
+from llmrec.manifest import (
+    DamagedError,
+    check_files,
+    describe_files,
+    flush,
+    flush_all,
+    read_manifest,
+    sha256,
+    write_manifest,
+)
 
 logger = logging.getLogger("llmrec")
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 LOCK = "lock"
 MEASURED = (
@@ -38,6 +52,9 @@ MEASURED = (
     *("share_of_peak", "memory_bytes"),
 )
 """Fields of JSON files that measure the machine; all else is equal for equal runs on a CPU."""
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+"""System errors that say that a disk is full or may not be written."""
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "safetensors")
 
@@ -130,22 +147,46 @@ def compute(
     with locked(unfinished) if main else contextlib.nullcontext():
         token = _unfinished.set((unfinished, wanted))
         try:
-            result = function(config, *inputs)
+            with writing(folder):
+                result = function(config, *inputs)
         finally:
             _unfinished.reset(token)
         if not main:
             return
         scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
-            scratch.mkdir(parents=True)
-            result.save(scratch)
-            seconds = time.perf_counter() - started
-            write_manifest(scratch, wanted, seconds)
-            os.replace(scratch, folder)
+            with writing(folder):
+                scratch.mkdir(parents=True)
+                result.save(scratch)
+                seconds = time.perf_counter() - started
+                seal(scratch, wanted, seconds)
+                flush_all(scratch)
+                os.replace(scratch, folder)
+                flush(folder.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(unfinished, ignore_errors=True)
     logger.info("%s: finished in %.1f s, %s", function.__name__, seconds, folder)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Say plainly that a folder could not be written.
+
+    Raises:
+        StorageError: the disk is full, or may not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors hands the number of the system's error on as text.
+        number = getattr(error, "errno", None) or next(map(int, re.findall(r"os error (\d+)", str(error))), 0)
+        if number not in UNWRITABLE:
+            raise
+        raise StorageError(
+            f"{folder} cannot be written ({error}); nothing of it is kept. Make room, or use another "
+            "folder, and start again: finished stages are kept"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -154,10 +195,11 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         StaleArtifactError: another process holds it.
+        StorageError: the folder may not be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    place = folder / LOCK
-    handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -225,14 +267,13 @@ def check_folder(folder: Path, wanted: dict[str, Any]) -> str:
     """'done' or 'absent'; raises if the folder holds anything else."""
     if not folder.exists():
         return "absent"
-    manifest = read_manifest(folder)
+    manifest = stage_manifest(folder)
     found = {name: manifest.get(name) for name in wanted if name != "sources"}
     changes = changed_sources(manifest, wanted["sources"])
     if not changes and found == {name: wanted[name] for name in found}:
         return "done"
-    for name in ("schema", "stage"):
-        if found[name] != wanted[name]:
-            changes.append(f"{name}={found[name]} (now {wanted[name]})")
+    if found["stage"] != wanted["stage"]:
+        changes.append(f"stage={found['stage']} (now {wanted['stage']})")
     changes += changed_fields(found["config"] or {}, wanted["config"])
     old_inputs = found["inputs"] or {}
     for name, value in wanted["inputs"].items():
@@ -243,38 +284,44 @@ def check_folder(folder: Path, wanted: dict[str, Any]) -> str:
     )
 
 
-def write_manifest(folder: Path, wanted: dict[str, Any], seconds: float) -> None:
+def seal(folder: Path, wanted: dict[str, Any], seconds: float) -> None:
     """Write the list of files with their hashes, and what made them; the last file of a stage."""
-    files = {
-        str(path.relative_to(folder)): {"sha256": sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
     versions = {"llmrec": __version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
-    manifest = {
+    content = {
         **wanted,
-        "files": files,
+        "files": describe_files(folder),
         "versions": versions,
         "seconds": round(seconds, 3),
         "peak_memory_bytes": machine.peak_resident_memory(),
         "processes": distributed.world_size(),
     }
-    write_json(folder / MANIFEST, manifest)
+    write_manifest(folder / MANIFEST, content)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def stage_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished stage.
 
     Raises:
-        MissingArtifactError: if there is none; the folder is not a finished stage.
+        MissingArtifactError: if there is none, so that the folder is not a finished stage; or it is damaged.
+        StaleArtifactError: if another version wrote it in another form.
     """
     if not (folder / MANIFEST).is_file():
         raise MissingArtifactError(
             f"{folder} is not the output of a finished stage (no {MANIFEST}). Give the folder of a "
             "finished stage, or delete this one"
         )
-    return read_json(folder / MANIFEST)
+    with advising(folder):
+        return read_manifest(folder / MANIFEST, SCHEMA_VERSION)
+
+
+@contextlib.contextmanager
+def advising(folder: Path) -> Iterator[None]:
+    """Say of damaged files what to do about them."""
+    try:
+        yield
+    except DamagedError as error:
+        raise MissingArtifactError(f"{error}; delete {folder} to recompute it") from None
 
 
 def load(artifact: type, folder: Path) -> Any:
@@ -284,25 +331,13 @@ def load(artifact: type, folder: Path) -> Any:
         MissingArtifactError: if the folder is not a finished stage, or a file was changed.
         StaleArtifactError: if another version wrote it in another form.
     """
-    manifest = read_manifest(folder)
+    manifest = stage_manifest(folder)
     if manifest["stage"] != artifact.stage:
         raise MissingArtifactError(
             f"{folder} holds the output of {manifest['stage']}, expected {artifact.stage}"
         )
-    if manifest.get("schema") != SCHEMA_VERSION:
-        raise StaleArtifactError(
-            f"{folder} was written in form {manifest.get('schema')} by llmrec "
-            f"{manifest.get('versions', {}).get('llmrec')}, and this version reads form {SCHEMA_VERSION}; "
-            "recompute it, or use the version that made it"
-        )
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if (
-            not path.is_file()
-            or path.stat().st_size != expected["bytes"]
-            or (sha256(path) != expected["sha256"])
-        ):
-            raise MissingArtifactError(f"{path} is missing or damaged; delete {folder} to recompute it")
+    with advising(folder):
+        check_files(folder, manifest)
     loaded = artifact.load(folder)
     object.__setattr__(loaded, "_manifest", manifest)
     return loaded
@@ -341,11 +376,3 @@ def fingerprint(artifact: Any) -> str:
     """Hash of the files an artefact was loaded from."""
     hashes = {name: entry["sha256"] for name, entry in manifest_of(artifact)["files"].items()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -146,7 +146,7 @@ def apply_overrides(config: C, assignments: list[str]) -> C:
 
 def plan(recipe: Recipe, root: Path, until: str | None) -> list[str]:
     """One line per stage: done, to be computed, or made with other settings."""
-    from llmrec.pipeline import MANIFEST, changed_sources, read_manifest, source_hashes
+    from llmrec.pipeline import MANIFEST, changed_sources, source_hashes, stage_manifest
 
     lines, upstream_is_new = [], False
     for name in STAGES:
@@ -157,7 +157,7 @@ def plan(recipe: Recipe, root: Path, until: str | None) -> list[str]:
         elif not (folder / MANIFEST).exists():
             status = "is not a finished stage; delete the folder"
         elif changes := [
-            *changed_fields((manifest := read_manifest(folder))["config"], as_dict(config)),
+            *changed_fields((manifest := stage_manifest(folder))["config"], as_dict(config)),
             *changed_sources(manifest, source_hashes(config)),
         ]:
             status = f"was made with {', '.join(changes)}; use another --run-dir or delete the folder"

@@ -64,7 +64,7 @@ def test_a_stop_in_the_middle_of_saving_leaves_the_one_before(tmp_path, monkeypa
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "flush", full)
+    monkeypatch.setattr(checkpoint, "flush_all", full)
     with pytest.raises(LlmrecError, match=r"cannot be written .*No space left.*make room and start again"):
         saved(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

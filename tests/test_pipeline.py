@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import ClassVar
 import pytest
 
 from llmrec import pipeline
-from llmrec.errors import MissingArtifactError, StaleArtifactError
+from llmrec.errors import MissingArtifactError, StaleArtifactError, StorageError
 from llmrec.pipeline import RunDir, fingerprint, manifest_of
 
 CALLS: list[str] = []
@@ -100,10 +101,10 @@ def test_an_interrupted_stage_leaves_nothing_and_finished_ones_stay(tmp_path):
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def fail(self, folder):
         (folder / "half.json").write_text("1")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(Number, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match=r"count cannot be written \(.*disk full\); nothing of it is kept"):
         RunDir(tmp_path).stage(count, Config())
     assert list(tmp_path.iterdir()) == []
 

@@ -27,7 +27,7 @@ from llmrec.config import as_dict, from_dict
 from llmrec.errors import ConfigError, LlmrecError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import per_user, summarise
-from llmrec.pipeline import changed_fields, load, read_manifest, run_stage
+from llmrec.pipeline import changed_fields, load, run_stage, stage_manifest
 
 logger = logging.getLogger("llmrec")
 
@@ -139,7 +139,7 @@ def run_cell(folder: Path, data_folder: Path) -> None:
     ranking = rank_users(provider_scorer(collab), data, data.targets("test"))
     ranks = {"rank": ranking.rank, "rank_seen_kept": ranking.rank_seen_kept}
     save_file(ranks, folder / "ranks.safetensors")
-    manifest = read_manifest(folder / "train_collab")
+    manifest = stage_manifest(folder / "train_collab")
     seconds = [row["train_seconds"] for row in collab.log]
     write_json(
         folder / "metrics.json.part",

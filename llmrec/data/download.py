@@ -25,7 +25,7 @@ from urllib3.exceptions import HTTPError
 
 from llmrec.data.web import RefusedError, RetryError, request, short, shown
 from llmrec.errors import DataError
-from llmrec.pipeline import sha256
+from llmrec.manifest import sha256
 from llmrec.progress import progress
 
 logger = logging.getLogger("llmrec")

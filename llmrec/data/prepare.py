@@ -18,7 +18,7 @@ from llmrec.data.sample_market import sample_market
 from llmrec.data.sources import Log, is_hub, read_log, read_sequences
 from llmrec.data.summary import future_rate, leaking_user_rate, log_summary, summarise, warnings_of
 from llmrec.errors import DataError
-from llmrec.pipeline import sha256
+from llmrec.manifest import sha256
 
 
 def prepare_data(config: PrepareDataConfig) -> Interactions:

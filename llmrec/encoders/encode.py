@@ -20,7 +20,8 @@ from llmrec.encoders.encoder import Encoder, encode_pictures, encode_texts, fini
 from llmrec.encoders.pictures import read_picture
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError, DataError
-from llmrec.pipeline import resume_folder, sha256
+from llmrec.manifest import sha256
+from llmrec.pipeline import resume_folder
 
 logger = logging.getLogger("llmrec")
 

@@ -184,13 +184,13 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     from llmrec.artifacts import read_json
-    from llmrec.pipeline import read_manifest
+    from llmrec.pipeline import stage_manifest
 
     found = []
     for seed in seeds:
         folder = out / row / f"seed{seed}"
         try:
-            manifest = read_manifest(folder / "finetune")
+            manifest = stage_manifest(folder / "finetune")
             rows = read_json(folder / "evaluate" / "metrics.json")["rows"]
         except MissingArtifactError:
             continue

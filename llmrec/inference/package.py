@@ -13,8 +13,6 @@ Everything is safetensors, JSON, parquet or Markdown.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import platform
 import shutil
@@ -38,9 +36,10 @@ from llmrec.artifacts import (
 )
 from llmrec.errors import ConfigError, MissingArtifactError
 from llmrec.finetune.adapter import Adapter
-from llmrec.pipeline import load, manifest_of, sha256
+from llmrec.manifest import DamagedError, check_files, describe_files, read_manifest, write_manifest
+from llmrec.pipeline import load, manifest_of
 
-FORM = 1
+FORM = 2
 MANIFEST = "package.json"
 CARD = "README.md"
 NOT_HASHED = (MANIFEST, CARD, ".gitattributes")
@@ -129,7 +128,7 @@ def save(package: Package, out: Path, *, renamed: dict[str, str] | None = None) 
         for path in scratch.rglob("*.json"):
             write_json(path, rename(read_json(path), renamed or {}))
         (scratch / CARD).write_text(card(package_at(scratch)), encoding="utf-8")
-        write_manifest(scratch)
+        seal(scratch)
         os.replace(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -145,54 +144,30 @@ def rename(value: Any, names: dict[str, str]) -> Any:
     return names.get(value, value) if isinstance(value, str) else value
 
 
-def write_manifest(folder: Path) -> None:
+def seal(folder: Path) -> None:
     """List every file with size and hash."""
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in NOT_HASHED
-    }
+    files = describe_files(folder, NOT_HASHED)
     foreign = [name for name in files if not name.endswith(ENDINGS)]
     assert not foreign, foreign
     versions = {"llmrec": __version__, "python": platform.python_version()}
-    content = {"form": FORM, "versions": versions, "files": files}
-    write_json(folder / MANIFEST, {**content, "digest": digest_of(content)})
-
-
-def digest_of(content: dict[str, Any]) -> str:
-    """Hash of a manifest's content, so that damage to itself is noticed."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    write_manifest(folder / MANIFEST, {"schema": FORM, "versions": versions, "files": files})
 
 
 def check(folder: Path) -> None:
     """Compare every file of a package with its manifest.
 
     Raises:
-        MissingArtifactError: names what is missing, damaged or of another form.
+        MissingArtifactError: names what is missing or damaged.
+        StaleArtifactError: another version wrote it in another form.
     """
     if not (folder / MANIFEST).is_file():
         raise MissingArtifactError(
             f"{folder} is not a packaged recommender (no {MANIFEST}); make one with `llmrec package`"
         )
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        form, files = manifest["form"], dict(manifest["files"])
-        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise MissingArtifactError(f"{folder / MANIFEST} is damaged ({error})") from None
-    if form != FORM:
-        raise MissingArtifactError(
-            f"{folder} is of form {form} and this version reads form {FORM}; install the version that made it"
-        )
-    content = {name: value for name, value in manifest.items() if name != "digest"}
-    if manifest.get("digest") != digest_of(content) or text != json.dumps(manifest, indent=2) + "\n":
-        raise MissingArtifactError(f"{folder / MANIFEST} is damaged or was edited; fetch the package again")
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        inside = ".." not in Path(name).parts and not Path(name).is_absolute()
-        if not inside or not path.is_file() or path.stat().st_size != size or sha256(path) != digest:
-            raise MissingArtifactError(f"{path} is missing or damaged; fetch the package again")
+        check_files(folder, read_manifest(folder / MANIFEST, FORM))
+    except DamagedError as error:
+        raise MissingArtifactError(f"{error}; fetch the package again") from None
 
 
 def load_package(folder: Path) -> Package:

@@ -181,4 +181,4 @@ def test_the_command_lists_pushes_and_renames(packaged, finished, hub, tmp_path,
             cli.main([*command, *bad])
         assert left.value.code == 2 and "OLD=NEW" in capsys.readouterr().err
     files = hub.repos["ann/cli"]["commits"][-1][1]
-    assert json.loads(files["package.json"])["form"] == 1
+    assert json.loads(files["package.json"])["schema"] == 2

@@ -13,12 +13,13 @@ import torch
 
 from llmrec import pipeline
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
-from llmrec.errors import ConfigError, DataError, MissingArtifactError
+from llmrec.errors import ConfigError, DataError, MissingArtifactError, StaleArtifactError
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.scoring import load_scorer
 from llmrec.inference import recommender as module
-from llmrec.inference.package import ENDINGS, digest_of, package_run, rename
+from llmrec.inference.package import ENDINGS, package_run, rename
 from llmrec.inference.recommender import Recommender
+from llmrec.manifest import write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -164,18 +165,11 @@ def test_manifests_cannot_point_outside(packaged, tmp_path):
     manifest["files"]["../secret.json"] = {"bytes": 2, "sha256": "0" * 64}
     (tmp_path / "secret.json").write_text("{}")
 
-    def write() -> None:
-        content = {name: value for name, value in manifest.items() if name != "digest"}
-        (folder / "package.json").write_text(
-            json.dumps({**content, "digest": digest_of(content)}, indent=2) + "\n"
-        )
-
-    write()
+    write_manifest(folder / "package.json", manifest)
     with pytest.raises(MissingArtifactError, match=r"secret\.json is missing or damaged"):
         Recommender.from_pretrained(folder)
-    manifest["form"] = 99
-    write()
-    with pytest.raises(MissingArtifactError, match="of form 99 and this version reads form 1"):
+    write_manifest(folder / "package.json", {**manifest, "schema": 99})
+    with pytest.raises(StaleArtifactError, match="written in form 99 by llmrec"):
         Recommender.from_pretrained(folder)
 
 

@@ -1,0 +1,110 @@
+"""Manifests: what a folder holds, file by file, with sizes and hashes; written last, and sealed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llmrec.artifacts import write_json
+from llmrec.errors import MissingArtifactError, StaleArtifactError
+
+
+class DamagedError(MissingArtifactError):
+    """A file is not what its manifest says."""
+
+
+def write_manifest(path: Path, content: dict[str, Any]) -> None:
+    """Write a manifest with a hash of itself.
+
+    Args:
+        path: the file.
+        content: at least "schema" (int), "versions" (with "llmrec") and "files" (see `describe_files`).
+    """
+    write_json(path, {**content, "digest": digest_of(content)})
+
+
+def read_manifest(path: Path, schema: int) -> dict[str, Any]:
+    """A manifest that is whole and that this version understands.
+
+    Raises:
+        DamagedError: it cannot be read, is damaged, or was edited.
+        StaleArtifactError: another version wrote it in another form.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        found, digest = manifest["schema"], manifest.get("digest")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    if isinstance(found, int) and found != schema:
+        versions = manifest.get("versions")
+        version = versions.get("llmrec") if isinstance(versions, dict) else None
+        raise StaleArtifactError(
+            f"{path.parent} was written in form {found} by llmrec {version}, and this version reads form "
+            f"{schema}; make it again, or use the version that made it"
+        )
+    # Compared as text, so that no byte of it can change unnoticed.
+    if digest != digest_of(manifest) or text != json.dumps(manifest, indent=2) + "\n":
+        raise DamagedError(f"{path} is damaged or was edited")
+    return manifest
+
+
+def digest_of(content: dict[str, Any]) -> str:
+    """Hash of a manifest without its own "digest"."""
+    plain = {name: value for name, value in content.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def describe_files(folder: Path, skip: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in a folder, by path inside it, but for the file names in `skip`."""
+    left_out = set(skip)
+    return {
+        path.relative_to(folder).as_posix(): describe(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in left_out
+    }
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare every file of a folder with a manifest.
+
+    Raises:
+        DamagedError: names the first that is missing, different, or outside of the folder.
+    """
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        inside = ".." not in Path(name).parts and not Path(name).is_absolute()
+        if not inside or not path.is_file() or describe(path) != expected:
+            raise DamagedError(f"{path} is missing or damaged")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def flush_all(folder: Path) -> None:
+    """Wait until all files of a folder, and their names, are on disk."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
