@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmrec.artifacts import read_json, write_json
-from llmrec.errors import StaleArtifactError, StoppedError, StorageError
+from llmrec.errors import StaleArtifactError, StoppedError, StorageError, TrainingError
 from llmrec.manifest import (
     DamagedError,
     check_files,
@@ -76,8 +76,15 @@ class Checkpoints:
         """Write a checkpoint and drop those before the last `KEPT`.
 
         Raises:
+            TrainingError: a weight is NaN or infinite; such a checkpoint must not replace a good one.
             StorageError: the disk is full or cannot be written; earlier checkpoints stay.
         """
+        for name, value in checkpoint.tensors.items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise TrainingError(
+                    f"{name} is NaN or infinite at step {checkpoint.step}; lower the learning rate. The "
+                    "checkpoint before is kept, and would lead here again"
+                )
         final = self.folder / f"{PREFIX}{checkpoint.step:08d}"
         scratch = self.folder / f".{final.name}.{os.getpid()}"
         try:

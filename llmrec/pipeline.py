@@ -344,8 +344,8 @@ def load(artifact: type, folder: Path) -> Any:
 
 
 def content_of(folder: Path) -> dict[str, Any]:
-    """What equal runs have in common: every file of a finished stage by name, without the manifest and the
-    fields in `MEASURED`; JSON files as values, others as bytes."""
+    """What equal runs have in common: every file of a finished stage by name, without the manifest, the
+    fields in `MEASURED` and what pages mark as measured; JSON as values, pages as text, others as bytes."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -355,6 +355,8 @@ def content_of(folder: Path) -> dict[str, Any]:
             found[name] = [without_measured(json.loads(line)) for line in path.read_text().splitlines()]
         elif path.suffix == ".json":
             found[name] = without_measured(read_json(path))
+        elif path.suffix == ".html":
+            found[name] = re.sub(r'<span class="measured">.*?</span>', "", path.read_text(encoding="utf-8"))
         else:
             found[name] = path.read_bytes()
     return found

@@ -105,3 +105,10 @@ def test_a_stop_signal_is_asked_once_and_handlers_come_back():
         assert stop.asked
         assert signal.getsignal(signal.SIGTERM) is before, "a second one acts at once"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_weights_that_are_not_numbers_do_not_replace_good_ones(tmp_path):
+    store = saved(tmp_path, 1)
+    with pytest.raises(LlmrecError, match=r"weights\.a is NaN or infinite at step 2"):
+        store.save(Checkpoint(step=2, tensors={"weights.a": torch.tensor([1.0, torch.nan])}))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

@@ -203,7 +203,7 @@ def catalogue(options: argparse.Namespace) -> None:
     show_memory("built")
     for size in (16, 64, 256):
         begun = time.perf_counter()
-        loss, _ = trainer.train_step(trainer.targets.take(np.arange(size)))
+        loss, *_ = trainer.train_step(trainer.targets.take(np.arange(size)))
         show_memory(f"step of {size} targets, loss {float(loss) / size:.3f}", begun)
     begun = time.perf_counter()
     targets = data.targets("test").take(np.arange(256))

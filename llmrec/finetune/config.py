@@ -213,6 +213,9 @@ class FinetuneConfig:
     kernels: Literal["torch", "liger"] = "torch"
     """liger: fused RMSNorm, SwiGLU and rotary positions (a GPU; pip install liger-kernel)."""
 
+    bad_steps: int = 0
+    """Steps with a NaN or infinite loss or gradient that are left out; one more ends the run."""
+
     save_every_minutes: float = 10.0
     """Minutes between checkpoints that a stopped run goes on from; 0: none."""
 
@@ -250,7 +253,7 @@ class FinetuneConfig:
         for name in ("max_history", "max_targets"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"finetune.{name} must be none or >= 1, got {value}")
-        for name in ("weight_decay", "warmup_steps", "eval_every_epochs", "save_every_minutes"):
+        for name in ("weight_decay", "warmup_steps", "eval_every_epochs", "bad_steps", "save_every_minutes"):
             value = getattr(self, name)
             require(value >= 0, f"finetune.{name} must be at least 0, got {value}")
         require(

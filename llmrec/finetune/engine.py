@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmrec import distributed
+from llmrec.errors import ConfigError
 from llmrec.evaluation.rank import Scorer
 from llmrec.finetune import build
 from llmrec.finetune.config import FinetuneConfig
@@ -41,7 +42,13 @@ class Engine:
         # bfloat16 is the model's own affair: wrappers would turn what is trained into bfloat16 too.
         self.accelerator = Accelerator(mixed_precision="no")
         self.fsdp = distributed.uses_fsdp() and distributed.world_size() > 1
-        self.sharded = self.fsdp or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.deepspeed and config.bad_steps:
+            raise ConfigError(
+                "finetune.bad_steps needs steps that can be left out, and DeepSpeed updates weights by "
+                "itself; set finetune.bad_steps=0, or use the fsdp2 profile"
+            )
+        self.sharded = self.fsdp or self.deepspeed
         # Blocks of 8-bit states lie across parameters, so they cannot be put together again by parameter.
         self.resumable = not (self.sharded and config.optimizer == "adamw_8bit")
         if self.fsdp:
@@ -75,14 +82,33 @@ class Engine:
             self.accelerator.backward(loss * scale)
         return loss.detach()
 
-    def step(self) -> None:
-        """Clip the gradients, update the weights, forget the gradients."""
+    def step(self, loss: Tensor) -> Tensor:
+        """Clip the gradients, update the weights unless the loss or a gradient is NaN or infinite, forget.
+
+        Args:
+            loss: of all processes, ().
+
+        Returns:
+            Whether it is, bool () on the device. DeepSpeed has updated the weights by then all the same.
+        """
+        clip = self.config.clip_norm
         if self.fsdp:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)
+            norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), clip))
+        elif self.deepspeed:
+            norm = torch.as_tensor(self.wrapped.get_global_grad_norm(), device=loss.device)
         else:
-            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
-        self.optimizer.step()
+            norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), clip)
+        bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
+        if self.deepspeed:
+            self.optimizer.step()
+        elif isinstance(self.inner, torch.optim.AdamW) and not self.fsdp:
+            # The fused kernels skip the update on the device, so that the CPU need not wait for it.
+            self.inner.grad_scale, self.inner.found_inf = None, bad.float()
+            self.optimizer.step()
+        elif not bad:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return bad
 
     def weights(self) -> dict[str, Tensor]:
         """What is trained, whole and copied, by name; every process must call."""

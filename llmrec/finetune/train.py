@@ -45,6 +45,7 @@ from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k
 from llmrec.evaluation.rank import rank_users
 from llmrec.finetune import analysis, build
 from llmrec.finetune.adapter import Adapter
+from llmrec.finetune.bad_steps import BadSteps, Step
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.engine import Engine
 from llmrec.finetune.model import MMESID
@@ -59,6 +60,7 @@ from llmrec.finetune.steps import (
     train_counts,
     training_targets,
 )
+from llmrec.pipeline import resume_folder
 from llmrec.progress import progress
 
 logger = logging.getLogger("llmrec")
@@ -221,6 +223,8 @@ class Trainer:
         self.num_steps = sum(sizes)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.engine.inner, self._learning_rate_factor)
         self.log: list[dict[str, Any]] = []
+        advice = f"lower finetune.learning_rate ({config.learning_rate:g}) or use finetune.precision=fp32"
+        self.bad_steps = BadSteps(config.bad_steps, data, resume_folder(), advice)
         self.step = 0
         self.total_tokens = 0
         self.seconds = 0.0
@@ -285,14 +289,16 @@ class Trainer:
         steps = steps_of_epoch(self.targets, self.config, epoch, len(self.model.response))
         for number, chosen in enumerate(steps[done:], start=done + 1):
             begun = time.perf_counter()
+            targets = self.targets.take(chosen)
             try:
-                loss, tokens = self.train_step(self.targets.take(chosen))
+                loss, tokens, bad = self.train_step(targets)
             except torch.OutOfMemoryError:
                 raise TrainingError(self._out_of_memory()) from None
             self.seconds += time.perf_counter() - begun
             self.step += 1
             self.total_tokens += tokens
-            self.window.loss = self.window.loss + loss
+            self.bad_steps.watch(Step(epoch=epoch, step=self.step, targets=targets, bad=bad))
+            self.window.loss = self.window.loss + torch.where(bad, 0.0, loss)
             self.window.targets += len(chosen)
             self.window.tokens += tokens
             bar.update()
@@ -307,8 +313,13 @@ class Trainer:
                 if asked:
                     self._stop()
 
-    def train_step(self, targets: Targets) -> tuple[Tensor, int]:
-        """One optimiser step; the summed loss of all processes' targets and the tokens it took."""
+    def train_step(self, targets: Targets) -> tuple[Tensor, int, Tensor]:
+        """One optimiser step.
+
+        Returns:
+            The summed loss of all processes' targets (), the tokens it took, and whether it was left out,
+            bool () (see `Engine.step`).
+        """
         # The state of random numbers is a function of the step, so checkpoints need not hold it.
         seed = np.random.SeedSequence((self.config.seed, self.step, distributed.rank()))
         torch.manual_seed(int(seed.generate_state(1)[0]))
@@ -319,11 +330,11 @@ class Trainer:
             scale = weight * distributed.world_size() / len(targets)
             loss = self.engine.forward_backward(groups, scale, last=number == len(passes))
             total += weight * loss
-        self.engine.step()
-        self.schedule.step()
         if distributed.world_size() > 1:
             total = self.engine.accelerator.reduce(total, "sum")
-        return total, self._count_tokens(targets)
+        bad = self.engine.step(total)
+        self.schedule.step()
+        return total, self._count_tokens(targets), bad
 
     def _count_tokens(self, targets: Targets) -> int:
         return count_tokens(
@@ -368,9 +379,11 @@ class Trainer:
         return mine + [([packed(np.array([0]))], 0.0)] * missing
 
     def _log_window(self, epoch: int, bar: tqdm) -> None:
+        self._settle()
         window, self.window = self.window, Window()
+        if not window.targets:
+            return
         loss = float(window.loss) / window.targets
-        self._refuse_bad_loss(loss)
         seconds = time.perf_counter() - window.started
         speed = window.tokens / seconds / distributed.world_size()
         row = {
@@ -389,12 +402,15 @@ class Trainer:
             f"{row['share_of_peak']:.0%} of peak, {row['memory_bytes'] / 2**30:.1f} GiB"
         )
 
-    def _refuse_bad_loss(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {self.step}; lower finetune.learning_rate "
-                f"({self.config.learning_rate:g}) or use finetune.precision=fp32"
-            )
+    def _settle(self) -> None:
+        """Write down the steps that were left out since the last time.
+
+        Raises:
+            TrainingError: more than allowed; weights that come of it must not take the place of good ones.
+        """
+        left_out = self.bad_steps.settle()
+        self.log += left_out
+        self.window.targets -= sum(row["targets"] for row in left_out)
 
     def _validate(self, epoch: int) -> None:
         targets = self.data.targets("valid")
@@ -445,10 +461,10 @@ class Trainer:
         """Write a checkpoint of this moment: `done` steps of the epoch.
 
         Raises:
-            TrainingError: the loss is NaN or infinite; such weights must not take the place of good ones.
+            TrainingError: too many steps since the last look were bad.
         """
         self.saved_at = time.monotonic()
-        self._refuse_bad_loss(float(self.window.loss))
+        self._settle()
         if self.checkpoints is None or not (distributed.is_main() or self.engine.sharded):
             return
         begun = time.perf_counter()
@@ -471,6 +487,7 @@ class Trainer:
                 "tokens": self.window.tokens,
             },
             "best": self.best,
+            "bad_steps": self.bad_steps.count,
         }
         self.checkpoints.save(Checkpoint(step=self.step, tensors=tensors, state=state))
         logger.info("finetune: step %s saved in %.1f s", self.step, time.perf_counter() - begun)
@@ -502,6 +519,7 @@ class Trainer:
         }
         self.step, self.log = found.step, state["log"]
         self.total_tokens, self.seconds = state["total_tokens"], state["seconds"]
+        self.bad_steps.count = state["bad_steps"]
         self.window = Window(**state["window"])
         self.best = None if state["best"] is None else tuple(state["best"])
         logger.info("finetune: going on after step %s of %s", self.step, self.num_steps)

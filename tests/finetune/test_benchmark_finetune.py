@@ -9,7 +9,7 @@ import pytest
 from tool import load
 from worlds import cycle
 
-from llmrec.pipeline import describe_stage, write_manifest
+from llmrec.pipeline import describe_stage, seal
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def prepared(tmp_path_factory) -> str:
 
     folder = tmp_path_factory.mktemp("prepare_data")
     cycle(num_users=40).save(folder)
-    write_manifest(folder, describe_stage("prepare_data", PrepareDataConfig(), ()), 0.0)
+    seal(folder, describe_stage("prepare_data", PrepareDataConfig(), ()), 0.0)
     return str(folder)
 
 

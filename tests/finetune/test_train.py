@@ -12,7 +12,7 @@ from backbones import save_backbone
 from tiny_mme_sid import vectors
 from worlds import cycle, interactions
 
-from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds, read_json
 from llmrec.errors import ArtifactMismatchError, ConfigError, TrainingError
 from llmrec.evaluation.rank import rank_users
 from llmrec.finetune import train
@@ -119,8 +119,68 @@ def test_valid_and_test_items_change_no_weight():
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run():
-    with pytest.raises(TrainingError, match=r"the loss is (nan|inf).*lower finetune\.learning_rate"):
+    message = r"a gradient is NaN or infinite in step \d+; lower finetune\.learning_rate"
+    with pytest.raises(TrainingError, match=message):
         fit(dataclasses.replace(TINY, learning_rate=1e12, clip_norm=1e12, epochs=20))
+
+
+def poison(monkeypatch, steps: set[int]) -> None:
+    """Make a gradient of some steps infinite, the loss being as it should."""
+    whole = train.Engine.step
+
+    def poisoned(self, loss):
+        self.number = getattr(self, "number", 0) + 1
+        if self.number in steps:
+            next(iter(self.parameters.values())).grad.view(-1)[0] = torch.inf
+        return whole(self, loss)
+
+    monkeypatch.setattr(train.Engine, "step", poisoned)
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw_8bit"}, {"log_every_steps": 1}])
+def test_bad_steps_are_left_out_and_named_and_change_nothing_else(settings, monkeypatch):
+    """The same as a run whose learning rate was 0 in those steps, and whose optimiser never saw them."""
+    config = dataclasses.replace(TINY, epochs=3, bad_steps=2, weight_decay=0.0, **settings)
+    with monkeypatch.context() as patch:
+        poison(patch, {2, 8})
+        found, _ = fit(config)
+    left_out = [row for row in found.log if "left_out" in row]
+    assert [(row["epoch"], row["step"]) for row in left_out] == [(1, 2), (2, 8)]
+    assert "users" not in left_out[0], "the log is published with the weights"
+    whole = train.Engine.step
+
+    def forgetting(self, loss):
+        self.number = getattr(self, "number", 0) + 1
+        if self.number not in {2, 8}:
+            return whole(self, loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.tensor(False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Engine, "step", forgetting)
+        expected, _ = fit(config)
+    for name, value in weights(expected).items():
+        assert torch.equal(weights(found)[name], value), name
+    assert all(np.isfinite(row["loss"]) for row in found.log if "loss" in row)
+
+
+def test_one_more_bad_step_than_allowed_ends_the_run_and_says_whose_it_was(tmp_path, monkeypatch):
+    from test_resume import fine_tune
+
+    poison(monkeypatch, {2, 4})
+    config = dataclasses.replace(TINY, bad_steps=1, save_every_minutes=1e-9, log_every_steps=1)
+    message = (
+        r"in step 4, and 1 are allowed \(finetune\.bad_steps\); its users and items are in (.*)\.json; lower"
+    )
+    with pytest.raises(TrainingError, match=message):
+        fine_tune(config, tmp_path / "out")
+    data = cycle()
+    for step in (2, 4):
+        whose = read_json(tmp_path / ".out.unfinished" / f"bad_step_{step}.json")
+        assert whose["step"] == step and 0 < len(whose["users"]) == len(whose["items"]) <= 64
+        assert set(whose["users"]) <= set(data.user_raw_ids) and set(whose["items"]) <= set(data.raw_ids)
+    kept = sorted(path.name for path in (tmp_path / ".out.unfinished" / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000002", "step-00000003"], "nothing of step 4"
 
 
 def test_code_width_and_constant_frequency_are_explained():

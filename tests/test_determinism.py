@@ -1,0 +1,35 @@
+"""One seed, one result: all of it, wherever and whenever it runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from llmrec.pipeline import content_of
+from llmrec.stages import STAGES
+
+SCRIPT = """
+import sys
+sys.path[:0] = {paths!r}
+from llmrec.recipe import main
+from tiny_recipe import tiny
+main(tiny, ["--run-dir", sys.argv[1]])
+"""
+
+
+def test_two_runs_of_a_recipe_make_the_same_files(finished, tmp_path):
+    """In another process, folder, time zone, language and order of hashes; all but `pipeline.MEASURED`."""
+    here = Path(__file__).parent
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(paths=[str(here), str(here.parent)]))
+    other = {"TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "LC_ALL": "C", "SOURCE_DATE_EPOCH": "1"}
+    subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "again")],
+        check=True, capture_output=True, env={**os.environ, **other}, cwd=tmp_path,
+    )  # fmt: skip
+    for stage in STAGES:
+        found, expected = content_of(tmp_path / "again" / stage), content_of(finished / stage)
+        assert list(found) == list(expected) and found, stage
+        assert [name for name in expected if found[name] != expected[name]] == [], stage
