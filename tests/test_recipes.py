@@ -345,6 +345,36 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     assert "missing" in capsys.readouterr().out
 
 
+def test_a_comparison_goes_on_without_a_row_whose_codebooks_collapse(finished, tmp_path, capsys, monkeypatch):
+    from llmrec.artifacts import CollabEmbeddings, SemanticIds
+    from llmrec.errors import TrainingError
+    from llmrec.finetune import compare
+    from llmrec.semantic_ids import learn
+
+    def learn_semantic_ids(
+        config, data: Interactions, collab: CollabEmbeddings, content: ContentEmbeddings
+    ) -> SemanticIds:
+        raise TrainingError("the codebooks collapsed")
+
+    monkeypatch.setattr(learn, "learn_semantic_ids", learn_semantic_ids)
+    command = [
+        "--run-dir",
+        str(finished),
+        "--out",
+        str(tmp_path),
+        "--seeds",
+        "0",
+        "--rows",
+        "se_sid_mse",
+        "me",
+    ]
+    with pytest.raises(SystemExit) as left:
+        compare.main(tiny, command)
+    assert not left.value.code
+    said = capsys.readouterr().out
+    assert "`se_sid_mse` | missing" in said and "`me` | 0." in said
+
+
 def test_every_row_of_the_comparison_is_a_valid_setting():
     from llmrec.finetune.compare import ROWS, settings_of
 

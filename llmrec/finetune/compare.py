@@ -18,7 +18,7 @@ from typing import Any
 
 from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.console import guarded, set_up_logging
-from llmrec.errors import ConfigError, MissingArtifactError
+from llmrec.errors import ConfigError, MissingArtifactError, TrainingError
 from llmrec.finetune.config import FREQUENCY_FIELDS, METHOD_FIELDS, FinetuneConfig
 from llmrec.recipe import Recipe, apply_overrides
 
@@ -145,16 +145,15 @@ def run_cells(recipe: Recipe, rows: list[str], seeds: list[int], root: Path, out
                 continue
             row = ROWS[name]
             own = inputs
-            if row.ids:
-                config = replace(recipe.learn_semantic_ids, **row.ids)
-                variant = "_".join(row.ids.values())
-                folder = out / "learn_semantic_ids" / variant
-                own = (*inputs[:3], run_stage(learn_semantic_ids, config, inputs[:3], folder))
             folder = out / name / f"seed{seed}"
-            config = replace(settings_of(recipe.finetune, row), seed=seed)
             try:
+                if row.ids:
+                    ids_config = replace(recipe.learn_semantic_ids, **row.ids)
+                    ids_folder = out / "learn_semantic_ids" / "_".join(row.ids.values())
+                    own = (*inputs[:3], run_stage(learn_semantic_ids, ids_config, inputs[:3], ids_folder))
+                config = replace(settings_of(recipe.finetune, row), seed=seed)
                 adapter = run_stage(finetune, config, own, folder / "finetune")
-            except ConfigError as error:
+            except (ConfigError, TrainingError) as error:
                 # It stays missing in the table; the other rows are worth having.
                 logger.warning("%s cannot be run with these settings: %s", name, error)
                 impossible.add(name)
