@@ -346,28 +346,18 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
 
 
 def test_a_comparison_goes_on_without_a_row_whose_codebooks_collapse(finished, tmp_path, capsys, monkeypatch):
-    from llmrec.artifacts import CollabEmbeddings, SemanticIds
+    from llmrec.artifacts import SemanticIds
     from llmrec.errors import TrainingError
     from llmrec.finetune import compare
     from llmrec.semantic_ids import learn
 
-    def learn_semantic_ids(
-        config, data: Interactions, collab: CollabEmbeddings, content: ContentEmbeddings
-    ) -> SemanticIds:
+    def learn_semantic_ids(*_):
         raise TrainingError("the codebooks collapsed")
 
+    learn_semantic_ids.__annotations__["return"] = SemanticIds
     monkeypatch.setattr(learn, "learn_semantic_ids", learn_semantic_ids)
-    command = [
-        "--run-dir",
-        str(finished),
-        "--out",
-        str(tmp_path),
-        "--seeds",
-        "0",
-        "--rows",
-        "se_sid_mse",
-        "me",
-    ]
+    command = ["--run-dir", str(finished), "--out", str(tmp_path), "--seeds", "0"]
+    command += ["--rows", "se_sid_mse", "me"]
     with pytest.raises(SystemExit) as left:
         compare.main(tiny, command)
     assert not left.value.code
