@@ -362,7 +362,7 @@ def test_a_comparison_goes_on_without_a_row_whose_codebooks_collapse(finished, t
         compare.main(tiny, command)
     assert not left.value.code
     said = capsys.readouterr().out
-    assert "`se_sid_mse` | missing" in said and "`me` | 0." in said
+    assert "`se_sid_mse` | 0 of 1 | missing" in said and "`me` | 1 of 1 | 0." in said
 
 
 def test_every_row_of_the_comparison_is_a_valid_setting():
