@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from llmrec.artifacts import write_json
-from llmrec.errors import MissingArtifactError, StaleArtifactError
+from llmrec.errors import LlmrecError, MissingArtifactError, StaleArtifactError
+
+UNREADABLE = (
+    *(
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+    ),
+    *(ValueError, SafetensorError),
+)
+"""What parsers and our own checks raise on content that nobody should write."""
 
 
 class DamagedError(MissingArtifactError):
@@ -80,6 +98,23 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
         inside = ".." not in Path(name).parts and not Path(name).is_absolute()
         if not inside or not path.is_file() or describe(path) != expected:
             raise DamagedError(f"{path} is missing or damaged")
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Refuse files whose hashes are right and whose content is not: made by somebody, not by us.
+
+    Raises:
+        DamagedError: something in the folder is not what we write.
+    """
+    try:
+        yield
+    except LlmrecError:
+        raise
+    except UNREADABLE as error:
+        raise DamagedError(
+            f"{folder} holds what llmrec does not write ({type(error).__name__}: {str(error) or 'no reason'})"
+        ) from error
 
 
 def describe(path: Path) -> dict[str, Any]:

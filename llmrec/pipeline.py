@@ -38,6 +38,7 @@ from llmrec.manifest import (
     flush,
     flush_all,
     read_manifest,
+    reading,
     sha256,
     write_manifest,
 )
@@ -338,7 +339,8 @@ def load(artifact: type, folder: Path) -> Any:
         )
     with advising(folder):
         check_files(folder, manifest)
-    loaded = artifact.load(folder)
+        with reading(folder):
+            loaded = artifact.load(folder)
     object.__setattr__(loaded, "_manifest", manifest)
     return loaded
 

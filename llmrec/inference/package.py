@@ -12,10 +12,12 @@ Everything is safetensors, JSON, parquet or Markdown.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from llmrec.artifacts import (
 )
 from llmrec.errors import ConfigError, MissingArtifactError
 from llmrec.finetune.adapter import Adapter
-from llmrec.manifest import DamagedError, check_files, describe_files, read_manifest, write_manifest
+from llmrec.manifest import DamagedError, check_files, describe_files, read_manifest, reading, write_manifest
 from llmrec.pipeline import load, manifest_of
 
 FORM = 2
@@ -153,6 +155,15 @@ def seal(folder: Path) -> None:
     write_manifest(folder / MANIFEST, {"schema": FORM, "versions": versions, "files": files})
 
 
+@contextlib.contextmanager
+def advising() -> Iterator[None]:
+    """Say of damaged files what to do about them."""
+    try:
+        yield
+    except DamagedError as error:
+        raise MissingArtifactError(f"{error}; fetch the package again") from None
+
+
 def check(folder: Path) -> None:
     """Compare every file of a package with its manifest.
 
@@ -164,10 +175,8 @@ def check(folder: Path) -> None:
         raise MissingArtifactError(
             f"{folder} is not a packaged recommender (no {MANIFEST}); make one with `llmrec package`"
         )
-    try:
+    with advising():
         check_files(folder, read_manifest(folder / MANIFEST, FORM))
-    except DamagedError as error:
-        raise MissingArtifactError(f"{error}; fetch the package again") from None
 
 
 def load_package(folder: Path) -> Package:
@@ -178,7 +187,8 @@ def load_package(folder: Path) -> Package:
         ArtifactMismatchError: its parts do not belong together.
     """
     check(folder)
-    package = package_at(folder)
+    with advising(), reading(folder):
+        package = package_at(folder)
     check_same_catalog(package.adapter, package.collab, package.content, package.ids)
     return package
 

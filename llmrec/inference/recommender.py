@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from llmrec.data.batches import length_groups
 from llmrec.errors import ConfigError, DataError
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.scoring import CatalogueScores, load_scorer
-from llmrec.inference.package import Package, load_package
+from llmrec.inference.package import Package, advising, load_package
+from llmrec.manifest import reading
 
 BLOCK_SCORES = 1 << 24
 """Scores held at once (64 MiB)."""
@@ -96,7 +97,8 @@ class Recommender:
             settings["config"] = {**settings["config"], "base_model": base_model, "revision": None}
             adapter = dataclasses.replace(package.adapter, settings=settings)
             package = dataclasses.replace(package, adapter=adapter)
-        return cls(package, device, index=index)
+        with advising(), reading(folder):
+            return cls(package, device, index=index)
 
     def _load(self) -> None:
         package = self.package
@@ -149,9 +151,7 @@ class Recommender:
             raise DataError(f"k must be a whole number of at least 1, got {k!r}")
         if unknown not in ("error", "skip"):
             raise DataError(f"unknown must be 'error' or 'skip', got {unknown!r}")
-        rows = [
-            self._numbers(history, unknown, f"history {place}") for place, history in enumerate(histories)
-        ]
+        rows = self._rows(histories, unknown)
         allowed = None
         if candidates is not None:
             allowed = np.unique(self._numbers(candidates, unknown, "candidates"))
@@ -167,9 +167,7 @@ class Recommender:
 
     def score(self, histories: Sequence[Sequence[str]], *, unknown: str = "error") -> np.ndarray:
         """Scores of all items, float32 (n, N), in the order of `raw_ids`."""
-        rows = [
-            self._numbers(history, unknown, f"history {place}") for place, history in enumerate(histories)
-        ]
+        rows = self._rows(histories, unknown)
         return (self._read_out(rows) @ self.scores.matrix.T)[:, 1:].cpu().numpy()
 
     def add_items(
@@ -216,6 +214,14 @@ class Recommender:
                 content[name], _ = encoders.image(table, [item.get("image") for item in items])
         self.package = extended(self.package, table, content, neighbours=neighbours)
         self._load()
+
+    def _rows(self, histories: Sequence[Sequence[str]], unknown: str) -> list[np.ndarray]:
+        """Item ids of several histories."""
+        if isinstance(histories, str) or not isinstance(histories, Iterable):
+            raise DataError(f"histories must be a list of lists of item ids, got {histories!r:.80}")
+        return [
+            self._numbers(history, unknown, f"history {place}") for place, history in enumerate(histories)
+        ]
 
     def _numbers(self, history: Sequence[str], unknown: str, what: str) -> np.ndarray:
         """Item ids int64 of raw ids."""
