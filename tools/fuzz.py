@@ -121,7 +121,7 @@ def anything(rng: Rng, names: list[str], depth: int = 0) -> Any:
         case 3:
             return int(rng.integers(-(2**62), 2**62)) if rng.random() < 0.3 else int(rng.integers(-2, 12))
         case 4:
-            return float(rng.normal() * 10 ** rng.integers(-3, 300))
+            return float(rng.normal() * 10.0 ** rng.integers(-3, 300))
         case 5:
             return [None, True, False][rng.integers(0, 3)]
         case 6:

@@ -145,7 +145,7 @@ def read_table(path: Path, columns: list[str]) -> pa.Table:
                 f"{path}: unknown kind of file, expected .csv, .tsv, .parquet, .json or .jsonl (one object a "
                 "line; may be packed, .gz), or a MovieLens .dat"
             )
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} cannot be read as {suffix[1:]}: {reason}") from None
     if table.num_rows == 0:

@@ -79,7 +79,7 @@ def _read_parquet(file: Path, raw_ids: list[str], what: str) -> tuple[np.ndarray
                 f"{', '.join(found.names)}; rename them to item_id and vector"
             )
         table = pq.read_table(file, columns=["item_id", "vector"])
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{what}: {file} cannot be read as parquet ({error}); write it again") from None
     ids = _id_column(table, file, what)
     given, empty = _vector_column(table, ids, file, what)
