@@ -261,6 +261,7 @@ class EpochCheckpoints:
             else:
                 plain[name] = generator.bit_generator.state
         state = {"optimizer": optimizer, "generators": plain, "loop": loop}
+        assert self.store is not None
         self.store.save(Checkpoint(step=epoch, tensors=tensors, state=state))
 
     def _values(self) -> dict[str, Tensor]:
@@ -290,7 +291,7 @@ def stop_requests() -> Iterator[StopRequests]:
     def ask(number: int, _frame: Any) -> None:
         found.asked = True
         logger.warning("asked to stop: ending this step first")
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, ask)

@@ -24,6 +24,7 @@ import pydantic
 from llmrec.errors import ConfigError
 
 C = TypeVar("C")
+T = TypeVar("T")
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -32,14 +33,14 @@ def as_dict(config: Any) -> dict[str, Any]:
     Fields that the config names in ``idle_fields`` are left out: they hold their defaults, so that a
     model added later does not make what exists look as if it had been made differently.
     """
-    idle = getattr(config, "idle_fields", list)()
+    idle: list[str] = getattr(config, "idle_fields", list)()
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in idle}
     return json.loads(json.dumps(values))
 
 
 def from_dict(cls: type[C], data: dict[str, Any]) -> C:
     """The config that `as_dict` wrote; an unknown or missing field is an error."""
-    values = {}
+    values: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for name, value in data.items():
         if name not in hints:
@@ -85,7 +86,7 @@ def override(config: C, assignments: dict[str, str], *, prefix: str = "") -> C:
             changes[name] = parse_value(hints[name], text, full)
     for name, below in inner.items():
         changes[name] = override(getattr(config, name), below, prefix=f"{prefix}{name}.")
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(typing.cast(Any, config), **changes)
 
 
 def parse_value(hint: Any, text: str, name: str) -> Any:
@@ -128,12 +129,13 @@ def changed_fields(before: Any, after: Any, prefix: str = "") -> list[str]:
 
 def field_docs(cls: type) -> dict[str, str]:
     """The string below each field of a dataclass, by field name."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    found = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(found, ast.ClassDef)
     docs = {}
-    for field, doc in itertools.pairwise(body):
-        is_text = isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
-        if isinstance(field, ast.AnnAssign) and is_text and isinstance(doc.value.value, str):
-            docs[field.target.id] = " ".join(doc.value.value.split())
+    for field, doc in itertools.pairwise(found.body):
+        text = doc.value.value if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant) else None
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, str):
+            docs[field.target.id] = " ".join(text.split())
     return docs
 
 
@@ -169,10 +171,16 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def given(value: T | None) -> T:
+    """A setting that may be None, where the config's own checks have made sure that it is not."""
+    assert value is not None
+    return value
+
+
 def dataclass_of(hint: Any) -> type | None:
     """The dataclass in an annotation (``X`` or ``X | None``), if there is one."""
     members = typing.get_args(hint) if _is_union(hint) else (hint,)
-    return next((member for member in members if dataclasses.is_dataclass(member)), None)
+    return next((one for one in members if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
 
 
 def _is_union(hint: Any) -> bool:

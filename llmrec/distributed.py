@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def every_process(function: F) -> F:
     """Mark a stage whose work is shared by all processes."""
-    function.every_process = True
+    setattr(function, "every_process", True)  # noqa: B010 (type checkers see no such attribute)
     return function
 
 

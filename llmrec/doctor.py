@@ -13,6 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from llmrec.config import given
 from llmrec.recipe import Recipe
 
 LEAST_DISK = 20e9
@@ -105,12 +106,12 @@ def data_files(recipe: Recipe) -> Iterator[Finding]:
     if prepare.source == "amazon_2014":
         from llmrec.data.named import file_names
 
-        for name in file_names(prepare.category):
-            there = (Path(prepare.folder) / name).is_file()
+        for name in file_names(given(prepare.category)):
+            there = (Path(given(prepare.folder)) / name).is_file()
             advice = "" if there else "fetched by the run, unless it is offline"
             yield Finding(
                 "ok" if there else "note",
-                f"{Path(prepare.folder) / name}{'' if there else ' is absent'}",
+                f"{Path(given(prepare.folder)) / name}{'' if there else ' is absent'}",
                 advice,
             )
 

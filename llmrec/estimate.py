@@ -117,7 +117,7 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
     )
 
 
-def stage_of(run_dir: Path | None, artifact: type) -> Any:
+def stage_of(run_dir: Path | None, artifact: Any) -> Any:
     """A stage's output in a run folder, or None."""
     folder = None if run_dir is None else run_dir / artifact.stage
     return load(artifact, folder) if folder is not None and (folder / MANIFEST).is_file() else None
@@ -335,6 +335,7 @@ def recipe_of(path: Path) -> Recipe:
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     finally:

@@ -173,7 +173,7 @@ def refuse_private(folder: Path) -> None:
             local = value if LOCAL_PATH.match(value) and path.suffix != ".md" else None
             found = IN_TEXT.search(value)
             if local or found:
-                shown = local or found.group(1)
+                shown = local or (found.group(1) if found else "")
                 raise ConfigError(
                     f"{name}: {place} is a path of this machine ({shown}); package again with --rename "
                     f"{shown}=HUB_ID (or any other text)"
@@ -213,7 +213,7 @@ def explained(error: Exception, repo: str) -> str:
         409: "someone else changed it at the same moment; push again",
         413: "a file is too large for this Hub",
         429: "too many requests; wait a few minutes and push again, what was uploaded is kept",
-    }.get(status, "push again later, what was uploaded is kept")
+    }.get(status or 0, "push again later, what was uploaded is kept")
     reason = SECRETS.sub("<token>", " ".join(str(error).split()))[:300]
     return f"{repo}: the Hub said {status or 'nothing'} ({reason}); {advice}"
 

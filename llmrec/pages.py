@@ -8,11 +8,12 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import matplotlib
 import matplotlib.pyplot as plt
+from cycler import cycler
 from PIL import Image
 
 from llmrec.encoders.pictures import to_rgb
@@ -34,7 +35,7 @@ STYLE = {
     "axes.edgecolor": "#9a9a9a",
     "xtick.color": "#7a7a7a",
     "ytick.color": "#7a7a7a",
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
 }
 
 
@@ -42,7 +43,7 @@ STYLE = {
 def drawing() -> Iterator[None]:
     """Figures made inside have the look of our pages, whatever display there is."""
     plt.switch_backend("Agg")  # files only
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(cast(Any, STYLE)):
         yield
 
 

@@ -221,12 +221,14 @@ def resume_folder() -> Path | None:
 
     It is deleted once the stage is done. What lies in it must say what it was made from.
     """
-    return None if _unfinished.get() is None else _unfinished.get()[0]
+    found = _unfinished.get()
+    return None if found is None else found[0]
 
 
 def made_from() -> dict[str, Any] | None:
     """What the stage that is running is made from (see `describe_stage`); None outside of a stage."""
-    return None if _unfinished.get() is None else _unfinished.get()[1]
+    found = _unfinished.get()
+    return None if found is None else found[1]
 
 
 _unfinished: contextvars.ContextVar[tuple[Path, dict[str, Any]] | None] = contextvars.ContextVar(
@@ -250,7 +252,7 @@ def source_hashes(config: Any) -> dict[str, str]:
 
     Files that are gone are left out: what was made from them may still be used.
     """
-    files = getattr(config, "source_files", dict)()
+    files: dict[str, str] = getattr(config, "source_files", dict)()
     return {name: sha256(Path(path)) for name, path in files.items() if Path(path).is_file()}
 
 
@@ -325,7 +327,7 @@ def advising(folder: Path) -> Iterator[None]:
         raise MissingArtifactError(f"{error}; delete {folder} to recompute it") from None
 
 
-def load(artifact: type, folder: Path) -> Any:
+def load(artifact: Any, folder: Path) -> Any:
     """Load a stage's artefact after checking every file against the manifest.
 
     Raises:

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 from llmrec.artifacts import Interactions, write_json
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
@@ -21,7 +22,7 @@ Rows = dict[str, TrainCollabConfig]
 
 def every_provider() -> Rows:
     """One row per sequence model, with its default settings."""
-    return {name: TrainCollabConfig(provider=name) for name in PROVIDER_FIELDS}
+    return {name: TrainCollabConfig(provider=cast(Any, name)) for name in PROVIDER_FIELDS}
 
 
 def main(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from llmrec.collab.configs.bert4rec import Bert4RecConfig
 from llmrec.collab.configs.comirec import ComirecConfig
@@ -176,7 +176,7 @@ def names(config: TrainCollabConfig) -> list[str]:
     return [spec.name for spec in fields(config)]
 
 
-def default_of(cls: type, name: str) -> object:
+def default_of(cls: Any, name: str) -> object:
     spec = cls.__dataclass_fields__[name]
     return spec.default_factory() if callable(spec.default_factory) else spec.default
 

@@ -127,6 +127,7 @@ class GMVAE(nn.Module):
         """The mixture of every row or, with prior_scope='prefix', of every position."""
         temporal = 0 < self.temporal_from_epoch <= batch.epoch
         items = self.dropout(self.norm(self.item(batch.item)))
+        assert self.interests is not None
         return self.interests(items, batch.item != 0, temporal=temporal, prefix=self.prefix_prior)
 
     def interest_loss(self, batch: Batch, prior: Prior, anneal: float) -> tuple[Tensor, dict[str, Tensor]]:

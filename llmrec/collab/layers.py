@@ -31,8 +31,9 @@ class Block(nn.Module):
     def attend(self, hidden: Tensor) -> Tensor:
         """Causal multi-head attention, (B, T, D) to (B, T, D)."""
         heads = self.query_key_value(hidden).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = heads
         mixed = F.scaled_dot_product_attention(
-            *heads, dropout_p=self.dropout_rate if self.training else 0.0, is_causal=True
+            query, key, value, dropout_p=self.dropout_rate if self.training else 0.0, is_causal=True
         )
         return self.attention_out(mixed.transpose(1, 2).flatten(2))
 

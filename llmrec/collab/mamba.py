@@ -244,6 +244,7 @@ class GatedMamba(nn.Module):
     def recurrent(self, hidden: Tensor) -> Tensor:
         """The path for short histories, (B, T, D) to (B, T, D)."""
         around = (1, 1) if self.released else (2, 0)
+        assert self.conv is not None and self.gru is not None
         local = self.conv(F.pad(hidden.transpose(1, 2), around)).transpose(1, 2)
         return self.gru(local)[0]
 

@@ -206,7 +206,7 @@ class Experts(nn.Module):
         self.top_k = top_k
         self.router_noise = router_noise
         if len(experts) > 1:
-            width = experts[0].in_dim
+            width = int(experts[0].in_dim)
             self.router = nn.Parameter(torch.zeros(width, len(experts)))
             self.noise = nn.Parameter(torch.zeros(width, len(experts)))
 

@@ -281,7 +281,7 @@ class Sums:
     """Running sums of losses and of the parts that models report, left on the device until read."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, Tensor] = defaultdict(float)
+        self.parts: dict[str, Any] = defaultdict(float)
 
     def add(self, loss: Loss) -> None:
         for name, value in {"train_loss": loss.total.detach(), **loss.parts}.items():
@@ -295,7 +295,7 @@ class Sums:
 
 
 def train_step(
-    model: nn.Module,
+    model: Any,
     optimizer: torch.optim.Optimizer,
     clip_norm: float,
     batches: Iterable[Batch],

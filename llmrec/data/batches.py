@@ -77,7 +77,8 @@ def length_groups(
         cost = best[:k] + (bound[k] - bound[:k]) * max(int(value[k - 1]), 1) + overhead_cells
         cut[k] = cost.argmin()
         best[k] = cost[cut[k]]
-    groups, k = [], len(value)
+    groups: list[np.ndarray] = []
+    k = len(value)
     while k:
         group = order[bound[cut[k]] : bound[k]]
         size = max(max_cells // max(int(value[k - 1]), 1), 1)

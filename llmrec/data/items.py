@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llmrec.config import given
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.pictures import PictureLimits, fetch_pictures
 from llmrec.data.sources import Log, file_row, id_column, read_table, text_column
@@ -42,7 +43,7 @@ class ItemFile:
     def root(self) -> Path | None:
         """Folder that picture paths are relative to."""
         if self.url is not None:
-            return Path(self.folder).resolve()
+            return Path(given(self.folder)).resolve()
         return None if self.path is None or self.image is None else self.path.resolve().parent
 
     def knows(self, log: Log, what: str) -> np.ndarray:
@@ -68,7 +69,7 @@ class ItemFile:
         names = pa.array(raw_ids, pa.string())
         empty = pa.repeat(pa.scalar(""), len(names))
         columns: dict[str, Any] = {"raw_id": names, "title": empty}
-        counts = {}
+        counts: dict[str, int] = {}
         if self.path is None:
             return pa.table(columns | {"image_path": pa.nulls(len(names), pa.string())}), counts
         place = pc.index_in(names, self.ids)
@@ -77,25 +78,25 @@ class ItemFile:
             columns["title"] = pc.utf8_trim_whitespace(taken[self.title])
             counts["items_without_title"] = pc.sum(pc.equal(columns["title"], "")).as_py()
         columns |= {name: taken[name] for name in self.texts}
-        images = [None] * len(names)
+        images: list[str | None] = [None] * len(names)
         if self.image is not None:
-            given = [name.strip() for name in taken[self.image].to_pylist()]
-            images = [name if name and (self.root / name).is_file() else None for name in given]
-            counts["items_without_picture_path"] = given.count("")
-            counts["missing_picture_files"] = images.count(None) - given.count("")
+            paths = [name.strip() for name in taken[self.image].to_pylist()]
+            images = [name if name and (self.root / name).is_file() else None for name in paths]
+            counts["items_without_picture_path"] = paths.count("")
+            counts["missing_picture_files"] = images.count(None) - paths.count("")
         if self.url is not None:
             images, more = self.fetch(raw_ids, taken[self.url].to_pylist())
             counts |= more
         counts["items_without_interactions"] = len(self.ids) - len(names)
         return pa.table(columns | {"image_path": pa.array(images, pa.string())}), counts
 
-    def fetch(self, raw_ids: np.ndarray, given: list[str]) -> tuple[list[str | None], dict[str, int]]:
+    def fetch(self, raw_ids: np.ndarray, addresses: list[str]) -> tuple[list[str | None], dict[str, int]]:
         """Paths of the items' pictures, fetched where they are not there; and counts by status."""
-        wanted = [(item, url.split("|")[0].strip()) for item, url in zip(raw_ids, given)]
+        wanted = [(item, url.split("|")[0].strip()) for item, url in zip(raw_ids, addresses)]
         wanted = [(item, url) for item, url in wanted if url]
         new = [(item, url) for item, url in wanted if url not in self.fetched]
         if new:
-            found = fetch_pictures(new, Path(self.folder), PICTURE_LIMITS, offline=self.offline)
+            found = fetch_pictures(new, Path(given(self.folder)), PICTURE_LIMITS, offline=self.offline)
             self.fetched |= {picture.url: picture.path for picture in found}
         place = {item: self.fetched[url] for item, url in wanted}
         images = [place.get(item) for item in raw_ids]
@@ -113,8 +114,9 @@ class ItemFile:
             second[np.unique(encoded, return_index=True)[1]] = False
             index = int(np.argmax(second))
             first = int(np.argmax(encoded == encoded[index]))
+            path = given(self.path)
             raise DataError(
-                f"{self.path}, row {file_row(self.path, index)}, column {column!r}: item "
-                f"{self.ids[index].as_py()!r} already stands in row {file_row(self.path, first)}; keep one "
-                f"row per item ({second.sum()} rows too many)"
+                f"{path}, row {file_row(path, index)}, column {column!r}: item "
+                f"{self.ids[index].as_py()!r} already stands in row {file_row(path, first)}; keep "
+                f"one row per item ({second.sum()} rows too many)"
             )

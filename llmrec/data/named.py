@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmrec.config import given
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.download import RemoteFile, download
 
@@ -59,12 +60,12 @@ def resolve(config: PrepareDataConfig) -> PrepareDataConfig:
     Raises:
         DataError: a file can be neither found nor fetched.
     """
-    names = file_names(config.category)
+    names = file_names(given(config.category))
     paths = []
     for name in names:
         bases = [*config.mirrors, f"https://{AMAZON_2014}", f"http://{AMAZON_2014}"]
         file = RemoteFile(name=name, urls=tuple(f"{base.rstrip('/')}/{name}" for base in bases))
-        paths.append(download(file, Path(config.folder), offline=config.offline))
+        paths.append(download(file, Path(given(config.folder)), offline=config.offline))
     return dataclasses.replace(
         config,
         source="table",
@@ -95,7 +96,7 @@ def warnings_of_counts(config: PrepareDataConfig, counts: Counts) -> list[str]:
     plain = config.k_core in (None, 5) and config.min_rating is None and config.exclude_items is None
     if config.source != "amazon_2014" or not plain:
         return []
-    named = CATEGORIES[config.category]
+    named = CATEGORIES[given(config.category)]
     which = "paper" if config.incomplete_items == "drop" else "classic"
     expected = getattr(named, which)
     if counts == expected:

@@ -182,8 +182,8 @@ def read_body(url: str, limits: PictureLimits) -> bytes:
         RetryError: the connection broke or took too long.
     """
     parts, size, started = [], 0, time.monotonic()
-    options = {"timeout_seconds": limits.timeout_seconds, "public_only": limits.public_only}
-    with request(url, **options) as response:
+    timeout = limits.timeout_seconds
+    with request(url, timeout_seconds=timeout, public_only=limits.public_only) as response:
         if response.status != 200:
             raise RetryError(f"answers {response.status}")
         length = response.headers.get("Content-Length", "")
@@ -224,7 +224,7 @@ def check_picture(content: bytes, max_pixels: int) -> tuple[str, int, int]:
         if "truncated" in str(error):
             raise RetryError(f"the picture is cut short ({short(error)})") from None
         raise RefusedError(f"no picture that can be read ({short(error)})") from None
-    return ENDINGS[kind], width, height
+    return ENDINGS[kind or ""], width, height
 
 
 def name_of(url: str) -> str:

@@ -51,6 +51,7 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
     asked = config
     if config.source == "amazon_2014":
         config = resolve(config)
+    assert config.interactions is not None
     path = Path(config.interactions)
     if config.source == "sequences":
         log = read_sequences(path)
@@ -64,7 +65,7 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
         )
     item_file = ItemFile(config)
     rows = filter_rows(config, log, item_file)
-    summary = {
+    summary: dict[str, Any] = {
         "source": asked.source,
         "files": files_of(config),
         "read": {"users": len(log.users), "items": len(log.items), "interactions": len(log)},
@@ -123,6 +124,7 @@ def filter_rows(config: PrepareDataConfig, log: Log, item_file: ItemFile) -> Row
     known = item_file.knows(log, config.unknown_items)
     rows.keep(known, "unknown_item")
     if config.min_rating is not None:
+        assert log.rating is not None
         rows.keep(log.rating[known] >= config.min_rating, "low_rating")
     if config.source == "table":  # in a sequence, the same item again is a repeat
         rows.keep(first_of_duplicates(rows.user, rows.item, rows.timestamp), "duplicate")

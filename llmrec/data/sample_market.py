@@ -143,7 +143,7 @@ def draw_sequences(
         candidates = catalogue.members[interests[everyone, slot]]
         weight = affinity(config, catalogue, candidates, previous) * ~seen[everyone[:, None], candidates]
         is_last = step == length - 1
-        weight[catalogue.cold[candidates] & ~is_last[:, None]] = 0
+        weight[catalogue.cold[candidates] & ~np.asarray(is_last)[:, None]] = 0
         bound = np.cumsum(weight, axis=1)
         place = (bound <= rng.random((num_users, 1)) * bound[:, -1:]).sum(axis=1)
         previous = candidates[everyone, place]

@@ -311,7 +311,7 @@ def _decimals(table: pa.Table, path: Path, name: str) -> np.ndarray:
         values = pc.cast(column, pa.float64(), safe=False).to_numpy()
         bad = np.flatnonzero(~np.isfinite(values))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        bad = [_first_that_fails(column)]
+        bad = np.array([_first_that_fails(column)])
     if len(bad):
         index = int(bad[0])
         got = table[name][index].as_py()

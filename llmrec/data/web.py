@@ -16,6 +16,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import urllib3
 from urllib3.exceptions import HTTPError, LocationValueError
@@ -96,7 +97,12 @@ def send(
     }
     path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
     path += f"?{parts.query}" if parts.query else ""
-    options = {"headers": headers, "redirect": False, "retries": False, "preload_content": False}
+    options: dict[str, Any] = {
+        "headers": headers,
+        "redirect": False,
+        "retries": False,
+        "preload_content": False,
+    }
     proxy = urllib.request.getproxies().get(parts.scheme)
     try:
         if proxy and not urllib.request.proxy_bypass(parts.hostname):
@@ -104,6 +110,7 @@ def send(
             manager = urllib3.ProxyManager(proxy, timeout=timeout)
             return manager.request("GET", urllib.parse.urlunsplit(parts._replace(fragment="")), **options)
         address = check_public(parts.hostname, port, public_only)
+        pool: urllib3.HTTPConnectionPool
         if parts.scheme == "https":
             pool = urllib3.HTTPSConnectionPool(
                 address,
@@ -133,7 +140,7 @@ def check_public(host: str, port: int, public_only: bool) -> str:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise RetryError(f"no address for {host} ({error})") from None
-    addresses = [entry[4][0] for entry in found]
+    addresses = [str(entry[4][0]) for entry in found]
     private = [one for one in addresses if not ipaddress.ip_address(one.split("%")[0]).is_global]
     if public_only and private:
         raise RefusedError(f"{host} is at {private[0]}, which is no public address")

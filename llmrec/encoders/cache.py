@@ -82,7 +82,7 @@ class VectorCache:
     def flush(self) -> None:
         """Write what was added since the last part."""
         self.since = time.monotonic()
-        if not self.waiting:
+        if not self.waiting or self.folder is None:
             return
         keys, vectors = zip(*self.waiting)
         self.waiting = []

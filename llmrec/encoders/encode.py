@@ -13,7 +13,7 @@ import pyarrow.types as types
 
 from llmrec import distributed
 from llmrec.artifacts import ContentEmbeddings, Interactions
-from llmrec.config import as_dict
+from llmrec.config import as_dict, given
 from llmrec.encoders.cache import VectorCache
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encoder import Encoder, encode_pictures, encode_texts, finish
@@ -74,7 +74,7 @@ def encode_text(config: TextEncoderConfig, data: Interactions) -> Encoded:
     encoder = text_encoder(config, chosen)
     vectors = encode_texts(encoder, chosen, config.batch_size, cache_of(encoder, config.encoder))
     about = {"columns": columns, "template": config.template, **encoder.describe()}
-    fitted = getattr(encoder, "fitted", dict)()
+    fitted: dict[str, np.ndarray] = getattr(encoder, "fitted", dict)()
     return assemble("text", config, data, vectors, present, about, fitted)
 
 
@@ -94,10 +94,12 @@ def encode_image(config: ImageEncoderConfig, data: Interactions) -> Encoded:
 
     def read(source: int) -> Any:
         file = data.image_file(source + 1)
+        assert file is not None
         return read_picture(file, raw_ids[source], max_pixels=config.max_pixels, on_error=config.on_error)
 
     def key(source: int) -> str:
         file = data.image_file(source + 1)
+        assert file is not None
         return sha256(file) if file.is_file() else hashlib.sha256(str(file).encode()).hexdigest()
 
     cache = cache_of(encoder, config.encoder)
@@ -136,7 +138,7 @@ def text_encoder(config: TextEncoderConfig, texts: list[str]) -> Encoder:
         from llmrec.encoders.huggingface import TextEncoder
 
         return TextEncoder(
-            config.model,
+            given(config.model),
             revision=config.revision,
             pooling=config.pooling,
             max_tokens=config.max_tokens,
@@ -154,7 +156,9 @@ def text_encoder(config: TextEncoderConfig, texts: list[str]) -> Encoder:
         )
     from llmrec.encoders.openclip import OpenClipEncoder
 
-    return OpenClipEncoder("text", model=config.model, pretrained=config.pretrained, dtype=config.dtype)
+    return OpenClipEncoder(
+        "text", model=given(config.model), pretrained=config.pretrained, dtype=config.dtype
+    )
 
 
 def image_encoder(config: ImageEncoderConfig) -> Encoder:
@@ -167,7 +171,7 @@ def image_encoder(config: ImageEncoderConfig) -> Encoder:
         from llmrec.encoders.huggingface import ImageEncoder
 
         return ImageEncoder(
-            config.model, revision=config.revision, pooling=config.pooling, dtype=config.dtype
+            given(config.model), revision=config.revision, pooling=config.pooling, dtype=config.dtype
         )
     if config.encoder == "llm2clip":
         from llmrec.encoders import llm2clip
@@ -177,12 +181,14 @@ def image_encoder(config: ImageEncoderConfig) -> Encoder:
         )
     from llmrec.encoders.openclip import OpenClipEncoder
 
-    return OpenClipEncoder("image", model=config.model, pretrained=config.pretrained, dtype=config.dtype)
+    return OpenClipEncoder(
+        "image", model=given(config.model), pretrained=config.pretrained, dtype=config.dtype
+    )
 
 
 def precomputed(modality: str, config: TextEncoderConfig | ImageEncoderConfig, data: Interactions) -> Encoded:
     """Vectors made elsewhere, joined by raw id."""
-    vectors, missing = read_vectors(config.path, data.raw_ids, f"encode_items.{modality}")
+    vectors, missing = read_vectors(given(config.path), data.raw_ids, f"encode_items.{modality}")
     present = ~missing[1:]
     return assemble(modality, config, data, vectors[1:][present], present, {"path": config.path}, {})
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ class ImageEncoder:
         self.model = load_vision(model, revision, where)
         self.revision = commit_of(fetch(model, "config.json", revision, f"{where}.model")) or revision
         self.model.to(self.device, dtype_of(dtype, torch.float16, self.device))
-        size = self.model.config.image_size
+        size = cast(int, self.model.config.image_size)
         self.processor = CLIPImageProcessor(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}
         )

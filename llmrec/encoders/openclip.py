@@ -105,7 +105,8 @@ def check_names(model: str, pretrained: str | None, where: str) -> None:
         hint = f"did you mean {close[0]}?" if close else "open_clip.list_models() lists them"
         raise ConfigError(f"{where}.model must be a model that open_clip knows, got {model!r}; {hint}")
     tags = open_clip.list_pretrained_tags_by_model(model)
-    if pretrained in tags or (pretrained.endswith(".safetensors") and Path(pretrained).is_file()):
+    name = pretrained or ""
+    if name in tags or (name.endswith(".safetensors") and Path(name).is_file()):
         return
     raise ConfigError(
         f"{where}.pretrained must be a .safetensors file that exists, or one of "

@@ -105,7 +105,7 @@ def summarise_all(
     """Every number of metrics.json."""
     rows = {name: summarise(ranking.rank, config.ks) for name, ranking in rankings.items()}
     groups = analysis.item_groups(data.train_count, config.head_rate, config.mid_rate)
-    metrics = {
+    metrics: dict[str, Any] = {
         "num_users": len(targets),
         "num_items": data.num_items,
         "split": data.summary.get("split"),

@@ -122,11 +122,13 @@ def rank_users(
     device = distributed.device()
     block_size = max(1, min(block_size, MOST_SCORES // (data.num_items + 1)))
     order = np.argsort(targets.stop - targets.start, kind="stable")
-    blocks = [order[first : first + block_size] for first in range(0, len(order), block_size)]
+    blocks: list[np.ndarray] = [
+        order[first : first + block_size] for first in range(0, len(order), block_size)
+    ]
     mine: list[np.ndarray | None] = list(blocks)
     if shard:
         world = distributed.world_size()
-        mine = blocks[distributed.rank() :: world]
+        mine = [*blocks[distributed.rank() :: world]]
         # Where weights are sharded, all processes must score equally often.
         mine += [None] * (-(-len(blocks) // world) - len(mine))
     size = len(targets)
@@ -162,7 +164,7 @@ def _rank_block(
     top_k: int,
     result: dict[str, Tensor],
 ) -> None:
-    start, stop, target, place = (
+    start, stop, target, row = (
         torch.as_tensor(array, device=item.device)
         for array in (targets.start, targets.stop, targets.item, place)
     )
@@ -174,8 +176,8 @@ def _rank_block(
     scores = scorer.score(shown) if time is None else scorer.score(shown, pad_histories(time, first, stop))
     kept = rank_targets(scores, target)
     masked = kept - seen_ahead(scores, target, seen) if mask_seen else kept
-    result["rank"][place] = masked
-    result["rank_seen_kept"][place] = kept
+    result["rank"][row] = masked
+    result["rank_seen_kept"][row] = kept
     if top_k:
-        result["top"][place] = top_items(scores, top_k, seen if mask_seen else None)
-    result["times"][place] += 1
+        result["top"][row] = top_items(scores, top_k, seen if mask_seen else None)
+    result["times"][row] += 1

@@ -96,7 +96,7 @@ def bars(slices: dict[str, Any], metric: str, label: Callable[[str], str]) -> st
 
 def curves(collab: Any, ids: Any, adapter: Any) -> list[str]:
     """Losses over training, one SVG per stage that logged them."""
-    panels = []
+    panels: list[tuple[str, list[dict[str, Any]], str, str, str | None]] = []
     rows = [row for row in (collab.log if collab else []) if "train_loss" in row]
     if rows:
         panels.append(("train_collab", rows, "epoch", "train_loss", "valid_ndcg@10"))
@@ -117,7 +117,7 @@ def curve(title: str, rows: list[dict[str, Any]], x: str, loss: str, valid: str 
     axes.set_xlabel(x)
     axes.set_ylabel("train loss", color=COLOURS[0])
     ranked = [row for row in rows if valid in row]
-    if ranked:
+    if valid is not None and ranked:
         twin = axes.twinx()
         twin.plot([row[x] for row in ranked], [row[valid] for row in ranked], color=COLOURS[1])
         twin.set_ylabel("valid ndcg@10", color=COLOURS[1])
@@ -143,7 +143,14 @@ def part_curve(name: str, rows: list[dict[str, Any]]) -> str:
     if len(lines) > 1:
         for number, line in enumerate(lines):
             line.set_color(plt.get_cmap("viridis")(number / len(lines)))
-        axes.legend(lines, range(1, len(lines) + 1), frameon=False, fontsize=6, ncols=4, loc="best")
+        axes.legend(
+            lines,
+            [str(place + 1) for place in range(len(lines))],
+            frameon=False,
+            fontsize=6,
+            ncols=4,
+            loc="best",
+        )
     axes.set_title(name.replace("_", " "), fontsize=8)
     axes.set_xlabel("epoch", fontsize=8)
     axes.tick_params(labelsize=7)

@@ -53,7 +53,7 @@ def load_base(config: FinetuneConfig, prompt: Prompt) -> nn.Module:
                 hidden_size=config.mini.hidden_size,
                 intermediate_size=config.mini.intermediate_size,
                 num_attention_heads=config.mini.num_heads,
-                attn_implementation="sdpa",
+                attn_implementation="sdpa",  # type: ignore[call-arg]
                 bos_token_id=None,
                 eos_token_id=None,
             )

@@ -237,12 +237,11 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
             entry |= after_tuning(found)
         table.append(entry)
     some = next((cell for found in cells.values() for cell in found), None)
-    for name in (
-        () if some is None else [*(key for key in some["rows"] if key in PROVIDER_FIELDS), "popularity"]
-    ):
-        users[name] = {seed: ndcg_at_k(some["ranks"][name], 10) for seed in seeds}
-        values = {metric: mean_and_spread([some["rows"][name][metric]]) for metric in METRICS}
-        table.append({"row": name, "seeds": 1, "of": 1, **values})
+    if some is not None:
+        for name in [*(key for key in some["rows"] if key in PROVIDER_FIELDS), "popularity"]:
+            users[name] = {seed: ndcg_at_k(some["ranks"][name], 10) for seed in seeds}
+            own = {metric: mean_and_spread([some["rows"][name][metric]]) for metric in METRICS}
+            table.append({"row": name, "seeds": 1, "of": 1, **own})
     for entry in table:
         common = sorted(users.get(entry["row"], {}).keys() & users.get(reference, {}).keys())
         if entry["row"] != reference and common:

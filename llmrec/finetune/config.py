@@ -293,6 +293,7 @@ class FinetuneConfig:
         )
 
     def _refuse_settings_without_effect(self) -> None:
+        idle: tuple[str, ...]
         if self.is_mini:
             idle = ("revision", "lora_rank", "lora_alpha", "lora_dropout_rate", "lora_targets", "quantize")
             reason = "base_model='mini', which is trained in full"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -103,7 +104,7 @@ class Engine:
             self.optimizer.step()
         elif isinstance(self.inner, torch.optim.AdamW) and not self.fsdp:
             # The fused kernels skip the update on the device, so that the CPU need not wait for it.
-            self.inner.grad_scale, self.inner.found_inf = None, bad.float()
+            vars(self.inner).update(grad_scale=None, found_inf=bad.float())
             self.optimizer.step()
         elif not bad:
             self.optimizer.step()
@@ -168,7 +169,7 @@ def shard(model: MMESID) -> None:
 
 def optimizer_of(config: FinetuneConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW over the trained weights."""
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw_8bit":
         import bitsandbytes
 

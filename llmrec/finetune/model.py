@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llmrec.config import given
 from llmrec.finetune.fusion import ItemScores
 from llmrec.finetune.item_inputs import ItemTokens
 from llmrec.finetune.packing import PackedRows, TokenStream, lay_out, lay_out_stream, several_slots
@@ -99,7 +100,7 @@ class MMESID(nn.Module):
         readout = self.dropout(torch.cat(hidden))
         target = torch.cat([rows.target for rows in groups]).to(device, non_blocking=True)
         if self.loss_kind == "bce_sampled":
-            negative = torch.cat([rows.negative for rows in groups]).to(device, non_blocking=True)
+            negative = torch.cat([given(rows.negative) for rows in groups]).to(device, non_blocking=True)
             loss = self._sampled_loss(readout, target, negative)
         else:
             queries, keys = self.item_scores.factors(readout)
@@ -135,7 +136,8 @@ class MMESID(nn.Module):
         past = DynamicCache()
         embed = self.base.get_input_embeddings()
         output = self.base(inputs_embeds=embed(self.instruction)[None], past_key_values=past, use_cache=True)
-        return [(layer.keys, layer.values) for layer in past.layers], output.last_hidden_state[0, -1:]
+        layers: list[Any] = list(past.layers)
+        return [(layer.keys, layer.values) for layer in layers], output.last_hidden_state[0, -1:]
 
     def tables(self, item: Tensor) -> tuple[Tensor, Tensor]:
         """Item tokens (n, ...) and rows (n, H) of the one item matrix, of item ids (n,)."""

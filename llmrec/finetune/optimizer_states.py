@@ -78,7 +78,7 @@ def is_zero(parameter: Tensor) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
-def write_master(parameter: Tensor, value: Tensor) -> None:
+def write_master(parameter: Any, value: Tensor) -> None:
     """Put a whole weight into the copy that ZeRO updates; nothing to do without ZeRO."""
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_set_local_fp32_param
@@ -90,21 +90,21 @@ def write_master(parameter: Tensor, value: Tensor) -> None:
         safe_set_full_fp32_param(parameter, value)
 
 
-def own_part(parameter: Tensor, value: Tensor) -> Tensor:
+def own_part(parameter: Any, value: Tensor) -> Tensor:
     """This process's part of a whole tensor, as ZeRO-3 cuts it: flat, equal parts, zeros at the end."""
     size = parameter.ds_tensor.numel()
     padded = F.pad(value.flatten(), (0, size * distributed.world_size() - value.numel()))
     return padded.narrow(0, size * distributed.rank(), size)
 
 
-def flat_states(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def flat_states(parameters: list[Any], optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The flat tensors that stand in the optimiser for this process's parts of all parameters."""
     if hasattr(parameters[0], "ds_id"):
         return list(parameters[0]._z3_optimizer.fp32_partitioned_groups_flat)
     return [flat for group in optimizer.param_groups for flat in group["params"]]
 
 
-def _read_zero(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _read_zero(parameter: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     state = next(state for state in optimizer.state.values() if state)
@@ -125,7 +125,7 @@ def _begin_zero(
             optimizer.state[flat][name] = begun
 
 
-def _write_zero(parameter: Tensor, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def _write_zero(parameter: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_set_local_optimizer_state
 

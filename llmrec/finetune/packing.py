@@ -130,19 +130,20 @@ def pack(item: Tensor, targets: Targets, row: np.ndarray, negative: np.ndarray |
         negative: int64 (E,) a sampled item for each target.
     """
     device = item.device
-    row = torch.as_tensor(row, device=device)
     start, stop, target = (
         torch.as_tensor(array, device=device) for array in (targets.start, targets.stop, targets.item)
     )
-    _, row, copies = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
+    _, number, copies = torch.unique_consecutive(
+        torch.as_tensor(row, device=device), return_inverse=True, return_counts=True
+    )
     first = torch.cumsum(copies, 0) - copies
     row_start = start[first]
-    longest = torch.zeros_like(first).scatter_reduce_(0, row, stop - start, "amax")
+    longest = torch.zeros_like(first).scatter_reduce_(0, number, stop - start, "amax")
     slot = torch.arange(max(int(longest.max()), 1), device=device)
     real = slot < longest[:, None]
     items = torch.where(real, item[(row_start[:, None] + slot).clamp_(max=len(item) - 1)], 0)
     history = torch.full((len(copies), int(copies.max())), -1, device=device)
-    history[row, torch.arange(len(row), device=device) - first[row]] = stop - start
+    history[number, torch.arange(len(number), device=device) - first[number]] = stop - start
     sampled = None if negative is None else torch.as_tensor(negative, device=device)
     return PackedRows(items=items, history=history, target=target, negative=sampled)
 

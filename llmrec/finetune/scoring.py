@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def load_scorer(
     config = for_scoring(from_dict(FinetuneConfig, adapter.settings["config"]))
     prompt = Prompt(**adapter.settings["prompt"])
     if adapter.base:
-        base = LlamaModel(LlamaConfig.from_dict({**adapter.base_config, "_attn_implementation": "sdpa"}))
+        base: Any = LlamaModel(LlamaConfig.from_dict({**adapter.base_config, "_attn_implementation": "sdpa"}))
         base.load_state_dict(adapter.base)
     else:
         base = load_base(config, prompt)
@@ -98,7 +99,7 @@ def load_scorer(
 def for_scoring(config: FinetuneConfig) -> FinetuneConfig:
     """The settings without those that concern training or the machine that it ran on."""
     names = ("rows", "attention", "compile", "kernels", "checkpoint_activations", "share_instruction")
-    defaults = {name: FinetuneConfig.__dataclass_fields__[name].default for name in names}
+    defaults: dict[str, Any] = {name: FinetuneConfig.__dataclass_fields__[name].default for name in names}
     return replace(config, **defaults)
 
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.engine import Engine
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.packing import PackedRows, count_tokens, group_rows, pack
-from llmrec.finetune.scoring import for_scoring, load_scorer
+from llmrec.finetune.scoring import CatalogueScores, for_scoring, load_scorer
 from llmrec.finetune.steps import (
     micro_batches,
     row_lengths,
@@ -160,7 +160,7 @@ def check_saved(
             f"the saved adapter scores differently from the trained one (largest difference {difference:g})"
         )
     logger.info("finetune: saved, loaded and compared; largest score difference %g", difference)
-    return loaded.score.run
+    return cast(CatalogueScores, loaded.score).run
 
 
 def align_first(config: FinetuneConfig, model: MMESID, num_items: int) -> None:

@@ -82,7 +82,7 @@ def package_run(run_dir: Path, out: Path, *, renamed: dict[str, str] | None = No
     """
     if out.exists():
         raise ConfigError(f"{out} exists; give another folder, or delete it")
-    kinds = (Interactions, CollabEmbeddings, ContentEmbeddings, SemanticIds, Adapter)
+    kinds: tuple[Any, ...] = (Interactions, CollabEmbeddings, ContentEmbeddings, SemanticIds, Adapter)
     data, collab, content, ids, adapter = (load(kind, run_dir / kind.stage) for kind in kinds)
     check_same_catalog(data, collab, content, ids, adapter)
     evaluation: dict[str, Any] = {}
@@ -195,14 +195,12 @@ def load_package(folder: Path) -> Package:
 
 def package_at(folder: Path) -> Package:
     """A package from its folder as it is."""
-    kinds = (CollabEmbeddings, ContentEmbeddings, SemanticIds)
-    collab, content, ids = (kind.load(folder / kind.stage) for kind in kinds)
     return Package(
         items=pq.read_table(folder / "items.parquet"),
         adapter=Adapter.load(folder),
-        collab=collab,
-        content=content,
-        ids=ids,
+        collab=CollabEmbeddings.load(folder / CollabEmbeddings.stage),
+        content=ContentEmbeddings.load(folder / ContentEmbeddings.stage),
+        ids=SemanticIds.load(folder / SemanticIds.stage),
         data=read_json(folder / "data.json"),
         evaluation=read_json(folder / "evaluation.json"),
     )

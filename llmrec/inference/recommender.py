@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -103,7 +103,7 @@ class Recommender:
     def _load(self) -> None:
         package = self.package
         scorer = load_scorer(package.adapter, package.collab, package.content, package.ids, self.device)
-        self.scores: CatalogueScores = scorer.score
+        self.scores = cast(CatalogueScores, scorer.score)
         self.max_history = scorer.max_history
         self.raw_ids: list[str] = package.items["raw_id"].to_pylist()
         self.titles: list[str | None] = (
@@ -117,7 +117,7 @@ class Recommender:
 
     @property
     def model(self) -> MMESID:
-        return self.scores.run
+        return cast(MMESID, self.scores.run)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Recommender:
             if not len(allowed):
                 raise DataError("candidates: none of them is in the catalogue")
         found: list[list[Recommendation]] = [[] for _ in rows]
-        for group in length_groups([max(len(row), 1) for row in rows], MAX_CELLS) if rows else []:
+        for group in length_groups(np.array([max(len(row), 1) for row in rows]), MAX_CELLS) if rows else []:
             hidden = self._read_out([rows[place] for place in group])
             best = self._best(hidden, [rows[place] for place in group], k, exclude_seen, allowed)
             for place, state, (items, values) in zip(group, hidden, best):
@@ -292,6 +292,7 @@ class Recommender:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """The same among the items that a search of the graph comes up with; their scores are exact."""
         wanted = min(k + (max(map(len, rows)) if exclude_seen else 0), len(self.raw_ids))
+        assert self.graph is not None
         self.graph.hnsw.efSearch = max(128, 2 * wanted)
         _, places = self.graph.search(hidden.cpu().numpy(), wanted)
         found = []

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -181,7 +181,7 @@ class Limit:
                 raise TooLarge
             return message
 
-        async def counted(message: dict) -> None:
+        async def counted(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 self.numbers.requests[
                     (scope["path"] if scope["path"] in COUNTED else "other", message["status"])

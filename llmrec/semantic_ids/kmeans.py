@@ -118,7 +118,7 @@ def plus_plus(rows: Tensor, num_clusters: int, generator: torch.Generator) -> Te
     draws = torch.rand(num_clusters, generator=generator, dtype=torch.float64).tolist()
     norms = rows.square().sum(dim=1)
     nearest_so_far = torch.ones_like(norms)
-    chosen = []
+    chosen: list[Tensor] = []
     for draw in draws:
         total = nearest_so_far.double().cumsum(dim=0)
         if total[-1] <= 0:

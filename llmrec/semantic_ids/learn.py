@@ -87,7 +87,7 @@ class ItemRows:
     def of(cls, name: str, collab: CollabEmbeddings, content: ContentEmbeddings, num_items: int) -> ItemRows:
         vectors = collab.vectors if name == "collab" else content.vectors[name]
         check_item_rows(vectors, f"{name} embeddings", num_items=num_items)
-        present = vectors.any(axis=1)
+        present = np.asarray(vectors.any(axis=1))
         if name != "collab":
             present &= ~content.missing[name]
         absent = num_items - int(present.sum())
@@ -189,7 +189,7 @@ def encode(config: LearnSemanticIdsConfig, model: MMRQVAE, name: str, rows: Item
     if config.repair_collisions:
         items = np.flatnonzero(rows.present)
         codes[items] = separate(autoencoder, rows.vectors[items], codes[items])
-    codebooks = model.autoencoders[name].quantizer.codebooks.detach().cpu().numpy().copy()
+    codebooks = autoencoder.quantizer.codebooks.float().detach().cpu().numpy().copy()
     return Coded(
         source=rows.vectors,
         present=rows.present,

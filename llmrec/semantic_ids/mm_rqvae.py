@@ -208,7 +208,7 @@ class Scaling(nn.Module):
         """
         if self.normalise != "standardise":
             return
-        count, total, squares, origin = 0, 0.0, 0.0, None
+        count, total, squares, origin = 0, self.mean.new_zeros(()), self.mean.new_zeros(()), None
         for block in blocks:
             origin = block[:1].double() if origin is None else origin  # near the mean, so little is lost
             rows = block.double() - origin

@@ -94,7 +94,7 @@ def report_semantic_ids(
     pairs = behaviour_target_pairs(data, config.seed, config.samples)
     modalities = {name: measure(found, pairs, config.seed) for name, found in coded.items()}
     joined = np.concatenate([found.codes[1:] for found in coded.values()], axis=1)
-    metrics = {
+    metrics: dict[str, Any] = {
         "modalities": modalities,
         "joined": {**collisions(joined), "group_sizes": group_sizes(joined)},
         "num_items": data.num_items,

@@ -32,8 +32,10 @@ DEVICE_SHARE = 0.5
 class ItemRows(Protocol):
     """Vectors of one modality: (N + 1, D_m), and which items have one."""
 
-    vectors: np.ndarray
-    present: np.ndarray
+    @property
+    def vectors(self) -> np.ndarray: ...
+    @property
+    def present(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,8 @@ class GmvaeConfig:
             value = getattr(self, name)
             require(value > 0, f"train_collab.gmvae.{name} must be greater than 0, got {value}")
         if self.prior == "standard":
-            idle = ("num_interests", "prior_scope", "kl", "interest_weight", "orthogonal_weight")
-            idle += ("assignment_temperature", "gumbel_temperature", "temporal_from_epoch")
+            idle = [*("num_interests", "prior_scope", "kl", "interest_weight", "orthogonal_weight")]
+            idle += ["assignment_temperature", "gumbel_temperature", "temporal_from_epoch"]
             for name in idle:
                 require(
                     getattr(self, name) == getattr(GmvaeConfig, name),
