@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from llmrec import checkpoint
-from llmrec.checkpoint import Checkpoint, Checkpoints, pack_optimizer, unpack_optimizer
+from llmrec.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    pack_optimizer,
+    pack_states,
+    unpack_optimizer,
+    unpack_states,
+)
 from llmrec.errors import LlmrecError
+from llmrec.manifest import write_manifest
 
 
 def saved(folder, *steps: int, made_from="a") -> Checkpoints:
@@ -112,3 +120,46 @@ def test_weights_that_are_not_numbers_do_not_replace_good_ones(tmp_path):
     with pytest.raises(LlmrecError, match=r"weights\.a is NaN or infinite at step 2"):
         store.save(Checkpoint(step=2, tensors={"weights.a": torch.tensor([1.0, torch.nan])}))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_nested_states_and_plain_numbers_survive_too():
+    """8-bit optimisers keep states in states, and some keep plain numbers."""
+    states = {
+        0: {"step": 3, "blocks": {"map": torch.arange(4), "deep": {"scale": torch.ones(2)}}},
+        1: {"step": 4, "exp_avg": torch.zeros(2, 2)},
+    }
+    tensors, plain = pack_states(states)
+    assert all(name.startswith("optimizer/") for name in tensors)
+    found = unpack_states({**tensors, "weights.w": torch.ones(1)}, json.loads(json.dumps(plain)))
+    assert found[0]["step"] == 3 and found[1]["step"] == 4 and found.keys() == states.keys()
+    assert torch.equal(found[0]["blocks"]["map"], torch.arange(4))
+    assert torch.equal(found[0]["blocks"]["deep"]["scale"], torch.ones(2))
+    assert torch.equal(found[1]["exp_avg"], torch.zeros(2, 2))
+
+
+def test_saving_a_step_again_replaces_it_and_leaves_nothing_else(tmp_path):
+    store = saved(tmp_path / "deep" / "folder", 3)
+    store.save(Checkpoint(step=3, tensors={"w": torch.zeros(2)}, state={"again": True}))
+    assert store.latest().state == {"again": True}
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000003"]
+
+
+def test_what_it_was_made_from_is_compared_by_content_not_by_order(tmp_path):
+    Checkpoints(tmp_path, {"b": (1, 2), "a": 1}).save(Checkpoint(step=1, tensors={}))
+    assert Checkpoints(tmp_path, {"a": 1, "b": [1, 2]}).latest().step == 1
+
+
+def test_a_second_damage_takes_the_place_of_the_first(tmp_path):
+    for content in ("one", "two"):
+        store = saved(tmp_path, 2)
+        (tmp_path / "step-00000002" / "state.json").write_text(content)
+        assert store.latest() is None
+    assert (tmp_path / "damaged-step-00000002" / "state.json").read_text() == "two"
+
+
+def test_checkpoints_of_another_form_are_named(tmp_path, caplog):
+    store = saved(tmp_path, 2)
+    path = tmp_path / "step-00000002" / "manifest.json"
+    write_manifest(path, {**json.loads(path.read_text()), "schema": 99, "versions": {"llmrec": "7.1"}})
+    assert store.latest() is None
+    assert "written in form 99 by llmrec 7.1" in caplog.text

@@ -86,3 +86,46 @@ def test_padding_gets_no_gradient_and_is_never_predicted():
     item[:] = item % 12 + 1
     net.loss([pack(item, targets, group_rows(targets, "packed"))]).backward()
     assert not net.item_scores.target_table.grad[0].any()
+
+
+def test_the_gate_has_the_published_layers():
+    """Two bottlenecked layers, the second without bias, GELU after the first and the third (A.7)."""
+    count = torch.tensor([0, 2, 7, 40])
+    gate = FrequencyGate(count, 3, temperature=0.7).double()
+    weights = dict(gate.mlp.named_parameters())
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    assert shapes == {
+        "0.weight": (64, 1), "0.bias": (64,), "2.weight": (10, 64), "2.bias": (10,), "3.weight": (64, 10),
+        "5.weight": (3, 64), "5.bias": (3,),
+    }  # fmt: skip
+    log = torch.log1p(count.double())
+    value = ((log - log.min()) / (log.max() - log.min())).float().double()[:, None]
+    value = F.gelu(value @ weights["0.weight"].T + weights["0.bias"])
+    value = (value @ weights["2.weight"].T + weights["2.bias"]) @ weights["3.weight"].T
+    value = F.gelu(value) @ weights["5.weight"].T + weights["5.bias"]
+    torch.testing.assert_close(gate(), torch.softmax(value / 0.7, dim=1), **EXACT)
+
+
+def test_the_first_source_may_count_in_full_beside_mixed_others():
+    gate = FrequencyGate(torch.tensor([0, 2, 7, 40]), 4, temperature=0.7, add_first=True)
+    weights = gate()
+    assert weights.shape == (4, 4) and weights[:, 0].tolist() == [1.0] * 4
+    torch.testing.assert_close(weights[:, 1:].sum(dim=1), torch.ones(4))
+    assert EqualWeights(3, 2, weight=1.0)().tolist() == [[1.0, 1.0]] * 4
+
+
+@pytest.mark.parametrize("fusion", ["frequency", "equal", "sum", "target"])
+def test_rows_of_chosen_items_are_those_of_the_whole_matrix(fusion):
+    options = {"fusion_temperature": 1e-3} if fusion != "frequency" else {}
+    net = model(25, fusion=fusion, **options)
+    item = torch.tensor([4, 25, 0, 7])
+    torch.testing.assert_close(net.item_scores.folded(item), net.item_scores.folded()[item], **EXACT)
+    if net.item_scores.modalities:
+        assert torch.equal(net.item_scores.gate(item), net.item_scores.gate()[item])
+
+
+def test_only_what_is_trained_is_saved():
+    """Item vectors, counts and equal weights come from other artefacts."""
+    names = set(model(25, fusion="frequency").item_scores.state_dict())
+    trained = {name for name, _ in model(25, fusion="frequency").item_scores.named_parameters()}
+    assert names == trained and not EqualWeights(3, 4).state_dict()

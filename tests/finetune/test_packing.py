@@ -10,7 +10,7 @@ from tiny_mme_sid import PROMPT, model
 from worlds import interactions
 
 from llmrec.artifacts import Targets
-from llmrec.finetune.packing import count_tokens, group_rows, pack
+from llmrec.finetune.packing import count_tokens, group_rows, pack, several_slots, stream_bucket
 
 NUM_ITEMS = 30
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -164,3 +164,37 @@ def test_token_counts_of_the_published_sequences(real_data):
     )
     print(f"shared instruction, 64 users a micro-batch: {shared:,} tokens")
     assert shared < 750_000
+
+
+def test_rows_of_a_hand_made_example():
+    """The second user's history begins where the first one's ends; the last row is the shorter one."""
+    item, targets = targets_of([([7, 8, 9, 10], [1, 3]), ([11, 12], [0, 1])])
+    rows = pack(item, targets, group_rows(targets, "packed"), np.array([1, 2, 3, 4]))
+    assert rows.items.tolist() == [[7, 8, 9], [11, 0, 0]]
+    assert rows.history.tolist() == [[1, 3], [0, 1]]
+    assert rows.target.tolist() == [8, 10, 11, 12] and rows.negative.tolist() == [1, 2, 3, 4]
+    alone = pack(item, targets.take(np.array([1, 2])), np.array([0, 5]))
+    assert alone.items.tolist() == [[7, 8, 9], [0, 0, 0]]
+    assert alone.history.tolist() == [[3], [0]] and alone.negative is None
+    ragged = pack(item, targets.take(np.array([0, 1, 2])), np.array([0, 0, 1]))
+    assert ragged.history.tolist() == [[1, 3], [0, -1]], "-1: no such copy"
+    wide = several_slots(ragged, 2)
+    assert wide.items.tolist() == [[7, 7, 8, 8, 9, 9], [0] * 6]
+    assert wide.history.tolist() == [[2, 6], [0, -1]] and wide.target.tolist() == [8, 10, 11]
+    assert several_slots(rows, 2).negative.tolist() == [1, 2, 3, 4]
+    assert several_slots(rows, 1) is rows
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 1000, 2048, 2049, 4095, 4097, 30_000, 65_537, 1_000_000])
+def test_streams_are_padded_by_an_eighth_at_most(size):
+    padded = stream_bucket(size)
+    assert padded >= size and padded % 128 == 0
+    assert padded - size < max(128, size / 8 + 1)
+    assert len({stream_bucket(other) for other in range(size, size + size // 2)}) <= 10, "few shapes"
+
+
+def test_no_targets_are_no_tokens():
+    _, targets = targets_of([([7, 8], [1])])
+    options = {"instruction": 3, "response": 1, "layout": "packed", "shared": False}
+    assert count_tokens(targets.take(np.array([], dtype=np.int64)), **options) == 0
+    assert count_tokens(targets, **options) == 3 + 1 + 1

@@ -126,3 +126,17 @@ def test_info_nce_has_one_direction_and_ignores_lengths():
     anchor, other = samples(6)
     assert float(info_nce(anchor, other, 0.1)) != pytest.approx(float(info_nce(other, anchor, 0.1)), abs=1e-6)
     torch.testing.assert_close(info_nce(5 * anchor, other, 0.1), info_nce(anchor, 3 * other, 0.1))
+
+
+def test_info_nce_is_exact_inside_of_autocast():
+    anchor, other = samples(6, dtype=torch.float32)
+    expected = info_nce(anchor, other, 0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(info_nce(anchor, other, 0.1), expected)
+
+
+def test_mmd_needs_two_rows_of_one_shape_on_both_sides():
+    x, y = samples(4)
+    for first, second in ((x[:1], y[:1]), (x, y[:3]), (x, y[:, :2])):
+        with pytest.raises(AssertionError):
+            mmd(first, second)

@@ -183,6 +183,34 @@ def test_the_rotation_equals_that_of_vector_quantize_pytorch():
     assert torch.equal(torch.autograd.grad(rotate(still, target[:1]).sum(), still)[0], torch.ones(1, 6))
 
 
+def test_the_rotation_is_what_the_estimator_of_that_name_does():
+    made, latent = quantizer(estimator="rotation"), latents().requires_grad_()
+    found, weight = made(latent), latents(seed=2)
+    sums = made.lookup(found.codes).detach().sum(dim=1)
+    torch.testing.assert_close(found.vectors, sums)
+    expected = torch.autograd.grad((rotate(latent, sums) * weight).sum(), latent)[0]
+    torch.testing.assert_close(torch.autograd.grad((found.vectors * weight).sum(), latent)[0], expected)
+    assert not torch.allclose(expected, weight), "and not straight through"
+    short = (0.1 * latents(4)).requires_grad_()
+    turned = torch.autograd.grad(rotate(short, sums[:4]).sum(), short)[0]
+    assert not torch.allclose(turned, torch.ones_like(turned)), "vectors shorter than 1 are turned too"
+
+
+def test_codebooks_begin_within_one_over_their_size_and_follow_gradients_or_means():
+    torch.manual_seed(0)
+    made = ResidualQuantizer(2, 50, 40)
+    books = made.codebooks.detach()
+    assert books.abs().max() <= 1 / 50 and books.abs().max() > 0.99 / 50
+    assert abs(float(books.mean())) < 0.05 / 50 and made.codebooks.requires_grad
+    assert not ResidualQuantizer(2, 5, 4, codebook_update="ema").codebooks.requires_grad
+    assert made.commitment_weight == 0.25, "what the release and van den Oord et al. have"
+
+
+def test_distances_are_those_of_torch():
+    rows, book = latents(7), latents(5, seed=3)
+    torch.testing.assert_close(squared_distances(rows, book), torch.cdist(rows, book).square())
+
+
 def test_running_means_follow_their_formula():
     made, batches = quantizer(codebook_update="ema", ema_decay=0.8), [latents(30, seed=k) for k in range(3)]
     made.place(slice(None), slice(None), made.codebooks.detach().clone())
