@@ -106,6 +106,25 @@ class Checkpoints:
             drop(old)
         return final
 
+    def require_room(self, wanted: int) -> None:
+        """Look before long work whether there is room for the checkpoints that will be kept, and the next.
+
+        Args:
+            wanted: bytes of one checkpoint.
+
+        Raises:
+            StorageError: there is not.
+        """
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        held = sum(file.stat().st_size for path in self.found() for file in path.iterdir())
+        needed = (KEPT + 1) * wanted - held
+        if needed > free:
+            raise StorageError(
+                f"checkpoints in {self.folder} need {size(needed)} more and {size(free)} is free; make room, "
+                "use another folder, or set save_every_minutes=0 for none"
+            )
+
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole and of this run; None if there is none.
 
@@ -144,6 +163,11 @@ class Checkpoints:
         content = {"schema": FORM, "step": checkpoint.step, "made_from": self.made_from}
         write_manifest(folder / MANIFEST, {**content, "files": describe_files(folder)})
         flush_all(folder)
+
+
+def size(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**29 else f"{count / 2**20:,.1f} MiB"
 
 
 def drop(path: Path) -> None:
@@ -209,7 +233,14 @@ class EpochCheckpoints:
         self.saved_at = time.monotonic()
 
     def resume(self) -> tuple[int, dict[str, Any], dict[str, Tensor] | None]:
-        """Epochs done, what the loop remembered, and the best weights; (0, {}, None) to begin with."""
+        """Epochs done, what the loop remembered, and the best weights; (0, {}, None) to begin with.
+
+        Raises:
+            StorageError: there is no room for checkpoints.
+        """
+        if self.store is not None and self.minutes:
+            # Weights, the best ones, and two states of an Adam.
+            self.store.require_room(4 * sum(value.nbytes for value in self._values().values()))
         found = None if self.store is None else self.store.latest()
         if found is None:
             return 0, {}, None

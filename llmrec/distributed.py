@@ -149,9 +149,18 @@ def device() -> Any:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices)."""
+    """Seed Python, NumPy and torch (all devices).
+
+    With $LLMREC_DETERMINISTIC=1, torch also takes no kernel whose sums depend on the order in which threads
+    come; it fails where it has no other. On a CPU runs are equal to the last bit without it.
+    """
     import numpy as np
     import torch
+
+    if os.environ.get("LLMREC_DETERMINISTIC", "0") not in ("", "0"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
 
     random.seed(seed)
     np.random.seed(seed)

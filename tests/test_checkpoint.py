@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from llmrec.checkpoint import (
     unpack_optimizer,
     unpack_states,
 )
-from llmrec.errors import LlmrecError
+from llmrec.errors import LlmrecError, StorageError
 from llmrec.manifest import write_manifest
 
 
@@ -163,3 +165,15 @@ def test_checkpoints_of_another_form_are_named(tmp_path, caplog):
     write_manifest(path, {**json.loads(path.read_text()), "schema": 99, "versions": {"llmrec": "7.1"}})
     assert store.latest() is None
     assert "written in form 99 by llmrec 7.1" in caplog.text
+
+
+def test_room_is_looked_for_before_long_work(tmp_path, monkeypatch):
+    store = saved(tmp_path / "runs", 2)
+    free = shutil.disk_usage(tmp_path).free
+    store.require_room(free // 4)
+    message = r"checkpoints in .* need [\d,]+\.\d GiB more and [\d,]+\.\d GiB is free; make room"
+    with pytest.raises(StorageError, match=message):
+        store.require_room(free // 2)
+    Checkpoints(tmp_path / "not" / "there" / "yet", {}).require_room(1)
+    with pytest.raises(StorageError):
+        Checkpoints(Path("not/there/yet"), {}).require_room(free)

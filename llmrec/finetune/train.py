@@ -241,7 +241,12 @@ class Trainer:
         Raises:
             TrainingError: the loss became NaN or infinite.
             StoppedError: the process was asked to stop; the work is saved.
+            StorageError: there is no room for checkpoints.
         """
+        if self.checkpoints is not None and self.config.save_every_minutes and distributed.is_main():
+            # Weights, two states of Adam, and the best weights where they are kept apart.
+            copies = 4 if self.config.select == "valid" else 3
+            self.checkpoints.require_room(4 * copies * self.counts["trainable"])
         epoch, done = self._resume()
         logger.info(
             "finetune: %s targets, %s steps, %s trainable parameters",
