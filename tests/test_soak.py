@@ -25,18 +25,32 @@ def test_cycles_leave_no_file_and_no_folder_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
 
-@pytest.mark.parametrize("leak", ["memory", "files", "none"])
-def test_a_leak_is_seen(leak):
+def test_open_files_are_counted():
     tool = load("soak")
     held = []
-
-    def cycle(number: int) -> None:
-        if leak == "memory":
-            held.append(np.ones(200_000))
-        elif leak == "files":
-            held.append(os.open(os.devnull, os.O_RDONLY))
-
-    wrong = tool.judge(tool.soak(cycle, 40), 500.0)
-    for handle in held if leak == "files" else []:
+    found = tool.soak(lambda _: held.append(os.open(os.devnull, os.O_RDONLY)), 12)
+    for handle in held:
         os.close(handle)
-    assert len(wrong) == (leak != "none") and all(leak in line for line in wrong)
+    assert [line for line in tool.judge(found, 1e9) if line.startswith("files grow from")]
+
+
+@pytest.mark.parametrize(
+    ("kib", "threads", "said"),
+    [
+        (800, 0, ["memory grows by 800.0 KiB a cycle, at most 500 allowed"]),
+        (400, 0, []),
+        (0, 1, ["threads grow from 10 to 50"]),
+    ],
+)
+def test_what_grows_is_named(kib, threads, said):
+    """The first tenth may do what it likes."""
+    tool = load("soak")
+    rng = np.random.default_rng(0)
+    found = [
+        tool.Usage(
+            bytes=2**30 + 1024 * kib * cycle + int(rng.integers(0, 2)), files=9, threads=1 + threads * cycle
+        )
+        for cycle in range(50)
+    ]
+    found[:5] = [tool.Usage(bytes=2**33, files=99, threads=99)] * 5
+    assert tool.judge(found, 500.0) == said
