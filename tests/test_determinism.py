@@ -27,11 +27,18 @@ def test_two_runs_of_a_recipe_make_the_same_files(finished, tmp_path):
     here = Path(__file__).parent
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(paths=[str(here), str(here.parent)]))
+    places = {name: tmp_path / name for name in ("home", "temporary", "elsewhere")}
+    for place in places.values():
+        place.mkdir()
+    folders = {"HOME": places["home"], "TMPDIR": places["temporary"], "MPLCONFIGDIR": tmp_path / "fonts"}
     other = {"TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "LC_ALL": "C", "LLMREC_DETERMINISTIC": "1"}
     subprocess.run(
         [sys.executable, str(script), str(tmp_path / "again")],
-        check=True, capture_output=True, env={**os.environ, **other}, cwd=tmp_path,
+        check=True, capture_output=True, cwd=places["elsewhere"],
+        env={**os.environ, **other, **{name: str(place) for name, place in folders.items()}},
     )  # fmt: skip
+    written = [path for place in places.values() for path in place.rglob("*") if path.is_file()]
+    assert written == [], "nothing is written outside of the run folder"
     for stage in STAGES:
         found, expected = content_of(tmp_path / "again" / stage), content_of(finished / stage)
         assert list(found) == list(expected) and found, stage

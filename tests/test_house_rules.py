@@ -95,3 +95,30 @@ def test_importing_the_package_and_asking_for_help_needs_no_torch():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_module_asks_the_network_or_writes_when_it_is_imported(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    code = """
+import importlib, socket, sys
+def refused(*_, **__):
+    raise AssertionError("a connection while importing")
+socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refused
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+    files = [
+        path.relative_to(ROOT).with_suffix("") for path in SOURCES if path.is_relative_to(ROOT / "llmrec")
+    ]
+    names = [".".join(path.parts) for path in files if path.name != "__init__"]
+    assert len(names) > 100
+    own = {"HOME": tmp_path, "MPLCONFIGDIR": tmp_path.parent / "fonts", "PYTHONPATH": ROOT}
+    environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
