@@ -38,7 +38,7 @@ from llmrec.finetune.packing import count_tokens
 from llmrec.finetune.prompt import Prompt
 from llmrec.finetune.scoring import scorer_of
 from llmrec.finetune.steps import steps_of_epoch
-from llmrec.finetune.train import Trainer
+from llmrec.finetune.trainer import Trainer
 
 LAYOUTS = ("packed", "per_prefix")
 SHAPES: dict[str, dict[str, Any]] = {

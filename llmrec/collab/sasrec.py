@@ -1,9 +1,9 @@
 """SASRec: a causal transformer over item ids, trained to name the next item at every position.
 
 Source: Kang and McAuley, "Self-Attentive Sequential Recommendation" (ICDM 2018), with the form of
-block, width and loss that later work found better (specs/baselines.md 2): pre-norm blocks whose
-residual adds the unnormalised input, an output projection, GELU, and a softmax over all items.
-The published loss (one negative, binary cross-entropy) is there by name.
+block, width and loss that later work found better (Klenitskiy and Vasilev, RecSys 2023, for the loss):
+pre-norm blocks whose residual adds the unnormalised input, an output projection, GELU, and a softmax over
+all items. The published loss (one negative, binary cross-entropy) is there by name.
 """
 
 from __future__ import annotations

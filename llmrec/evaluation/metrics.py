@@ -1,7 +1,7 @@
 """Ranking metrics with one target per user, from ranks alone.
 
 A rank is 0-based: the number of items ahead of the target plus half of those tied with it. With the
-1-based rank r = rank + 1 (specs C.1): recall@k = [r <= k] (equal to HR@k with one target),
+1-based rank r = rank + 1: recall@k = [r <= k] (equal to HR@k with one target),
 ndcg@k = [r <= k] / log2(r + 1) (the ideal DCG is 1), mrr@k = [r <= k] / r.
 """
 

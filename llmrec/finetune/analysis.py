@@ -125,3 +125,26 @@ def weights_by_frequency(
             label = str(low) if low == high else f"{low}+" if high is None else f"{low}-{high}"
             found[label] = dict(zip(sources, values[chosen].mean(axis=0).tolist()))
     return found
+
+
+def fusion_shares(
+    weights: Tensor, sources: tuple[str, ...], train_count: np.ndarray
+) -> dict[str, dict[str, Any]] | None:
+    """Per score source: mean weight, also by popularity, and share of items whose largest weight it is.
+
+    Args:
+        weights: mixing weights (N, S).
+        sources: S names.
+        train_count: int64 (N + 1,).
+
+    Returns:
+        None if there is one source.
+    """
+    if len(sources) == 1:
+        return None
+    largest = torch.bincount(weights.argmax(dim=1), minlength=len(sources)).double() / len(weights)
+    return {
+        "mean_weight": dict(zip(sources, weights.double().mean(dim=0).tolist())),
+        "largest_share": dict(zip(sources, largest.tolist())),
+        "by_frequency": weights_by_frequency(weights, sources, train_count),
+    }

@@ -14,7 +14,7 @@ class FrequencyGate(nn.Module):
 
     Rare items have weak collaborative vectors, so the gate can lean on text and image scores for them
     and on collaborative scores for popular items. With the published temperature of 1e-3 it picks
-    almost one source for all items at the start, decided by the seed (specs A.7).
+    almost one source for all items at the start, decided by the seed.
 
     Source: MME-SID Eq. 13-14; Applied-Machine-Learning-Lab/MME-SID@bc95e1a model.py.
     Differs: counts come from the train split (their count file is not published).

@@ -44,6 +44,9 @@ class MMESID(nn.Module):
         alignment_weight: of the item tokens' alignment loss, per target, where they have one.
     """
 
+    instruction: Tensor
+    response: Tensor
+
     def __init__(
         self,
         base: nn.Module,

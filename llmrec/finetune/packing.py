@@ -8,8 +8,8 @@ Layouts of the same training targets (history h items, instruction I tokens, res
   its own prompt. The instruction is encoded once per micro-batch and shared as keys and values, or
   stands at the start of every row.
 
-Both give every read-out the same value and gradient (specs: prefix packing is exact for causal
-models), which tests/finetune/test_packing.py shows in float64.
+Both give every read-out the same value and gradient, since what a causal model knows after a prefix does not
+depend on what follows; tests/finetune/test_packing.py shows it in float64.
 
 The tokens of the rows lie side by side, padded to the longest row of a group (`lay_out`; suits CPUs), or one
 behind the other in a single stream with the instruction once in front (`lay_out_stream`; suits GPUs).

@@ -35,7 +35,7 @@ def rows_of(*histories: list[int]):
 
 
 def test_the_published_schedule_keeps_the_published_share_of_signal():
-    """specs/baselines.md 5.1, computed from WHUIR/DiffuRec's settings: T = 32, truncated linear."""
+    """Computed by hand from WHUIR/DiffuRec's settings: T = 32, truncated linear."""
     beta = betas("trunc_lin", 32)
     assert float(beta[0]) == pytest.approx(0.013125) and float(beta[-1]) == pytest.approx(0.635)
     signal = torch.cumprod(1 - beta, 0)

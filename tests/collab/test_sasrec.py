@@ -45,7 +45,7 @@ def test_an_item_changes_nothing_before_it_and_everything_after(position):
 
 
 def test_the_number_of_weights_is_that_of_the_published_size():
-    """12,101 items, 64-d, 50 positions, 2 layers, inner 256: specs/baselines.md 2.3."""
+    """12,101 items, 64-d, 50 positions, 2 layers, inner 256, as RecBole's."""
     beauty = SASRec(
         num_items=12101,
         embed_dim=64,

@@ -31,7 +31,7 @@ config = dataclasses.replace(
 )
 whole = test_train.train.Trainer.train_step
 def train_step(self, targets):
-    if self.step == {dies_at} and distributed.rank() == distributed.world_size() - 1:
+    if self.state.step == {dies_at} and distributed.rank() == distributed.world_size() - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(self, targets)
 test_train.train.Trainer.train_step = train_step

@@ -34,7 +34,7 @@ def stop_at(step: int, monkeypatch, error: BaseException) -> None:
     whole = train.Trainer.train_step
 
     def failing(self, targets):
-        if self.step == step:
+        if self.state.step == step:
             raise error
         return whole(self, targets)
 
@@ -56,10 +56,10 @@ def test_stopped_and_resumed_equals_never_stopped(settings, step, tmp_path, monk
             fine_tune(config, tmp_path / "stopped")
     assert list((tmp_path / ".stopped.unfinished" / "checkpoints").glob("step-*"))
     begun = []
+    whole = train.Trainer._train_epoch
     monkeypatch.setattr(
-        train.Trainer, "_train_epoch",
-        lambda self, *rest, whole=train.Trainer._train_epoch: (begun.append(self.step), whole(self, *rest)),
-    )  # fmt: skip
+        train.Trainer, "_train_epoch", lambda self, *rest: (begun.append(self.state.step), whole(self, *rest))
+    )
     found = fine_tune(config, tmp_path / "stopped")
     assert begun[0] == step, "nothing is done twice"
     for name, value in weights(expected).items():
@@ -84,7 +84,7 @@ def test_a_polite_stop_ends_the_step_saves_and_says_so(tmp_path, monkeypatch):
     whole = train.Trainer.train_step
 
     def asking(self, targets):
-        if self.step == 4:
+        if self.state.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return whole(self, targets)
 

@@ -18,6 +18,7 @@ from llmrec.evaluation.rank import rank_users
 from llmrec.finetune import train
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
+from llmrec.finetune.engine import Engine
 from llmrec.finetune.scoring import load_scorer
 from llmrec.finetune.steps import epoch_steps
 
@@ -126,7 +127,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run():
 
 def poison(monkeypatch, steps: set[int]) -> None:
     """Make a gradient of some steps infinite, the loss being as it should."""
-    whole = train.Engine.step
+    whole = Engine.step
 
     def poisoned(self, loss):
         self.number = getattr(self, "number", 0) + 1
@@ -134,7 +135,7 @@ def poison(monkeypatch, steps: set[int]) -> None:
             next(iter(self.parameters.values())).grad.view(-1)[0] = torch.inf
         return whole(self, loss)
 
-    monkeypatch.setattr(train.Engine, "step", poisoned)
+    monkeypatch.setattr(Engine, "step", poisoned)
 
 
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw_8bit"}, {"log_every_steps": 1}])
@@ -147,7 +148,7 @@ def test_bad_steps_are_left_out_and_named_and_change_nothing_else(settings, monk
     left_out = [row for row in found.log if "left_out" in row]
     assert [(row["epoch"], row["step"]) for row in left_out] == [(1, 2), (2, 8)]
     assert "users" not in left_out[0], "the log is published with the weights"
-    whole = train.Engine.step
+    whole = Engine.step
 
     def forgetting(self, loss):
         self.number = getattr(self, "number", 0) + 1
@@ -157,7 +158,7 @@ def test_bad_steps_are_left_out_and_named_and_change_nothing_else(settings, monk
         return torch.tensor(False)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Engine, "step", forgetting)
+        patch.setattr(Engine, "step", forgetting)
         expected, _ = fit(config)
     for name, value in weights(expected).items():
         assert torch.equal(weights(found)[name], value), name
@@ -272,7 +273,7 @@ def test_lora_trains_a_real_pretrained_llama(real_data):
                             fusion="equal", fusion_temperature=1e-3), data, model,
     )  # fmt: skip
     trainer.run()
-    losses = [row["loss"] for row in trainer.log if "loss" in row]
+    losses = [row["loss"] for row in trainer.state.log if "loss" in row]
     assert losses[-1] < 0.5 * losses[0]
     assert all(torch.equal(value, base.get_parameter(name)) for name, value in frozen.items())
 

@@ -1,0 +1,75 @@
+"""From the targets of an optimiser step to this process's forward passes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from llmrec import distributed
+from llmrec.artifacts import Interactions, Targets
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.model import MMESID
+from llmrec.finetune.packing import PackedRows, count_tokens, group_rows, pack
+from llmrec.finetune.steps import micro_batches, row_lengths, sampled_items, share_rows
+
+
+class Passes:
+    """Packs targets into rows, shares the rows among processes, and cuts each share into forward passes.
+
+    Args:
+        config: settings.
+        data: interactions that targets point into.
+        model: for the lengths of its prompt.
+    """
+
+    def __init__(self, config: FinetuneConfig, data: Interactions, model: MMESID) -> None:
+        self.config = config
+        self.model = model
+        self.item = torch.from_numpy(data.item)
+        self.num_items = data.num_items
+
+    def of(self, targets: Targets, step: int) -> list[tuple[list[PackedRows], float]]:
+        """The passes of one step and their weights.
+
+        Wrappers that share parameters need as many passes in every process; those that are missing are
+        filled with rows of weight 0.
+
+        Args:
+            targets: of the step, the same in every process.
+            step: optimiser steps done before, which seeds sampled items.
+        """
+        model, config = self.model, self.config
+        row = group_rows(targets, config.layout, model.min_slots)
+        length = row_lengths(targets, row, len(model.response), model.item_tokens.tokens_per_item)
+        room = config.micro_batch_tokens
+        if model.stream:
+            room = max(room - len(model.instruction), 1)
+        elif not model.share_instruction:
+            length += len(model.instruction)
+        shares = share_rows(length, distributed.world_size())
+        passes = [micro_batches(length[own], room, stream=model.stream) for own in shares]
+        own = shares[distributed.rank()]
+        negative = None
+        if config.loss == "bce_sampled":
+            negative = sampled_items(targets.item, self.num_items, (config.seed, step, 1))
+
+        def packed(rows: np.ndarray) -> PackedRows:
+            chosen = np.flatnonzero(np.isin(row, rows))
+            sampled = None if negative is None else negative[chosen]
+            return pack(self.item, targets.take(chosen), row[chosen], sampled)
+
+        mine = [([packed(own[group]) for group in groups], 1.0) for groups in passes[distributed.rank()]]
+        missing = max(map(len, passes)) - len(mine)
+        return mine + [([packed(np.array([0]))], 0.0)] * missing
+
+    def tokens(self, targets: Targets) -> int:
+        """Tokens that a step over these targets costs, of all processes, without padding."""
+        return count_tokens(
+            targets,
+            instruction=len(self.model.instruction),
+            response=len(self.model.response),
+            layout=self.config.layout,
+            shared=self.model.share_instruction,
+            min_slots=self.model.min_slots,
+            tokens_per_item=self.model.item_tokens.tokens_per_item,
+        )

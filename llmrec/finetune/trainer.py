@@ -1,0 +1,291 @@
+"""The training loop: epochs of optimiser steps of forward passes, with validation and checkpoints.
+
+An optimiser step always holds the same targets, however they are packed and however many processes share
+them, so results do not depend on packing or world size beyond rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llmrec import distributed, machine
+from llmrec.artifacts import Interactions, Targets
+from llmrec.checkpoint import Checkpoints, StopRequests, stop_requests
+from llmrec.data.batches import pad_histories
+from llmrec.errors import StoppedError, TrainingError
+from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k
+from llmrec.evaluation.rank import rank_users
+from llmrec.finetune import analysis, build
+from llmrec.finetune.bad_steps import BadSteps, Step
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.engine import Engine
+from llmrec.finetune.model import MMESID
+from llmrec.finetune.passes import Passes
+from llmrec.finetune.run_state import RunCheckpoints, RunState, Window
+from llmrec.finetune.steps import steps_of_epoch, training_targets
+from llmrec.pipeline import resume_folder
+from llmrec.progress import progress
+
+logger = logging.getLogger("llmrec")
+
+CHECKED_HISTORIES = 64
+
+
+class Trainer:
+    """The loop: epochs of optimiser steps of micro-batches, with checkpoints.
+
+    Args:
+        config: settings.
+        data: interactions; the train split is learned, the valid split is only ranked.
+        model: trained in place.
+        checkpoints: where to leave work for a run after a stop, and to look for it; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        data: Interactions,
+        model: MMESID,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        distributed.state()
+        self.config = config
+        self.data = data
+        self.model = model
+        self.device = distributed.device()
+        self.flops = build.flops_per_token(model)
+        self.counts = build.parameter_counts(model)
+        self.engine = Engine(config, model)
+        self.passes = Passes(config, data, model)
+        self.checkpoints = RunCheckpoints(config, self.engine, checkpoints)
+        self.targets = training_targets(config, data)
+        self.num_steps = sum(self._steps_in(epoch) for epoch in range(1, config.epochs + 1))
+        advice = f"lower finetune.learning_rate ({config.learning_rate:g}) or use finetune.precision=fp32"
+        self.bad_steps = BadSteps(config.bad_steps, data, resume_folder(), advice)
+        self.state = RunState()
+        self.best_weights: dict[str, Tensor] = {}
+        self.peak = machine.matmul_peak(self.device, self.engine.dtype) if distributed.is_main() else 1.0
+
+    def run(self) -> None:
+        """Train all epochs; the model holds the selected weights afterwards.
+
+        Raises:
+            TrainingError: the loss became NaN or infinite.
+            StoppedError: the process was asked to stop; the work is saved.
+            StorageError: there is no room for checkpoints.
+        """
+        self.checkpoints.require_room()
+        self._resume()
+        logger.info(
+            "finetune: %s targets, %s steps, %s trainable parameters",
+            f"{len(self.targets):,}", f"{self.num_steps:,}", f"{self.counts['trainable']:,}",
+        )  # fmt: skip
+        state, every = self.state, self.config.eval_every_epochs
+        with (
+            stop_requests() as stop,
+            progress(None, "finetune", total=self.num_steps, unit="step", initial=state.step) as bar,
+        ):
+            while state.epoch <= self.config.epochs:
+                self._train_epoch(bar, stop)
+                if every and (state.epoch % every == 0 or state.epoch == self.config.epochs):
+                    self._validate()
+                state.epoch, state.done = state.epoch + 1, 0
+        if self.config.select == "valid" and state.best is not None:
+            self.engine.set_weights(self.best_weights)
+
+    def metrics(self) -> dict[str, Any]:
+        """Totals of the run, for metrics.json."""
+        shown = [row for row in self.state.log if "valid_ndcg@10" in row]
+        best = self.state.best if self.config.select == "valid" else None
+        kept = best[1] if best else self.config.epochs
+        return {
+            "targets_per_epoch": len(self.targets),
+            "steps": self.state.step,
+            "tokens": self.state.tokens,
+            "train_seconds": round(self.state.seconds, 3),
+            "epoch_kept": kept,
+            "valid": next((row for row in shown if row["epoch"] == kept), None),
+            "parameters": self.counts,
+        }
+
+    def sample_scores(self) -> tuple[Tensor, Tensor]:
+        """A few histories and their scores by the trained model."""
+        number = min(CHECKED_HISTORIES, len(self.targets))
+        sample = self.targets.take(np.linspace(0, len(self.targets) - 1, number).astype(np.int64))
+        start, stop = (torch.from_numpy(ends) for ends in (sample.start, sample.stop))
+        history = pad_histories(self.passes.item, start, stop).to(self.device)
+        return history, self.engine.scorer().score(history)
+
+    def _train_epoch(self, bar: tqdm, stop: StopRequests) -> None:
+        """What is left of the epoch."""
+        self.model.train()
+        state = self.state
+        steps = steps_of_epoch(self.targets, self.config, state.epoch, len(self.model.response))
+        for chosen in steps[state.done :]:
+            begun = time.perf_counter()
+            targets = self.targets.take(chosen)
+            try:
+                loss, tokens, bad = self.train_step(targets)
+            except torch.OutOfMemoryError:
+                raise TrainingError(self._out_of_memory()) from None
+            state.seconds += time.perf_counter() - begun
+            state.step += 1
+            state.done += 1
+            state.tokens += tokens
+            self.bad_steps.watch(Step(epoch=state.epoch, step=state.step, targets=targets, bad=bad))
+            state.window.loss = state.window.loss + torch.where(bad, 0.0, loss)
+            state.window.targets += len(chosen)
+            state.window.tokens += tokens
+            bar.update()
+            logged = state.step % self.config.log_every_steps == 0 or state.done == len(steps)
+            if logged:
+                self._log_window(bar)
+            if logged or distributed.world_size() == 1:
+                # Several processes have to agree, and waiting for that in every step would cost time.
+                asked, due = distributed.any_process(stop.asked, self.checkpoints.due())
+                if asked or due:
+                    self._save()
+                if asked:
+                    self._stop()
+
+    def train_step(self, targets: Targets) -> tuple[Tensor, int, Tensor]:
+        """One optimiser step.
+
+        Returns:
+            The summed loss of all processes' targets (), the tokens it took, and whether it was left out,
+            bool () (see `Engine.step`).
+        """
+        # Random numbers and the learning rate are functions of the step, so checkpoints need not hold them.
+        step = self.state.step
+        seed = np.random.SeedSequence((self.config.seed, step, distributed.rank()))
+        torch.manual_seed(int(seed.generate_state(1)[0]))
+        for group in self.engine.inner.param_groups:
+            group["lr"] = self.learning_rate(step)
+        total = torch.zeros((), device=self.device)
+        passes = self.passes.of(targets, step)
+        for number, (groups, weight) in enumerate(passes, start=1):
+            # The step's loss is the mean over its targets; gradients are averaged over processes.
+            scale = weight * distributed.world_size() / len(targets)
+            loss = self.engine.forward_backward(groups, scale, last=number == len(passes))
+            total += weight * loss
+        if distributed.world_size() > 1:
+            total = self.engine.accelerator.reduce(total, "sum")
+        return total, self.passes.tokens(targets), self.engine.step(total)
+
+    def _log_window(self, bar: tqdm) -> None:
+        self._settle()
+        window, self.state.window = self.state.window, Window()
+        if not window.targets:
+            return
+        loss = float(window.loss) / window.targets
+        seconds = time.perf_counter() - window.started
+        speed = window.tokens / seconds / distributed.world_size()
+        row = {
+            "epoch": self.state.epoch,
+            "step": self.state.step,
+            "loss": loss,
+            "learning_rate": self.learning_rate(self.state.step - 1),
+            "tokens_per_second": round(window.tokens / seconds, 1),
+            "targets_per_second": round(window.targets / seconds, 1),
+            "share_of_peak": round(speed * self.flops / self.peak, 4),
+            "memory_bytes": machine.peak_memory(self.device),
+        }
+        self.state.log.append(row)
+        bar.set_postfix_str(
+            f"epoch {self.state.epoch}, loss {loss:.4f}, {row['tokens_per_second']:,.0f} tokens/s, "
+            f"{row['share_of_peak']:.0%} of peak, {row['memory_bytes'] / 2**30:.1f} GiB"
+        )
+
+    def _settle(self) -> None:
+        """Write down the steps that were left out since the last time.
+
+        Raises:
+            TrainingError: more than allowed; weights that come of it must not take the place of good ones.
+        """
+        left_out = self.bad_steps.settle()
+        self.state.log += left_out
+        self.state.window.targets -= sum(row["targets"] for row in left_out)
+
+    def _validate(self) -> None:
+        targets = self.data.targets("valid")
+        if not len(targets):
+            return
+        rank = rank_users(self.engine.scorer(), self.data, targets, shard=True).rank
+        with torch.no_grad():
+            weights = self.engine.wrapped("weights")
+        sources = ("target", *self.model.item_scores.modalities)
+        fusion = analysis.fusion_shares(weights, sources, self.data.train_count)
+        state = self.state
+        ndcg = float(ndcg_at_k(rank, 10).mean())
+        if state.best is None or ndcg > state.best[0]:
+            state.best = (ndcg, state.epoch)
+            if self.config.select == "valid":
+                self.best_weights = self.engine.weights()
+        row = {
+            "epoch": state.epoch,
+            "step": state.step,
+            "valid_ndcg@10": ndcg,
+            "valid_recall@10": float(recall_at_k(rank, 10).mean()),
+            "fusion": fusion,
+        }
+        state.log.append(row)
+        logger.info(
+            "finetune: epoch %s, valid ndcg@10 %.4f, recall@10 %.4f",
+            state.epoch, ndcg, row["valid_recall@10"],
+        )  # fmt: skip
+        state.window.started = time.perf_counter()
+
+    def _out_of_memory(self) -> str:
+        """What to turn when the GPU is full: the one thing that helps most."""
+        tokens = self.config.micro_batch_tokens
+        if tokens > 2048:
+            advice = f"lower finetune.micro_batch_tokens ({tokens} now), which changes no result"
+        elif not self.config.checkpoint_activations:
+            advice = "set finetune.checkpoint_activations=true, which changes no result"
+        elif not self.config.is_mini and self.config.quantize == "none":
+            advice = "set finetune.quantize=nf4 finetune.optimizer=adamw_8bit"
+        else:
+            advice = "use a smaller base model, or spread it with recipes/accelerate/zero3.yaml"
+        return f"out of memory at step {self.state.step + 1}; {advice}"
+
+    def _save(self) -> None:
+        """Write a checkpoint of this moment.
+
+        Raises:
+            TrainingError: too many steps since the last look were bad.
+        """
+        self._settle()
+        self.state.bad_steps = self.bad_steps.count
+        self.checkpoints.save(self.state, self.best_weights)
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        self.state, self.best_weights = self.checkpoints.resume()
+        self.bad_steps.count = self.state.bad_steps
+        if self.state.step:
+            logger.info("finetune: going on after step %s of %s", self.state.step, self.num_steps)
+
+    def _stop(self) -> None:
+        kept = "the same command goes on from there" if self.checkpoints.store else "nothing was kept"
+        raise StoppedError(f"stopped after step {self.state.step} of {self.num_steps}; {kept}")
+
+    def _steps_in(self, epoch: int) -> int:
+        if self.config.batch_by == "targets":
+            return math.ceil(len(self.targets) / self.config.batch_size)
+        return len(steps_of_epoch(self.targets, self.config, epoch, len(self.model.response)))
+
+    def learning_rate(self, step: int) -> float:
+        """Of the step after `step` others: linear warm-up, then a cosine to zero; never 0 at the first."""
+        peak, warmup = self.config.learning_rate, min(self.config.warmup_steps, self.num_steps // 2)
+        if step < warmup:
+            return peak * (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(1, self.num_steps - warmup)
+        return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
