@@ -13,14 +13,22 @@ from torch import Tensor
 from llmrec.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from llmrec.errors import ArtifactMismatchError, MissingArtifactError
 
+PER_ITEM = ("target_table", "table", "train_count")
+"""Last parts of the names of those heads that have one row per item."""
+
+
+def per_item(name: str) -> bool:
+    """Whether a head's rows are items; lengths cannot tell, since a width may equal the catalogue's size."""
+    return name.rpartition(".")[2] in PER_ITEM
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """The trained weights of MME-SID; made by finetune.
 
-    Files: heads.safetensors (item tokens, gate, target table), log.jsonl, llmrec_config.json, and either
+    Files: heads.safetensors (item tokens, gate, target table), log.jsonl, llmrec_config.json, either
     adapter_model.safetensors + adapter_config.json (LoRA; loads with plain PEFT on the base model) or
-    base/ (a base model that was trained in full).
+    base/ (a base model that was trained in full), and scaling.safetensors if item vectors are scaled.
     """
 
     stage: ClassVar[str] = "finetune"
@@ -30,6 +38,8 @@ class Adapter:
     """The finetune config, the prompt's token ids and the base model's revision and size."""
     heads: dict[str, Tensor]
     """Trained weights outside the base model, and train_count int64 (N + 1,)"""
+    scaling: dict[str, Tensor] = field(default_factory=dict)
+    """How item vectors are scaled, see `llmrec.finetune.scaling`; empty if that depends on no catalogue"""
     lora: dict[str, Tensor] = field(default_factory=dict)
     """LoRA matrices under PEFT's names; empty if the base was trained in full"""
     lora_config: dict[str, Any] = field(default_factory=dict)
@@ -46,6 +56,8 @@ class Adapter:
     def save(self, folder: Path) -> None:
         # One entry per header: with more, their order, and so the file's bytes, would be left to chance.
         _save_tensors(folder / "heads.safetensors", self.heads, {"catalog": self.catalog})
+        if self.scaling:
+            _save_tensors(folder / "scaling.safetensors", self.scaling, {"catalog": self.catalog})
         write_json(folder / "llmrec_config.json", {"catalog": self.catalog, **self.settings})
         write_json(folder / "metrics.json", self.metrics)
         write_jsonl(folder / "log.jsonl", self.log)
@@ -66,6 +78,8 @@ class Adapter:
         if (folder / "adapter_config.json").exists():
             optional["lora"] = _load_tensors(folder / "adapter_model.safetensors")
             optional["lora_config"] = read_json(folder / "adapter_config.json")
+        if (folder / "scaling.safetensors").exists():
+            optional["scaling"] = _load_tensors(folder / "scaling.safetensors", catalog)
         if (folder / "base").exists():
             optional["base"] = _load_tensors(folder / "base" / "model.safetensors")
             optional["base_config"] = read_json(folder / "base" / "config.json")

@@ -139,9 +139,9 @@ def set_lora_weights(model: PeftModel, state: dict[str, Tensor]) -> None:
 def item_vectors(
     config: FinetuneConfig, collab: CollabEmbeddings, content: ContentEmbeddings, ids: SemanticIds
 ) -> dict[str, np.ndarray]:
-    """Frozen vectors of the modalities that have semantic IDs and that the method uses, scaled."""
+    """Frozen vectors of the modalities that have semantic IDs and that the method uses, as encoded."""
     known = {"collab": collab.vectors, **content.vectors}
-    return {name: _scale(known[name], config.vectors) for name in modalities_of(config, ids.modalities)}
+    return {name: known[name] for name in modalities_of(config, ids.modalities)}
 
 
 def build_model(
@@ -159,7 +159,7 @@ def build_model(
         config: settings.
         base: the decoder, see `load_base`.
         prompt: the prompt in its token ids.
-        vectors: float32 (N + 1, D_m) by modality; those that the method does not use are left out.
+        vectors: float32 (N + 1, D_m) by modality, scaled; those that the method does not use are left out.
         ids: codes and codebooks.
         train_count: int64 (N + 1,).
         device: where everything is put.
@@ -357,19 +357,6 @@ def settings_of(config: FinetuneConfig, prompt: Prompt, base: nn.Module) -> dict
         "revision": getattr(base.config, "_commit_hash", None) or config.revision,
         "hidden_size": base.config.hidden_size,
     }
-
-
-def _scale(vectors: np.ndarray, how: str) -> np.ndarray:
-    if how == "raw":
-        return vectors
-    scaled = np.zeros_like(vectors)
-    rows = vectors[1:]
-    if how == "standardise":
-        rows = rows - rows.mean(axis=0)
-        scaled[1:] = rows / np.maximum(rows.std(), 1e-12)
-    else:
-        scaled[1:] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return scaled
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:

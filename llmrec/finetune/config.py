@@ -108,8 +108,9 @@ class FinetuneConfig:
     mlp_out_activation: Literal["gelu", "none"] = "gelu"
     """After the item MLP: the published code has a GELU there, the paper's Eq. 13 none."""
 
-    vectors: Literal["raw", "standardise", "l2"] = "raw"
-    """Scaling of the frozen item vectors: as encoded, unit variance per modality, or unit rows."""
+    vectors: Literal["raw", "standardise", "whiten", "l2"] = "raw"
+    """Scaling of the frozen item vectors: as encoded; centred, with unit variance per modality, or in every
+    direction (see llmrec/finetune/scaling.py); or unit rows."""
 
     fusion: Literal["auto", "frequency", "equal", "sum", "target"] = "auto"
     """Weights of the score sources: by item frequency, all equal, each 1 (sum), or the target table alone;

@@ -20,6 +20,7 @@ from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.packing import PackedRows
 from llmrec.finetune.prompt import Prompt
+from llmrec.finetune.scaling import scale
 
 TABLE_BLOCK = 4096
 
@@ -90,7 +91,7 @@ def load_scorer(
         set_lora_weights(base, adapter.lora)
     heads = dict(adapter.heads)
     train_count = heads.pop("train_count")
-    vectors = item_vectors(config, collab, content, ids)
+    vectors = scale(item_vectors(config, collab, content, ids), config.vectors, adapter.scaling)
     model = build_model(config, base, prompt, vectors, ids, train_count, device or distributed.device())
     set_heads(model, heads)
     return scorer_of(model, config)

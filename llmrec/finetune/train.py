@@ -27,6 +27,7 @@ from llmrec.finetune import analysis, build
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.model import MMESID
+from llmrec.finetune.scaling import fit_scaling, scale
 from llmrec.finetune.scoring import CatalogueScores, for_scoring, load_scorer
 from llmrec.finetune.steps import train_counts
 from llmrec.finetune.trainer import Trainer
@@ -60,7 +61,9 @@ def finetune(
     distributed.seed_everything(config.seed)
     prompt = build.load_prompt(config)
     base = build.load_base(config, prompt)
-    vectors = build.item_vectors(config, collab, content, ids)
+    encoded = build.item_vectors(config, collab, content, ids)
+    scaling = fit_scaling(encoded, config.vectors)
+    vectors = scale(encoded, config.vectors, scaling)
     train_count = torch.from_numpy(train_counts(config, data))
     model = build.build_model(config, base, prompt, vectors, ids, train_count, device)
     longest = data.targets("train", "valid", "test", max_history=config.max_history)
@@ -85,6 +88,7 @@ def finetune(
         catalog=data.catalog,
         settings=build.settings_of(config, prompt, base),
         heads={**heads, "train_count": train_count},
+        scaling=scaling,
         metrics=trainer.metrics(),
         log=trainer.state.log,
         **weights,

@@ -18,6 +18,7 @@ import torch
 
 from llmrec.artifacts import CollabEmbeddings
 from llmrec.errors import ConfigError, DataError
+from llmrec.finetune.adapter import per_item
 from llmrec.inference.package import Package
 from llmrec.semantic_ids.assign import assign
 
@@ -53,7 +54,7 @@ def extended(
     codes = assign(package.ids, {name: vectors[name] for name in package.ids.modalities})
     heads = {
         name: torch.cat([value, torch.from_numpy(mean_of(value.float().numpy(), near)).to(value.dtype)])
-        if name != "train_count" and len(value) == len(package.collab.vectors)
+        if name != "train_count" and per_item(name)
         else value
         for name, value in package.adapter.heads.items()
     }

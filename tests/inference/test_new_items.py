@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from llmrec.artifacts import Interactions
 from llmrec.errors import ConfigError, DataError
+from llmrec.inference.new_items import extended
 from llmrec.inference.package import load_package
 from llmrec.inference.recommender import Recommender
 from llmrec.pipeline import load
@@ -31,6 +35,18 @@ def test_known_items_keep_every_score(fresh):
     assert after.shape == (3, before.shape[1] + 2)
     np.testing.assert_allclose(after[:, :-2], before, rtol=0, atol=1e-5)
     assert np.isfinite(after).all()
+
+
+def test_a_weight_as_long_as_the_catalogue_is_not_taken_for_a_table_of_items(fresh):
+    package = fresh.package
+    num_rows = len(package.collab.vectors)
+    heads = {**package.adapter.heads, "item_tokens.mixer.layers.9.weight": torch.ones(num_rows, 2)}
+    package = dataclasses.replace(package, adapter=dataclasses.replace(package.adapter, heads=heads))
+    items = pa.table({"raw_id": ["n1"], "title": ["Plain red drum"]})
+    content = {name: table[1:2] for name, table in package.content.vectors.items()}
+    after = extended(package, items, content).adapter.heads
+    assert len(after["item_tokens.mixer.layers.9.weight"]) == num_rows
+    assert len(after["item_scores.target_table"]) == num_rows + 1
 
 
 def test_new_ids_work_in_histories_and_results(fresh):
