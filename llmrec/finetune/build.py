@@ -184,7 +184,7 @@ def build_model(
     codes = {name: torch.from_numpy(ids.codes[name]).to(device) for name in vectors}
     tokens = item_tokens(config, frozen, codes, codebooks, width)
     if config.fusion_used == "target":
-        scores = ItemScores(frozen, nn.ModuleDict(), nn.Identity(), width)
+        scores = ItemScores(frozen, nn.ModuleDict(), nn.Identity(), width, config.target_std)
     else:
         if config.concat_mode == "feature":
             raise ConfigError(
@@ -203,7 +203,7 @@ def build_model(
         else:
             weight = 1.0 if config.fusion_used == "sum" else None
             gate = EqualWeights(len(train_count) - 1, sources, weight)
-        scores = ItemScores(frozen, tokens.projections, gate, width)
+        scores = ItemScores(frozen, tokens.projections, gate, width, config.target_std)
     stream, flex = engine(config, device)
     set_up_base(config, base, flex)
     model = MMESID(

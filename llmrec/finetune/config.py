@@ -123,6 +123,10 @@ class FinetuneConfig:
     fusion_temperature: float = 1e-3
     """Softmax temperature of the fusion weights; small ones pick one source per item."""
 
+    target_std: float | None = None
+    """Standard deviation of the target table's initial values; none: 1 / sqrt(H). Where other sources score
+    too, random scores of items that are rarely trained stand in their way: 0.02 or less is better there."""
+
     max_history: int | None = None
     """Most recent items shown per user, in items; none: all of them."""
 
@@ -254,6 +258,10 @@ class FinetuneConfig:
         for name in ("max_history", "max_targets"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"finetune.{name} must be none or >= 1, got {value}")
+        require(
+            self.target_std is None or self.target_std >= 0,
+            f"finetune.target_std must be none or at least 0, got {self.target_std}",
+        )
         for name in ("weight_decay", "warmup_steps", "eval_every_epochs", "bad_steps", "save_every_minutes"):
             value = getattr(self, name)
             require(value >= 0, f"finetune.{name} must be at least 0, got {value}")

@@ -94,6 +94,7 @@ class ItemScores(nn.Module):
         projections: the maps W_m, b_m by modality, nn.Linear(D_m, H); shared with the item inputs.
         gate: module that returns mixing weights (N + 1, 1 + M), target table first.
         hidden_size: H.
+        table_std: standard deviation of V's initial values; None: 1 / sqrt(H).
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class ItemScores(nn.Module):
         projections: nn.ModuleDict,
         gate: nn.Module,
         hidden_size: int,
+        table_std: float | None = None,
     ) -> None:
         super().__init__()
         self.num_rows = num_rows = len(next(iter(vectors.values())))
@@ -109,7 +111,8 @@ class ItemScores(nn.Module):
         self.projections = projections
         self.gate = gate
         self.target_table = nn.Parameter(torch.empty(num_rows, hidden_size))
-        nn.init.normal_(self.target_table, std=1 / math.sqrt(hidden_size))
+        std = 1 / math.sqrt(hidden_size) if table_std is None else table_std
+        nn.init.normal_(self.target_table, std=std)
         for modality in self.modalities:
             self.register_buffer(f"vectors_{modality}", vectors[modality], persistent=False)
 

@@ -89,7 +89,7 @@ def test_padding_gets_no_gradient_and_is_never_predicted():
 
 
 def test_the_gate_has_the_published_layers():
-    """Two bottlenecked layers, the second without bias, GELU after the first and the third (A.7)."""
+    """Two bottlenecked layers, the second without bias, GELU after the first and the third."""
     count = torch.tensor([0, 2, 7, 40])
     gate = FrequencyGate(count, 3, temperature=0.7).double()
     weights = dict(gate.mlp.named_parameters())
@@ -129,3 +129,20 @@ def test_only_what_is_trained_is_saved():
     names = set(model(25, fusion="frequency").item_scores.state_dict())
     trained = {name for name, _ in model(25, fusion="frequency").item_scores.named_parameters()}
     assert names == trained and not EqualWeights(3, 4).state_dict()
+
+
+@pytest.mark.parametrize("fusion", ["frequency", "target"])
+@pytest.mark.parametrize(("std", "expected"), [(None, WIDTH**-0.5), (0.02, 0.02), (0.0, 0.0)])
+def test_the_target_table_starts_with_the_spread_asked_for(std, expected, fusion):
+    temperature = {"fusion_temperature": 1e-3} if fusion == "target" else {}
+    table = model(2000, fusion=fusion, target_std=std, **temperature).item_scores.target_table
+    assert float(table.std()) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_target_table_from_zero_is_learned_all_the_same():
+    net = model(12, fusion="target", fusion_temperature=1e-3, target_std=0.0)
+    item, targets = random_users([3, 1])
+    targets.item[:] = targets.item % 12 + 1
+    item[:] = item % 12 + 1
+    net.loss([pack(item, targets, group_rows(targets, "packed"))]).backward()
+    assert net.item_scores.target_table.grad[1:].abs().max() > 0
