@@ -36,7 +36,7 @@ def test_tokens_and_parameters_are_those_of_the_run(finished):
 
 
 def test_the_published_size_is_counted_without_building_it(tmp_path):
-    """LoRA of rank 8 on the feed-forward layers of Llama-3-8B, and the side network: spec A.8."""
+    """LoRA of rank 8 on the feed-forward layers of Llama-3-8B, and the side network."""
     tokenizer(tmp_path)
     config = transformers.LlamaConfig(
         vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
@@ -60,7 +60,7 @@ def test_the_published_size_is_counted_without_building_it(tmp_path):
     assert found.parameters["code_embeddings"] == 3 * 4 * 256 * 4096
     assert found.parameters["item_mlp"] == 24_576 * 12_288 + 12_288 + 12_288 * 4096 + 4096
     assert found.parameters["target_table"] == rows * 4096
-    assert found.flops["base model"] == pytest.approx(28e9 * found.counts["tokens"], rel=0.01)  # spec E.4
+    assert found.flops["base model"] == pytest.approx(28e9 * found.counts["tokens"], rel=0.01)  # 4 x 7e9 a token
     assert found.memory["frozen weights"] == pytest.approx(15.0e9, rel=0.02)
     assert found.total_memory == pytest.approx(21.5e9, rel=0.02)
     assert "fits a RTX4090 (24 GB)" in shown(found, "RTX4090")
@@ -68,7 +68,7 @@ def test_the_published_size_is_counted_without_building_it(tmp_path):
 
 @pytest.mark.real_data
 def test_the_official_preset_costs_what_the_published_code_counts(real_data, tmp_path):
-    """Specs A.8 and E: 150,041 targets in 9,378 steps, 17 + 4 prompt tokens, 439.3 M trained parameters."""
+    """150,041 targets in 9,378 steps, 17 + 4 prompt tokens, 439.3 M trained parameters."""
     for path in (real_data.parent / "models" / "llama3-tokenizer").iterdir():
         (tmp_path / path.name).symlink_to(path)
     transformers.LlamaConfig(
