@@ -13,7 +13,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +55,17 @@ class Targets:
         return Targets(
             user=self.user[index], start=self.start[index], stop=self.stop[index], item=self.item[index]
         )
+
+
+class Sequences(NamedTuple):
+    """Part of what users did: those of user u are ``item[offset[u]:offset[u + 1]]``, with their times."""
+
+    offset: np.ndarray
+    """int64 (U + 1,)"""
+    item: np.ndarray
+    """int64 (n,)"""
+    time: np.ndarray
+    """int64 (n,)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +148,11 @@ class Interactions:
         path = self.items["image_path"][item_id - 1].as_py()
         return self.image_root / path if path and self.image_root else None
 
-    def train_sequences(self) -> tuple[np.ndarray, np.ndarray]:
-        """The train split alone: offset int64 (U + 1,) and items int64 (n_train,)."""
-        keep = self.split == SPLIT_CODES["train"]
+    def sequences(self, *splits: Split) -> Sequences:
+        """The interactions of these splits alone, by user and time."""
+        keep = np.isin(self.split, [SPLIT_CODES[split] for split in splits])
         cumulative = np.concatenate([[0], np.cumsum(keep)])
-        return cumulative[self.offset], self.item[keep]
+        return Sequences(cumulative[self.offset], self.item[keep], self.timestamp[keep])
 
     def targets(
         self, *splits: Split, max_history: int | None = None, max_targets: int | None = None
@@ -240,9 +251,15 @@ class CollabEmbeddings:
     state: dict[str, np.ndarray] = field(default_factory=dict)
     """The model's weights; empty for ready-made vectors."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Validation metrics of the epoch kept, number of epochs, items never trained."""
+    """Validation metrics of the epoch kept, number of epochs, items never trained, and ``trained_on``, the
+    splits that the model learned from (not known of ready-made vectors)."""
     log: list[dict[str, Any]] = field(default_factory=list)
     """One row per epoch: epoch, train_loss, valid ndcg@10 and recall@10, seconds."""
+
+    @property
+    def knows_valid(self) -> bool:
+        """Whether the model learned from validation items, so that these can measure nothing made of it."""
+        return "valid" in self.metrics.get("trained_on", ())
 
     def __post_init__(self) -> None:
         check_item_rows(self.vectors, "collab embeddings")

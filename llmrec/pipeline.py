@@ -327,6 +327,18 @@ def advising(folder: Path) -> Iterator[None]:
         raise MissingArtifactError(f"{error}; delete {folder} to recompute it") from None
 
 
+def checked_file(folder: Path, name: str) -> Path:
+    """One file of a finished stage, after checking it against the manifest.
+
+    Raises:
+        MissingArtifactError: if the folder is not a finished stage, or the file was changed.
+    """
+    files = stage_manifest(folder)["files"]
+    with advising(folder), reading(folder):
+        check_files(folder, {"files": {name: files[name]}})
+    return folder / name
+
+
 def load(artifact: Any, folder: Path) -> Any:
     """Load a stage's artefact after checking every file against the manifest.
 

@@ -28,6 +28,12 @@ from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stages import STAGES
 
 C = TypeVar("C")
+
+REFIT: dict[str, tuple[str, dict[str, Any]]] = {
+    "train_collab": ("best_epoch", {"eval_every_epochs": 1, "patience": 10}),
+    "finetune": ("epoch_kept", {"eval_every_epochs": 0}),
+}
+"""Stages that choose an epoch by validation: its name in their metrics, and settings without validation."""
 PRESETS = tuple(FINETUNE_PRESETS)
 
 
@@ -57,7 +63,9 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
     description = recipe.__globals__.get("__doc__") or ""
     options = parser(name, description.strip()).parse_args(arguments)
     chosen = apply_overrides(with_preset(recipe(), options.preset), options.set)
-    root = Path(options.run_dir or Path("runs") / name)
+    root = Path(options.run_dir or Path("runs") / (f"{name}_refit" if options.refit else name))
+    if options.refit:
+        chosen = refit(chosen, Path(options.refit))
     if options.print_config:
         print("\n".join(f"{path}={format_value(value)}" for path, value in flatten(chosen)))
         return
@@ -109,6 +117,11 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
         choices=PRESETS,
         help="settings of learn_semantic_ids and finetune as in the paper, or the published code",
     )
+    made.add_argument(
+        "--refit",
+        metavar="DIR",
+        help="learn from validation items too, for as many epochs as the run in DIR chose by them",
+    )
     made.add_argument("--until", metavar="STAGE", choices=list(STAGES), help="last stage to run")
     made.add_argument(
         "--set",
@@ -133,6 +146,40 @@ def with_preset(recipe: Recipe, name: str | None) -> Recipe:
     if name is None:
         return recipe
     return replace(recipe, learn_semantic_ids=ID_PRESETS[name], finetune=FINETUNE_PRESETS[name])
+
+
+def refit(recipe: Recipe, run_dir: Path) -> Recipe:
+    """The recipe, to learn from validation items too, for the epochs that a finished run chose by them.
+
+    What is learned from the validation items cannot be measured on them, so the last weights are kept and
+    nothing is validated. Vectors from a file stay what they are.
+
+    Raises:
+        ConfigError: the run was made with other settings, or chose no epochs by validation.
+    """
+    from llmrec.artifacts import read_json
+    from llmrec.pipeline import checked_file, stage_manifest
+
+    changed: dict[str, Any] = {}
+    for stage, (epochs, settings) in REFIT.items():
+        config = getattr(recipe, stage)
+        if getattr(config, "provider", None) == "precomputed":
+            continue
+        changes = changed_fields(stage_manifest(run_dir / stage)["config"], as_dict(config))
+        if changes:
+            raise ConfigError(
+                f"--refit {run_dir}: {stage} was made there with {', '.join(changes)}; run the recipe with "
+                "the same settings first"
+            )
+        if config.include_valid or config.select != "valid":
+            raise ConfigError(
+                f"--refit {run_dir}: {stage} chose no epoch there by validation; set {stage}.select=valid"
+            )
+        metrics = read_json(checked_file(run_dir / stage, "metrics.json"))
+        changed[stage] = replace(
+            config, include_valid=True, select="last", epochs=metrics[epochs], **settings
+        )
+    return replace(recipe, **changed)
 
 
 def apply_overrides(config: C, assignments: list[str]) -> C:

@@ -60,7 +60,9 @@ def test_the_published_size_is_counted_without_building_it(tmp_path):
     assert found.parameters["code_embeddings"] == 3 * 4 * 256 * 4096
     assert found.parameters["item_mlp"] == 24_576 * 12_288 + 12_288 + 12_288 * 4096 + 4096
     assert found.parameters["target_table"] == rows * 4096
-    assert found.flops["base model"] == pytest.approx(28e9 * found.counts["tokens"], rel=0.01)  # 4 x 7e9 a token
+    assert found.flops["base model"] == pytest.approx(
+        28e9 * found.counts["tokens"], rel=0.01
+    )  # 4 x 7e9 a token
     assert found.memory["frozen weights"] == pytest.approx(15.0e9, rel=0.02)
     assert found.total_memory == pytest.approx(21.5e9, rel=0.02)
     assert "fits a RTX4090 (24 GB)" in shown(found, "RTX4090")

@@ -15,6 +15,7 @@ from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.collab.train import train_collab
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encode import encode_items
+from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
 from llmrec.finetune.train import finetune
 from llmrec.pipeline import content_of
@@ -40,11 +41,16 @@ def changed(data: Interactions, splits: tuple[int, ...]) -> Interactions:
     return dataclasses.replace(data, item=item)
 
 
-def upstream_of_evaluate(data: Interactions, select: str, folder: Path) -> dict[str, Any]:
+def upstream_of_evaluate(
+    data: Interactions, select: str, folder: Path, *, include_valid: bool = False
+) -> dict[str, Any]:
     """Every file of every stage between prepare_data and evaluate, without what a clock says."""
     collab = train_collab(
         TrainCollabConfig(
-            sasrec=SASRecConfig(embed_dim=8, num_layers=1, num_heads=1, inner_dim=16), epochs=2, select=select
+            sasrec=SASRecConfig(embed_dim=8, num_layers=1, num_heads=1, inner_dim=16),
+            epochs=2,
+            select=select,
+            include_valid=include_valid,
         ),
         data,
     )
@@ -66,6 +72,7 @@ def upstream_of_evaluate(data: Interactions, select: str, folder: Path) -> dict[
             batch_size=100,
             eval_every_epochs=0 if select == "last" else 1,
             select=select,
+            include_valid=include_valid,
         ),
         data,
         collab,
@@ -103,3 +110,34 @@ def test_other_train_items_do_change_the_files(tmp_path):
     after = upstream_of_evaluate(other, "last", tmp_path / "after")
     different = {name for name in before if before[name] != after[name]}
     assert {"train_collab/item_embeddings.safetensors", "finetune/heads.safetensors"} <= different
+
+
+def test_a_refit_learns_from_validation_items_and_never_from_test_items(tmp_path):
+    def files(data: Interactions, name: str) -> dict[str, Any]:
+        return upstream_of_evaluate(data, "last", tmp_path / name, include_valid=True)
+
+    before = files(market(), "before")
+    assert files(changed(market(), (2,)), "test") == before
+    valid = files(changed(market(), (1,)), "valid")
+    assert valid["train_collab/model.safetensors"] != before["train_collab/model.safetensors"]
+    assert valid["finetune/heads.safetensors"] != before["finetune/heads.safetensors"]
+
+
+def test_vectors_that_know_the_validation_items_are_not_validated_on_them(tmp_path):
+    data = market()
+    sasrec = SASRecConfig(embed_dim=8, num_layers=1, num_heads=1, inner_dim=16)
+    config = TrainCollabConfig(sasrec=sasrec, epochs=1, select="last", include_valid=True)
+    collab = train_collab(config, data)
+    assert collab.knows_valid and collab.metrics["trained_on"] == ["train", "valid"]
+    text, image = TextEncoderConfig(dim=4), ImageEncoderConfig(encoder="none")
+    content = encode_items(EncodeItemsConfig(text=text, image=image), data)
+    ids = learn_semantic_ids(
+        LearnSemanticIdsConfig(num_codes=4, num_levels=2, code_dim=8, hidden_dims=(16,), epochs=5),
+        data,
+        collab,
+        content,
+    )
+    with pytest.raises(ConfigError, match=r"set finetune\.eval_every_epochs=0 and finetune\.select=last"):
+        finetune(FinetuneConfig(mini=MiniConfig(hidden_size=8, num_heads=1)), data, collab, content, ids)
+    with pytest.raises(ConfigError, match="so they cannot choose the epoch"):
+        TrainCollabConfig(include_valid=True)

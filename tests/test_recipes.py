@@ -142,6 +142,51 @@ def test_a_dry_run_says_what_would_happen(finished, capsys, tmp_path):
     assert any("epochs=2 (now 7)" in line for line in plan(changed, finished, None))
 
 
+def chosen_by_validation() -> Recipe:
+    made = tiny()
+    return dataclasses.replace(made, finetune=dataclasses.replace(made.finetune, select="valid"))
+
+
+def test_a_refit_takes_the_epochs_that_validation_chose_and_says_what_it_learned_from(tmp_path, capsys):
+    def go(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main(chosen_by_validation, list(arguments))
+        captured = capsys.readouterr()
+        return left.value.code, captured.out, captured.err
+
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    code, out, _ = go("--run-dir", first)
+    assert code == 0 and "learned from" not in out
+    code, out, _ = go("--refit", first, "--run-dir", second)
+    assert code == 0 and "mme_sid and sasrec (ce) learned from train and validation items." in out
+    assert "Not all methods" not in out
+    for stage, name in (("train_collab", "best_epoch"), ("finetune", "epoch_kept")):
+        metrics = json.loads((tmp_path / "first" / stage / "metrics.json").read_text())
+        config = json.loads((tmp_path / "second" / stage / "manifest.json").read_text())["config"]
+        assert config["include_valid"] and config["epochs"] == metrics[name]
+        assert "valid" not in (tmp_path / "second" / stage / "log.jsonl").read_text()
+    page = (tmp_path / "second" / "evaluate" / "report.html").read_text()
+    assert "learned from train and validation items" in page
+    code, _, error = go("--refit", second, "--run-dir", str(tmp_path / "third"))
+    assert code == 2 and "train_collab was made there with include_valid=true (now false)" in error
+    code, _, error = go("--refit", first, "--set", "train_collab.learning_rate=0.5")
+    assert code == 2 and "learning_rate" in error and "run the recipe with the same settings first" in error
+    code, _, error = go("--refit", str(tmp_path / "nowhere"))
+    assert code == 2 and "is not the output of a finished stage" in error
+
+
+def test_a_refit_of_one_model_alone_is_pointed_out(finished, tmp_path, capsys):
+    last = ["finetune.include_valid=true", "finetune.eval_every_epochs=0"]
+    shutil.copytree(finished, tmp_path / "run")
+    for stage in ("finetune", "evaluate"):
+        shutil.rmtree(tmp_path / "run" / stage)
+    code, out, _ = run(["--run-dir", str(tmp_path / "run"), "--set", *last], capsys)
+    assert code == 0 and "mme_sid learned from train and validation items." in out
+    assert "Not all methods learned from the same items" in out
+    code, _, error = run(["--refit", str(finished), "--run-dir", str(tmp_path / "other")], capsys)
+    assert code == 2 and "finetune chose no epoch there by validation" in error
+
+
 def test_until_stops_after_a_stage(tmp_path, capsys):
     code, _, _ = run(["--run-dir", str(tmp_path), "--until", "prepare_data"], capsys)
     assert code == 0 and [path.name for path in tmp_path.iterdir()] == ["prepare_data"]

@@ -52,7 +52,7 @@ def wait() -> None:
 
 def prefix_rows(data: Interactions, max_history: int) -> tuple[np.ndarray, np.ndarray]:
     """Every (prefix, target) of the train split, prefixes padded to max_history; host arrays."""
-    offset, item = data.train_sequences()
+    offset, item, _ = data.sequences("train")
     rows, targets = [], []
     for start, stop in itertools.pairwise(offset):
         for end in range(start + 1, stop):
@@ -85,7 +85,7 @@ def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
         raise SystemExit(f"error: {options.provider} is not a causal model of item ids alone")
     per_prefix = make(options.provider, data.num_items)
     ours, theirs = optimiser(model), optimiser(per_prefix)
-    rows = TrainingRows.of(data, model.max_history, "positions", distributed.device())
+    rows = TrainingRows.of(data.sequences("train"), model.max_history, "positions", distributed.device())
     padded, targets = prefix_rows(data, model.max_history)
     rng = np.random.default_rng(0)
     rates: dict[str, list[float]] = {"ours": [], "per prefix": []}
@@ -121,7 +121,7 @@ def time_epochs(options: argparse.Namespace, data: Interactions) -> None:
     print(f"{'provider':12}{'layout':>11}{'parameters':>12}{'s / epoch':>11}{'ms / 1,000 targets':>20}")
     for provider in options.providers:
         model = make(provider, data.num_items)
-        rows = TrainingRows.of(data, model.max_history, model.layout, distributed.device())
+        rows = TrainingRows.of(data.sequences("train"), model.max_history, model.layout, distributed.device())
         optimizer = optimiser(model)
         order = np.random.default_rng(0).permutation(rows.num_users)
         steps = np.split(order, range(256, len(order), 256))

@@ -91,6 +91,9 @@ class TrainCollabConfig:
     clip_norm: float = 5.0
     """Largest norm of the gradient; it is scaled down to this."""
 
+    include_valid: bool = False
+    """Learn from the validation items too, once settings and epochs are known; see recipes' --refit."""
+
     select: Literal["valid", "last"] = "valid"
     """Weights to keep: of the best validation ndcg@10, or of the last epoch (no validation at all)."""
 
@@ -125,6 +128,11 @@ class TrainCollabConfig:
             self.eval_every_epochs <= self.epochs or self.select == "last",
             "train_collab.eval_every_epochs must be at most train_collab.epochs with select='valid' (no "
             f"epoch would be ranked), got {self.eval_every_epochs} and {self.epochs}",
+        )
+        require(
+            not self.include_valid or self.select == "last",
+            "train_collab.include_valid learns from validation items, so they cannot choose the epoch; set "
+            f"train_collab.select=last and train_collab.epochs, got select={self.select!r}",
         )
         self._refuse_settings_without_effect()
 

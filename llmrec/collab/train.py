@@ -1,7 +1,7 @@
 """train_collab: learn one collaborative vector per item from the train split.
 
-One trainer for every `CollabProvider`. It sees the train split alone; validation targets are only
-ranked, to choose the epoch, and not even looked at with ``select="last"``.
+One trainer for every `CollabProvider`. It sees the train split alone, and the validation items if told so;
+else these are only ranked, to choose the epoch, and not even looked at with ``select="last"``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrec import distributed
-from llmrec.artifacts import SPLIT_CODES, CollabEmbeddings, Interactions, Targets
+from llmrec.artifacts import CollabEmbeddings, Interactions, Sequences, Split, Targets
 from llmrec.checkpoint import EpochCheckpoints, stop_requests
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.losses import Loss
@@ -54,7 +54,9 @@ def train_collab(config: TrainCollabConfig, data: Interactions) -> CollabEmbeddi
     settings = {"num_items": data.num_items, **asdict(getattr(config, config.provider))}
     model = PROVIDERS[config.provider](**settings).to(distributed.device())
     layout = model.layout if config.layout == "auto" else config.layout
-    rows = TrainingRows.of(data, model.max_history, layout, distributed.device())
+    splits: tuple[Split, ...] = ("train", "valid") if config.include_valid else ("train",)
+    sequences = data.sequences(*splits)
+    rows = TrainingRows.of(sequences, model.max_history, layout, distributed.device())
     valid = validation_targets(config, data)
     metrics, log = fit(model, config, data, rows, valid)
     state = {name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()}
@@ -68,7 +70,8 @@ def train_collab(config: TrainCollabConfig, data: Interactions) -> CollabEmbeddi
             **metrics,
             "num_parameters": sum(weight.numel() for weight in model.parameters()),
             "num_targets": rows.num_targets,
-            "items_never_trained": int((data.train_count[1:] == 0).sum()),
+            "items_never_trained": data.num_items - len(np.unique(sequences.item)),
+            "trained_on": list(splits),
         },
         log=log,
     )
@@ -90,7 +93,7 @@ def use_precomputed(config: TrainCollabConfig, data: Interactions) -> CollabEmbe
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRows:
-    """Train sequences on the device, cut into rows; users with nothing to predict are left out.
+    """Sequences to learn from on the device, cut into rows; users with nothing to predict are left out.
 
     Row r shows the items ``start[r] .. stop[r] - 2`` and predicts those from ``first_target[r]`` to
     ``stop[r] - 1``: with layout ``positions`` all but the first, with ``prefixes`` the last alone. Both
@@ -115,14 +118,14 @@ class TrainingRows:
     """Next items predicted in one epoch."""
 
     @classmethod
-    def of(cls, data: Interactions, max_history: int, layout: str, device: torch.device) -> TrainingRows:
-        offset, item = data.train_sequences()
+    def of(cls, sequences: Sequences, max_history: int, layout: str, device: torch.device) -> TrainingRows:
+        offset, item, time = sequences
         start, stop = np.maximum(offset[:-1], offset[1:] - max_history - 1), offset[1:]
         keep = stop - start >= 2
         if not keep.any():
             raise DataError(
-                f"train_collab: none of {data.num_users} users has two items in the train split, so there is "
-                "no next item to learn from; give longer histories or filter less in prepare_data"
+                f"train_collab: none of {len(offset) - 1} users has two items in the train split, so there "
+                "is no next item to learn from; give longer histories or filter less in prepare_data"
             )
         start, stop = start[keep], stop[keep]
         targets = stop - start - 1
@@ -133,7 +136,6 @@ class TrainingRows:
             start, rows = np.repeat(start, targets), targets
             first_target = start + 1 + place
             stop = first_target + 1
-        time = data.timestamp[data.split == SPLIT_CODES["train"]]
         arrays = {"item": item, "time": time, "start": start, "stop": stop, "first_target": first_target}
         return cls(
             **{name: torch.as_tensor(array, device=device) for name, array in arrays.items()},

@@ -28,6 +28,11 @@ from llmrec.finetune.adapter import Adapter
 
 logger = logging.getLogger("llmrec")
 
+UNEQUAL = (
+    "Not all methods learned from the same items, and the validation items are worth much: set "
+    "train_collab.include_valid and finetune.include_valid alike."
+)
+
 
 @distributed.every_process
 def evaluate(
@@ -55,7 +60,11 @@ def evaluate(
         raise DataError("no user has a test item; change prepare_data.split or its rates")
     rankings = rank_methods(config, data, targets, scorers)
     metrics = summarise_all(config, data, targets, rankings)
+    metrics["trained_on"] = trained_on(collab, adapter, rankings)
     metrics["labels"] = labels(collab, rankings)
+    metrics["notes"] = notes(metrics["trained_on"], metrics["labels"])
+    if UNEQUAL in metrics["notes"]:
+        logger.warning("evaluate: %s", UNEQUAL)
     groups = analysis.item_groups(data.train_count, config.head_rate, config.mid_rate)
     page = report.render(metrics, data, targets, rankings, [data, collab, content, ids, adapter], config)
     return Report(
@@ -152,12 +161,28 @@ def ratios(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     return found
 
 
+def trained_on(collab: CollabEmbeddings, adapter: Adapter, rankings: dict[str, Ranking]) -> dict[str, str]:
+    """What each trained method learned from: 'train', or 'train and valid'."""
+    ours = collab.knows_valid or adapter.settings["config"]["include_valid"]
+    found = {"mme_sid": ours, collab.provider: collab.knows_valid}
+    return {name: "train and valid" if also else "train" for name, also in found.items() if name in rankings}
+
+
 def labels(collab: CollabEmbeddings, rankings: dict[str, Ranking]) -> dict[str, str]:
     """Names as tables show them; the loss is part of a model's name."""
     shown = {name: name for name in rankings}
     if collab.provider in shown and "loss" in collab.model:
         shown[collab.provider] = f"{collab.provider} ({collab.model['loss']})"
     return shown
+
+
+def notes(trained_on: dict[str, str], labels: dict[str, str]) -> list[str]:
+    """Sentences on who learned from validation items; none if nobody did."""
+    more = [labels[name] for name, splits in trained_on.items() if splits != "train"]
+    if not more:
+        return []
+    sentence = f"{' and '.join(more)} learned from train and validation items."
+    return [sentence, *([UNEQUAL] if len(more) < len(trained_on) else [])]
 
 
 def format_table(metrics: dict[str, Any]) -> str:
@@ -169,6 +194,7 @@ def format_table(metrics: dict[str, Any]) -> str:
     for method, row in rows.items():
         lines.append(f"{shown.get(method, method):16s}" + "".join(f"{row[name]:10.4f}" for name in names))
     lines.append(f"{metrics['num_users']:,} users, {metrics['num_items']:,} items, {metrics['split']}")
+    lines += metrics.get("notes", [])
     for method, found in metrics["ratios"].items():
         parts = []
         if "over_popularity" in found:

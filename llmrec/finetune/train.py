@@ -22,7 +22,7 @@ from llmrec.artifacts import (
 )
 from llmrec.checkpoint import checkpoints_here
 from llmrec.config import from_dict
-from llmrec.errors import ArtifactMismatchError
+from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.finetune import analysis, build
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.config import FinetuneConfig
@@ -53,10 +53,16 @@ def finetune(
     except that it pads histories of 0 and 1 items to two slots).
 
     Raises:
-        ConfigError: settings that cannot work with these inputs.
+        ConfigError: settings that cannot work with these inputs, or that would validate on items which the
+            collaborative vectors were learned from.
         TrainingError: the loss became NaN or infinite.
     """
     check_same_catalog(data, collab, content, ids)
+    if collab.knows_valid and config.eval_every_epochs:
+        raise ConfigError(
+            "train_collab.include_valid made the collaborative vectors from validation items, so these can "
+            "measure nothing here; set finetune.eval_every_epochs=0 and finetune.select=last"
+        )
     device = distributed.device()
     distributed.seed_everything(config.seed)
     prompt = build.load_prompt(config)

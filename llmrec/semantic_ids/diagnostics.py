@@ -78,7 +78,7 @@ def behaviour_target_pairs(data: Interactions, seed: int, split: Literal["train"
             test target, with all items before it, as the paper seems to have it.
     """
     if split == "train":
-        offset, item = data.train_sequences()
+        offset, item, _ = data.sequences("train")
         user = np.flatnonzero(np.diff(offset))
         start, stop = offset[user], offset[user + 1] - 1
         target = item[stop]

@@ -33,7 +33,7 @@ def test_both_layouts_hold_the_same_targets(tool):
     data = cycle()
     rows, targets = tool.prefix_rows(data, 50)
     assert rows.shape == (len(targets), 50)
-    ours = TrainingRows.of(data, 50, "positions", device())
+    ours = TrainingRows.of(data.sequences("train"), 50, "positions", device())
     assert ours.num_targets == len(targets)
     found = sorted(
         (tuple(shown[: place + 1]), wanted)

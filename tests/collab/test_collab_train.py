@@ -77,6 +77,7 @@ def test_the_loss_falls_and_every_epoch_is_logged():
         "num_parameters": sum(array.size for array in collab.state.values()),
         "num_targets": 64 * 5,
         "items_never_trained": 0,
+        "trained_on": ["train"],
     }
 
 
@@ -96,7 +97,7 @@ def test_a_step_depends_neither_on_how_rows_are_grouped_nor_on_their_layout(
     for case in (("positions", 10**6, 10**6), (layout, overhead, cells)):
         monkeypatch.setattr(train, "OVERHEAD_CELLS", {"cpu": case[1], "gpu": case[1]})
         monkeypatch.setattr(train, "MAX_CELLS", {"cpu": case[2], "gpu": case[2]})
-        rows = train.TrainingRows.of(uneven(), 7, case[0], distributed.device())
+        rows = train.TrainingRows.of(uneven().sequences("train"), 7, case[0], distributed.device())
         torch.manual_seed(0)
         model = SASRec(num_items=30, **{**vars(TINY), "num_negatives": 0}).to(distributed.device())
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -111,8 +112,8 @@ def test_a_step_depends_neither_on_how_rows_are_grouped_nor_on_their_layout(
 @pytest.mark.parametrize("layout", ["positions", "prefixes"])
 def test_rows_hold_the_last_items_of_every_user_their_targets_and_times(layout):
     data = uneven()
-    offset, item = data.train_sequences()
-    rows = train.TrainingRows.of(data, 5, layout, torch.device("cpu"))
+    offset, item, _ = data.sequences("train")
+    rows = train.TrainingRows.of(data.sequences("train"), 5, layout, torch.device("cpu"))
     expected = []
     for user in range(data.num_users):
         mine = item[offset[user] : offset[user + 1]].tolist()[-6:]
@@ -134,7 +135,7 @@ def test_rows_hold_the_last_items_of_every_user_their_targets_and_times(layout):
 
 def test_only_users_with_two_train_items_are_trained_on():
     data = interactions([[1, 2, 3], [4, 3, 2, 1], [5, 4, 3, 2, 1]], 5)
-    rows = train.TrainingRows.of(data, 12, "positions", torch.device("cpu"))
+    rows = train.TrainingRows.of(data.sequences("train"), 12, "positions", torch.device("cpu"))
     shown = [row[row != 0].tolist() for batch in rows.batches(np.arange(2)) for row in batch.item]
     assert shown == [[4], [5, 4]]
     assert rows.num_targets == 3
