@@ -7,6 +7,8 @@ train sequence as a target, and no re-ranking for diversity (their lambda = 0).
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,7 +116,19 @@ def squash(vectors: Tensor) -> Tensor:
     return vectors * square / (1 + square) / (square + 1e-9).sqrt()
 
 
-def best_interest_loss(model: nn.Module, batch: Batch) -> Loss:
+class ManyInterests(Protocol):
+    """What `best_interest_loss` and `best_interest_scores` need of a model."""
+
+    layout: str
+    loss_name: str
+    num_negatives: int
+    item: nn.Embedding
+
+    def interests(self, history: Tensor) -> Tensor:
+        """The interests at each position, or at the end alone, (B, T or 1, K, D), from int64 (B, T)."""
+
+
+def best_interest_loss(model: ManyInterests, batch: Batch) -> Loss:
     """Next-item loss where each target is asked for by its best interest (hard readout).
 
     Reported: how often each interest is the best one, and the mean cosine between interests of a user.
@@ -139,7 +153,7 @@ def best_interest_loss(model: nn.Module, batch: Batch) -> Loss:
     return Loss(total=found.total, num_targets=found.num_targets, parts=parts)
 
 
-def best_interest_scores(model: nn.Module, history: Tensor) -> Tensor:
+def best_interest_scores(model: ManyInterests, history: Tensor) -> Tensor:
     """The best interest's inner product with every item, (B, N + 1)."""
     interests = model.interests(history)
     last = last_of(interests, history) if model.layout == "positions" else interests[:, 0]

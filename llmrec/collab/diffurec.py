@@ -8,6 +8,8 @@ injection strength and noise drawn once at construction, the same for everyone.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -197,7 +199,22 @@ def strength_of(mean: float, like: Tensor, training: bool) -> Tensor | float:
     return mean + mean * torch.randn_like(like) if training else mean
 
 
-def diffusion_loss(model: nn.Module, batch: Batch) -> Loss:
+class Denoiser(Protocol):
+    """What `diffusion_loss` and `diffusion_scores` need of a model."""
+
+    item: nn.Embedding
+    diffusion: Diffusion
+    reverse_steps: int
+    rounding: str
+
+    def embed(self, history: Tensor) -> Tensor:
+        """Vectors of the history, (B, T, D)."""
+
+    def estimate(self, hidden: Tensor, history: Tensor, noisy: Tensor, step: Tensor) -> Tensor:
+        """The clean target vector (B, D) from the history's vectors and a noisy one (B, D) at steps (B,)."""
+
+
+def diffusion_loss(model: Denoiser, batch: Batch) -> Loss:
     """Recover each row's target from a random step, and name it by inner product with all items.
 
     The released code draws steps uniformly too (its loss-aware sampler is never fed).
@@ -220,7 +237,7 @@ def diffusion_loss(model: nn.Module, batch: Batch) -> Loss:
     return Loss(total=total, num_targets=number, parts={"target_cosine_by_noise": means * number})
 
 
-def diffusion_scores(model: nn.Module, history: Tensor) -> Tensor:
+def diffusion_scores(model: Denoiser, history: Tensor) -> Tensor:
     """Scores (B, N + 1) of the vectors that the way back ends at, averaged over start vectors.
 
     ``rounding="inner"`` takes inner products, ``"distance"`` ranks by Euclidean distance.

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmrec.collab.mamba4rec import MambaCore
 from llmrec.collab.selective_scan import rows_per_block
+from llmrec.config import given
 
 
 def flipped_ends(core: MambaCore, hidden: Tensor, kept_items: int) -> Tensor:
@@ -40,7 +41,7 @@ def flipped_ends(core: MambaCore, hidden: Tensor, kept_items: int) -> Tensor:
     delta, b, c = parameters(core, tail_u)
     delta = delta * there[..., None]
     # Items in the middle of the flipped part: the convolution sees the items that follow in the history.
-    middle_u = F.silu(core.conv1d.bias + sum_of_taps(core, u))
+    middle_u = F.silu(given(core.conv1d.bias) + sum_of_taps(core, u))
     middle_delta, middle_b, _ = parameters(core, middle_u)
     number = (flipped - core.edge).clamp(min=0)
     total = F.pad(middle_delta.cumsum(1), (0, 0, 1, 0))
@@ -84,7 +85,7 @@ def tail_places(
 def convolve(core: MambaCore, u: Tensor, place: Tensor, there: Tensor, flipped: Tensor) -> Tensor:
     """The convolution's output at chosen places of each flipped prefix, (B, T, S, E); 0 where not there."""
     width = core.conv1d.kernel_size[0]
-    found = core.conv1d.bias
+    found = given(core.conv1d.bias)
     for back in range(width):
         seen = place - back
         item = torch.where(seen >= flipped[:, None], seen, flipped[:, None] - 1 - seen)
@@ -99,7 +100,8 @@ def sum_of_taps(core: MambaCore, u: Tensor) -> Tensor:
     width = core.conv1d.kernel_size[0]
     after = F.pad(u, (0, 0, 0, width - 1))
     taps = core.conv1d.weight[:, 0].unbind(1)
-    return sum(after[:, ahead : ahead + u.shape[1]] * taps[width - 1 - ahead] for ahead in range(width))
+    terms = [after[:, ahead : ahead + u.shape[1]] * taps[width - 1 - ahead] for ahead in range(width)]
+    return sum(terms[1:], terms[0])
 
 
 def parameters(core: MambaCore, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

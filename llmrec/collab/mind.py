@@ -24,6 +24,8 @@ class MIND(nn.Module):
     layout = "prefixes"
     uses_time = False
 
+    start: Tensor
+
     def __init__(
         self,
         *,

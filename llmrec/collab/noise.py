@@ -49,6 +49,13 @@ class Diffusion(nn.Module):
         num_samples: start vectors that scores are averaged over.
     """
 
+    signal: Tensor
+    to_clean: Tensor
+    to_noisy: Tensor
+    deviation: Tensor
+    start: Tensor
+    steps_noise: Tensor
+
     def __init__(
         self,
         schedule: str,

@@ -29,6 +29,9 @@ class FrequencyGate(nn.Module):
         ValueError: if temperature <= 0, or if all counts are equal (frequency would be 0 / 0).
     """
 
+    frequency: Tensor
+    item_frequency: Tensor
+
     def __init__(
         self, train_count: Tensor, num_sources: int, temperature: float, *, add_first: bool = False
     ) -> None:
@@ -66,6 +69,8 @@ class FrequencyGate(nn.Module):
 
 class EqualWeights(nn.Module):
     """The ablation without fusion: every source counts the same, 1 / S unless said otherwise."""
+
+    weights: Tensor
 
     def __init__(self, num_items: int, num_sources: int, weight: float | None = None) -> None:
         super().__init__()

@@ -25,6 +25,8 @@ class ProjectedVectors(nn.Module):
         width: of a(i).
     """
 
+    vectors: Tensor
+
     def __init__(self, vectors: Tensor, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(vectors.shape[1], width)
@@ -44,6 +46,8 @@ class CodeSums(nn.Module):
         codebooks: code embeddings float (L, K, D), the initial values of the trained ones.
         width: of q(i); a linear map follows if it is given, else D is the width.
     """
+
+    codes: Tensor
 
     def __init__(self, codes: Tensor, codebooks: Tensor, width: int | None) -> None:
         super().__init__()
@@ -187,4 +191,5 @@ class ItemTokens(nn.Module):
         if self.alignment_temperature is None or len(item) < 2:
             return next(self.parameters()).new_zeros(())
         first, *others = (part(item) for part in self.parts.values())
-        return sum(info_nce(first, other, self.alignment_temperature) for other in others)
+        pairs = [info_nce(first, other, self.alignment_temperature) for other in others]
+        return torch.stack(pairs).sum()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmrec.config import given
 from llmrec.semantic_ids.losses import info_nce, mmd
 from llmrec.semantic_ids.quantizer import Quantized, ResidualQuantizer
 
@@ -94,8 +95,8 @@ class MMRQVAE(nn.Module):
         self.autoencoders = nn.ModuleDict(
             {
                 name: ModalityAutoencoder(
-                    (dim,) if hidden_dims is None else (dim, *hidden_dims, code_dim),
-                    ResidualQuantizer(code_dim=dim if hidden_dims is None else code_dim, **quantizer),
+                    (dim,) if hidden_dims is None else (dim, *hidden_dims, given(code_dim)),
+                    ResidualQuantizer(code_dim=dim if hidden_dims is None else given(code_dim), **quantizer),
                     normalise,
                 )
                 for name, dim in dims.items()
@@ -126,7 +127,9 @@ class MMRQVAE(nn.Module):
                 if anchor in encoded and other in encoded:
                     pair = common_rows(encoded, present, anchor, other)
                     parts[other]["alignment"] = self.align(*pair)
-        total = sum(self.weights[part] * value for found in parts.values() for part, value in found.items())
+        total = next(iter(vectors.values())).new_zeros(())
+        for found in parts.values():
+            total = total + sum(self.weights[part] * value for part, value in found.items())
         return encoded, Losses(total, parts)
 
     def own_losses(self, found: Encoded) -> dict[str, Tensor]:
@@ -194,6 +197,9 @@ class ModalityAutoencoder(nn.Module):
 class Scaling(nn.Module):
     """Item vectors to what the encoder sees; figures of `fit` are part of the saved weights."""
 
+    mean: Tensor
+    factor: Tensor
+
     def __init__(self, dim: int, normalise: Literal["none", "standardise", "l2"]) -> None:
         super().__init__()
         self.normalise = normalise
@@ -215,7 +221,7 @@ class Scaling(nn.Module):
             count, total, squares = count + len(rows), total + rows.sum(dim=0), squares + rows.square().sum()
         shift = total / count
         spread = (squares / count - shift.square().sum()).clamp_min(0).div(len(self.mean)).sqrt()
-        self.mean.copy_(origin[0] + shift)
+        self.mean.copy_(given(origin)[0] + shift)
         self.factor.copy_(1 / spread if spread > 0 else torch.ones_like(spread))
 
     def forward(self, vectors: Tensor) -> Tensor:

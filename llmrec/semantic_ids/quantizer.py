@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmrec.config import given
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -44,6 +46,9 @@ class ResidualQuantizer(nn.Module):
         estimator: how the gradient passes the rounding: straight_through copies it; rotation turns it as
             the input would have to turn towards its codes (Fifty et al., ICLR 2025).
     """
+
+    size: Tensor
+    total: Tensor
 
     def __init__(
         self,
@@ -101,8 +106,9 @@ class ResidualQuantizer(nn.Module):
         levels, size, _ = self.codebooks.shape
         for level in range(levels):
             member = F.one_hot(codes[:, level], size).T.to(residuals.dtype)
-            self.size[level].lerp_(member.sum(dim=1), 1 - self.ema_decay)
-            self.total[level].lerp_(member @ residuals[:, level], 1 - self.ema_decay)
+            new = 1 - given(self.ema_decay)
+            self.size[level].lerp_(member.sum(dim=1), new)
+            self.total[level].lerp_(member @ residuals[:, level], new)
         self.codebooks.copy_(self.total / self.size.clamp_min(torch.finfo(self.size.dtype).tiny)[..., None])
 
     @torch.no_grad()
