@@ -49,7 +49,9 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
     from llmrec import pipeline
 
     inputs = [
-        pipeline.load(STAGES[name].artifact_class(), Path(getattr(options, name))) for name in stage.inputs
+        pipeline.load(STAGES[name].artifact_class(), Path(getattr(options, name)))
+        for name in (*stage.inputs, *stage.optional)
+        if getattr(options, name) is not None
     ]
     result = pipeline.run_stage(stage.function(), config, tuple(inputs), Path(options.out))
     from llmrec import distributed
@@ -139,6 +141,11 @@ def add_arguments(made: argparse.ArgumentParser, stage: Stage) -> None:
         made.add_argument(
             f"--{name.replace('_', '-')}", dest=name, metavar="DIR", required=True,
             help=f"output folder of {name}",
+        )  # fmt: skip
+    for name in stage.optional:
+        made.add_argument(
+            f"--{name.replace('_', '-')}", dest=name, metavar="DIR",
+            help=f"output folder of {name}, for settings that ask for it",
         )  # fmt: skip
     made.add_argument(
         "--out",

@@ -82,10 +82,12 @@ def run(recipe: Any, run_dir: RunDir, *, until: str | None = None) -> Report | N
     data = stage(prepare_data, recipe.prepare_data)
     if until == "prepare_data":
         return None
-    collab = stage(train_collab, recipe.train_collab, data)
+    # Sequence models that know what items look like need the next stage first.
+    early = (stage(encode_items, recipe.encode_items, data),) if recipe.train_collab.content else ()
+    collab = stage(train_collab, recipe.train_collab, data, *early)
     if until == "train_collab":
         return None
-    content = stage(encode_items, recipe.encode_items, data)
+    content = early[0] if early else stage(encode_items, recipe.encode_items, data)
     if until == "encode_items":
         return None
     ids = stage(learn_semantic_ids, recipe.learn_semantic_ids, data, collab, content)

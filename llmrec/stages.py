@@ -29,6 +29,8 @@ class Stage:
     """Where the function called `name` lives."""
     inputs: tuple[str, ...]
     """Names of the stages whose artefacts it takes, in order."""
+    optional: tuple[str, ...] = ()
+    """Names of those that it takes after them if its settings ask for that."""
     artifact: str
     """Class of what it makes, as module:name."""
     presets: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +53,8 @@ def _stage(
     inputs: str,
     artifact: type | str,
     presets: dict[str, Any] | None = None,
+    *,
+    optional: tuple[str, ...] = (),
 ) -> Stage:
     place = artifact if isinstance(artifact, str) else f"{artifact.__module__}:{artifact.__name__}"
     return Stage(
@@ -61,6 +65,7 @@ def _stage(
         inputs=tuple(inputs.split()),
         artifact=place,
         presets=presets or {},
+        optional=optional,
     )
 
 
@@ -82,6 +87,7 @@ STAGES: dict[str, Stage] = {
             "llmrec.collab.train",
             "prepare_data",
             CollabEmbeddings,
+            optional=("encode_items",),
         ),
         _stage(
             "encode_items",

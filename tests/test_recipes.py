@@ -250,7 +250,9 @@ def test_the_stage_table_matches_the_functions():
         hints = typing.get_type_hints(function)
         names = list(inspect.signature(function).parameters)
         assert hints[names[0]] is stage.config and hints["return"] is stage.artifact_class()
-        assert [hints[name].stage for name in names[1:]] == list(stage.inputs)
+        needed = 1 + len(stage.inputs)
+        assert [hints[name].stage for name in names[1:needed]] == list(stage.inputs)
+        assert [typing.get_args(hints[name])[0].stage for name in names[needed:]] == list(stage.optional)
         assert getattr(Recipe(), stage.name) == stage.config()
         assert (ROOT / "tools" / f"{stage.name}.py").exists()
 

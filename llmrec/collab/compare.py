@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from llmrec.artifacts import CollabEmbeddings, Interactions, read_json, write_json
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, read_json, write_json
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.config import as_dict, from_dict
 from llmrec.errors import ConfigError, LlmrecError
@@ -37,9 +37,22 @@ MAIN = "ndcg@10"
 
 
 def run_cells(
-    rows: dict[str, TrainCollabConfig], seeds: list[int], data_folder: Path, root: Path, jobs: int
+    rows: dict[str, TrainCollabConfig],
+    seeds: list[int],
+    data_folder: Path,
+    root: Path,
+    jobs: int,
+    content_folder: Path | None = None,
 ) -> list[str]:
     """Run every cell that is not finished, several at a time; a failed one does not stop the others.
+
+    Args:
+        rows: settings by row.
+        seeds: of every row.
+        data_folder: output of prepare_data.
+        root: where cells are kept.
+        jobs: cells trained at a time.
+        content_folder: output of encode_items, for rows that ask for it.
 
     Returns:
         One line per failed cell.
@@ -53,8 +66,14 @@ def run_cells(
     processes: set[subprocess.Popen] = set()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         futures = {
-            pool.submit(run_cell_process, folder, data_folder, jobs, processes): (name, seed, folder)
-            for name, seed, folder, _ in waiting
+            pool.submit(
+                run_cell_process,
+                folder,
+                [data_folder, *([content_folder] if content_folder and config.content else [])],
+                jobs,
+                processes,
+            ): (name, seed, folder)
+            for name, seed, folder, config in waiting
         }
         try:
             for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
@@ -108,12 +127,12 @@ def prepare_cell(folder: Path, config: TrainCollabConfig, what: str) -> None:
 
 
 def run_cell_process(
-    folder: Path, data_folder: Path, jobs: int, processes: set[subprocess.Popen]
+    folder: Path, inputs: list[Path], jobs: int, processes: set[subprocess.Popen]
 ) -> str | None:
     """Run one cell in a fresh process; its log goes to the cell's folder. The error's last line, or None."""
     threads = os.environ.get("LLMREC_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
     environment = os.environ | {"LLMREC_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
-    command = [sys.executable, "-m", "llmrec.collab.compare", str(folder), str(data_folder)]
+    command = [sys.executable, "-m", "llmrec.collab.compare", str(folder), *map(str, inputs)]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(  # noqa: S603 (our own module, with two paths)
             command, stdout=log, stderr=subprocess.STDOUT, env=environment
@@ -127,7 +146,7 @@ def run_cell_process(
     return f"failed ({lines[-1][-300:] if lines else f'exit code {code}'}); see {folder / 'log.txt'}"
 
 
-def run_cell(folder: Path, data_folder: Path) -> None:
+def run_cell(folder: Path, data_folder: Path, content_folder: Path | None = None) -> None:
     """Train the cell's model, rank the test targets, and write the ranks, then metrics.json."""
     from llmrec.collab.provider import provider_scorer
     from llmrec.collab.train import train_collab
@@ -135,7 +154,8 @@ def run_cell(folder: Path, data_folder: Path) -> None:
 
     data = load(Interactions, data_folder)
     config = from_dict(TrainCollabConfig, read_json(folder / "config.json"))
-    collab = run_stage(train_collab, config, (data,), folder / "train_collab")
+    content = () if content_folder is None else (load(ContentEmbeddings, content_folder),)
+    collab = run_stage(train_collab, config, (data, *content), folder / "train_collab")
     ranking = rank_users(provider_scorer(collab), data, data.targets("test"))
     ranks = {"rank": ranking.rank, "rank_seen_kept": ranking.rank_seen_kept}
     save_file(ranks, folder / "ranks.safetensors")
@@ -284,7 +304,7 @@ def main(arguments: list[str]) -> None:
     from llmrec.console import set_up_logging
 
     set_up_logging()
-    run_cell(Path(arguments[0]), Path(arguments[1]))
+    run_cell(*map(Path, arguments))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,10 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
         data = run_stage(prepare_data, settings, (), folder)
     failed = []
     if not options.summarise:
-        failed = run_cells(rows, options.seeds, folder, root, options.jobs)
+        content = Path(options.encode_items) if options.encode_items else None
+        if wanting := [name for name, row in rows.items() if row.content and content is None]:
+            raise ConfigError(f"--encode-items: {', '.join(wanting)} need the output folder of encode_items")
+        failed = run_cells(rows, options.seeds, folder, root, options.jobs, content)
     results = summarise_cells(rows, options.seeds, data, root, reference=options.reference)
     results |= {
         "machine": machine.describe(),
@@ -94,6 +97,11 @@ def parser(
         metavar="DIR",
         required=data_config is None,
         help="a finished prepare_data folder",
+    )
+    made.add_argument(
+        "--encode-items",
+        metavar="DIR",
+        help="a finished encode_items folder, for rows whose models know what items look like",
     )
     if data_config is not None:
         made.add_argument(

@@ -136,6 +136,11 @@ class TrainCollabConfig:
         )
         self._refuse_settings_without_effect()
 
+    @property
+    def content(self) -> tuple[str, ...]:
+        """Modalities of encode_items that the model to train takes."""
+        return getattr(getattr(self, self.provider, None), "content", ())
+
     def source_files(self) -> dict[str, str]:
         """The users' own files that the result depends on, by setting."""
         return {} if self.vectors is None else {"vectors": self.vectors}

@@ -9,9 +9,12 @@ all items. The published loss (one negative, binary cross-entropy) is there by n
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmrec.collab.content import ContentMaps
 from llmrec.collab.layers import Block, init_weights
 from llmrec.collab.losses import Loss, last_of, next_item_loss
 from llmrec.data.batches import Batch
@@ -25,6 +28,8 @@ class SASRec(nn.Module):
     Positions are learned and counted from the first item shown, so a longer history leaves earlier
     positions as they were (counting from the last one was no better on Beauty). Padding on the right
     needs no mask: no position looks to its right.
+
+    With `content`, what items look like is added to their vectors (`ContentMaps`); this is ours.
     """
 
     layout = "positions"
@@ -42,6 +47,8 @@ class SASRec(nn.Module):
         max_history: int,
         loss: str = "ce",
         num_negatives: int = 0,
+        content: Iterable[str] = (),
+        content_dim: int = 0,
     ) -> None:
         super().__init__()
         self.max_history = max_history
@@ -49,6 +56,7 @@ class SASRec(nn.Module):
         self.loss_name = loss
         self.num_negatives = num_negatives
         self.item = nn.Embedding(num_items + 1, embed_dim, padding_idx=0)
+        self.content = ContentMaps(num_items, embed_dim, content, content_dim)
         self.position = nn.Embedding(max_history, embed_dim)
         self.dropout = nn.Dropout(dropout_rate)
         self.blocks = nn.ModuleList(
@@ -59,8 +67,16 @@ class SASRec(nn.Module):
 
     def encode(self, history: Tensor) -> Tensor:
         """What the model knows after each position, (B, T, D), from int64 (B, T)."""
+        return self._encode(history, self._table())
+
+    def _table(self) -> Tensor:
+        """All item vectors, (N + 1, D)."""
+        return self.content(self.item.weight)
+
+    def _encode(self, history: Tensor, table: Tensor) -> Tensor:
+        """`encode` with the table, which costs something to make where content is part of it."""
         assert history.shape[1] <= self.max_history, (history.shape, self.max_history)
-        hidden = self.item(history) * math.sqrt(self.item.embedding_dim)
+        hidden = F.embedding(history, table, padding_idx=0) * math.sqrt(table.shape[1])
         hidden = self.dropout(hidden + self.position.weight[: history.shape[1]])
         for block in self.blocks:
             hidden = block(hidden)
@@ -68,15 +84,15 @@ class SASRec(nn.Module):
 
     def loss(self, batch: Batch) -> Loss:
         """Loss of naming the next item at every position of a batch."""
-        query = self.encode(batch.item)
-        return next_item_loss(
-            self.loss_name, query, self.item.weight, batch, num_negatives=self.num_negatives
-        )
+        table = self._table()
+        query = self._encode(batch.item, table)
+        return next_item_loss(self.loss_name, query, table, batch, num_negatives=self.num_negatives)
 
     def score(self, history: Tensor) -> Tensor:
         """Scores of all items after each history, (B, N + 1), from int64 (B, T)."""
-        return last_of(self.encode(history), history) @ self.item.weight.T
+        table = self._table()
+        return last_of(self._encode(history, table), history) @ table.T
 
     def item_embeddings(self) -> Tensor:
         """The item vectors (N + 1, D), row 0 zero."""
-        return self.item.weight.detach()
+        return self._table().detach()

@@ -19,9 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from llmrec import distributed
-from llmrec.artifacts import CollabEmbeddings, Interactions, Sequences, Split, Targets
+from llmrec.artifacts import (
+    CollabEmbeddings,
+    ContentEmbeddings,
+    Interactions,
+    Sequences,
+    Split,
+    Targets,
+    check_same_catalog,
+)
 from llmrec.checkpoint import EpochCheckpoints, stop_requests
 from llmrec.collab.config import TrainCollabConfig
+from llmrec.collab.content import principal_components
 from llmrec.collab.losses import Loss
 from llmrec.collab.provider import PROVIDERS, scorer_of
 from llmrec.data.batches import Batch, length_groups, pad_histories
@@ -40,11 +49,18 @@ OVERHEAD_CELLS = {"cpu": 512, "gpu": 1 << 15}
 """What one more forward pass of a step costs, in positions; on the CPU as measured on Beauty."""
 
 
-def train_collab(config: TrainCollabConfig, data: Interactions) -> CollabEmbeddings:
+def train_collab(
+    config: TrainCollabConfig, data: Interactions, content: ContentEmbeddings | None = None
+) -> CollabEmbeddings:
     """Collaborative item vectors from a sequential model, or from a file.
 
+    Args:
+        config: settings.
+        data: who interacted with what.
+        content: text and image vectors, for models whose settings ask for them.
+
     Raises:
-        ConfigError: a setting does not fit the data.
+        ConfigError: a setting does not fit the data; or content is missing, or nobody asked for it.
         DataError: there is nothing to train on, or the file of vectors is unusable.
         TrainingError: the loss became NaN or infinite.
     """
@@ -52,7 +68,11 @@ def train_collab(config: TrainCollabConfig, data: Interactions) -> CollabEmbeddi
         return use_precomputed(config, data)
     distributed.seed_everything(config.seed)
     settings = {"num_items": data.num_items, **asdict(getattr(config, config.provider))}
-    model = PROVIDERS[config.provider](**settings).to(distributed.device())
+    components = content_components(config, data, content)
+    model: Any = PROVIDERS[config.provider](**settings)
+    if components:
+        model.content.set_content(components)
+    model = model.to(distributed.device())
     layout = model.layout if config.layout == "auto" else config.layout
     splits: tuple[Split, ...] = ("train", "valid") if config.include_valid else ("train",)
     sequences = data.sequences(*splits)
@@ -75,6 +95,29 @@ def train_collab(config: TrainCollabConfig, data: Interactions) -> CollabEmbeddi
         },
         log=log,
     )
+
+
+def content_components(
+    config: TrainCollabConfig, data: Interactions, content: ContentEmbeddings | None
+) -> dict[str, np.ndarray]:
+    """What the model's settings ask for, by modality: see `principal_components`.
+
+    Raises:
+        ConfigError: it is not there, or something is that nobody asked for.
+    """
+    setting = f"train_collab.{config.provider}.content"
+    if content is not None and not config.content:
+        raise ConfigError(f"encoded items were given, and {setting} asks for none; leave them out")
+    if not config.content:
+        return {}
+    if content is None:
+        raise ConfigError(f"{setting}={','.join(config.content)} needs the output of encode_items")
+    check_same_catalog(data, content)
+    for name in config.content:
+        if name not in content.vectors:
+            raise ConfigError(f"{setting} names {name} vectors, which encode_items did not make")
+    most = getattr(config, config.provider).content_dim
+    return {name: principal_components(content.vectors[name], most) for name in config.content}
 
 
 def use_precomputed(config: TrainCollabConfig, data: Interactions) -> CollabEmbeddings:

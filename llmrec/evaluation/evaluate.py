@@ -169,10 +169,11 @@ def trained_on(collab: CollabEmbeddings, adapter: Adapter, rankings: dict[str, R
 
 
 def labels(collab: CollabEmbeddings, rankings: dict[str, Ranking]) -> dict[str, str]:
-    """Names as tables show them; the loss is part of a model's name."""
+    """Names as tables show them; a model's loss, and the content it knows, are part of its name."""
     shown = {name: name for name in rankings}
     if collab.provider in shown and "loss" in collab.model:
-        shown[collab.provider] = f"{collab.provider} ({collab.model['loss']})"
+        parts = [collab.model["loss"], *collab.model.get("content", ())]
+        shown[collab.provider] = f"{collab.provider} ({', '.join(parts)})"
     return shown
 
 

@@ -27,6 +27,13 @@ class SASRecConfig:
     dropout_rate: float = 0.5
     """Dropout on input vectors, attention weights and both residual branches (0.2 suits dense data)."""
 
+    content: tuple[Literal["text", "image"], ...] = ()
+    """Modalities of encode_items that item vectors are also made of, see llmrec/collab/content.py; empty:
+    item ids alone, as published."""
+
+    content_dim: int = 128
+    """Principal components that are kept of each modality."""
+
     max_history: int = 50
     """Most recent items the model sees, in items (200 suits MovieLens-1M)."""
 
@@ -38,7 +45,8 @@ class SASRecConfig:
     """Negatives per position for loss='sampled_ce', in items, outside the user's training items."""
 
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "num_layers", "num_heads", "inner_dim", "max_history", "num_negatives"):
+        positive = ("embed_dim", "num_layers", "num_heads", "inner_dim", "max_history", "num_negatives")
+        for name in (*positive, "content_dim"):
             value = getattr(self, name)
             require(value >= 1, f"train_collab.sasrec.{name} must be at least 1, got {value}")
         require(
@@ -49,6 +57,14 @@ class SASRecConfig:
         require(
             0 <= self.dropout_rate < 1,
             f"train_collab.sasrec.dropout_rate must lie in [0, 1), got {self.dropout_rate}",
+        )
+        require(
+            len(set(self.content)) == len(self.content),
+            f"train_collab.sasrec.content names a modality twice: {', '.join(self.content)}",
+        )
+        require(
+            bool(self.content) or self.content_dim == SASRecConfig.content_dim,
+            "train_collab.sasrec.content_dim has no effect without train_collab.sasrec.content",
         )
         require(
             self.loss == "sampled_ce" or self.num_negatives == SASRecConfig.num_negatives,
