@@ -295,6 +295,8 @@ def card(package: Package) -> str:
             "## Metrics\n\nTest items, ranked among the whole catalogue, items of the history left out; one "
             f"run, seed {settings['seed']}: no spread over seeds is known.\n\n" + "\n".join(table) + "\n"
         )
+        if notes := package.evaluation.get("notes"):
+            parts.append(" ".join(notes) + "\n")
     parts.append(
         "## Use\n\n```python\nfrom llmrec.inference.recommender import Recommender\n\n"
         'recommender = Recommender.from_pretrained("OWNER/NAME")  # or a folder\n'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from llmrec import pipeline
+from llmrec import hub, pipeline
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
 from llmrec.errors import ConfigError, DataError, MissingArtifactError, StaleArtifactError
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.scoring import load_scorer
 from llmrec.inference import recommender as module
-from llmrec.inference.package import ENDINGS, package_run, rename
+from llmrec.inference.package import ENDINGS, load_package, package_run, rename
 from llmrec.inference.recommender import Recommender
 from llmrec.manifest import write_manifest
 
@@ -124,6 +125,13 @@ def test_a_package_holds_no_data_and_no_code(packaged, finished):
     card = (packaged / "README.md").read_text()
     metrics = json.loads((finished / "evaluate" / "metrics.json").read_text())["rows"]["mme_sid"]
     assert f"{metrics['ndcg@10']:.4f}" in card and "model-index" in card and "from_pretrained" in card
+
+
+def test_the_card_says_who_learned_from_validation_items(packaged):
+    package = load_package(packaged)
+    sentence = "mme_sid learned from train and validation items."
+    noted = dataclasses.replace(package, evaluation={**package.evaluation, "notes": [sentence]})
+    assert sentence in hub.card(noted) and sentence not in hub.card(package)
 
 
 def test_packaging_refuses_what_exists_and_what_is_unfinished(packaged, finished, tmp_path):
