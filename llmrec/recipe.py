@@ -157,29 +157,36 @@ def refit(recipe: Recipe, run_dir: Path) -> Recipe:
     Raises:
         ConfigError: the run was made with other settings, or chose no epochs by validation.
     """
+    changed = {stage: refit_stage(stage, getattr(recipe, stage), run_dir / stage) for stage in REFIT}
+    return replace(recipe, **changed)
+
+
+def refit_stage(stage: str, config: C, folder: Path) -> C:
+    """The settings of one stage of `REFIT`, to learn from validation items too.
+
+    Args:
+        stage: its name.
+        config: settings that it was run with.
+        folder: its output.
+
+    Raises:
+        ConfigError: it was run with other settings, or chose no epoch by validation.
+    """
     from llmrec.artifacts import read_json
     from llmrec.pipeline import checked_file, stage_manifest
 
-    changed: dict[str, Any] = {}
-    for stage, (epochs, settings) in REFIT.items():
-        config = getattr(recipe, stage)
-        if getattr(config, "provider", None) == "precomputed":
-            continue
-        changes = changed_fields(stage_manifest(run_dir / stage)["config"], as_dict(config))
-        if changes:
-            raise ConfigError(
-                f"--refit {run_dir}: {stage} was made there with {', '.join(changes)}; run the recipe with "
-                "the same settings first"
-            )
-        if config.include_valid or config.select != "valid":
-            raise ConfigError(
-                f"--refit {run_dir}: {stage} chose no epoch there by validation; set {stage}.select=valid"
-            )
-        metrics = read_json(checked_file(run_dir / stage, "metrics.json"))
-        changed[stage] = replace(
-            config, include_valid=True, select="last", epochs=metrics[epochs], **settings
+    settings: Any = config
+    if getattr(settings, "provider", None) == "precomputed":
+        return config
+    if changes := changed_fields(stage_manifest(folder)["config"], as_dict(settings)):
+        raise ConfigError(
+            f"--refit: {folder} was made with {', '.join(changes)}; run with the same settings first"
         )
-    return replace(recipe, **changed)
+    if settings.include_valid or settings.select != "valid":
+        raise ConfigError(f"--refit: {folder} chose no epoch by validation; set {stage}.select=valid")
+    epochs, others = REFIT[stage]
+    chosen = read_json(checked_file(folder, "metrics.json"))[epochs]
+    return replace(settings, include_valid=True, select="last", epochs=chosen, **others)
 
 
 def apply_overrides(config: C, assignments: list[str]) -> C:

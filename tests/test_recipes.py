@@ -168,9 +168,9 @@ def test_a_refit_takes_the_epochs_that_validation_chose_and_says_what_it_learned
     page = (tmp_path / "second" / "evaluate" / "report.html").read_text()
     assert "learned from train and validation items" in page
     code, _, error = go("--refit", second, "--run-dir", str(tmp_path / "third"))
-    assert code == 2 and "train_collab was made there with include_valid=true (now false)" in error
+    assert code == 2 and "train_collab was made with include_valid=true (now false)" in error
     code, _, error = go("--refit", first, "--set", "train_collab.learning_rate=0.5")
-    assert code == 2 and "learning_rate" in error and "run the recipe with the same settings first" in error
+    assert code == 2 and "learning_rate" in error and "run with the same settings first" in error
     code, _, error = go("--refit", str(tmp_path / "nowhere"))
     assert code == 2 and "is not the output of a finished stage" in error
 
@@ -184,7 +184,7 @@ def test_a_refit_of_one_model_alone_is_pointed_out(finished, tmp_path, capsys):
     assert code == 0 and "mme_sid learned from train and validation items." in out
     assert "Not all methods learned from the same items" in out
     code, _, error = run(["--refit", str(finished), "--run-dir", str(tmp_path / "other")], capsys)
-    assert code == 2 and "finetune chose no epoch there by validation" in error
+    assert code == 2 and "finetune chose no epoch by validation" in error
 
 
 def test_until_stops_after_a_stage(tmp_path, capsys):
@@ -372,7 +372,15 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert [row[0] for row in table[2:]] == [
         f"`{name}`"
-        for name in ("mme_sid", "e4srec", "concat", "se_sid_mmd", "concat_feature", "sasrec", "popularity")
+        for name in (
+            "mme_sid",
+            "e4srec",
+            "concat",
+            "se_sid_mmd",
+            "concat_feature",
+            "sasrec (ce)",
+            "popularity",
+        )
     ]
     rows = {row[0].strip("`"): dict(zip(table[0], row)) for row in table[2:]}
     assert all(rows[name]["seeds"] == "2 of 2" for name in ("mme_sid", "e4srec", "concat"))
@@ -380,7 +388,8 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     assert rows["concat_feature"]["recall@5"] == "missing", "three modalities do not share a width of 16"
     difference = "ndcg@10 to the first (95 % interval)"
     assert all(
-        re.match(r"[+-]\d\.\d{4} \(", rows[name][difference]) for name in ("e4srec", "sasrec", "popularity")
+        re.match(r"[+-]\d\.\d{4} \(", rows[name][difference])
+        for name in ("e4srec", "sasrec (ce)", "popularity")
     )
     tokens = {name: int(rows[name]["tokens"].replace(",", "")) for name in ("mme_sid", "e4srec", "concat")}
     assert tokens["concat"] > tokens["mme_sid"] == tokens["e4srec"]  # three tokens an item
@@ -390,6 +399,26 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main(tiny, [*command, "--rows", "me", "mme_sid", "--summarise"])
     assert "missing" in capsys.readouterr().out
+
+
+def test_a_comparison_is_refitted_with_the_epochs_that_each_cell_chose(tmp_path, capsys):
+    from llmrec.finetune import compare
+
+    def go(*arguments: str) -> list[str]:
+        with pytest.raises(SystemExit) as left:
+            compare.main(chosen_by_validation, ["--rows", "mme_sid", "e4srec", "--seeds", "0", *arguments])
+        assert not left.value.code
+        return capsys.readouterr().out.splitlines()
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert not any("Learned from" in line for line in go("--run-dir", str(first)))
+    lines = go("--run-dir", str(second), "--refit", str(first))
+    assert lines[-1] == "Learned from train and validation items: `mme_sid`, `e4srec`, `sasrec`."
+    for row in ("mme_sid", "e4srec"):
+        place = Path("methods") / row / "seed0" / "finetune"
+        chosen = json.loads((first / place / "metrics.json").read_text())["epoch_kept"]
+        config = json.loads((second / place / "manifest.json").read_text())["config"]
+        assert config["include_valid"] and config["epochs"] == chosen and config["select"] == "last"
 
 
 def test_a_comparison_goes_on_without_a_row_whose_codebooks_collapse(finished, tmp_path, capsys, monkeypatch):

@@ -213,7 +213,9 @@ def summarise_cells(
     for name in rows:
         cells = [root / "cells" / name / f"seed{seed}" for seed in seeds]
         done = [cell for cell in cells if (cell / "metrics.json").exists()]
+        config = rows[name]
         found[name] = {"num_seeds": len(done), "num_wanted": len(seeds)}
+        found[name] |= {"select": config.select, "include_valid": config.include_valid}
         if not done:
             continue
         cell_metrics = [read_json(cell / "metrics.json") for cell in done]

@@ -81,11 +81,28 @@ def notes(results: dict[str, Any]) -> list[str]:
     """What a reader must know to trust the figures."""
     return [
         f"{results['num_users']:,} users, {results['num_items']:,} items, split {results['split']}; every "
-        "item is ranked, items of the history left out unless 'seen kept'. Epochs were chosen by validation "
-        "ndcg@10. ± is the standard deviation over seeds; intervals (95 %) and p (Wilcoxon, corrected by "
-        "Holm) are over users, of the mean over seeds.",
+        "item is ranked, items of the history left out unless 'seen kept'. ± is the standard deviation over "
+        "seeds; intervals (95 %) and p (Wilcoxon, corrected by Holm) are over users, of the mean over seeds.",
+        *how_epochs_were_chosen(results["rows"]),
         f"Machine: {results['machine']}; {results['jobs']} trained at a time. Command: {results['command']}",
     ]
+
+
+def how_epochs_were_chosen(rows: dict[str, Any]) -> list[str]:
+    """Sentences on what epochs were chosen by and what was learned from, where rows differ by row."""
+    done = {name: row for name, row in rows.items() if row["num_seeds"]}
+    kinds = {
+        "chose their epoch by validation ndcg@10": lambda row: row["select"] == "valid",
+        "kept the last epoch": lambda row: row["select"] == "last" and not row["include_valid"],
+        "kept the last epoch, and learned from validation items too": lambda row: row["include_valid"],
+    }
+    found = {}
+    for what, fits in kinds.items():
+        if names := [name for name, row in done.items() if fits(row)]:
+            found[what] = names
+    if len(found) == 1:
+        return [f"All rows {what}." for what in found]
+    return [f"{', '.join(names)} {what}." for what, names in found.items()]
 
 
 def table_line(cells: list[str]) -> str:

@@ -20,7 +20,7 @@ from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError, MissingArtifactError, TrainingError
 from llmrec.finetune.config import FREQUENCY_FIELDS, METHOD_FIELDS, FinetuneConfig
-from llmrec.recipe import Recipe, apply_overrides
+from llmrec.recipe import Recipe, apply_overrides, refit_stage
 
 logger = logging.getLogger("llmrec")
 
@@ -91,6 +91,12 @@ def parser(names_recipe: bool, description: str | None) -> argparse.ArgumentPars
     made.add_argument("--out", metavar="DIR", help="where cells and tables go (RUN_DIR/methods)")
     made.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    made.add_argument(
+        "--refit",
+        metavar="DIR",
+        help="learn from validation items too, for as many epochs as each cell of the comparison in this run "
+        "directory chose by them",
+    )
     made.add_argument("--summarise", action="store_true", help="train nothing, show what there is")
     made.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="STAGE.FIELD=VALUE", help="change settings"
@@ -110,10 +116,12 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
     if len(set(options.seeds)) < len(options.seeds):
         raise ConfigError(f"--seeds must differ, got {', '.join(map(str, options.seeds))}")
     set_up_logging()
-    root = Path(options.run_dir or Path("runs") / name)
+    root = Path(options.run_dir or Path("runs") / (f"{name}_refit" if options.refit else name))
     out = Path(options.out or root / "methods")
     if not options.summarise:
-        run_cells(chosen, options.rows, options.seeds, root, out)
+        run_cells(
+            chosen, options.rows, options.seeds, root, out, Path(options.refit) if options.refit else None
+        )
     from llmrec import distributed
     from llmrec.artifacts import write_json
 
@@ -127,14 +135,28 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
         write_json(out / "table.json", found)
 
 
-def run_cells(recipe: Recipe, rows: list[str], seeds: list[int], root: Path, out: Path) -> None:
-    """Fine-tune and rank what is not finished, seed by seed, so that all rows have results early."""
+def run_cells(
+    recipe: Recipe, rows: list[str], seeds: list[int], root: Path, out: Path, refit: Path | None = None
+) -> None:
+    """Fine-tune and rank what is not finished, seed by seed, so that all rows have results early.
+
+    Args:
+        recipe: settings.
+        rows: names in `ROWS`.
+        seeds: of fine-tuning.
+        root: the stages before.
+        out: where cells go.
+        refit: run directory of a comparison whose cells chose their epochs; see `llmrec.recipe.refit`.
+    """
     from llmrec.evaluation.evaluate import evaluate
     from llmrec.finetune.train import finetune
     from llmrec.pipeline import RunDir, load, run, run_stage
     from llmrec.semantic_ids.learn import learn_semantic_ids
     from llmrec.stages import STAGES
 
+    if refit is not None:
+        collab = refit_stage("train_collab", recipe.train_collab, refit / "train_collab")
+        recipe = replace(recipe, train_collab=collab)
     run(recipe, RunDir(root), until="learn_semantic_ids")
     names = ("prepare_data", "train_collab", "encode_items", "learn_semantic_ids")
     inputs = tuple(load(STAGES[name].artifact_class(), root / name) for name in names)
@@ -152,6 +174,9 @@ def run_cells(recipe: Recipe, rows: list[str], seeds: list[int], root: Path, out
                     ids_folder = out / "learn_semantic_ids" / "_".join(row.ids.values())
                     own = (*inputs[:3], run_stage(learn_semantic_ids, ids_config, inputs[:3], ids_folder))
                 config = replace(settings_of(recipe.finetune, row), seed=seed)
+                if refit is not None:
+                    chosen = refit / "methods" / name / f"seed{seed}" / "finetune"
+                    config = refit_stage("finetune", config, chosen)
                 adapter = run_stage(finetune, config, own, folder / "finetune")
             except (ConfigError, TrainingError) as error:
                 # It stays missing in the table; the other rows are worth having.
@@ -190,7 +215,8 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
         folder = out / row / f"seed{seed}"
         try:
             manifest = stage_manifest(folder / "finetune")
-            rows = read_json(folder / "evaluate" / "metrics.json")["rows"]
+            evaluated = read_json(folder / "evaluate" / "metrics.json")
+            rows = evaluated["rows"]
         except MissingArtifactError:
             continue
         analysis = folder / "finetune" / "analysis.json"
@@ -199,6 +225,8 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
             {
                 "seed": seed,
                 "rows": rows,
+                "labels": evaluated["labels"],
+                "trained_on": evaluated["trained_on"],
                 "ranks": {name: ranks[f"rank_{name}"].to_numpy() for name in rows},
                 "metrics": read_json(folder / "finetune" / "metrics.json"),
                 "seconds": manifest["seconds"],
@@ -229,6 +257,7 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
             users[name] = {cell["seed"]: ndcg_at_k(cell["ranks"]["mme_sid"], 10) for cell in found}
             entry |= {metric: mean_and_spread([value[metric] for value in values]) for metric in METRICS}
             entry |= {
+                "trained_on": found[0]["trained_on"]["mme_sid"],
                 "trained": found[0]["metrics"]["parameters"]["trainable"],
                 "tokens": found[0]["metrics"]["tokens"],
                 "seconds": float(np.mean([cell["seconds"] for cell in found])),
@@ -241,7 +270,8 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
         for name in [*(key for key in some["rows"] if key in PROVIDER_FIELDS), "popularity"]:
             users[name] = {seed: ndcg_at_k(some["ranks"][name], 10) for seed in seeds}
             own = {metric: mean_and_spread([some["rows"][name][metric]]) for metric in METRICS}
-            table.append({"row": name, "seeds": 1, "of": 1, **own})
+            entry = {"row": name, "label": some["labels"][name], "seeds": 1, "of": 1, **own}
+            table.append(entry | {"trained_on": some["trained_on"].get(name, "train")})
     for entry in table:
         common = sorted(users.get(entry["row"], {}).keys() & users.get(reference, {}).keys())
         if entry["row"] != reference and common:
@@ -280,7 +310,7 @@ def markdown(table: list[dict[str, Any]]) -> str:
     head += ["trained", "tokens", "seconds", "peak MiB"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for entry in table:
-        cells = [f"`{entry['row']}`", f"{entry['seeds']} of {entry['of']}"]
+        cells = [f"`{entry.get('label', entry['row'])}`", f"{entry['seeds']} of {entry['of']}"]
         if not entry["seeds"]:
             cells += ["missing"] + [""] * (len(head) - 3)
             lines.append("| " + " | ".join(cells) + " |")
@@ -301,4 +331,7 @@ def markdown(table: list[dict[str, Any]]) -> str:
         else:
             cells += [""] * 4
         lines.append("| " + " | ".join(cells) + " |")
+    more = [f"`{entry['row']}`" for entry in table if entry.get("trained_on", "train") != "train"]
+    if more:
+        lines += ["", f"Learned from train and validation items: {', '.join(more)}."]
     return "\n".join(lines)

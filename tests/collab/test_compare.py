@@ -14,7 +14,7 @@ from llmrec.artifacts import Interactions
 from llmrec.collab import compare_cli
 from llmrec.collab.compare import prepare_cell, run_cells, summarise_cells
 from llmrec.collab.compare_cli import chosen_rows, every_provider
-from llmrec.collab.compare_report import label, markdown, page
+from llmrec.collab.compare_report import how_epochs_were_chosen, label, markdown, page
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.configs.gru4rec import GRU4RecConfig
 from llmrec.collab.configs.sasrec import SASRecConfig
@@ -143,3 +143,17 @@ def test_the_tool_makes_its_table_from_unfinished_work(finished, tmp_path):
 def test_a_comparison_needs_data():
     with pytest.raises(SystemExit):
         compare_cli.parser(every_provider(), None, "x", None).parse_args([])
+
+
+def test_the_notes_say_how_epochs_were_chosen_and_what_was_learned_from():
+    def row(select: str, include_valid: bool = False, seeds: int = 1) -> dict:
+        return {"num_seeds": seeds, "select": select, "include_valid": include_valid}
+
+    alike = {"a": row("valid"), "b": row("valid"), "c": row("last", seeds=0)}
+    assert how_epochs_were_chosen(alike) == ["All rows chose their epoch by validation ndcg@10."]
+    mixed = {"a": row("valid"), "b": row("last", include_valid=True), "c": row("last"), "d": row("valid")}
+    assert how_epochs_were_chosen(mixed) == [
+        "a, d chose their epoch by validation ndcg@10.",
+        "c kept the last epoch.",
+        "b kept the last epoch, and learned from validation items too.",
+    ]
