@@ -191,9 +191,10 @@ def format_table(metrics: dict[str, Any]) -> str:
     rows, shown = metrics["rows"], metrics.get("labels", {})
     ks = sorted({int(name.partition("@")[2]) for name in next(iter(rows.values()))})
     names = [f"{metric}@{k}" for metric in METRICS for k in ks]
-    lines = [f"{'method':16s}" + "".join(f"{name:>10s}" for name in names)]
+    width = 1 + max(15, *(len(shown.get(method, method)) for method in rows))
+    lines = [f"{'method':{width}s}" + "".join(f"{name:>10s}" for name in names)]
     for method, row in rows.items():
-        lines.append(f"{shown.get(method, method):16s}" + "".join(f"{row[name]:10.4f}" for name in names))
+        lines.append(f"{shown.get(method, method):{width}s}" + "".join(f"{row[name]:10.4f}" for name in names))
     lines.append(f"{metrics['num_users']:,} users, {metrics['num_items']:,} items, {metrics['split']}")
     lines += metrics.get("notes", [])
     for method, found in metrics["ratios"].items():
