@@ -26,7 +26,9 @@ def recipe() -> Recipe:
             items="data/beauty/items.csv",
             text_columns=("brand", "categories"),
         ),
-        train_collab=TrainCollabConfig(sasrec=SASRecConfig(embed_dim=64, dropout_rate=0.5, loss="ce")),
+        train_collab=TrainCollabConfig(
+            sasrec=SASRecConfig(embed_dim=64, dropout_rate=0.5, loss="ce", content=("text",))
+        ),
         encode_items=EncodeItemsConfig(
             text=TextEncoderConfig(encoder="huggingface", model="sentence-transformers/all-MiniLM-L6-v2"),
             image=ImageEncoderConfig(encoder="none"),
@@ -38,8 +40,11 @@ def recipe() -> Recipe:
             base_model="mini",
             mini=MiniConfig(hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128),
             prompt="compact",
+            readout="item",
+            mlp_out_activation="none",
             fusion_temperature=1.0,
-            epochs=20,
+            target_std=0.02,
+            epochs=12,
             batch_size=1024,
             learning_rate=2e-3,
             warmup_steps=50,
