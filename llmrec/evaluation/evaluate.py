@@ -194,7 +194,9 @@ def format_table(metrics: dict[str, Any]) -> str:
     width = 1 + max(15, *(len(shown.get(method, method)) for method in rows))
     lines = [f"{'method':{width}s}" + "".join(f"{name:>10s}" for name in names)]
     for method, row in rows.items():
-        lines.append(f"{shown.get(method, method):{width}s}" + "".join(f"{row[name]:10.4f}" for name in names))
+        lines.append(
+            f"{shown.get(method, method):{width}s}" + "".join(f"{row[name]:10.4f}" for name in names)
+        )
     lines.append(f"{metrics['num_users']:,} users, {metrics['num_items']:,} items, {metrics['split']}")
     lines += metrics.get("notes", [])
     for method, found in metrics["ratios"].items():

@@ -1,0 +1,126 @@
+"""Finished runs side by side: methods of several evaluations on the same users, seeds averaged, differences
+tested user by user."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmrec.artifacts import Report
+from llmrec.errors import ArtifactMismatchError, ConfigError
+from llmrec.evaluation import analysis
+from llmrec.evaluation.metrics import METRICS, per_user
+from llmrec.pipeline import load
+
+KS = (5, 10, 20)
+SAME = {"split": "split", "mask_seen": "masking of the history"}
+"""What runs must have in common to be compared, in metrics.json, as people say it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method in one evaluation; entries of one name are seeds."""
+
+    name: str
+    folder: Path
+    method: str = "mme_sid"
+
+    @classmethod
+    def parse(cls, text: str) -> Entry:
+        """From ``NAME=FOLDER`` or ``NAME=FOLDER:METHOD``.
+
+        Raises:
+            ConfigError: it is of another form.
+        """
+        name, _, place = text.partition("=")
+        folder, _, method = place.partition(":")
+        if not name or not folder:
+            raise ConfigError(f"{text!r} is not of the form NAME=FOLDER or NAME=FOLDER:METHOD")
+        return cls(name, Path(folder), method or "mme_sid")
+
+
+def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str, Any]]:
+    """One row per name, in order; differences are to the first.
+
+    Args:
+        entries: what to compare.
+        samples: resamplings of users behind the intervals.
+
+    Returns:
+        Rows with ``name``, ``runs``, ``trained_on``, mean and spread over the runs by metric (``sd`` is None
+        for one run), and for all but the first the mean difference of ndcg@10, its 95 % interval over users,
+        and Wilcoxon's p, corrected for the number of rows (Holm).
+
+    Raises:
+        ArtifactMismatchError: runs on other items, users, targets or under another protocol.
+        ConfigError: fewer than two names, or a method that is not in a run.
+    """
+    names = list(dict.fromkeys(entry.name for entry in entries))
+    if len(names) < 2:
+        raise ConfigError("give at least two names to compare")
+    first: Report | None = None
+    users: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in names}
+    learned: dict[str, set[str]] = {name: set() for name in names}
+    for entry in entries:
+        report = load(Report, entry.folder)
+        first = first or report
+        check_comparable(first, report, entries[0].folder, entry.folder)
+        if entry.method not in report.metrics["rows"]:
+            known = ", ".join(report.metrics["rows"])
+            raise ConfigError(f"{entry.folder} has no method {entry.method!r}; it has {known}")
+        users[entry.name].append(per_user(report.rankings[f"rank_{entry.method}"].to_numpy(), KS))
+        learned[entry.name].add(report.metrics.get("trained_on", {}).get(entry.method, "train"))
+    rows = []
+    means = {name: np.stack([run["ndcg@10"] for run in runs]).mean(axis=0) for name, runs in users.items()}
+    for name in names:
+        row: dict[str, Any] = {
+            "name": name,
+            "runs": len(users[name]),
+            "trained_on": " or ".join(sorted(learned[name])),
+        }
+        for metric in (f"{metric}@{k}" for k in KS for metric in METRICS):
+            values = [float(run[metric].mean()) for run in users[name]]
+            sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            row[metric] = {"mean": float(np.mean(values)), "sd": sd}
+        if name != names[0]:
+            row |= analysis.difference_of(means[name] - means[names[0]], samples=samples, seed=0)
+        rows.append(row)
+    tested = [row for row in rows if row.get("wilcoxon_p") is not None]
+    for row, p in zip(tested, analysis.holm([row["wilcoxon_p"] for row in tested])):
+        row["p"] = p
+    return rows
+
+
+def check_comparable(first: Report, other: Report, first_folder: Path, folder: Path) -> None:
+    """Raise `ArtifactMismatchError` unless both ranked the same targets of the same users in the same way."""
+    if other.catalog != first.catalog:
+        raise ArtifactMismatchError(f"{folder} ranked other items than {first_folder}")
+    for key, what in SAME.items():
+        ours, theirs = first.metrics.get(key), other.metrics.get(key)
+        if ours != theirs:
+            raise ArtifactMismatchError(f"{folder} and {first_folder} differ in {what}: {theirs} and {ours}")
+    for column in ("user", "target", "history_length"):
+        if first.rankings[column] != other.rankings[column]:
+            raise ArtifactMismatchError(f"{folder} ranked other users or targets than {first_folder}")
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    metrics = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20")
+    head = ["", "runs", "learned from", *metrics, f"ndcg@10 minus {rows[0]['name']} (95 % interval)", "p"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [row["name"], str(row["runs"]), row["trained_on"]]
+        for metric in metrics:
+            spread = row[metric]["sd"]
+            cells.append(f"{row[metric]['mean']:.4f}" + ("" if spread is None else f" ± {spread:.4f}"))
+        if "difference" in row:
+            cells.append(f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})")
+            cells.append("" if "p" not in row else "< 0.001" if row["p"] < 0.001 else f"{row['p']:.3f}")
+        else:
+            cells += ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
