@@ -78,6 +78,7 @@ def estimate(options: argparse.Namespace) -> None:
 
 def doctor(options: argparse.Namespace) -> None:
     """Print whether the machine is ready, and fail if it is not."""
+    set_up_logging()
     from llmrec.doctor import findings
 
     recipe = None
