@@ -114,7 +114,11 @@ def test_eight_bit_states_learn_as_well():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"checkpoint_activations": True}, {"compile": True}], ids=["recompute", "compile"]
+    "settings",
+    [
+        pytest.param({"checkpoint_activations": True}, id="recompute"),
+        pytest.param({"compile": True}, id="compile", marks=pytest.mark.slow),
+    ],
 )
 def test_recomputed_and_compiled_blocks_train_the_same(settings):
     plain = fit(TINY)[0]
