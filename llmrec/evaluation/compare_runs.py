@@ -13,6 +13,7 @@ from llmrec.artifacts import Report
 from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import METRICS, per_user
+from llmrec.evaluation.tables import difference_cells, mean_and_spread, spread_text
 from llmrec.pipeline import load
 
 KS = (5, 10, 20)
@@ -50,7 +51,8 @@ def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str,
         samples: resamplings of users behind the intervals.
 
     Returns:
-        Rows with ``name``, ``runs``, ``trained_on``, mean and spread over the runs by metric (``sd`` is None
+        Rows with ``name``, ``runs``, ``trained_on`` (blank for what is not trained, or where a run does not
+        say), mean and spread over the runs by metric (``sd`` is None
         for one run), and for all but the first the mean difference of ndcg@10, its 95 % interval over users,
         and Wilcoxon's p, corrected for the number of rows (Holm).
 
@@ -72,7 +74,7 @@ def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str,
             known = ", ".join(report.metrics["rows"])
             raise ConfigError(f"{entry.folder} has no method {entry.method!r}; it has {known}")
         users[entry.name].append(per_user(report.rankings[f"rank_{entry.method}"].to_numpy(), KS))
-        learned[entry.name].add(report.metrics.get("trained_on", {}).get(entry.method, "train"))
+        learned[entry.name].add(report.metrics.get("trained_on", {}).get(entry.method, ""))
     rows = []
     means = {name: np.stack([run["ndcg@10"] for run in runs]).mean(axis=0) for name, runs in users.items()}
     for name in names:
@@ -83,8 +85,7 @@ def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str,
         }
         for metric in (f"{metric}@{k}" for k in KS for metric in METRICS):
             values = [float(run[metric].mean()) for run in users[name]]
-            sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            row[metric] = {"mean": float(np.mean(values)), "sd": sd}
+            row[metric] = mean_and_spread(values)
         if name != names[0]:
             row |= analysis.difference_of(means[name] - means[names[0]], samples=samples, seed=0)
         rows.append(row)
@@ -114,13 +115,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["name"], str(row["runs"]), row["trained_on"]]
-        for metric in metrics:
-            spread = row[metric]["sd"]
-            cells.append(f"{row[metric]['mean']:.4f}" + ("" if spread is None else f" ± {spread:.4f}"))
-        if "difference" in row:
-            cells.append(f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})")
-            cells.append("" if "p" not in row else "< 0.001" if row["p"] < 0.001 else f"{row['p']:.3f}")
-        else:
-            cells += ["", ""]
+        cells += [spread_text(row[metric]) for metric in metrics]
+        cells += difference_cells(row)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -109,7 +109,9 @@ def test_the_tool_reads_finished_runs(finished, capsys, monkeypatch):
     code, out, _ = go(f"popular={folder}:popularity", f"ours={folder}")
     metrics = json.loads((folder / "metrics.json").read_text())["rows"]
     assert code == 0 and f"{metrics['mme_sid']['ndcg@10']:.4f}" in out
-    assert f"{metrics['popularity']['recall@10']:.4f}" in out.splitlines()[2]
+    first, second = ([cell.strip() for cell in line.split("|")] for line in out.splitlines()[2:])
+    assert f"{metrics['popularity']['recall@10']:.4f}" in first
+    assert (first[3], second[3]) == ("", "train"), "popularity learns nothing"
     for arguments, message in (
         (["nonsense", f"ours={folder}"], "is not of the form NAME=FOLDER"),
         ([f"ours={folder}"], "at least two names"),

@@ -1,0 +1,28 @@
+"""Figures of several seeds, and differences to another row, as text of tables; imports nothing heavy."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+
+def mean_and_spread(values: list[float]) -> dict[str, float | None]:
+    """Mean and standard deviation over seeds, as ``mean`` and ``sd`` (None for one)."""
+    return {
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def spread_text(figure: dict[str, Any]) -> str:
+    """A figure of `mean_and_spread`."""
+    return f"{figure['mean']:.4f}" + ("" if figure["sd"] is None else f" ± {figure['sd']:.4f}")
+
+
+def difference_cells(row: dict[str, Any]) -> list[str]:
+    """A row's difference (`analysis.difference_of`) with its interval, and its p; blank without one."""
+    if "difference" not in row:
+        return ["", ""]
+    p = row.get("p")
+    shown = "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return [f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})", shown]
