@@ -43,7 +43,7 @@ logger = logging.getLogger("llmrec")
 KEPT = 2
 """Checkpoints that are kept: the newest, and one to fall back on."""
 
-FORM = 1
+FORM = 2
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 

@@ -30,7 +30,10 @@ from llmrec.stages import STAGES
 C = TypeVar("C")
 
 REFIT: dict[str, tuple[str, dict[str, Any]]] = {
-    "train_collab": ("best_epoch", {"eval_every_epochs": 1, "patience": 10}),
+    "train_collab": (
+        "best_epoch",
+        {"eval_every_epochs": TrainCollabConfig.eval_every_epochs, "patience": TrainCollabConfig.patience},
+    ),
     "finetune": ("epoch_kept", {"eval_every_epochs": 0}),
 }
 """Stages that choose an epoch by validation: its name in their metrics, and settings without validation."""

@@ -419,6 +419,8 @@ def test_a_comparison_is_refitted_with_the_epochs_that_each_cell_chose(tmp_path,
         chosen = json.loads((first / place / "metrics.json").read_text())["epoch_kept"]
         config = json.loads((second / place / "manifest.json").read_text())["config"]
         assert config["include_valid"] and config["epochs"] == chosen and config["select"] == "last"
+    lines = go("--run-dir", str(second), "--refit", str(first), "--rows", "mme_sid", "concat")
+    assert any("`concat`" in line and "missing" in line for line in lines), "the first comparison has none"
 
 
 def test_a_comparison_goes_on_without_a_row_whose_codebooks_collapse(finished, tmp_path, capsys, monkeypatch):

@@ -134,7 +134,7 @@ def run_cell_process(
     environment = os.environ | {"LLMREC_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
     command = [sys.executable, "-m", "llmrec.collab.compare", str(folder), *map(str, inputs)]
     with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(  # noqa: S603 (our own module, with two paths)
+        process = subprocess.Popen(  # noqa: S603 (our own module, with paths)
             command, stdout=log, stderr=subprocess.STDOUT, env=environment
         )
         processes.add(process)

@@ -64,6 +64,11 @@ def train_collab(
         DataError: there is nothing to train on, or the file of vectors is unusable.
         TrainingError: the loss became NaN or infinite.
     """
+    if content is not None and not config.content:
+        raise ConfigError(
+            f"encoded items were given, and provider={config.provider!r} as it is set asks for none; leave "
+            "them out"
+        )
     if config.provider == "precomputed":
         return use_precomputed(config, data)
     distributed.seed_everything(config.seed)
@@ -103,11 +108,9 @@ def content_components(
     """What the model's settings ask for, by modality: see `principal_components`.
 
     Raises:
-        ConfigError: it is not there, or something is that nobody asked for.
+        ConfigError: it is not there.
     """
     setting = f"train_collab.{config.provider}.content"
-    if content is not None and not config.content:
-        raise ConfigError(f"encoded items were given, and {setting} asks for none; leave them out")
     if not config.content:
         return {}
     if content is None:
@@ -116,8 +119,8 @@ def content_components(
     for name in config.content:
         if name not in content.vectors:
             raise ConfigError(f"{setting} names {name} vectors, which encode_items did not make")
-    most = getattr(config, config.provider).content_dim
-    return {name: principal_components(content.vectors[name], most) for name in config.content}
+    width = getattr(config, config.provider).content_dim
+    return {name: principal_components(content.vectors[name], width) for name in config.content}
 
 
 def use_precomputed(config: TrainCollabConfig, data: Interactions) -> CollabEmbeddings:

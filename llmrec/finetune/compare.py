@@ -19,6 +19,7 @@ from typing import Any
 from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError, MissingArtifactError, TrainingError
+from llmrec.evaluation.tables import difference_cells, mean_and_spread, spread_text
 from llmrec.finetune.config import FREQUENCY_FIELDS, METHOD_FIELDS, FinetuneConfig
 from llmrec.recipe import Recipe, apply_overrides, refit_stage
 
@@ -175,10 +176,11 @@ def run_cells(
                     own = (*inputs[:3], run_stage(learn_semantic_ids, ids_config, inputs[:3], ids_folder))
                 config = replace(settings_of(recipe.finetune, row), seed=seed)
                 if refit is not None:
-                    chosen = refit / "methods" / name / f"seed{seed}" / "finetune"
-                    config = refit_stage("finetune", config, chosen)
+                    config = refit_stage(
+                        "finetune", config, refit / "methods" / name / f"seed{seed}" / "finetune"
+                    )
                 adapter = run_stage(finetune, config, own, folder / "finetune")
-            except (ConfigError, TrainingError) as error:
+            except (ConfigError, MissingArtifactError, TrainingError) as error:
                 # It stays missing in the table; the other rows are worth having.
                 logger.warning("%s cannot be run with these settings: %s", name, error)
                 impossible.add(name)
@@ -226,7 +228,7 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
                 "seed": seed,
                 "rows": rows,
                 "labels": evaluated["labels"],
-                "trained_on": evaluated["trained_on"],
+                "trained_on": evaluated.get("trained_on", {}),
                 "ranks": {name: ranks[f"rank_{name}"].to_numpy() for name in rows},
                 "metrics": read_json(folder / "finetune" / "metrics.json"),
                 "seconds": manifest["seconds"],
@@ -257,7 +259,7 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
             users[name] = {cell["seed"]: ndcg_at_k(cell["ranks"]["mme_sid"], 10) for cell in found}
             entry |= {metric: mean_and_spread([value[metric] for value in values]) for metric in METRICS}
             entry |= {
-                "trained_on": found[0]["trained_on"]["mme_sid"],
+                "trained_on": found[0]["trained_on"].get("mme_sid", ""),
                 "trained": found[0]["metrics"]["parameters"]["trainable"],
                 "tokens": found[0]["metrics"]["tokens"],
                 "seconds": float(np.mean([cell["seconds"] for cell in found])),
@@ -271,7 +273,7 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
             users[name] = {seed: ndcg_at_k(some["ranks"][name], 10) for seed in seeds}
             own = {metric: mean_and_spread([some["rows"][name][metric]]) for metric in METRICS}
             entry = {"row": name, "label": some["labels"][name], "seeds": 1, "of": 1, **own}
-            table.append(entry | {"trained_on": some["trained_on"].get(name, "train")})
+            table.append(entry | {"trained_on": some["trained_on"].get(name, "")})
     for entry in table:
         common = sorted(users.get(entry["row"], {}).keys() & users.get(reference, {}).keys())
         if entry["row"] != reference and common:
@@ -283,13 +285,6 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
     for entry, p in zip(tested, holm([entry["wilcoxon_p"] for entry in tested])):
         entry["p"] = p
     return table
-
-
-def mean_and_spread(values: list[float]) -> dict[str, float | None]:
-    """Mean and standard deviation over seeds (None for one)."""
-    import numpy as np
-
-    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
 def after_tuning(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -315,14 +310,8 @@ def markdown(table: list[dict[str, Any]]) -> str:
             cells += ["missing"] + [""] * (len(head) - 3)
             lines.append("| " + " | ".join(cells) + " |")
             continue
-        for metric in METRICS:
-            spread = entry[metric]["sd"]
-            cells.append(f"{entry[metric]['mean']:.4f}" + ("" if spread is None else f" ± {spread:.4f}"))
-        if "difference" in entry:
-            cells.append(f"{entry['difference']:+.4f} ({entry['low']:+.4f} to {entry['high']:+.4f})")
-            cells.append("" if "p" not in entry else "< 0.001" if entry["p"] < 0.001 else f"{entry['p']:.3f}")
-        else:
-            cells += ["", ""]
+        cells += [spread_text(entry[metric]) for metric in METRICS]
+        cells += difference_cells(entry)
         cells.append("" if entry.get("rank_of_tokens") is None else str(entry["rank_of_tokens"]))
         cells.append("" if entry.get("tau_of_codes") is None else f"{entry['tau_of_codes']:.3f}")
         if "trained" in entry:
@@ -331,7 +320,7 @@ def markdown(table: list[dict[str, Any]]) -> str:
         else:
             cells += [""] * 4
         lines.append("| " + " | ".join(cells) + " |")
-    more = [f"`{entry['row']}`" for entry in table if entry.get("trained_on", "train") != "train"]
+    more = [f"`{entry['row']}`" for entry in table if "valid" in entry.get("trained_on", "")]
     if more:
         lines += ["", f"Learned from train and validation items: {', '.join(more)}."]
     return "\n".join(lines)

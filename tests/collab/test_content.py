@@ -12,7 +12,7 @@ from test_collab_train import TINY, tiny
 from worlds import cycle, interactions
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions
-from llmrec.collab.config import SASRecConfig
+from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.collab.content import ContentMaps, principal_components
 from llmrec.collab.provider import load_provider, provider_scorer
 from llmrec.collab.train import train_collab
@@ -135,7 +135,7 @@ def test_without_content_nothing_has_changed():
     ("settings", "given", "message"),
     [
         ({"content": ("text",)}, False, "sasrec.content=text needs the output of encode_items"),
-        ({}, True, "encoded items were given, and train_collab.sasrec.content asks for none"),
+        ({}, True, "encoded items were given, and provider='sasrec' as it is set asks for none"),
         ({"content": ("image",)}, True, "names image vectors, which encode_items did not make"),
     ],
 )
@@ -144,6 +144,13 @@ def test_content_is_there_if_and_only_if_it_is_asked_for(settings, given, messag
     content = encoded(data, vectors(data.num_items + 1)) if given else None
     with pytest.raises(ConfigError, match=message):
         train_collab(tiny(sasrec=replace(TINY, **settings)), data, content)
+
+
+def test_ready_made_vectors_take_no_encoded_items(tmp_path):
+    data = cycle()
+    config = TrainCollabConfig(provider="precomputed", vectors=str(tmp_path / "vectors.parquet"))
+    with pytest.raises(ConfigError, match="encoded items were given, and provider='precomputed'"):
+        train_collab(config, data, encoded(data, vectors(data.num_items + 1)))
 
 
 def test_encoded_items_of_another_catalogue_are_refused():
@@ -194,7 +201,6 @@ def test_recipes_and_commands_encode_first_where_it_is_asked_for(finished, tmp_p
 
 def test_a_comparison_takes_encoded_items_for_the_rows_that_ask(finished, tmp_path, capsys):
     from llmrec.collab import compare_cli
-    from llmrec.collab.config import TrainCollabConfig
 
     def rows() -> compare_cli.Rows:
         return {
