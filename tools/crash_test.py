@@ -107,7 +107,10 @@ def newest(checkpoints: Path) -> int:
 
 
 def torture(kills: int, seconds: float, root: Path, seed: int) -> tuple[Counter[str], list[str]]:
-    """Kill until there were enough kills or the time is over; counts and what was wrong."""
+    """Kill until there were enough kills or the time is over; counts and what was wrong.
+
+    Every stage gets its share of the kills: on a slow machine the first ones would take them all.
+    """
     # Children are forks, and pools of threads do not survive a fork.
     os.environ["LLMREC_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -115,7 +118,7 @@ def torture(kills: int, seconds: float, root: Path, seed: int) -> tuple[Counter[
     work = stages(root)
     counts: Counter[str] = Counter()
     wrong: list[str] = []
-    begun, round_ = time.monotonic(), 0
+    begun, round_, share = time.monotonic(), 0, -(-kills // len(work))
     expected = {name: content_of(root / "whole" / name) for name in work}
     while counts["kills"] < kills and time.monotonic() - begun < seconds:
         round_ += 1
@@ -126,8 +129,9 @@ def torture(kills: int, seconds: float, root: Path, seed: int) -> tuple[Counter[
             while not folder.exists():
                 moment = "saving" if rng.random() < 0.5 else "random"
                 child = start(function, config, inputs, folder)
-                patience = float(rng.uniform(0.05, 0.6)) if counts["kills"] < kills else 1e9
-                if moment == "saving" and counts["kills"] < kills:
+                more = counts[f"kills of {name}"] < share
+                patience = float(rng.uniform(0.05, 0.6)) if more else 1e9
+                if moment == "saving" and more:
                     time.sleep(float(rng.uniform(0.05, 0.4)))
                     patience = 1.0
                 if wait_until(moment if patience < 1e9 else "end", checkpoints, patience, child):
