@@ -90,10 +90,10 @@ def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
     rng = np.random.default_rng(0)
     rates: dict[str, list[float]] = {"ours": [], "per prefix": []}
     for turn in range(options.rounds + 1):
-        users = np.array_split(rng.permutation(rows.num_users), max(rows.num_users // 256, 1))
+        steps = rows.steps("users", 256, rng)
         wait()
         started, number = time.perf_counter(), 0
-        for step in users[: options.steps]:
+        for step in steps[: options.steps]:
             number += train_step(model, ours, 5.0, rows.batches(step), Sums())
         wait()
         fast = number / (time.perf_counter() - started)
@@ -123,14 +123,13 @@ def time_epochs(options: argparse.Namespace, data: Interactions) -> None:
         model = make(provider, data.num_items)
         rows = TrainingRows.of(data.sequences("train"), model.max_history, model.layout, distributed.device())
         optimizer = optimiser(model)
-        order = np.random.default_rng(0).permutation(rows.num_users)
-        steps = np.split(order, range(256, len(order), 256))
+        steps = rows.steps("users", 256, np.random.default_rng(0))
 
         def run(chosen: list[np.ndarray], model=model, optimizer=optimizer, rows=rows) -> float:
             wait()
             started, number = time.perf_counter(), 0
-            for users in chosen:
-                number += train_step(model, optimizer, 5.0, rows.batches(users), Sums())
+            for step in chosen:
+                number += train_step(model, optimizer, 5.0, rows.batches(step), Sums())
             wait()
             return (time.perf_counter() - started) / number
 

@@ -80,7 +80,11 @@ class TrainCollabConfig:
     """Most passes over the training users."""
 
     batch_size: int = 256
-    """Users per optimiser step."""
+    """Users, or targets, per optimiser step."""
+
+    batch_by: Literal["users", "targets"] = "users"
+    """What batch_size counts. users: everything of that many users. targets: next items to predict, drawn one
+    by one for models that take a row for each, as their papers count; else the users who make up as many."""
 
     learning_rate: float = 1e-3
     """Step size of Adam, constant."""

@@ -162,6 +162,8 @@ class TrainingRows:
     """int64 (users + 1,), the rows of user u are offset[u] .. offset[u + 1] - 1"""
     num_targets: int
     """Next items predicted in one epoch."""
+    layout: str
+    """``positions`` or ``prefixes``."""
 
     @classmethod
     def of(cls, sequences: Sequences, max_history: int, layout: str, device: torch.device) -> TrainingRows:
@@ -188,18 +190,44 @@ class TrainingRows:
             length=stop - start - 1,
             offset=np.concatenate([[0], np.cumsum(rows)]),
             num_targets=int(targets.sum()),
+            layout=layout,
         )
 
     @property
     def num_users(self) -> int:
         return len(self.offset) - 1
 
-    def batches(self, users: np.ndarray, *, step: int = 0, epoch: int = 1) -> Iterator[Batch]:
-        """The rows of some users in batches of similar length."""
-        kind = "cpu" if self.item.device.type == "cpu" else "gpu"
+    @property
+    def num_rows(self) -> int:
+        return len(self.length)
+
+    def rows_of(self, users: np.ndarray) -> np.ndarray:
+        """All rows of some users, in the users' order."""
         count = self.offset[users + 1] - self.offset[users]
         place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        rows = np.repeat(self.offset[users], count) + place
+        return np.repeat(self.offset[users], count) + place
+
+    def steps(self, batch_by: str, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """The rows of every optimiser step of an epoch, in a new order.
+
+        Args:
+            batch_by: ``users``: all rows of batch_size users; ``targets``: rows, each by itself, until they
+                predict batch_size items (a row is never cut, so a long one may overshoot).
+            batch_size: see there.
+            rng: where the order comes from.
+        """
+        if batch_by == "users":
+            order = rng.permutation(self.num_users)
+            steps = np.split(order, range(batch_size, len(order), batch_size))
+            return [self.rows_of(users) for users in steps]
+        order = rng.permutation(self.num_rows)
+        targets = np.ones_like(order) if self.layout == "prefixes" else self.length[order]
+        step = (np.cumsum(targets) - targets) // batch_size
+        return np.split(order, np.flatnonzero(np.diff(step)) + 1)
+
+    def batches(self, rows: np.ndarray, *, step: int = 0, epoch: int = 1) -> Iterator[Batch]:
+        """Some rows in batches of similar length."""
+        kind = "cpu" if self.item.device.type == "cpu" else "gpu"
         for group in length_groups(self.length[rows], MAX_CELLS[kind], overhead_cells=OVERHEAD_CELLS[kind]):
             chosen = torch.as_tensor(rows[group], device=self.item.device)
             start, stop = self.start[chosen], self.stop[chosen]
@@ -281,7 +309,8 @@ def one_epoch(
     """Train, validate and log one epoch; its weights if they are the best so far."""
     epoch = len(log) + 1
     started = time.perf_counter()
-    row = {"epoch": epoch, **train_epoch(model, optimizer, config, rows, rng, epoch)}
+    before = sum(row["steps"] for row in log)
+    row = {"epoch": epoch, **train_epoch(model, optimizer, config, rows, rng, epoch, before)}
     row["train_seconds"] = round(time.perf_counter() - started, 3)
     if valid is not None and epoch % config.eval_every_epochs == 0:
         row |= validate(model, data, valid)
@@ -301,22 +330,25 @@ def train_epoch(
     rows: TrainingRows,
     rng: np.random.Generator,
     epoch: int,
+    before: int = 0,
 ) -> dict[str, Any]:
-    """One pass over all users in a new order.
+    """One pass over all rows in a new order.
+
+    Args:
+        before: optimiser steps of the epochs before.
 
     Returns:
-        ``train_loss``, the mean loss per target, and ``parts``, the means of what the model reports, if any.
+        ``train_loss``, the mean loss per target; ``parts``, the means of what the model reports, if any; and
+        the number of ``steps``.
     """
     model.train()
-    order = rng.permutation(rows.num_users)
-    steps = np.split(order, range(config.batch_size, len(order), config.batch_size))
+    steps = rows.steps(config.batch_by, config.batch_size, rng)
     sums, num_targets = Sums(), 0
-    before = (epoch - 1) * len(steps)
     label = f"train_collab epoch {epoch} of at most {config.epochs}"
-    for number, users in enumerate(progress(steps, label, unit="step")):
-        batches = rows.batches(users, step=before + number, epoch=epoch)
+    for number, chosen in enumerate(progress(steps, label, unit="step")):
+        batches = rows.batches(chosen, step=before + number, epoch=epoch)
         num_targets += train_step(model, optimizer, config.clip_norm, batches, sums)
-    means = sums.over(num_targets)
+    means = sums.over(num_targets) | {"steps": len(steps)}
     if not math.isfinite(means["train_loss"]):
         raise TrainingError(
             f"train_collab: the training loss became {means['train_loss']} in epoch {epoch}; lower "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tool import load
 from worlds import cycle
@@ -37,18 +38,12 @@ def test_both_layouts_hold_the_same_targets(tool):
     assert ours.num_targets == len(targets)
     found = sorted(
         (tuple(shown[: place + 1]), wanted)
-        for batch in ours.batches(range_of(ours))
+        for batch in ours.batches(np.arange(ours.num_rows))
         for shown, target in zip(batch.item.tolist(), batch.target.tolist())
         for place, wanted in enumerate(target)
         if wanted
     )
     assert found == sorted((tuple(row[row > 0].tolist()), int(item)) for row, item in zip(rows, targets))
-
-
-def range_of(rows: TrainingRows):
-    import numpy as np
-
-    return np.arange(rows.num_users)
 
 
 def test_layouts_are_compared_as_a_ratio(tool, folder, capsys):

@@ -70,7 +70,7 @@ def test_the_loss_falls_and_every_epoch_is_logged():
     assert losses[0] == pytest.approx(np.log(12), rel=0.1)
     assert losses[-1] < losses[0] - 0.5
     assert [row["epoch"] for row in collab.log] == list(range(1, 9))
-    assert all(set(row) == {"epoch", "train_loss", "train_seconds", "seconds"} for row in collab.log)
+    assert all(set(row) == {"epoch", "train_loss", "steps", "train_seconds", "seconds"} for row in collab.log)
     assert collab.metrics == {
         "best_epoch": 8,
         "epochs": 8,
@@ -101,7 +101,7 @@ def test_a_step_depends_neither_on_how_rows_are_grouped_nor_on_their_layout(
         torch.manual_seed(0)
         model = SASRec(num_items=30, **{**vars(TINY), "num_negatives": 0}).to(distributed.device())
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        batches = list(rows.batches(np.arange(rows.num_users)))
+        batches = list(rows.batches(np.arange(rows.num_rows)))
         assert (len(batches) == 1) == (case[1] > 0)
         sums = train.Sums()
         assert train.train_step(model, optimizer, 1e9, batches, sums) == rows.num_targets
@@ -121,7 +121,7 @@ def test_rows_hold_the_last_items_of_every_user_their_targets_and_times(layout):
         for end in range(1, len(mine)):
             expected.append((tuple(mine[:end]), tuple(range(first, first + end)), mine[end]))
     found = []
-    for batch in rows.batches(np.arange(rows.num_users), step=3, epoch=2):
+    for batch in rows.batches(np.arange(rows.num_rows), step=3, epoch=2):
         assert (batch.step, batch.epoch) == (3, 2)
         for shown, target, time in zip(batch.item.tolist(), batch.target.tolist(), batch.time.tolist()):
             length = sum(value != 0 for value in shown)
@@ -131,6 +131,46 @@ def test_rows_hold_the_last_items_of_every_user_their_targets_and_times(layout):
             found += [(tuple(shown[:end]), tuple(time[:end]), target[end - 1]) for end in ends]
     assert sorted(found) == sorted(expected)
     assert rows.num_targets == len(expected)
+
+
+def lengths_of_steps(rows: train.TrainingRows, batch_by: str, size: int) -> list[list[int]]:
+    steps = rows.steps(batch_by, size, np.random.default_rng(0))
+    assert sorted(np.concatenate(steps)) == list(range(rows.num_rows))  # every row once
+    return [rows.length[step].tolist() for step in steps]
+
+
+def test_a_step_holds_so_many_users_or_so_many_targets():
+    sequences = uneven().sequences("train")
+    users, prefixes = (
+        train.TrainingRows.of(sequences, 7, layout, distributed.device())
+        for layout in ("positions", "prefixes")
+    )
+    sizes = [len(step) for step in lengths_of_steps(users, "users", 16)]
+    assert sizes == [16, 16, users.num_users - 32]
+    # The same users in the same steps, whatever their rows are.
+    assert [sum(step) for step in lengths_of_steps(users, "users", 16)] == [
+        len(step) for step in lengths_of_steps(prefixes, "users", 16)
+    ]
+    full = len(prefixes.length) // 20
+    assert [len(step) for step in lengths_of_steps(prefixes, "targets", 20)][:full] == [20] * full
+    steps = lengths_of_steps(users, "targets", 20)
+    for before, step in enumerate(steps):
+        start = sum(map(sum, steps[:before]))
+        # A step ends with the row that completes its 20 targets.
+        assert start + sum(step[:-1]) < 20 * (before + 1) <= start + sum(step) or before == len(steps) - 1
+
+
+def test_steps_are_counted_over_epochs_of_different_length(monkeypatch):
+    seen = []
+
+    class Counting(SASRec):
+        def loss(self, batch):
+            seen.append(batch.step)
+            return super().loss(batch)
+
+    monkeypatch.setitem(train.PROVIDERS, "sasrec", Counting)
+    collab = train_collab(tiny(batch_by="targets", batch_size=30, epochs=4, select="last"), uneven())
+    assert sorted(set(seen)) == list(range(sum(row["steps"] for row in collab.log)))
 
 
 def test_only_users_with_two_train_items_are_trained_on():
