@@ -69,6 +69,13 @@ def peak_memory(device: torch.device) -> int:
     return peak_resident_memory()
 
 
+def peak_gpu_memory() -> int | None:
+    """Most bytes allocated on this process's GPU since `reset_peak_memory`; None without one."""
+    if "torch" not in sys.modules or not sys.modules["torch"].cuda.is_available():
+        return None
+    return int(sys.modules["torch"].cuda.max_memory_allocated())
+
+
 def peak_resident_memory() -> int:
     """Most bytes this process held since `reset_peak_memory`, or since it began where that does nothing."""
     status = PROCESS / "status"

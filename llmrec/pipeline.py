@@ -299,9 +299,15 @@ def seal(folder: Path, wanted: dict[str, Any], seconds: float) -> None:
         "versions": versions,
         "seconds": round(seconds, 3),
         "peak_memory_bytes": machine.peak_resident_memory(),
+        "peak_gpu_memory_bytes": machine.peak_gpu_memory(),
         "processes": distributed.world_size(),
     }
     write_manifest(folder / MANIFEST, content)
+
+
+def peak_memory_of(manifest: dict[str, Any]) -> int:
+    """Most bytes that a stage took where memory is dear: on the GPU if it had one."""
+    return manifest.get("peak_gpu_memory_bytes") or manifest["peak_memory_bytes"]
 
 
 def stage_manifest(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from llmrec.config import as_dict, from_dict
 from llmrec.errors import ConfigError, LlmrecError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import per_user, summarise
-from llmrec.pipeline import changed_fields, load, run_stage, stage_manifest
+from llmrec.pipeline import changed_fields, load, peak_memory_of, run_stage, stage_manifest
 
 logger = logging.getLogger("llmrec")
 
@@ -170,10 +170,11 @@ def run_cell(folder: Path, data_folder: Path, content_folder: Path | None = None
             "num_parameters": collab.metrics["num_parameters"],
             "best_epoch": collab.metrics["best_epoch"],
             "epochs": collab.metrics["epochs"],
-            "seconds_per_epoch": float(np.mean(seconds)),
-            "targets_per_second": collab.metrics["num_targets"] / float(np.mean(seconds)),
+            # The median: the first epoch also starts up libraries.
+            "seconds_per_epoch": float(np.median(seconds)),
+            "targets_per_second": collab.metrics["num_targets"] / float(np.median(seconds)),
             "seconds": manifest["seconds"],
-            "peak_memory_bytes": manifest["peak_memory_bytes"],
+            "peak_memory_bytes": peak_memory_of(manifest),
             "loss": collab.model.get("loss"),
             "provider": collab.provider,
         },

@@ -48,7 +48,7 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
     options = parser(rows, data_config, name, description).parse_args()
     rows = chosen_rows(rows, options.rows, pairs(options.set, "--set"))
     set_up_logging()
-    from llmrec import machine
+    from llmrec import distributed, machine
     from llmrec.collab.compare import run_cells, summarise_cells
     from llmrec.collab.compare_report import markdown, page
     from llmrec.data.prepare import prepare_data
@@ -63,15 +63,16 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
         settings = override(data_config, pairs(options.data, "--data"), prefix="prepare_data.")
         data = run_stage(prepare_data, settings, (), folder)
     failed = []
+    jobs = options.jobs or (1 if distributed.device().type == "cuda" else os.cpu_count() or 1)
     if not options.summarise:
         content = Path(options.encode_items) if options.encode_items else None
         if wanting := [name for name, row in rows.items() if row.content and content is None]:
             raise ConfigError(f"--encode-items: {', '.join(wanting)} need the output folder of encode_items")
-        failed = run_cells(rows, options.seeds, folder, root, options.jobs, content)
+        failed = run_cells(rows, options.seeds, folder, root, jobs, content)
     results = summarise_cells(rows, options.seeds, data, root, reference=options.reference)
     results |= {
         "machine": machine.describe(),
-        "jobs": options.jobs,
+        "jobs": jobs,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "failed": failed,
     }
@@ -111,7 +112,9 @@ def parser(
         "--rows", nargs="+", default=list(rows), metavar="NAME", help=f"of {', '.join(rows)} (all)"
     )
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
-    made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells trained at a time")
+    made.add_argument(
+        "--jobs", type=int, help="cells trained at a time (one a core; one in all if there is a GPU)"
+    )
     made.add_argument("--reference", default="sasrec", help="row that others are compared with (sasrec)")
     made.add_argument(
         "--set",

@@ -76,6 +76,11 @@ class TrainCollabConfig:
     """How histories become training rows. auto: every user once, where the model allows it; prefixes: one
     row per target, as most published code does, far slower and equal in the limit (no dropout)."""
 
+    windows: Literal["auto", "last", "all"] = "auto"
+    """Targets of users with more than max_history items. last: the last max_history; all: every one, from
+    rows of max_history targets (positions) or after its own last max_history items (prefixes); auto: as the
+    models' papers do, last where users are trained on in one pass, all where every target has a row."""
+
     epochs: int = 200
     """Most passes over the training users."""
 
@@ -87,10 +92,16 @@ class TrainCollabConfig:
     by one for models that take a row for each, as their papers count; else the users who make up as many."""
 
     learning_rate: float = 1e-3
-    """Step size of Adam, constant."""
+    """Step size of Adam."""
+
+    decay_every_epochs: int | None = None
+    """Epochs after which the learning rate is multiplied by decay_rate, again and again; none: it stays."""
+
+    decay_rate: float = 0.1
+    """See decay_every_epochs."""
 
     weight_decay: float = 0.0
-    """Decoupled weight decay (AdamW) of every weight, per unit of learning_rate."""
+    """Decoupled weight decay (AdamW) per unit of learning_rate; spares biases, norms and Mamba's states."""
 
     clip_norm: float = 5.0
     """Largest norm of the gradient; it is scaled down to this."""
@@ -120,6 +131,17 @@ class TrainCollabConfig:
         require(
             self.save_every_minutes >= 0,
             f"train_collab.save_every_minutes must be at least 0, got {self.save_every_minutes}",
+        )
+        require(
+            self.decay_every_epochs is None or self.decay_every_epochs >= 1,
+            f"train_collab.decay_every_epochs must be none or at least 1, got {self.decay_every_epochs}",
+        )
+        require(
+            self.decay_every_epochs is not None or self.decay_rate == TrainCollabConfig.decay_rate,
+            "train_collab.decay_rate has no effect without decay_every_epochs",
+        )
+        require(
+            0 < self.decay_rate <= 1, f"train_collab.decay_rate must lie in (0, 1], got {self.decay_rate}"
         )
         for name in ("learning_rate", "clip_norm"):
             value = getattr(self, name)

@@ -3,7 +3,9 @@
 Sources: Li, Sun and Li, "DiffuRec: A Diffusion Model for Sequential Recommendation" (TOIS 2023), arXiv
 2304.00686, and WHUIR/DiffuRec. Differs from the release, where it would let padding or chance into a score:
 padding is hidden from attention, row 0 takes no part in the softmax, and scoring uses the mean of the
-injection strength and noise drawn once at construction, the same for everyone.
+injection strength and noise drawn once at construction, the same for everyone. Ours too: item vectors start
+ten times smaller (``init_std``), without which hundreds of epochs are spent on undoing their random scores,
+and epochs are chosen by rankings of a single step back (``valid_reverse_steps``).
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class DiffuRec(nn.Module):
         schedule: str,
         num_steps: int,
         reverse_steps: int,
+        valid_reverse_steps: int,
         eval_samples: int,
         strength: float,
         rounding: str,
@@ -51,7 +54,8 @@ class DiffuRec(nn.Module):
     ) -> None:
         super().__init__()
         self.max_history = max_history
-        self.strength, self.rounding, self.reverse_steps = strength, rounding, reverse_steps
+        self.strength, self.rounding = strength, rounding
+        self.reverse_steps, self.valid_reverse_steps = reverse_steps, valid_reverse_steps
         self.item = item_table(num_items, embed_dim, init_std)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-12)
         self.dropout = nn.Dropout(embed_dropout_rate)
@@ -63,7 +67,7 @@ class DiffuRec(nn.Module):
 
     def embed(self, history: Tensor) -> Tensor:
         """Vectors of the history, (B, T, D)."""
-        return self.dropout(self.norm(self.item(history)))
+        return self.norm(self.dropout(self.item(history)))
 
     def estimate(self, hidden: Tensor, history: Tensor, noisy: Tensor, step: Tensor) -> Tensor:
         """The clean target vector (B, D) from the history's vectors and a noisy one (B, D) at steps (B,)."""
@@ -87,7 +91,11 @@ class DiffuRec(nn.Module):
 
     def score(self, history: Tensor) -> Tensor:
         """Scores of all items after each history, (B, N + 1), from int64 (B, T)."""
-        return diffusion_scores(self, history)
+        return diffusion_scores(self, history, self.reverse_steps)
+
+    def quick_score(self, history: Tensor) -> Tensor:
+        """As `score`, by fewer steps back."""
+        return diffusion_scores(self, history, self.valid_reverse_steps)
 
     def item_embeddings(self) -> Tensor:
         """The item vectors (N + 1, D), row 0 zero."""
@@ -204,7 +212,6 @@ class Denoiser(Protocol):
 
     item: nn.Embedding
     diffusion: Diffusion
-    reverse_steps: int
     rounding: str
 
     def embed(self, history: Tensor) -> Tensor:
@@ -237,8 +244,8 @@ def diffusion_loss(model: Denoiser, batch: Batch) -> Loss:
     return Loss(total=total, num_targets=number, parts={"target_cosine_by_noise": means * number})
 
 
-def diffusion_scores(model: Denoiser, history: Tensor) -> Tensor:
-    """Scores (B, N + 1) of the vectors that the way back ends at, averaged over start vectors.
+def diffusion_scores(model: Denoiser, history: Tensor, reverse_steps: int) -> Tensor:
+    """Scores (B, N + 1) of the vectors that the last reverse_steps steps back end at, averaged over starts.
 
     ``rounding="inner"`` takes inner products, ``"distance"`` ranks by Euclidean distance.
     """
@@ -247,7 +254,7 @@ def diffusion_scores(model: Denoiser, history: Tensor) -> Tensor:
     def estimate(noisy: Tensor, step: int) -> Tensor:
         return model.estimate(hidden, history, noisy, torch.full_like(history[:, 0], step))
 
-    clean = model.diffusion.reverse(estimate, len(history), model.reverse_steps).mean(0)
+    clean = model.diffusion.reverse(estimate, len(history), reverse_steps).mean(0)
     scores = clean @ model.item.weight.T
     if model.rounding == "distance":
         scores = scores - 0.5 * model.item.weight.square().sum(1)

@@ -51,6 +51,7 @@ class DiffuRecSys(nn.Module):
         schedule: str,
         num_steps: int,
         reverse_steps: int,
+        valid_reverse_steps: int,
         eval_samples: int,
         offset: float,
         offset_kind: str,
@@ -64,7 +65,8 @@ class DiffuRecSys(nn.Module):
     ) -> None:
         super().__init__()
         self.max_history = max_history
-        self.strength, self.rounding, self.reverse_steps = strength, rounding, reverse_steps
+        self.strength, self.rounding = strength, rounding
+        self.reverse_steps, self.valid_reverse_steps = reverse_steps, valid_reverse_steps
         self.released, self.adds = variant == "released", injection == "add"
         self.item = item_table(num_items, embed_dim, init_std)
         if self.released:  # the padding vector is one like any other there
@@ -90,7 +92,7 @@ class DiffuRecSys(nn.Module):
         """Vectors of the history, (B, T, D)."""
         if self.released:
             history = F.pad(history, (0, self.max_history - history.shape[1]))
-        return self.dropout(self.norm(self.item(history)))
+        return self.norm(self.dropout(self.item(history)))
 
     def estimate(self, hidden: Tensor, history: Tensor, noisy: Tensor, step: Tensor) -> Tensor:
         """The clean target vector (B, D) from the history's vectors and a noisy one (B, D) at steps (B,)."""
@@ -121,7 +123,11 @@ class DiffuRecSys(nn.Module):
 
     def score(self, history: Tensor) -> Tensor:
         """Scores of all items after each history, (B, N + 1), from int64 (B, T)."""
-        return diffusion_scores(self, history)
+        return diffusion_scores(self, history, self.reverse_steps)
+
+    def quick_score(self, history: Tensor) -> Tensor:
+        """As `score`, by fewer steps back."""
+        return diffusion_scores(self, history, self.valid_reverse_steps)
 
     def item_embeddings(self) -> Tensor:
         """The item vectors (N + 1, D), row 0 zero."""

@@ -33,6 +33,10 @@ class Context:
     routing: list = field(default_factory=list)
     """Of every mixture of experts: see `llmrec.collab.moe.Routing`"""
 
+    def report(self) -> dict[str, Tensor]:
+        """Strengths of the channels, block by block."""
+        return {f"channel_rms_{block}": rms for block, rms in enumerate(self.channel_rms, start=1)}
+
 
 class Fuxi(nn.Module):
     """See the module's head; a `llmrec.collab.provider.CollabProvider`.
@@ -108,8 +112,8 @@ class Fuxi(nn.Module):
             num_negatives=self.num_negatives,
             temperature=self.temperature,
         )
-        rms = torch.stack(context.channel_rms).mean(0) * found.num_targets
-        return Loss(total=found.total, num_targets=found.num_targets, parts={"channel_rms": rms})
+        parts = {name: value * found.num_targets for name, value in context.report().items()}
+        return Loss(total=found.total, num_targets=found.num_targets, parts=parts)
 
     def score(self, history: Tensor, time: Tensor | None = None) -> Tensor:
         """Scores of all items after each history, (B, N + 1), from int64 (B, T) twice."""
@@ -241,8 +245,8 @@ class FuxiBlock(nn.Module):
             found.append(similar.tril() @ value)
         mixed = torch.cat([part.transpose(1, 2).flatten(2) for part in found], dim=-1)
         with torch.no_grad():
-            share = mixed[context.valid].unflatten(-1, (number, width)).square().mean((0, 2))
-            context.channel_rms.append(share.sqrt().nan_to_num(0.0))
+            share = mixed.square().unflatten(-1, (number, width)).mean(-1) * context.valid[..., None]
+            context.channel_rms.append((share.sum((0, 1)) / context.valid.sum().clamp(min=1)).sqrt())
         return gate * rms_norm(mixed)
 
 

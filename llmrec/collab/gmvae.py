@@ -187,6 +187,7 @@ class CausalLayer(nn.Module):
             width, num_heads, 4 * width, dropout_rate, "gelu", layer_norm_eps=1e-12, batch_first=True
         )
         self.layer.self_attn.dropout = attention_rate
+        self.layer.dropout.p = 0.0  # between the feed-forward layers the release has none
         nn.init.normal_(self.layer.self_attn.in_proj_weight, std=0.02)
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class Interests(nn.Module):
         prototypes = self.directions().expand(*mean.shape)
         log_variance = self.log_variance(torch.cat([prototypes, mean], -1)).clamp(-8, 8)
         return Prior(
-            mean=self.dropout(self.norm(mean)),
+            mean=self.dropout(self.norm(mean)) if temporal else mean,
             log_variance=log_variance,
             intensity=intensity,
             assignment=assignment,

@@ -44,6 +44,7 @@ class SigmaMamba(nn.Module):
         expand: int,
         dropout_rate: float,
         max_history: int,
+        ssm: bool = True,
         flip: str = "partial",
         kept_items: int = 5,
         gate: bool = True,
@@ -68,7 +69,7 @@ class SigmaMamba(nn.Module):
         self.layers = nn.ModuleList(
             Layer(
                 GatedMamba(
-                    MambaCore(embed_dim, state_dim, conv_width, expand),
+                    MambaCore(embed_dim, state_dim, conv_width, expand) if ssm else None,
                     embed_dim,
                     dropout_rate,
                     kept_items=kept_items if flip != "none" else None,
@@ -87,7 +88,7 @@ class SigmaMamba(nn.Module):
         self.apply(init_weights)
         if self.released:
             nn.init.normal_(self.item.weight, std=0.02)
-        else:
+        elif ssm:
             for layer in self.layers:
                 layer.mixer.mamba.reset_step_sizes()
 
@@ -161,11 +162,15 @@ class GatedMamba(nn.Module):
     - FE-GRU: a convolution over 3 items, then a bias-free GRU; corrected looks back only, released is
       centred.
     - mixing: corrected weights sum to 1 (softmax), released ones are used raw; then a linear map.
+
+    Without a Mamba the GRU's path is all there is.
     """
+
+    there: Tensor
 
     def __init__(
         self,
-        mamba: MambaCore,
+        mamba: MambaCore | None,
         embed_dim: int,
         dropout_rate: float,
         *,
@@ -181,7 +186,8 @@ class GatedMamba(nn.Module):
         self.released = released
         self.kept_items = kept_items
         flip = kept_items is not None
-        self.paths = [True, flip, gru]
+        paths = torch.tensor([mamba is not None, flip, gru])
+        self.register_buffer("there", paths, persistent=False)
         self.dropout = nn.Dropout(dropout_rate)
         self.gates = nn.ModuleDict()
         if gate:
@@ -200,19 +206,20 @@ class GatedMamba(nn.Module):
 
     def weights(self) -> Tensor:
         """Mixing weights of the forward, flipped and GRU path, (3,); 0 for a path that is not there."""
-        there = torch.tensor(self.paths, device=self.mixing.device)
         if self.released:
-            return self.mixing * there
-        return self.mixing.masked_fill(~there, -torch.inf).softmax(0)
+            return self.mixing * self.there
+        return self.mixing.masked_fill(~self.there, -torch.inf).softmax(0)
 
     def forward(self, hidden: Tensor, order: Tensor | None) -> Tensor:
         """(B, T, D) to (B, T, D); order says where the flipped direction takes its items from, (B, T).
 
         Without an order every position stands for the prefix that ends there.
         """
-        forward, gate = self.gated(self.mamba(hidden), hidden, "forward_dense", None)
+        forward = gate = None
+        if self.mamba is not None:
+            forward, gate = self.gated(self.mamba(hidden), hidden, "forward_dense", None)
         paths = [forward, None]
-        if self.kept_items is not None:
+        if self.mamba is not None and self.kept_items is not None:
             if order is None:  # a prefix ends with its last item, flipped or not
                 turned, mixed = hidden, flipped_ends(self.mamba, hidden, self.kept_items)
             else:
@@ -220,8 +227,8 @@ class GatedMamba(nn.Module):
                 mixed = self.mamba(turned)
             paths[1] = self.gated(mixed, turned, "flipped_dense", gate)[0]
         paths.append(None if self.gru is None else self.recurrent(hidden))
-        if self.mixing_out is None:
-            return forward
+        if self.mixing_out is None:  # there is only one
+            return next(path for path in paths if path is not None)
         mixed = sum(weight * path for weight, path in zip(self.weights(), paths) if path is not None)
         return self.mixing_out(mixed)
 

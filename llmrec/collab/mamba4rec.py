@@ -139,6 +139,7 @@ class MambaCore(nn.Module):
         self.dt_proj = nn.Linear(self.rank, inner)
         rates = torch.arange(1, state_dim + 1, dtype=torch.float32)
         self.A_log = nn.Parameter(rates.log().repeat(inner, 1))
+        self.A_log.no_weight_decay = True  # type: ignore[attr-defined]
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, embed_dim, bias=False)
         self.reset_step_sizes()

@@ -132,7 +132,7 @@ class FuxiMME(nn.Module):
             temperature=self.temperature,
         )
         number = found.num_targets
-        parts = {"channel_rms": torch.stack(context.channel_rms).mean(0) * number}
+        parts = {name: value * number for name, value in context.report().items()}
         if self.num_tables > 1:
             parts["table_similarity"] = table_similarity(self.item.weight, self.num_tables) * number
         total = found.total
@@ -142,9 +142,11 @@ class FuxiMME(nn.Module):
             parts |= {
                 "prediction_loss": found.total.detach(),
                 "balance_loss": uneven.detach() * number,
-                "expert_load": torch.stack([routing.load for routing in routings]).mean(0) * number,
                 "router_entropy": torch.stack([routing.entropy for routing in routings]).mean() * number,
             }
+            # One entry per mixture, in the order of the pass: a mean over them would hide a collapse.
+            for place, routing in enumerate(routings, start=1):
+                parts[f"expert_load_{place}"] = routing.load * number
             total = total + self.balance_weight * uneven * number
         return Loss(total=total, num_targets=number, parts=parts)
 

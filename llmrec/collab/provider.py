@@ -60,7 +60,8 @@ class CollabProvider(Protocol):
         """Scores of every item as the next one, (B, N + 1), from histories int64 (B, T).
 
         With `uses_time`, a second argument holds their times, int64 (B, T). Column 0 means nothing. An
-        empty history (all padding) gives finite scores.
+        empty history (all padding) gives finite scores. A model whose scores are dear may also have
+        ``quick_score``, which ranks validation items in its place.
         """
 
     def item_embeddings(self) -> Tensor:
@@ -121,6 +122,7 @@ def provider_scorer(collab: CollabEmbeddings) -> Scorer:
     return scorer_of(load_provider(collab), collab.provider)
 
 
-def scorer_of(model: nn.Module, name: str) -> Scorer:
-    """A provider as a method to rank, under the given name."""
-    return Scorer(name=name, score=model.score, max_history=model.max_history, uses_time=model.uses_time)
+def scorer_of(model: nn.Module, name: str, *, quick: bool = False) -> Scorer:
+    """A provider as a method to rank, under the given name; quick: by its cheaper scores, if it has some."""
+    score = getattr(model, "quick_score", model.score) if quick else model.score
+    return Scorer(name=name, score=score, max_history=model.max_history, uses_time=model.uses_time)

@@ -1,9 +1,10 @@
 """SVAE: a recurrent network whose state at every step is drawn from a Gaussian.
 
 Source: Sachdeva et al., "Sequential Variational Autoencoders for Collaborative Filtering" (WSDM 2019) and
-noveens/svae_cf. Differs: batches of users instead of one, dropout as an option, and one next item per
-position by default, for leave-one-out evaluation. The release treats the encoder's second output as a log
-standard deviation in one place and as a log variance in the other (``variance="released"``).
+noveens/svae_cf. Differs: batches of users instead of one, dropout as an option, item vectors that start at
+N(0, 0.02) in place of N(0, 1), and one next item per position by default, for leave-one-out evaluation. The
+release treats the encoder's second output as a log standard deviation in one place and as a log variance in
+the other (``variance="released"``).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class SVAE(nn.Module):
         num_next: int,
         kl_cap: float,
         kl_steps: int,
+        kl_scope: str,
         variance: str,
         vectors: str,
         dropout_rate: float,
@@ -47,7 +49,7 @@ class SVAE(nn.Module):
         super().__init__()
         self.max_history = max_history
         self.num_next = num_next
-        self.kl_cap, self.kl_steps = kl_cap, kl_steps
+        self.kl_cap, self.kl_steps, self.kl_scope = kl_cap, kl_steps, kl_scope
         self.variance, self.vectors = variance, vectors
         self.item = nn.Embedding(num_items + 1, embed_dim, padding_idx=0)
         self.dropout = nn.Dropout(dropout_rate)
@@ -78,7 +80,7 @@ class SVAE(nn.Module):
         return torch.cat([self.out.weight, self.out.bias[:, None]], dim=1)
 
     def loss(self, batch: Batch) -> Loss:
-        """Negative log likelihood of the next items and the annealed divergence from N(0, I)."""
+        """Negative log likelihood of the next items, and the annealed divergence from N(0, I)."""
         mean, spread = self.encode(batch.item)
         state = mean
         if self.training:
@@ -96,12 +98,14 @@ class SVAE(nn.Module):
             total = total + share / self.num_next
         if not number:
             return Loss(total=total, num_targets=0)
-        kl = gaussian_kl(mean[at], spread[at], 0.0, 0.0).sum()
+        each = gaussian_kl(mean, spread, 0.0, 0.0).sum(-1) * at
+        kl = each.sum()
         weight = min(self.kl_cap, batch.step / self.kl_steps)
+        penalty = kl if self.kl_scope == "target" else (each.sum(1) / at.sum(1).clamp(min=1)).sum()
         report = latent_report(mean[at], spread[at])
         parts = {"prediction_loss": total.detach(), "kl": kl.detach()}
         parts |= {name: value * number for name, value in report.items()}
-        return Loss(total=total + weight * kl, num_targets=number, parts=parts)
+        return Loss(total=total + weight * penalty, num_targets=number, parts=parts)
 
     def score(self, history: Tensor) -> Tensor:
         """Scores of all items after each history, (B, N + 1), from int64 (B, T)."""

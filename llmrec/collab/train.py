@@ -79,9 +79,12 @@ def train_collab(
         model.content.set_content(components)
     model = model.to(distributed.device())
     layout = model.layout if config.layout == "auto" else config.layout
+    windows = config.windows
+    if windows == "auto":
+        windows = "all" if model.layout == "prefixes" else "last"
     splits: tuple[Split, ...] = ("train", "valid") if config.include_valid else ("train",)
     sequences = data.sequences(*splits)
-    rows = TrainingRows.of(sequences, model.max_history, layout, distributed.device())
+    rows = TrainingRows.of(sequences, model.max_history, layout, distributed.device(), windows)
     valid = validation_targets(config, data)
     metrics, log = fit(model, config, data, rows, valid)
     state = {name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()}
@@ -142,8 +145,11 @@ class TrainingRows:
     """Sequences to learn from on the device, cut into rows; users with nothing to predict are left out.
 
     Row r shows the items ``start[r] .. stop[r] - 2`` and predicts those from ``first_target[r]`` to
-    ``stop[r] - 1``: with layout ``positions`` all but the first, with ``prefixes`` the last alone. Both
-    layouts hold the same targets, the last max_history of every user.
+    ``stop[r] - 1``: with layout ``positions`` all but the first, with ``prefixes`` the last alone.
+
+    With windows ``last`` both layouts hold the same targets, the last max_history of every user, each after
+    what the row shows before it. With ``all``, every item but a user's first is a target: with ``positions``
+    in rows of max_history targets, cut from the end; with ``prefixes`` after its max_history last items.
     """
 
     item: Tensor
@@ -166,24 +172,35 @@ class TrainingRows:
     """``positions`` or ``prefixes``."""
 
     @classmethod
-    def of(cls, sequences: Sequences, max_history: int, layout: str, device: torch.device) -> TrainingRows:
+    def of(
+        cls,
+        sequences: Sequences,
+        max_history: int,
+        layout: str,
+        device: torch.device,
+        windows: str = "last",
+    ) -> TrainingRows:
         offset, item, time = sequences
-        start, stop = np.maximum(offset[:-1], offset[1:] - max_history - 1), offset[1:]
-        keep = stop - start >= 2
+        keep = offset[1:] - offset[:-1] >= 2
         if not keep.any():
             raise DataError(
                 f"train_collab: none of {len(offset) - 1} users has two items in the train split, so there "
                 "is no next item to learn from; give longer histories or filter less in prepare_data"
             )
-        start, stop = start[keep], stop[keep]
-        targets = stop - start - 1
+        begin, stop = offset[:-1][keep], offset[1:][keep]
+        if windows == "last":
+            begin = np.maximum(begin, stop - max_history - 1)
+        targets = stop - begin - 1
         if layout == "positions":
-            first_target, rows = start + 1, np.ones_like(targets)
+            rows = -(-targets // max_history)
+            stop = np.repeat(stop, rows) - max_history * (np.repeat(rows, rows) - 1 - place_in_group(rows))
+            start = np.maximum(np.repeat(begin, rows), stop - max_history - 1)
+            first_target = start + 1
         else:
-            place = np.arange(targets.sum()) - np.repeat(np.cumsum(targets) - targets, targets)
-            start, rows = np.repeat(start, targets), targets
-            first_target = start + 1 + place
+            rows = targets
+            first_target = np.repeat(begin, rows) + 1 + place_in_group(rows)
             stop = first_target + 1
+            start = np.maximum(np.repeat(begin, rows), first_target - max_history)
         arrays = {"item": item, "time": time, "start": start, "stop": stop, "first_target": first_target}
         return cls(
             **{name: torch.as_tensor(array, device=device) for name, array in arrays.items()},
@@ -204,8 +221,7 @@ class TrainingRows:
     def rows_of(self, users: np.ndarray) -> np.ndarray:
         """All rows of some users, in the users' order."""
         count = self.offset[users + 1] - self.offset[users]
-        place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        return np.repeat(self.offset[users], count) + place
+        return np.repeat(self.offset[users], count) + place_in_group(count)
 
     def steps(self, batch_by: str, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
         """The rows of every optimiser step of an epoch, in a new order.
@@ -231,13 +247,19 @@ class TrainingRows:
         for group in length_groups(self.length[rows], MAX_CELLS[kind], overhead_cells=OVERHEAD_CELLS[kind]):
             chosen = torch.as_tensor(rows[group], device=self.item.device)
             start, stop = self.start[chosen], self.stop[chosen]
-            sequence = pad_histories(self.item, start, stop)
+            longest = int(self.length[rows[group]].max())
+            sequence = pad_histories(self.item, start, stop, longest + 1)
             place = torch.arange(1, sequence.shape[1], device=start.device)
             wanted = start[:, None] + place >= self.first_target[chosen, None]
             target = torch.where(wanted, sequence[:, 1:], 0)
             shown = torch.where(start[:, None] + place < stop[:, None], sequence[:, :-1], 0)
-            time = pad_histories(self.time, start, stop - 1)
+            time = pad_histories(self.time, start, stop - 1, longest)
             yield Batch(item=shown, target=target, time=time, step=step, epoch=epoch)
+
+
+def place_in_group(count: np.ndarray) -> np.ndarray:
+    """0 .. count[0] - 1, 0 .. count[1] - 1, and so on, int64 (sum of count,)."""
+    return np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
 
 
 def validation_targets(config: TrainCollabConfig, data: Interactions) -> Targets | None:
@@ -267,9 +289,7 @@ def fit(
     Returns:
         Metrics of the chosen epoch, and one log row per epoch.
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = optimizer_of(model, config)
     rng = np.random.default_rng(config.seed)
     checkpoints = EpochCheckpoints(
         model, optimizer, {"order": rng}, minutes=config.save_every_minutes, what="train_collab"
@@ -286,6 +306,29 @@ def fit(
     if best_state is not None:
         model.load_state_dict(best_state)
     return {**best, "epochs": len(log)}, log
+
+
+def optimizer_of(model: nn.Module, config: TrainCollabConfig) -> torch.optim.Optimizer:
+    """AdamW; biases, norms and what models mark with ``no_weight_decay`` are not decayed."""
+    kept: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    for weight in model.parameters():
+        spared = weight.ndim < 2 or getattr(weight, "no_weight_decay", False)
+        (kept if spared else decayed).append(weight)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate(config: TrainCollabConfig, epoch: int) -> float:
+    """Of an epoch, counted from 1."""
+    if config.decay_every_epochs is None:
+        return config.learning_rate
+    return config.learning_rate * config.decay_rate ** ((epoch - 1) // config.decay_every_epochs)
 
 
 def finished(config: TrainCollabConfig, best: dict[str, Any], log: list[dict[str, Any]]) -> bool:
@@ -338,17 +381,19 @@ def train_epoch(
         before: optimiser steps of the epochs before.
 
     Returns:
-        ``train_loss``, the mean loss per target; ``parts``, the means of what the model reports, if any; and
-        the number of ``steps``.
+        ``train_loss``, the mean loss per target; ``parts``, the means of what the model reports, if any; the
+        number of ``steps``; and ``gradient_norm`` and ``largest_gradient_norm``, before clipping.
     """
     model.train()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, epoch)
     steps = rows.steps(config.batch_by, config.batch_size, rng)
     sums, num_targets = Sums(), 0
     label = f"train_collab epoch {epoch} of at most {config.epochs}"
     for number, chosen in enumerate(progress(steps, label, unit="step")):
         batches = rows.batches(chosen, step=before + number, epoch=epoch)
         num_targets += train_step(model, optimizer, config.clip_norm, batches, sums)
-    means = sums.over(num_targets) | {"steps": len(steps)}
+    means = sums.over(num_targets) | {"steps": len(steps)} | sums.gradients()
     if not math.isfinite(means["train_loss"]):
         raise TrainingError(
             f"train_collab: the training loss became {means['train_loss']} in epoch {epoch}; lower "
@@ -362,10 +407,16 @@ class Sums:
 
     def __init__(self) -> None:
         self.parts: dict[str, Any] = defaultdict(float)
+        self.norms: list[Tensor] = []
 
     def add(self, loss: Loss) -> None:
         for name, value in {"train_loss": loss.total.detach(), **loss.parts}.items():
             self.parts[name] = self.parts[name] + value.detach().double()
+
+    def gradients(self) -> dict[str, float]:
+        """The mean and the largest norm of the steps' gradients."""
+        norms = torch.stack(self.norms)
+        return {"gradient_norm": float(norms.mean()), "largest_gradient_norm": float(norms.max())}
 
     def over(self, num_targets: int) -> dict[str, Any]:
         """The means per target: ``train_loss`` and, if there are any, ``parts``."""
@@ -389,10 +440,9 @@ def train_step(
         loss.total.backward()
         sums.add(loss)
         num_targets += loss.num_targets
-    for weight in model.parameters():
-        if weight.grad is not None:
-            weight.grad /= num_targets
-    nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    torch._foreach_div_(gradients, num_targets)
+    sums.norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip_norm).detach())
     optimizer.step()
     return num_targets
 
@@ -400,7 +450,7 @@ def train_step(
 def validate(model: nn.Module, data: Interactions, targets: Targets) -> dict[str, float]:
     """Mean recall@10 and ndcg@10 of the validation targets, over all unseen items."""
     model.eval()
-    rank = rank_users(scorer_of(model, "valid"), data, targets, shard=False).rank
+    rank = rank_users(scorer_of(model, "valid", quick=True), data, targets, shard=False).rank
     return {
         "valid_ndcg@10": float(np.mean(ndcg_at_k(rank, 10))),
         "valid_recall@10": float(np.mean(recall_at_k(rank, 10))),

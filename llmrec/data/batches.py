@@ -29,19 +29,21 @@ class Batch:
     """Pass over the data that this batch belongs to, from 1."""
 
 
-def pad_histories(item: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+def pad_histories(item: Tensor, start: Tensor, stop: Tensor, longest: int | None = None) -> Tensor:
     """The ranges ``item[start[b]:stop[b]]`` as rows, padded on the right with 0.
 
     Args:
         item: item ids (or their timestamps) one after another, int64 (n,).
         start: first index of each range, int64 (B,).
         stop: index after the last of each range, int64 (B,).
+        longest: T, if that is known; else it is read off the device, which waits for a GPU.
 
     Returns:
         int64 (B, T), T the longest range but at least 1.
     """
     length = stop - start
-    longest = max(int(length.max()), 1) if len(length) else 1
+    if longest is None:
+        longest = max(int(length.max()), 1) if len(length) else 1
     step = torch.arange(longest, device=item.device)
     valid = step < length[:, None]
     if not len(item):

@@ -12,7 +12,7 @@ from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k, summarise
 from llmrec.evaluation.rank import Ranking
 
 GROUPS = ("head", "mid", "tail", "cold")
-LENGTHS = ((0, 5), (6, 10), (11, 20), (21, None))
+LENGTHS = ((0, 5), (6, 10), (11, 20), (21, 50), (51, 100), (101, 200), (201, None))
 
 
 def item_groups(train_count: np.ndarray, head_rate: float, mid_rate: float) -> np.ndarray:

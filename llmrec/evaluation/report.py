@@ -16,6 +16,7 @@ from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import METRICS
 from llmrec.evaluation.rank import Ranking
 from llmrec.pages import COLOURS, drawing, environment, legend_above, svg, thumbnail
+from llmrec.pipeline import peak_memory_of
 
 
 def render(
@@ -256,7 +257,7 @@ def provenance(artifact: Any) -> dict[str, Any]:
         "stage": artifact.stage,
         "config": manifest.get("config", {}),
         "seconds": manifest.get("seconds"),
-        "peak_memory_bytes": manifest.get("peak_memory_bytes"),
+        "peak_memory_bytes": peak_memory_of(manifest) if manifest else None,
         "versions": manifest.get("versions", {}),
         "metrics": getattr(artifact, "metrics", {}),
     }

@@ -210,7 +210,7 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     from llmrec.artifacts import read_json
-    from llmrec.pipeline import stage_manifest
+    from llmrec.pipeline import peak_memory_of, stage_manifest
 
     found = []
     for seed in seeds:
@@ -232,7 +232,7 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
                 "ranks": {name: ranks[f"rank_{name}"].to_numpy() for name in rows},
                 "metrics": read_json(folder / "finetune" / "metrics.json"),
                 "seconds": manifest["seconds"],
-                "memory": manifest["peak_memory_bytes"],
+                "memory": peak_memory_of(manifest),
                 "analysis": read_json(analysis) if analysis.is_file() else {},
             }
         )

@@ -33,7 +33,7 @@ GRU = {"embed_dim": 16, "hidden_dim": 24, "max_history": 12, "dropout_rate": 0.1
 GMVAE = {"embed_dim": 16, "num_interests": 2, "max_history": 12, "dropout_rate": 0.1}
 SVAE = {"embed_dim": 16, "hidden_dim": 24, "inner_dim": 16, "latent_dim": 8, "max_history": 12}
 DIFFUSION = {"embed_dim": 16, "num_layers": 2, "num_heads": 2, "max_history": 12, "num_steps": 8}
-DIFFUSION |= {"reverse_steps": 8, "init_std": 0.1}
+DIFFUSION |= {"reverse_steps": 8}
 NOISY = {"test_the_loss_at_a_position_is_that_of_scoring_its_prefix_alone": "the target is noisy in training"}
 INTERESTS = {"embed_dim": 32, "num_interests": 2, "max_history": 12}
 LONG = {"epochs": 120, "patience": 40}
@@ -46,7 +46,7 @@ CASES: dict[str, Case] = {
     "sasrec-bce": Case("sasrec", SASREC | {"loss": "bce"}),
     "sasrec-sampled_ce": Case("sasrec", SASREC | {"loss": "sampled_ce", "num_negatives": 16}),
     "gmvae-ce": Case("gmvae", GMVAE | {"temporal_from_epoch": 3}, {"epochs": 40}),
-    "gmvae-bce": Case("gmvae", GMVAE | {"loss": "bce", "kl": "convex"}),
+    "gmvae-bce": Case("gmvae", GMVAE | {"loss": "bce", "kl": "convex"}, {"epochs": 40, "select": "last"}),
     "gmvae-sampled_ce": Case("gmvae", GMVAE | {"loss": "sampled_ce", "num_negatives": 16}),
     "gmvae-prefix": Case(
         "gmvae",
@@ -87,7 +87,9 @@ CASES: dict[str, Case] = {
         "diffurec", DIFFUSION | {"rounding": "distance", "reverse_steps": 1}, {"epochs": 30}, NOISY
     ),
     "diffusion-ce": Case("diffusion", DIFFUSION, {"epochs": 30}, NOISY),
-    "diffusion-added": Case("diffusion", DIFFUSION | {"injection": "add", "eval_samples": 2}, {"epochs": 30}),
+    "diffusion-added": Case(
+        "diffusion", DIFFUSION | {"injection": "add", "eval_samples": 2}, {"epochs": 30}, NOISY
+    ),
     "diffusion-released": Case("diffusion", DIFFUSION | {"variant": "released"}, {"epochs": 30}),
     "gru4rec-ce": Case("gru4rec", GRU),
     "gru4rec-bce": Case("gru4rec", GRU | {"loss": "bce"}),
@@ -101,6 +103,7 @@ CASES: dict[str, Case] = {
     "mamba-sampled_ce": Case("mamba", MAMBA | {"loss": "sampled_ce", "num_negatives": 16}),
     "mamba-2-layers": Case("mamba", MAMBA | {"num_layers": 2, "gate": False}),
     "mamba-one-direction": Case("mamba", MAMBA | {"flip": "none"}),
+    "mamba-gru-alone": Case("mamba", MAMBA | {"flip": "none", "gate": False, "ssm": False}),
     "fuxi-ce": Case("fuxi", FUXI),
     "fuxi-sampled_ce": Case("fuxi", FUXI | {"loss": "sampled_ce", "num_negatives": 16}),
     "fuxi-one-channel": Case("fuxi", FUXI | {"semantic": False, "temporal": False, "single_stage": True}),

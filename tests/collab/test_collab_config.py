@@ -14,6 +14,11 @@ from llmrec.errors import ConfigError
 REFUSED = [
     ({"epochs": "0"}, "train_collab.epochs must be at least 1, got 0"),
     ({"batch_size": "-1"}, "train_collab.batch_size must be at least 1"),
+    ({"decay_every_epochs": "0"}, "decay_every_epochs must be none or at least 1"),
+    ({"decay_rate": "0.5"}, "decay_rate has no effect without decay_every_epochs"),
+    ({"decay_rate": "2", "decay_every_epochs": "5"}, r"decay_rate must lie in \(0, 1\]"),
+    ({"provider": "mamba", "mamba.ssm": "false"}, "ssm=false leaves the GRU alone"),
+    ({"provider": "diffusion", "diffusion.valid_reverse_steps": "33"}, "valid_reverse_steps must be at most"),
     ({"patience": "0"}, "train_collab.patience must be at least 1"),
     ({"learning_rate": "0"}, "train_collab.learning_rate must be greater than 0"),
     ({"clip_norm": "-2"}, "train_collab.clip_norm must be greater than 0"),

@@ -70,7 +70,9 @@ def test_the_loss_falls_and_every_epoch_is_logged():
     assert losses[0] == pytest.approx(np.log(12), rel=0.1)
     assert losses[-1] < losses[0] - 0.5
     assert [row["epoch"] for row in collab.log] == list(range(1, 9))
-    assert all(set(row) == {"epoch", "train_loss", "steps", "train_seconds", "seconds"} for row in collab.log)
+    measured = {"train_seconds", "seconds", "gradient_norm", "largest_gradient_norm"}
+    assert all(set(row) == {"epoch", "train_loss", "steps", *measured} for row in collab.log)
+    assert all(0 < row["gradient_norm"] <= row["largest_gradient_norm"] for row in collab.log)
     assert collab.metrics == {
         "best_epoch": 8,
         "epochs": 8,
@@ -131,6 +133,66 @@ def test_rows_hold_the_last_items_of_every_user_their_targets_and_times(layout):
             found += [(tuple(shown[:end]), tuple(time[:end]), target[end - 1]) for end in ends]
     assert sorted(found) == sorted(expected)
     assert rows.num_targets == len(expected)
+
+
+@pytest.mark.parametrize("layout", ["positions", "prefixes"])
+def test_with_all_windows_every_item_but_the_first_is_a_target_once(layout):
+    offset, item, _ = uneven().sequences("train")
+    rows = train.TrainingRows.of((offset, item, item), 3, layout, torch.device("cpu"), "all")
+    expected, found = [], []
+    for user in range(len(offset) - 1):
+        mine = item[offset[user] : offset[user + 1]].tolist()
+        for place in range(1, len(mine)):
+            if layout == "prefixes":  # its own last three items
+                first = max(0, place - 3)
+            else:  # what its window shows: windows of three targets are counted from the end
+                windows = -(-(len(mine) - place) // 3)
+                first = max(0, len(mine) - 3 * windows - 1)
+            expected.append((tuple(mine[first:place]), mine[place]))
+    for user in range(rows.num_users):
+        for batch in rows.batches(rows.rows_of(np.array([user]))):
+            for shown, target in zip(batch.item.tolist(), batch.target.tolist()):
+                found += [(tuple(shown[: end + 1]), wanted) for end, wanted in enumerate(target) if wanted]
+    assert sorted(found) == sorted(expected)
+    assert rows.num_targets == len(expected)
+
+
+def test_windows_are_all_where_every_target_has_a_row_and_last_elsewhere():
+    long = interactions([list(range(1, 25)) for _ in range(20)], 24)
+    shortened = {"max_history": 5, "dropout_rate": 0.0, "embed_dim": 8}
+    for provider, model, expected in (("sasrec", "sasrec", 5), ("mind", "mind", 21)):
+        settings = replace(getattr(TrainCollabConfig(), model), **shortened)
+        config = TrainCollabConfig(provider=provider, **{model: settings}, epochs=1, select="last")
+        assert train_collab(config, long).metrics["num_targets"] == 20 * expected
+
+
+def test_the_learning_rate_falls_in_steps_and_weight_decay_spares_norms_and_states():
+    config = tiny(learning_rate=0.5, decay_every_epochs=2, decay_rate=0.1, weight_decay=0.25)
+    rates = [train.learning_rate(config, epoch) for epoch in range(1, 6)]
+    assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005])
+    small = {"embed_dim": 8, "state_dim": 4, "max_history": 12}
+    settings = replace(TrainCollabConfig().mamba4rec, **small)
+    model = train.PROVIDERS["mamba4rec"](num_items=5, **vars(settings))
+    decayed, spared = train.optimizer_of(model, config).param_groups
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.25, 0.0)
+    kept = {names[id(weight)] for weight in spared["params"]}
+    assert "norm.weight" in kept and "layers.0.mixer.A_log" in kept and "layers.0.mixer.D" in kept
+    assert "item.weight" in {names[id(weight)] for weight in decayed["params"]}
+    assert len(decayed["params"]) + len(kept) == len(names)
+
+
+def test_a_model_with_quick_scores_is_validated_by_them(monkeypatch):
+    asked = []
+
+    class Quick(SASRec):
+        def quick_score(self, history):
+            asked.append("quick")
+            return self.score(history)
+
+    monkeypatch.setitem(train.PROVIDERS, "sasrec", Quick)
+    train_collab(tiny(epochs=2, patience=2), two_communities())
+    assert asked
 
 
 def lengths_of_steps(rows: train.TrainingRows, batch_by: str, size: int) -> list[list[int]]:

@@ -26,13 +26,13 @@ def model(**settings) -> SVAE:
     return SVAE(**SIZES | settings).double()
 
 
-@pytest.mark.parametrize("num_next", [1, 3])
-def test_the_loss_equals_a_loop_over_positions_and_next_items(num_next):
-    svae = model(num_next=num_next).eval()
+@pytest.mark.parametrize(("num_next", "scope"), [(1, "user"), (3, "user"), (1, "target")])
+def test_the_loss_equals_a_loop_over_positions_and_next_items(num_next, scope):
+    svae = model(num_next=num_next, kl_scope=scope).eval()
     sequences = [[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]]
     found = svae.loss(replace(batch(*sequences), step=2))
     mean, log_variance = svae.encode(batch(*sequences).item)
-    expected, kl = 0.0, 0.0
+    expected, kl, penalty = 0.0, 0.0, 0.0
     for row, length in ((0, 5), (1, 3)):
         for place in range(length - 1):
             logits = svae.out(torch.tanh(svae.decoder(mean[row, place])))[1:]
@@ -40,11 +40,13 @@ def test_the_loss_equals_a_loop_over_positions_and_next_items(num_next):
                 if target:
                     expected = expected - logits.log_softmax(0)[target - 1] / num_next
             m, v = mean[row, place], log_variance[row, place]
-            kl = kl + 0.5 * (v.exp() + m**2 - 1 - v).sum()
+            each = 0.5 * (v.exp() + m**2 - 1 - v).sum()
+            kl = kl + each
+            penalty = penalty + each / (length - 1 if scope == "user" else 1)
     assert found.num_targets == 6
     torch.testing.assert_close(found.parts["prediction_loss"], expected.detach())
     torch.testing.assert_close(found.parts["kl"], kl.detach())
-    torch.testing.assert_close(found.total, expected + 0.2 * kl)
+    torch.testing.assert_close(found.total, expected + 0.2 * penalty)
 
 
 def test_sampling_reads_the_second_output_as_told(monkeypatch):

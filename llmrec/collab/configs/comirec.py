@@ -36,7 +36,7 @@ class ComirecConfig:
     interest that suits the target best."""
 
     num_negatives: int = 256
-    """Negatives per row for loss='sampled_ce', in items, outside the user's training items."""
+    """Negatives per row for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
         names = "embed_dim num_interests num_routings max_history num_negatives"

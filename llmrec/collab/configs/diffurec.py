@@ -37,6 +37,9 @@ class DiffurecConfig:
     reverse_steps: int = 32
     """Steps walked back when scoring, the last ones; 1 is a single pass."""
 
+    valid_reverse_steps: int = 1
+    """Steps walked back when validation items are ranked to choose the epoch."""
+
     eval_samples: int = 1
     """Fixed start vectors that scores are averaged over."""
 
@@ -46,8 +49,8 @@ class DiffurecConfig:
     rounding: Literal["inner", "distance"] = "inner"
     """Items for the recovered vector: by inner product, or by Euclidean distance."""
 
-    init_std: float = 1.0
-    """Standard deviation of the initial item vectors."""
+    init_std: float = 0.1
+    """Standard deviation of the initial item vectors (published code: 1, with hundreds of epochs)."""
 
     max_history: int = 50
     """Most recent items the model sees, in items (200 suits MovieLens-1M)."""
@@ -61,7 +64,9 @@ class DiffurecConfig:
 
 def check_diffusion(provider: str, config: Any) -> None:
     """What the settings of both diffusion models must be."""
-    names = "embed_dim num_layers num_heads num_steps reverse_steps eval_samples max_history"
+    names = (
+        "embed_dim num_layers num_heads num_steps reverse_steps valid_reverse_steps eval_samples max_history"
+    )
     check_at_least_one(provider, config, names)
     check_dropout(provider, config)
     check_heads(provider, config)
@@ -69,10 +74,12 @@ def check_diffusion(provider: str, config: Any) -> None:
     rate = config.embed_dropout_rate
     require(0 <= rate < 1, f"{where}.embed_dropout_rate must lie in [0, 1), got {rate}")
     require(config.embed_dim % 2 == 0, f"{where}.embed_dim must be even, got {config.embed_dim}")
-    require(
-        config.reverse_steps <= config.num_steps,
-        f"{where}.reverse_steps must be at most num_steps, got {config.reverse_steps} and {config.num_steps}",
-    )
+    for name in ("reverse_steps", "valid_reverse_steps"):
+        value = getattr(config, name)
+        require(
+            value <= config.num_steps,
+            f"{where}.{name} must be at most num_steps, got {value} and {config.num_steps}",
+        )
     require(
         config.schedule != "trunc_lin" or config.num_steps >= 3,
         f"{where}.num_steps must be at least 3 with schedule='trunc_lin', got {config.num_steps}",

@@ -37,6 +37,9 @@ class DiffusionConfig:
     reverse_steps: int = 32
     """Steps walked back when scoring, the last ones; 1 is a single pass."""
 
+    valid_reverse_steps: int = 1
+    """Steps walked back when validation items are ranked to choose the epoch."""
+
     eval_samples: int = 1
     """Fixed start vectors that scores are averaged over."""
 
@@ -55,8 +58,8 @@ class DiffusionConfig:
     rounding: Literal["inner", "distance"] = "inner"
     """Items for the recovered vector: by inner product, or by Euclidean distance."""
 
-    init_std: float = 1.0
-    """Standard deviation of the initial item vectors."""
+    init_std: float = 0.1
+    """Standard deviation of the initial item vectors (published code: 1, with hundreds of epochs)."""
 
     variant: Literal["corrected", "released"] = "corrected"
     """corrected: blocks follow each other, attention over places, padding hidden; released: as the published

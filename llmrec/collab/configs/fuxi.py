@@ -54,7 +54,7 @@ class FuxiConfig:
     with 128."""
 
     num_negatives: int = 128
-    """Negatives per row for loss='sampled_ce', in items, outside the user's training items."""
+    """Negatives per row for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
         check_fuxi("fuxi", self, self.embed_dim)

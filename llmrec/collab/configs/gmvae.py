@@ -74,7 +74,7 @@ class GmvaeConfig:
     sampled_ce: softmax over the target and num_negatives random items."""
 
     num_negatives: int = 256
-    """Negatives per position for loss='sampled_ce', in items, outside the user's training items."""
+    """Negatives per position for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
         check_at_least_one(

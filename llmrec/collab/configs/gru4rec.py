@@ -32,7 +32,7 @@ class GRU4RecConfig:
     target and num_negatives random items."""
 
     num_negatives: int = 256
-    """Negatives per position for loss='sampled_ce', in items, outside the user's training items."""
+    """Negatives per position for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
         check_at_least_one("gru4rec", self, "embed_dim hidden_dim num_layers max_history num_negatives")

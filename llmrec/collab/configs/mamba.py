@@ -28,6 +28,9 @@ class MambaConfig:
     expand: int = 2
     """Inner channels of a Mamba layer per unit of embed_dim."""
 
+    ssm: bool = True
+    """Keep Mamba; off leaves the GRU's path alone (with flip=none and gate=false)."""
+
     flip: Literal["partial", "none"] = "partial"
     """partial: a second direction reads the history with all but its last kept_items items reversed;
     none: one direction only."""
@@ -64,7 +67,7 @@ class MambaConfig:
     softmax over the target and num_negatives random items."""
 
     num_negatives: int = 256
-    """Negatives per position for loss='sampled_ce', in items, outside the user's training items."""
+    """Negatives per position for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
         names = "embed_dim num_layers state_dim conv_width expand max_history num_negatives"
@@ -74,7 +77,11 @@ class MambaConfig:
         require(
             self.kept_items >= 0, f"train_collab.mamba.kept_items must be at least 0, got {self.kept_items}"
         )
-        single = self.flip == "none" and not self.gru
+        require(
+            self.ssm or (self.gru and self.flip == "none" and not self.gate),
+            "train_collab.mamba.ssm=false leaves the GRU alone; set gru=true, flip=none and gate=false",
+        )
+        single = (self.flip == "none" and not self.gru) or not self.ssm
         require(
             self.mixing != "none" or single,
             "train_collab.mamba.mixing must be trainable or fixed while there is more than one path, got "

@@ -42,7 +42,7 @@ class Mamba4RecConfig:
     softmax over the target and num_negatives random items."""
 
     num_negatives: int = 256
-    """Negatives per position for loss='sampled_ce', in items, outside the user's training items."""
+    """Negatives per position for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
         names = "embed_dim num_layers state_dim conv_width expand max_history num_negatives"

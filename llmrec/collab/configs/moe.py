@@ -75,7 +75,7 @@ class MoeConfig:
     """ce: softmax over all items; sampled_ce: over the target and num_negatives random items."""
 
     num_negatives: int = 128
-    """Negatives per row for loss='sampled_ce', in items, outside the user's training items."""
+    """Negatives per row for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
         for name in ("num_tables", "num_experts", "top_k"):

@@ -34,6 +34,10 @@ class SvaeConfig:
     kl_steps: int = 10_000
     """Optimiser steps in which the annealing weight would rise from 0 to 1."""
 
+    kl_scope: Literal["user", "target"] = "user"
+    """What one divergence weighs. user: a user's positions are averaged, while their likelihoods are summed,
+    as in the published code; target: every position's counts in full (at weight 1, the evidence bound)."""
+
     variance: Literal["consistent", "released"] = "consistent"
     """released: the second output is a log standard deviation when sampling and a log variance in the
     divergence; consistent: a log variance in both."""
