@@ -20,13 +20,15 @@ from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
 from llmrec.recipe import Recipe
 
-# Sizes for a small world, and patience for a model that learns nothing but popularity for many epochs;
-# all others train with their defaults.
+# Sizes for a small world, steps as small as in the papers, and patience for a model that learns nothing but
+# popularity for many epochs; all others train with their defaults.
+PREFIXES = {"batch_by": "targets", "batch_size": 512}
 SETTINGS = {
-    "bert4rec": Bert4RecConfig(num_masks=4),
-    "gmvae": GmvaeConfig(embed_dim=64),
-    "diffurec": DiffurecConfig(embed_dim=64, num_layers=2, reverse_steps=8),
-    "diffusion": DiffusionConfig(embed_dim=64, num_layers=2, reverse_steps=8),
+    "bert4rec": {"bert4rec": Bert4RecConfig(num_masks=4), "epochs": 150, "patience": 30},
+    "svae": {"batch_size": 32},
+    "gmvae": {"gmvae": GmvaeConfig(embed_dim=64)},
+    "diffurec": {"diffurec": DiffurecConfig(embed_dim=64, num_layers=2, reverse_steps=8), **PREFIXES},
+    "diffusion": {"diffusion": DiffusionConfig(embed_dim=64, num_layers=2, reverse_steps=8), **PREFIXES},
 }
 
 
@@ -34,9 +36,7 @@ def recipe(provider: str = "sasrec") -> Recipe:
     base = mme_sid_sample()
     if provider == base.train_collab.provider:
         return base
-    settings = {provider: SETTINGS[provider]} if provider in SETTINGS else {}
-    slow = provider == "bert4rec"
-    settings |= {"epochs": 150 if slow else 50, "patience": 30 if slow else 5}
+    settings = {"epochs": 50, "patience": 5, **SETTINGS.get(provider, {})}
     return replace(base, train_collab=TrainCollabConfig(provider=provider, **settings))
 
 
