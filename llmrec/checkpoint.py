@@ -128,7 +128,7 @@ class Checkpoints:
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole and of this run; None if there is none.
 
-        Damaged ones are named and kept aside, those of another run deleted.
+        Damaged ones, and those of another run, are named and kept aside.
         """
         for leftover in self.folder.glob(f".{PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -136,14 +136,16 @@ class Checkpoints:
             try:
                 manifest = check(path)
             except (DamagedError, StaleArtifactError) as error:
-                aside = path.with_name(f"damaged-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(path, aside)
+                aside = put_aside(path, "damaged")
                 logger.warning("%s; kept aside as %s, going on from the one before", error, aside.name)
                 continue
             if manifest.get("made_from") != self.made_from:
-                logger.warning("%s was made with other settings or inputs and is not used", path)
-                drop(path)
+                aside = put_aside(path, "other")
+                logger.warning(
+                    "%s was made with other settings or inputs and is not used; kept aside as %s",
+                    path,
+                    aside.name,
+                )
                 continue
             return Checkpoint(
                 step=manifest["step"],
@@ -170,6 +172,14 @@ def size(count: int) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**29 else f"{count / 2**20:,.1f} MiB"
 
 
+def put_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint so that it is no longer found; its new place."""
+    aside = path.with_name(f"{why}-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    return aside
+
+
 def drop(path: Path) -> None:
     """Delete a checkpoint; renamed first, so that a stop half way leaves nothing that looks like one."""
     aside = path.with_name(f".{path.name}.old")
@@ -193,12 +203,19 @@ def check(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def checkpoints_here() -> Checkpoints | None:
-    """The checkpoints of the stage that is running; None outside of a stage."""
+def checkpoints_here(free: tuple[str, ...] = ()) -> Checkpoints | None:
+    """The checkpoints of the stage that is running; None outside of a stage.
+
+    Args:
+        free: settings that may be others when work goes on, since they change no result.
+    """
     from llmrec.pipeline import made_from, resume_folder
 
-    folder = resume_folder()
-    return None if folder is None else Checkpoints(folder / "checkpoints", made_from())
+    folder, source = resume_folder(), made_from()
+    if folder is None or source is None:
+        return None
+    fixed = {name: value for name, value in source["config"].items() if name not in free}
+    return Checkpoints(folder / "checkpoints", source | {"config": fixed})
 
 
 class EpochCheckpoints:

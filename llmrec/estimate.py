@@ -38,6 +38,10 @@ GPUS: dict[str, tuple[float, float]] = {
 }
 """Dense bfloat16 operations per second, and bytes of memory, from the makers' data sheets."""
 
+ITEM_MATRICES = 4.4
+"""Tables of items x model width that a step holds at its peak beside the target table: folded or joined keys,
+their gradient, and those of the sources they were folded from. Counted on a CPU."""
+
 UTILISATION = 0.4
 """Share of the peak that the time assumes; well-tuned fine-tuning of 8B models reaches 0.35 to 0.55."""
 
@@ -47,7 +51,8 @@ class Estimate:
     """Costs of one epoch of fine-tuning."""
 
     counts: dict[str, int]
-    """users, items, interactions, targets, steps, tokens, tokens_per_prefix: of one epoch; epochs"""
+    """users, items, interactions, targets, steps, tokens, tokens_per_prefix, item_tokens: of one epoch;
+    largest_step, in tokens; epochs"""
     parameters: dict[str, int]
     """By part, see `build.parameter_counts`"""
     flops: dict[str, float]
@@ -93,11 +98,12 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
         "tokens_per_item": model.item_tokens.tokens_per_item,
         "min_slots": model.min_slots,
     }
-    tokens, item_tokens = 0, 0
+    tokens, item_tokens, largest = 0, 0, 0
     steps = steps_of_epoch(targets, config, 1, len(prompt.response))
     for chosen in steps:
         step = targets.take(chosen)
-        tokens += count_tokens(step, layout=config.layout, shared=shared, **options)
+        size = count_tokens(step, layout=config.layout, shared=shared, **options)
+        tokens, largest = tokens + size, max(largest, size)
         item_tokens += distinct_items(data.item, step)
     counts = {
         "users": data.num_users,
@@ -108,6 +114,7 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
         "tokens": tokens,
         "tokens_per_prefix": count_tokens(targets, layout="per_prefix", shared=False, **options),
         "item_tokens": item_tokens,
+        "largest_step": largest,
         "epochs": config.epochs,
     }
     parameters = build.parameter_counts(model)
@@ -266,11 +273,15 @@ def bytes_used(
         numbers += base.hidden_size * base.num_hidden_layers
     else:
         numbers *= base.num_hidden_layers
-    tokens = min(config.micro_batch_tokens, max(counts["tokens"] // max(counts["steps"], 1), 1))
+    tokens = min(config.micro_batch_tokens, counts["largest_step"])
     return {
         "frozen weights": float(kept),
         "trained weights, gradients, AdamW": (8.0 + states) * trained,
         "item vectors": 4.0 * (counts["items"] + 1) * sum(widths.values()),
+        "item matrix and its gradients (rough)": ITEM_MATRICES
+        * 4.0
+        * (counts["items"] + 1)
+        * base.hidden_size,
         "activations (rough)": float(half * tokens * numbers),
     }
 

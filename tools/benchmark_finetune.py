@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import statistics
 import time
@@ -30,6 +31,7 @@ from transformers import AutoModel, LlamaConfig
 from llmrec import distributed, machine, pipeline
 from llmrec.artifacts import Interactions, SemanticIds
 from llmrec.data.batches import pad_histories
+from llmrec.errors import ConfigError
 from llmrec.evaluation.rank import rank_users
 from llmrec.finetune import build
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
@@ -261,17 +263,21 @@ def engine(options: argparse.Namespace) -> None:
             micro_batch_tokens=options.micro_batch_tokens, **settings,
         )  # fmt: skip
         own_prompt = dataclasses.replace(prompt, response=[]) if config.readout == "item" else prompt
-        base = build.add_lora(random_base(shape, config, device), config)
-        count = torch.from_numpy(data.train_count)
-        model = build.build_model(config, base, own_prompt, vectors, ids, count, device)
-        rows.append({"variant": name, **measure(config, data, model, peak, options)})
+        try:
+            base = build.add_lora(random_base(shape, config, device), config)
+            count = torch.from_numpy(data.train_count)
+            model = build.build_model(config, base, own_prompt, vectors, ids, count, device)
+            rows.append({"variant": name, **measure(config, data, model, peak, options)})
+        except (ConfigError, torch.OutOfMemoryError) as error:
+            rows.append({"variant": name, "failed": " ".join(str(error).split())[:200]})
         print(" ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-        del model, base
+        base = model = None
         if device.type == "cuda":
+            gc.collect()  # compiled modules hold on to themselves
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    if options.out:
-        Path(options.out).write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1))
+        if options.out:  # after every variant: one that ends the process must not take the others along
+            Path(options.out).write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1))
 
 
 def random_base(shape: dict[str, Any], config: FinetuneConfig, device: torch.device) -> torch.nn.Module:

@@ -31,6 +31,8 @@ class Scorer:
     """history int64 (B, T), right-padded with 0 -> float (B, N + 1); column 0 means nothing"""
     max_history: int | None = None
     """Most recent items it is shown; None: all of them."""
+    max_items: int | None = None
+    """Most items of histories in one call, all together; None: no limit."""
     uses_time: bool = False
     """Whether `score` takes the timestamps of the history, int64 (B, T), as its second argument."""
 
@@ -121,10 +123,7 @@ def rank_users(
     """
     device = distributed.device()
     block_size = max(1, min(block_size, MOST_SCORES // (data.num_items + 1)))
-    order = np.argsort(targets.stop - targets.start, kind="stable")
-    blocks: list[np.ndarray] = [
-        order[first : first + block_size] for first in range(0, len(order), block_size)
-    ]
+    blocks = blocks_of(targets.stop - targets.start, block_size, scorer)
     mine: list[np.ndarray | None] = list(blocks)
     if shard:
         world = distributed.world_size()
@@ -152,6 +151,28 @@ def rank_users(
             torch.distributed.all_reduce(values)
     assert bool((result.pop("times") == 1).all()), "every target must be ranked exactly once"
     return Ranking(**{name: values.cpu().numpy() for name, values in result.items()})
+
+
+def blocks_of(length: np.ndarray, block_size: int, scorer: Scorer) -> list[np.ndarray]:
+    """Targets scored together, shortest histories first, as indices into length.
+
+    Args:
+        length: of the histories, int64 (E,).
+        block_size: most targets of a block.
+        scorer: whose limits hold; a block of one history may exceed them.
+    """
+    order = np.argsort(length, kind="stable")
+    shown = length[order] if scorer.max_history is None else np.minimum(length[order], scorer.max_history)
+    blocks, first = [], 0
+    while first < len(order):
+        last = min(first + block_size, len(order))
+        if scorer.max_items is not None:
+            # Side by side, histories are padded to the longest, which is the last.
+            room = shown[first:last] * np.arange(1, last - first + 1) <= scorer.max_items
+            last = first + max(1, int(room.sum()))
+        blocks.append(order[first:last])
+        first = last
+    return blocks
 
 
 def _rank_block(

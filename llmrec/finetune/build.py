@@ -26,6 +26,12 @@ from llmrec.finetune.prompt import Prompt, tokenize, tokenize_words
 DECODER_PREFIX = "base_model.model."
 CAUSAL_LM_PREFIX = "base_model.model.model."
 
+MIN_FLEX_HEAD = 16
+"""Narrowest attention head that FlexAttention's kernels take on a GPU."""
+
+MOST_GRAPHS = 64
+"""Compiled forms of a block; beyond them torch would go on without compiling, and FlexAttention unfused."""
+
 
 def load_prompt(config: FinetuneConfig) -> Prompt:
     """The prompt in the base model's token ids; without a response if the model is read out at items."""
@@ -204,7 +210,7 @@ def build_model(
             weight = 1.0 if config.fusion_used == "sum" else None
             gate = EqualWeights(len(train_count) - 1, sources, weight)
         scores = ItemScores(frozen, tokens.projections, gate, width, config.target_std)
-    stream, flex = engine(config, device)
+    stream, flex = engine(config, device, head_width(base))
     set_up_base(config, base, flex)
     model = MMESID(
         base,
@@ -222,11 +228,28 @@ def build_model(
         dropout_rate=config.dropout_rate,
         alignment_weight=config.ctrl_weight if config.ctrl_stage == "joint" else 0.0,
     )
+    if distributed.uses_fsdp() and distributed.world_size() > 1:
+        # The base is moved block by block as it is spread: a whole one may not fit.
+        for part in (model.item_tokens, model.item_scores):
+            part.to(device)
+        model.instruction, model.response = model.instruction.to(device), model.response.to(device)
+        return model
     return model.to(device)
 
 
-def engine(config: FinetuneConfig, device: torch.device) -> tuple[bool, bool]:
+def head_width(base: nn.Module) -> int:
+    """Width of one attention head of a decoder."""
+    known = base.config
+    return getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads
+
+
+def engine(config: FinetuneConfig, device: torch.device, head: int) -> tuple[bool, bool]:
     """Whether tokens form a stream and whether FlexAttention runs on it.
+
+    Args:
+        config: settings.
+        device: where the model runs.
+        head: width of its attention heads.
 
     Raises:
         ConfigError: what was asked for does not work on this device.
@@ -235,7 +258,13 @@ def engine(config: FinetuneConfig, device: torch.device) -> tuple[bool, bool]:
     can = (gpu or distributed.uses_fsdp()) and config.share_instruction
     stream = can if config.rows == "auto" else config.rows == "stream"
     stream = stream or config.attention == "flex" or (config.checkpoint_activations and can_share(config))
-    flex = (gpu and stream) if config.attention == "auto" else config.attention == "flex"
+    wide = head >= MIN_FLEX_HEAD
+    flex = (gpu and stream and wide) if config.attention == "auto" else config.attention == "flex"
+    if flex and gpu and not wide:
+        raise ConfigError(
+            f"finetune.attention='flex' needs attention heads of {MIN_FLEX_HEAD} numbers at least, and "
+            f"{config.base_model} has {head}; leave it out"
+        )
     if distributed.uses_fsdp() and distributed.world_size() > 1 and not stream:
         raise ConfigError(
             "with FSDP a forward pass uses every weight once, so finetune.rows must be stream (or auto), "
@@ -269,14 +298,18 @@ def set_up_base(config: FinetuneConfig, base: nn.Module, flex: bool) -> None:
             raise ConfigError(
                 "finetune.kernels='liger' needs the package liger-kernel: pip install 'llmrec[gpu]'"
             ) from None
-        _apply_liger_kernel_to_instance(model=inner)
+        # Its fused loss would replace the forward pass of a decoder by that of a model with a head.
+        _apply_liger_kernel_to_instance(model=inner, fused_linear_cross_entropy=False, cross_entropy=False)
     if config.checkpoint_activations:
         # transformers renamed it; both forms run without re-entering autograd.
         name = "activation_checkpointing_enable"
         getattr(inner, name if hasattr(inner, name) else "gradient_checkpointing_enable")()
     if config.compile:
+        # Lengths become dynamic once a second one is seen; a step may still meet several kinds of shapes.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
         for block in inner.layers:
-            block.compile(dynamic=not flex)
+            block.compile()
 
 
 def decoder_of(base: nn.Module) -> nn.Module:

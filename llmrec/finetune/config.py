@@ -33,6 +33,13 @@ class MiniConfig:
         require(self.num_layers >= 1, f"finetune.mini.num_layers must be >= 1, got {self.num_layers}")
 
 
+CHANGE_NO_RESULT = (
+    *("micro_batch_tokens", "checkpoint_activations", "rows", "attention", "compile", "kernels"),
+    *("log_every_steps", "save_every_minutes", "bad_steps", "analyse"),
+)
+"""Settings that change how a run computes, beyond rounding nothing of what: it may go on with others."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """Fine-tuning a causal language model on item tokens, with LoRA (MME-SID section 4.3)."""
@@ -182,7 +189,7 @@ class FinetuneConfig:
     batch_by: Literal["targets", "users", "tokens"] = "targets"
     """What batch_size counts. Only with targets do all steps weigh targets alike."""
 
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: int = 8192
     """Most tokens in one forward pass of one process, padding included; lower it if memory runs out."""
 
     learning_rate: float = 3e-4

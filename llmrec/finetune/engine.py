@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -41,7 +41,9 @@ class Engine:
         self.config = config
         self.model = model
         # bfloat16 is the model's own affair: wrappers would turn what is trained into bfloat16 too.
-        self.accelerator = Accelerator(mixed_precision="no")
+        # Buffers are equal by construction, and large: DDP would send them around in every step.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
         self.fsdp = distributed.uses_fsdp() and distributed.world_size() > 1
         self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.deepspeed and config.bad_steps:

@@ -59,9 +59,10 @@ class FrequencyGate(nn.Module):
     def forward(self, item: Tensor | None = None) -> Tensor:
         """Mixing weights (N + 1, S), or those of item ids (n,); the mixed ones of a row sum to 1.
 
-        Computed once per distinct count.
+        Computed once per distinct count, never in half precision, which the small temperature would blow up.
         """
-        weights = F.softmax(self.mlp(self.frequency) / self.temperature, dim=-1)
+        with torch.autocast(self.frequency.device.type, enabled=False):
+            weights = F.softmax(self.mlp(self.frequency) / self.temperature, dim=-1)
         if self.add_first:
             weights = F.pad(weights, (1, 0), value=1.0)
         return F.embedding(self.item_frequency if item is None else self.item_frequency[item], weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llmrec import machine
 from llmrec.config import given
 from llmrec.finetune.fusion import ItemScores
 from llmrec.finetune.item_inputs import ItemTokens
@@ -78,6 +80,7 @@ class MMESID(nn.Module):
         self.precision = precision
         self.dropout = nn.Dropout(dropout_rate)
         self.alignment_weight = alignment_weight
+        self.cache_name = cache_name(base)
         self.register_buffer("instruction", instruction, persistent=False)
         self.register_buffer("response", response, persistent=False)
 
@@ -106,9 +109,11 @@ class MMESID(nn.Module):
             negative = torch.cat([given(rows.negative) for rows in groups]).to(device, non_blocking=True)
             loss = self._sampled_loss(readout, target, negative)
         else:
-            queries, keys = self.item_scores.factors(readout)
             kind = item_cross_entropy if self.loss_kind == "ce" else item_binary_cross_entropy
-            loss = kind(queries, keys, target, skip_row_0=self.mask_pad)
+            # The item matrix stays in float32, so its products are TF32's where bfloat16 is good enough.
+            with machine.tf32(device, self.precision == "bf16"):
+                queries, keys = self.item_scores.factors(readout)
+                loss = kind(queries, keys, target, skip_row_0=self.mask_pad)
         if self.alignment_weight and self.item_tokens.alignment_temperature is not None:
             loss = loss + self.alignment_weight * len(target) * self.item_tokens.alignment(items)
         return loss
@@ -138,7 +143,9 @@ class MMESID(nn.Module):
         """Keys and values of the instruction by layer, each (1, heads, I, D), and its last output (1, H)."""
         past = DynamicCache()
         embed = self.base.get_input_embeddings()
-        output = self.base(inputs_embeds=embed(self.instruction)[None], past_key_values=past, use_cache=True)
+        output = self.base(
+            inputs_embeds=embed(self.instruction)[None], use_cache=True, **{self.cache_name: past}
+        )
         layers: list[Any] = list(past.layers)
         return [(layer.keys, layer.values) for layer in layers], output.last_hidden_state[0, -1:]
 
@@ -207,13 +214,21 @@ class MMESID(nn.Module):
         return self._run_base(embeddings, mask, stream.position[None], None)[0, stream.readout]
 
     def _run_base(self, embeddings: Tensor, mask: Any, position: Tensor, past: Any) -> Tensor:
+        known = {} if past is None else {self.cache_name: past}
         return self.base(
             inputs_embeds=embeddings,
             attention_mask=mask,
             position_ids=position,
-            past_key_values=past,
             use_cache=past is not None,
+            **known,
         ).last_hidden_state
+
+
+def cache_name(base: nn.Module) -> str:
+    """How a decoder calls the keys and values it knows already; transformers renamed them."""
+    decoder = base.get_base_model() if hasattr(base, "get_base_model") else base
+    known = inspect.signature(decoder.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

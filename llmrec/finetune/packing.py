@@ -290,9 +290,9 @@ def lay_out_stream(
 
 
 def stream_bucket(size: int) -> int:
-    """The length a stream is padded to: at most an eighth more, and a multiple of 128."""
+    """The length a stream is padded to: at most an eighth more, a multiple of 128, and 256 at least."""
     step = max(128, 1 << max((size - 1).bit_length() - 4, 0))
-    return -(-size // step) * step
+    return max(256, -(-size // step) * step)
 
 
 def count_tokens(

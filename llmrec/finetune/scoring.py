@@ -65,7 +65,12 @@ def scorer_of(
     model: MMESID, config: FinetuneConfig, name: str = "mme_sid", run: nn.Module | None = None
 ) -> Scorer:
     """The module as it is now, as a method to be ranked; `run` as in `CatalogueScores`."""
-    return Scorer(name=name, score=CatalogueScores(model, run), max_history=config.max_history)
+    return Scorer(
+        name=name,
+        score=CatalogueScores(model, run),
+        max_history=config.max_history,
+        max_items=max(1, config.micro_batch_tokens // model.item_tokens.tokens_per_item),
+    )
 
 
 def load_scorer(

@@ -94,9 +94,12 @@ class Trainer:
             progress(None, "finetune", total=self.num_steps, unit="step", initial=state.step) as bar,
         ):
             while state.epoch <= self.config.epochs:
-                self._train_epoch(bar, stop)
-                if every and (state.epoch % every == 0 or state.epoch == self.config.epochs):
-                    self._validate()
+                try:
+                    self._train_epoch(bar, stop)
+                    if every and (state.epoch % every == 0 or state.epoch == self.config.epochs):
+                        self._validate()
+                except torch.OutOfMemoryError:
+                    raise TrainingError(self._out_of_memory()) from None
                 state.epoch, state.done = state.epoch + 1, 0
         if self.config.select == "valid" and state.best is not None:
             self.engine.set_weights(self.best_weights)
@@ -132,10 +135,7 @@ class Trainer:
         for chosen in steps[state.done :]:
             begun = time.perf_counter()
             targets = self.targets.take(chosen)
-            try:
-                loss, tokens, bad = self.train_step(targets)
-            except torch.OutOfMemoryError:
-                raise TrainingError(self._out_of_memory()) from None
+            loss, tokens, bad = self.train_step(targets)
             state.seconds += time.perf_counter() - begun
             state.step += 1
             state.done += 1
@@ -253,7 +253,7 @@ class Trainer:
         elif not self.config.is_mini and self.config.quantize == "none":
             advice = "set finetune.quantize=nf4 finetune.optimizer=adamw_8bit"
         else:
-            advice = "use a smaller base model, or spread it with recipes/accelerate/zero3.yaml"
+            advice = "use a smaller base model, or spread it with recipes/accelerate/fsdp2.yaml"
         return f"out of memory at step {self.state.step + 1}; {advice}"
 
     def _save(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from worlds import interactions
 
 from llmrec.errors import TrainingError
 from llmrec.evaluation.metrics import mrr_at_k, ndcg_at_k, recall_at_k, summarise
-from llmrec.evaluation.rank import Scorer, rank_targets, rank_users, top_items
+from llmrec.evaluation.rank import Scorer, blocks_of, rank_targets, rank_users, top_items
 
 
 def test_metrics_by_hand():
@@ -109,6 +110,17 @@ def test_the_whole_history_is_masked_and_the_context_is_limited():
     assert np.sort(ranking.top).tolist() == [[5, 6], [4, 6]]
     kept = rank_users(Scorer(name="x", score=score), data, targets, mask_seen=False)
     assert kept.rank.tolist() == [4.0, 4.0]
+
+
+def test_blocks_hold_so_many_items_as_a_method_takes_at_once():
+    length = np.array([5, 1, 9, 2, 2, 30, 4])
+    scorer = by_last_item(20)
+    assert [block.tolist() for block in blocks_of(length, 3, scorer)] == [[1, 3, 4], [6, 0, 2], [5]]
+    limited = replace(scorer, max_items=10)
+    assert [block.tolist() for block in blocks_of(length, 9, limited)] == [[1, 3, 4], [6, 0], [2], [5]]
+    short = replace(limited, max_history=2)  # what is not shown takes no room
+    assert [block.tolist() for block in blocks_of(length, 9, short)] == [[1, 3, 4, 6, 0], [2, 5]]
+    assert [block.tolist() for block in blocks_of(length, 1, limited)] == [[1], [3], [4], [6], [0], [2], [5]]
 
 
 def test_block_size_changes_nothing():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from backbones import KINDS, save_backbone
 from test_packing import plain_prompts, random_users
 from test_train import TINY, fit
-from tiny_mme_sid import PROMPT, semantic_ids, vectors
+from tiny_mme_sid import PROMPT, base_model, semantic_ids, vectors
 
 from llmrec.errors import ConfigError
 from llmrec.finetune import build
@@ -125,6 +127,18 @@ def test_recomputed_and_compiled_blocks_train_the_same(settings):
     found = fit(dataclasses.replace(TINY, **settings))[0]
     for name, value in plain.heads.items():
         torch.testing.assert_close(found.heads[name], value, rtol=1e-3, atol=2e-4)
+
+
+def test_fused_kernels_leave_the_decoders_own_forward_pass(monkeypatch):
+    """Their fused loss would put that of a model with a head in its place; stands in for the library."""
+    asked = []
+    package = types.ModuleType("liger_kernel.transformers")
+    package._apply_liger_kernel_to_instance = lambda **options: asked.append(options)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    base = base_model()
+    build.set_up_base(dataclasses.replace(TINY, kernels="liger"), base, flex=False)
+    assert asked == [{"model": base, "fused_linear_cross_entropy": False, "cross_entropy": False}]
 
 
 @pytest.mark.parametrize("settings", [{"attention": "flex"}, {"kernels": "liger"}], ids=["flex", "liger"])

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from test_methods import METHODS, NAMES
 from test_packing import EXACT, NUM_ITEMS, full_scores, gradients, random_users
-from tiny_mme_sid import PROMPT, model
+from tiny_mme_sid import PROMPT, WIDE, model
 
+from llmrec.errors import ConfigError
+from llmrec.finetune import build
+from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.model import block_mask
 from llmrec.finetune.packing import count_tokens, group_rows, lay_out_stream, pack, stream_bucket
 
@@ -102,7 +105,7 @@ def test_padding_of_a_stream_changes_nothing_and_sees_nothing():
         lay_out_stream(rows, instruction=5, response=3, bucketed=bucketed) for bucketed in (False, True)
     )
     size = len(plain.source)
-    assert size == 5 + 2 + 3 + 7 * 3 and len(padded.source) == 128
+    assert size == 5 + 2 + 3 + 7 * 3 and len(padded.source) == 256
     visible = padded.visible()[0, 0]
     assert torch.equal(visible[:size, :size], plain.visible()[0, 0])
     assert not visible[:size, size:].any() and not visible[size:, :size].any() and visible.any(dim=1).all()
@@ -140,7 +143,7 @@ def test_block_masks_are_the_dense_mask_and_flex_attention_gives_its_read_outs()
 def test_flex_attention_in_bfloat16_is_close_to_float32():
     item, targets = random_users([3, 60, 7, 1, 200, 30])
     rows = pack(item, targets, group_rows(targets, "packed"))
-    net = model(NUM_ITEMS, rows="stream").float().cuda()
+    net = model(NUM_ITEMS, rows="stream", width=WIDE).float().cuda()
     tokens = net.item_tokens(torch.arange(NUM_ITEMS + 1, device="cuda"))
     expected_loss = net.loss([rows])
     expected = gradients(net, expected_loss)
@@ -156,10 +159,22 @@ def test_flex_attention_in_bfloat16_is_close_to_float32():
         assert float((found[name] - value).norm() / value.norm().clamp(min=1e-6)) < 5e-2, name
 
 
+def test_flex_attention_is_left_to_heads_that_its_kernels_take():
+    auto, flex = FinetuneConfig(), FinetuneConfig(attention="flex")
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert build.engine(auto, gpu, 16) == (True, True)
+    assert build.engine(auto, gpu, 8) == (True, False)
+    assert build.engine(auto, cpu, 16) == (False, False)
+    with pytest.raises(ConfigError, match=r"attention heads of 16 numbers at least, and .* has 8"):
+        build.engine(flex, gpu, 8)
+    with pytest.raises(ConfigError, match="trains on a GPU, and there is none"):
+        build.engine(flex, cpu, 16)
+
+
 @pytest.mark.parametrize("size", [1, 128, 129, 2048, 2049, 100_000])
 def test_buckets_are_few_and_close(size):
     bucket = stream_bucket(size)
-    assert bucket % 128 == 0 and size <= bucket <= max(1.125 * size, size + 127)
+    assert bucket % 128 == 0 and size <= bucket <= max(1.125 * size, size + 127, 256)
     assert stream_bucket(bucket) == bucket
 
 

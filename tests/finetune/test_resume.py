@@ -79,6 +79,27 @@ def test_work_of_other_settings_is_not_taken_up(tmp_path, monkeypatch):
         assert torch.equal(weights(found)[name], value)
 
 
+def test_settings_that_change_no_result_may_change_after_a_stop(tmp_path, monkeypatch):
+    """Out of memory at step 8,000 is advised to lower micro_batch_tokens, and must not start over."""
+    config = dataclasses.replace(OFTEN, dropout_rate=0.0)
+    expected = fine_tune(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(5, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(config, tmp_path / "out")
+    steps = []
+    whole = train.Trainer.train_step
+    monkeypatch.setattr(
+        train.Trainer,
+        "train_step",
+        lambda self, targets: steps.append(self.state.step) or whole(self, targets),
+    )
+    found = fine_tune(dataclasses.replace(config, micro_batch_tokens=64, log_every_steps=3), tmp_path / "out")
+    assert steps[0] == 5
+    for name, value in weights(expected).items():
+        torch.testing.assert_close(weights(found)[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_a_polite_stop_ends_the_step_saves_and_says_so(tmp_path, monkeypatch):
     config = dataclasses.replace(OFTEN, save_every_minutes=1000.0)
     whole = train.Trainer.train_step

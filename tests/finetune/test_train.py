@@ -281,7 +281,7 @@ def test_lora_trains_a_real_pretrained_llama(real_data):
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        ({}, r"out of memory at step 1; lower finetune\.micro_batch_tokens \(16384 now\)"),
+        ({}, r"out of memory at step 1; lower finetune\.micro_batch_tokens \(8192 now\)"),
         ({"micro_batch_tokens": 1024}, r"set finetune\.checkpoint_activations=true"),
         ({"micro_batch_tokens": 1024, "checkpoint_activations": True}, "use a smaller base model"),
     ],

@@ -14,6 +14,8 @@ from llmrec.finetune.model import MMESID
 from llmrec.finetune.prompt import Prompt
 
 WIDTH, LEVELS, CODES = 16, 2, 4
+WIDE = 64
+"""Model width whose four heads FlexAttention's kernels take on a GPU."""
 PROMPT = Prompt(instruction=[0, 3, 1, 4, 1], response=[5, 2, 6], vocab_size=8)
 
 
@@ -28,12 +30,12 @@ class ExactRMSNorm(nn.Module):
         return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
-def base_model(seed: int = 0, num_layers: int = 3) -> LlamaModel:
-    """A float32 Llama of width 16 with two key-value heads for four query heads."""
+def base_model(seed: int = 0, num_layers: int = 3, width: int = WIDTH) -> LlamaModel:
+    """A float32 Llama with two key-value heads for four query heads."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=PROMPT.vocab_size,
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=24,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
@@ -54,12 +56,14 @@ def vectors(num_items: int, dims: dict[str, int], seed: int = 0) -> dict[str, np
     return made
 
 
-def semantic_ids(num_items: int, modalities: tuple[str, ...], seed: int = 0) -> SemanticIds:
+def semantic_ids(
+    num_items: int, modalities: tuple[str, ...], seed: int = 0, width: int = WIDTH
+) -> SemanticIds:
     rng = np.random.default_rng(seed)
     return SemanticIds(
         catalog="tiny",
         codes={name: rng.integers(0, CODES, (num_items + 1, LEVELS)) for name in modalities},
-        codebooks={name: rng.normal(size=(LEVELS, CODES, WIDTH)).astype(np.float32) for name in modalities},
+        codebooks={name: rng.normal(size=(LEVELS, CODES, width)).astype(np.float32) for name in modalities},
     )
 
 
@@ -69,20 +73,21 @@ def model(
     lora: bool = False,
     dims: dict[str, int] | None = None,
     prompt: Prompt = PROMPT,
+    width: int = WIDTH,
     **settings: object,
 ) -> MMESID:
     """MME-SID on a tiny Llama in float64, with three modalities unless said otherwise."""
     dims = dims or {"collab": 5, "text": 7, "image": 6}
     options = {"base_model": "tiny"} if lora else {}
     config = FinetuneConfig(**{"fusion_temperature": 1.0, **options, **settings})
-    base = base_model()
+    base = base_model(width=width)
     if lora:
         base = build.add_lora(base, config)
         for name, parameter in base.named_parameters():
             if "lora_B" in name:  # starts at zero, which would hide half of the gradient
                 nn.init.normal_(parameter, std=0.3)
     train_count = torch.arange(num_items + 1)
-    ids = semantic_ids(num_items, tuple(dims))
+    ids = semantic_ids(num_items, tuple(dims), width=width)
     built = build.build_model(
         config, base, prompt, vectors(num_items, dims), ids, train_count, torch.device("cpu")
     )
