@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCardData,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -27,6 +33,7 @@ from huggingface_hub.errors import (
 )
 
 from llmrec import __version__
+from llmrec.artifacts import read_json
 from llmrec.errors import ConfigError, LlmrecError, MissingArtifactError
 
 if TYPE_CHECKING:
@@ -42,13 +49,17 @@ IN_TEXT = re.compile(
     r"(?:^|[\s\"'(])((?:/(?:home|root|Users|tmp|mnt|var|opt|srv|media|work|data)/|~/)[^\s\"')]+)"
 )
 
+LLAMA_3_1 = ("llama3.1", "Built with Llama: the Llama 3.1 Community License applies.")
 LICENCES = {
+    "meta-llama/meta-llama-3.1": LLAMA_3_1,
     "meta-llama/meta-llama-3": (
         "llama3",
         "Built with Meta Llama 3: the Meta Llama 3 Community License applies.",
     ),
-    "meta-llama/llama-3.1": ("llama3.1", "Built with Llama: the Llama 3.1 Community License applies."),
+    "meta-llama/llama-2": ("llama2", "Llama 2 is licensed under the Llama 2 Community License."),
+    "meta-llama/llama-3.1": LLAMA_3_1,
     "meta-llama/llama-3.2": ("llama3.2", "Built with Llama: the Llama 3.2 Community License applies."),
+    "meta-llama/llama-3.3": ("llama3.3", "Built with Llama: the Llama 3.3 Community License applies."),
     "google/gemma": ("gemma", "Gemma is provided under and subject to the Gemma Terms of Use."),
 }
 """Licence tag and line of base models whose terms follow what is trained on them, by beginning of the id."""
@@ -104,13 +115,27 @@ def push(
     try:
         found = api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
         api.preupload_lfs_files(found.repo_id, operations)
+        stale = [CommitOperationDelete(name) for name in left_over(api, found.repo_id, listing(folder))]
         with warnings.catch_warnings():
             # It takes the table of items for a dataset.
             warnings.filterwarnings("ignore", message=".*commit a data file")
-            commit = api.create_commit(found.repo_id, operations, commit_message=message)
+            commit = api.create_commit(found.repo_id, [*operations, *stale], commit_message=message)
     except (HfHubHTTPError, HFValidationError, OSError, RuntimeError) as error:
         raise HubError(explained(error, repo)) from None
     return Pushed(repo=found.repo_id, url=str(found), revision=commit.oid)
+
+
+def left_over(api: HfApi, repo: str, files: list[tuple[str, int]]) -> list[str]:
+    """Files in a repository that a package pushed before has and this one, with files, has not."""
+    from llmrec.inference.package import MANIFEST
+
+    there = set(api.list_repo_files(repo))
+    if MANIFEST not in there:
+        return []
+    before = read_json(Path(api.hf_hub_download(repo, MANIFEST)))
+    kept = {name for name, _ in files}
+    listed = before.get("files") if isinstance(before, dict) else None
+    return sorted(name for name in listed or () if name in there and name not in kept)
 
 
 def download(repo: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
@@ -232,6 +257,7 @@ def card(package: Package) -> str:
         library_name="peft" if package.adapter.lora else None,
         base_model=None if mini else base,
         license=licence,
+        base_model_relation=None if mini else "adapter",
         tags=["recommender-systems", "sequential-recommendation", "mme-sid", "llmrec"],
     )
     head = metadata.to_dict()

@@ -112,6 +112,8 @@ def reading(folder: Path) -> Iterator[None]:
     except LlmrecError:
         raise
     except UNREADABLE as error:
+        if type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"):  # torch's; nothing is damaged
+            raise
         raise DamagedError(
             f"{folder} holds what llmrec does not write ({type(error).__name__}: {str(error) or 'no reason'})"
         ) from error

@@ -146,6 +146,8 @@ class Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.hub.objects:
                     return self.answer(400, {"error": f"object {value['oid']} was never uploaded"})
                 files[value["path"]] = self.hub.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         oid = hashlib.sha1(body).hexdigest()
         repository["commits"].append((oid, files))
         url = f"{self.hub.address}/{repo}/commit/{oid}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,13 @@ class ItemEncoders:
         Raises:
             ConfigError: the catalogue's text vectors came from a file.
         """
-        config = from_dict(TextEncoderConfig, self._about("text")["settings"])
+        config = self._as_recorded(TextEncoderConfig, "text")
         columns = self._about("text")["columns"]
         for name in columns:
             if name not in items.column_names:
                 items = items.append_column(name, pa.nulls(len(items), pa.string()))
         if config.template is None:
-            config = from_dict(TextEncoderConfig, {**self._about("text")["settings"], "columns": columns})
+            config = replace(config, columns=tuple(columns))
         texts, _ = item_texts(config, items)
         present = np.array([re.search(r"\w", text) is not None for text in texts], dtype=bool)
         chosen = [text for text, there in zip(texts, present) if there]
@@ -70,7 +71,7 @@ class ItemEncoders:
             ConfigError: the catalogue's image vectors came from a file.
             DataError: a picture cannot be read and the settings say so.
         """
-        config = from_dict(ImageEncoderConfig, self._about("image")["settings"])
+        config = self._as_recorded(ImageEncoderConfig, "image")
         present = np.array([picture is not None for picture in pictures], dtype=bool)
         chosen = np.flatnonzero(present).tolist()
         if not chosen:
@@ -91,6 +92,12 @@ class ItemEncoders:
             vectors = project(vectors, self.content.fitted["image"])
         present[chosen] = readable
         return self._finish("image", vectors, present, items)
+
+    def _as_recorded(self, kind: Any, name: str) -> Any:
+        """The encoder's settings, at the commit that the catalogue's vectors were made with."""
+        about = self._about(name)
+        config = from_dict(kind, about["settings"])
+        return replace(config, revision=about["revision"]) if about.get("revision") else config
 
     def _finish(
         self, modality: str, vectors: np.ndarray, present: np.ndarray, items: pa.Table

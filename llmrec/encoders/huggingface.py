@@ -89,7 +89,9 @@ class TextEncoder:
             inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64)).to(self.device)
         if self.own_head:
             return to_numpy(features_of(self.model.get_text_features(**inputs)))
-        hidden = self.model(**inputs).last_hidden_state
+        # Decoders would keep all keys and values.
+        known = {"use_cache": False} if getattr(self.model.config, "use_cache", False) else {}
+        hidden = self.model(**inputs, **known).last_hidden_state
         return to_numpy(pool(hidden, inputs["attention_mask"], self.pooling))
 
     def describe(self) -> dict[str, Any]:

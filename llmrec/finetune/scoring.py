@@ -87,6 +87,9 @@ def load_scorer(
     """
     check_same_catalog(adapter, collab, content, ids)
     config = for_scoring(from_dict(FinetuneConfig, adapter.settings["config"]))
+    if not config.is_mini and adapter.settings.get("revision"):
+        # The commit that was trained on, whatever has come since.
+        config = replace(config, revision=adapter.settings["revision"])
     prompt = Prompt(**adapter.settings["prompt"])
     if adapter.base:
         base: Any = LlamaModel(LlamaConfig.from_dict({**adapter.base_config, "_attn_implementation": "sdpa"}))

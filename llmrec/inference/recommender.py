@@ -23,8 +23,8 @@ from llmrec.manifest import reading
 BLOCK_SCORES = 1 << 24
 """Scores held at once (64 MiB)."""
 
-MAX_CELLS = 1 << 15
-"""Tokens of item slots in one forward pass."""
+MAX_CELLS = 1 << 13
+"""Tokens in one forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class Recommender:
             if not len(allowed):
                 raise DataError("candidates: none of them is in the catalogue")
         found: list[list[Recommendation]] = [[] for _ in rows]
-        for group in length_groups(np.array([max(len(row), 1) for row in rows]), MAX_CELLS) if rows else []:
+        for group in self._groups(rows):
             hidden = self._read_out([rows[place] for place in group])
             best = self._best(hidden, [rows[place] for place in group], k, exclude_seen, allowed)
             for place, state, (items, values) in zip(group, hidden, best):
@@ -168,7 +168,11 @@ class Recommender:
     def score(self, histories: Sequence[Sequence[str]], *, unknown: str = "error") -> np.ndarray:
         """Scores of all items, float32 (n, N), in the order of `raw_ids`."""
         rows = self._rows(histories, unknown)
-        return (self._read_out(rows) @ self.scores.matrix.T)[:, 1:].cpu().numpy()
+        found = np.empty((len(rows), len(self.raw_ids)), np.float32)
+        for group in self._groups(rows):
+            hidden = self._read_out([rows[place] for place in group])
+            found[group] = (hidden @ self.scores.matrix.T)[:, 1:].cpu().numpy()
+        return found
 
     def add_items(
         self,
@@ -212,8 +216,23 @@ class Recommender:
                 content[name], _ = encoders.text(table)
             else:
                 content[name], _ = encoders.image(table, [item.get("image") for item in items])
-        self.package = extended(self.package, table, content, neighbours=neighbours)
-        self._load()
+        before = self.package
+        self.package = extended(before, table, content, neighbours=neighbours)
+        del self.scores, self.graph  # the model that is made anew needs their room
+        try:
+            self._load()
+        except BaseException:
+            self.package = before
+            self._load()
+            raise
+
+    def _groups(self, rows: list[np.ndarray]) -> list[np.ndarray]:
+        """Which histories go through the model together."""
+        if not rows:
+            return []
+        slots = self.model.item_tokens.tokens_per_item
+        length = [slots * max(len(row), 1) + len(self.model.response) for row in rows]
+        return length_groups(np.array(length), MAX_CELLS)
 
     def _rows(self, histories: Sequence[Sequence[str]], unknown: str) -> list[np.ndarray]:
         """Item ids of several histories."""

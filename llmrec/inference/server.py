@@ -261,7 +261,7 @@ def application(
         return {"results": [[as_json(item, pictures) for item in items] for items in found]}
 
     @app.get("/items")
-    async def items(
+    def items(
         q: Annotated[str, Query(max_length=200)] = "", limit: Annotated[int, Query(ge=1, le=100)] = 24
     ) -> dict[str, Any]:
         """Items whose title or id holds all words; without words, the most popular."""

@@ -70,11 +70,10 @@ def separate(autoencoder: ModalityAutoencoder, vectors: np.ndarray, codes: np.nd
         shared = autoencoder.quantizer.lookup(torch.from_numpy(codes[members]).to(last_book.device))[:, :-1]
         residual = autoencoder.encode(rows) - shared.sum(dim=1)
         cost = squared_distances(residual, last_book).cpu().numpy()
-        copies = -(-len(members) // cost.shape[1])
-        # A code is dealt a second time only once every code is dealt.
-        again = (cost.max() + 1) * len(members) * np.arange(copies)
-        chosen = linear_sum_assignment(np.concatenate([cost + extra for extra in again], axis=1))[1]
-        codes[members, -1] = chosen % cost.shape[1]
+        # Dealt in rounds of one item a code, so that large groups stay affordable.
+        for first in range(0, len(members), cost.shape[1]):
+            part = slice(first, first + cost.shape[1])
+            codes[members[part], -1] = linear_sum_assignment(cost[part])[1]
     return codes
 
 

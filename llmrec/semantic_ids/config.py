@@ -7,7 +7,7 @@ from typing import Literal
 
 from llmrec.config import require
 
-MIN_SINKHORN_EPS = 0.0015
+MIN_SINKHORN_EPS = 0.003
 """Below, exp(1 / eps) leaves the range of float64."""
 
 

@@ -20,6 +20,9 @@ from llmrec.semantic_ids.quantizer import ResidualQuantizer, squared_distances
 BLOCK_ROWS = 1 << 14
 """Rows whose distances to all centres are held at once."""
 
+RELOCATIONS = 3
+"""Times that idle centres are moved before the rounds of k-means."""
+
 
 @torch.no_grad()
 def init_codebooks(
@@ -30,6 +33,7 @@ def init_codebooks(
     *,
     method: Literal["kmeans", "kmeans_constrained"] = "kmeans",
     restarts: int = 1,
+    relocate_idle: bool = False,
 ) -> None:
     """Set every level's codes to the k-means centres of what the levels before leave of latent (n, D).
 
@@ -40,6 +44,7 @@ def init_codebooks(
         generator: on the CPU, draws the seeds.
         method: kmeans, or kmeans_constrained with the published bounds on cluster sizes (`size_bounds`).
         restarts: seeds tried; the tightest result is kept.
+        relocate_idle: see `kmeans`.
     """
     residual = latent
     for level in range(len(quantizer.codebooks)):
@@ -47,18 +52,31 @@ def init_codebooks(
         if method == "kmeans_constrained":
             centres = constrained(residual, size, iterations, restarts, generator)
         else:
-            centres = kmeans(residual, size, iterations, generator, restarts=restarts)
+            centres = kmeans(
+                residual, size, iterations, generator, restarts=restarts, relocate_idle=relocate_idle
+            )
         quantizer.place(level, slice(None), centres)
         residual = residual - centres[nearest(residual, centres)[1]]
 
 
 def kmeans(
-    rows: Tensor, num_clusters: int, iterations: int, generator: torch.Generator, *, restarts: int = 1
+    rows: Tensor,
+    num_clusters: int,
+    iterations: int,
+    generator: torch.Generator,
+    *,
+    restarts: int = 1,
+    relocate_idle: bool = False,
 ) -> Tensor:
-    """Centres (K, D) of rows (n, D): k-means++ seeds, then Lloyd rounds until nothing moves."""
-    tried = [
-        lloyd(rows, plus_plus(rows, num_clusters, generator), iterations) for _ in range(max(restarts, 1))
-    ]
+    """Centres (K, D) of rows (n, D): k-means++ seeds, then Lloyd rounds until nothing moves.
+
+    Where centres are the result, not the beginning of training that restarts dead codes, seeds that serve
+    hardly anything should be moved first (relocate_idle, see `relocated`).
+    """
+    tried = []
+    for _ in range(max(restarts, 1)):
+        seeds = plus_plus(rows, num_clusters, generator)
+        tried.append(lloyd(rows, relocated(rows, seeds) if relocate_idle else seeds, iterations))
     if len(tried) == 1:
         return tried[0]
     return min(tried, key=lambda centres: float(nearest(rows, centres)[0].double().sum()))
@@ -131,6 +149,79 @@ def plus_plus(rows: Tensor, num_clusters: int, generator: torch.Generator) -> Te
         nearest_so_far = distance if not chosen else torch.minimum(nearest_so_far, distance)
         chosen.append(index)
     return rows[torch.cat(chosen)]
+
+
+def relocated(rows: Tensor, centres: Tensor) -> Tensor:
+    """Seeds (K, D) of which those that serve hardly anything were moved to where the error is.
+
+    The mean of m rows that have little in common is 1 / m as long (squared) as they are. In many dimensions
+    that counts for more than direction does: rows prefer the shorter centre, which is that of the larger
+    cluster, and one cluster ends with nearly all rows, the others with the row they began with. No cluster is
+    empty then, and Lloyd rounds never leave that state.
+    """
+    for _ in range(RELOCATIONS):
+        centres, moved = relocate(rows, centres)
+        if not moved:
+            break
+        centres = lloyd(rows, centres, 2)
+    return centres
+
+
+def relocate(rows: Tensor, centres: Tensor) -> tuple[Tensor, int]:
+    """Centres (K, D) after moves that lower the error, and how many there were.
+
+    A move takes the centre whose rows lose least by going to their second nearest, and puts it into the
+    cluster of largest error, cut in two across its longest direction, as long as the cut gains more than the
+    rows lose.
+    """
+    found = [
+        squared_distances(block, centres).topk(2, dim=1, largest=False) for block in rows.split(BLOCK_ROWS)
+    ]
+    first, second = torch.cat([part.values for part in found]).unbind(dim=1)
+    label, heir = torch.cat([part.indices for part in found]).unbind(dim=1)
+    sums = sums_by_label(torch.stack([first, second - first], dim=1), label, len(centres))
+    errors, losses = sums.T.tolist()
+    order = label.argsort(stable=True)
+    members = list(order.split(torch.bincount(label, minlength=len(centres)).tolist()))
+    centres = centres.clone()
+    dropped: set[int] = set()
+    cut: set[int] = set()
+    for spare in sorted(range(len(centres)), key=losses.__getitem__):
+        worst = max(range(len(centres)), key=errors.__getitem__)
+        if errors[worst] <= losses[spare]:
+            break
+        # The rows of a centre that goes need the one they go to.
+        if spare in cut or spare == worst or not dropped.isdisjoint(heir[members[spare]].tolist()):
+            continue
+        own = members[worst]
+        gain, halves = cut_in_two(rows[own])
+        if gain <= losses[spare]:
+            break
+        for slot, (side, centre, error) in zip((worst, spare), halves):
+            members[slot], centres[slot], errors[slot] = own[side], centre, error
+        dropped.add(spare)
+        cut |= {worst, spare}
+    return centres, len(dropped)
+
+
+def cut_in_two(rows: Tensor) -> tuple[float, list[tuple[Tensor, Tensor, float]]]:
+    """Rows (m, D) cut across their longest direction: squared error gained; of both halves which rows they
+    are, their mean and their error."""
+    middle = rows.mean(dim=0)
+    rows = rows - middle
+    direction = rows[rows.square().sum(dim=1).argmax()]
+    for _ in range(3):
+        direction = F.normalize((rows @ direction) @ rows, dim=0)
+    side = rows @ direction > 0
+    halves, gain = [], 0.0
+    for chosen in (side, ~side):
+        part = rows[chosen]
+        if not len(part):
+            return 0.0, []
+        centre = part.mean(dim=0)
+        gain += len(part) * float(centre.square().sum())
+        halves.append((chosen, middle + centre, float((part - centre).square().sum())))
+    return gain, halves
 
 
 def lloyd(rows: Tensor, centres: Tensor, iterations: int) -> Tensor:

@@ -105,6 +105,7 @@ def initialise(model: MMRQVAE, config: LearnSemanticIdsConfig, items: TrainingIt
             generator,
             method=config.init,
             restarts=config.kmeans_restarts,
+            relocate_idle=config.method == "rkmeans",
         )
 
 
@@ -174,6 +175,8 @@ def train_epoch(
         rows = {name: items.rows(name, batch) for name in items.vectors}
         here = {name: mask[batch] for name, mask in items.present.items()}
         encoded, losses = model(rows, here)
+        if not encoded:  # no modality has two vectors in this batch
+            continue
         optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         optimizer.step()
@@ -183,7 +186,8 @@ def train_epoch(
             residuals[name] = found.quantized.residuals
             for part, value in losses.parts[name].items():
                 parts[name].setdefault(part, []).append(value.detach())
-    used = {name: code_usage(torch.cat(found), config.num_codes) for name, found in codes.items()}
+    none = torch.zeros(0, config.num_levels, dtype=torch.int64, device=items.device)
+    used = {name: code_usage(torch.cat([none, *found]), config.num_codes) for name, found in codes.items()}
     if config.restart_dead_codes:
         for name, found in residuals.items():
             model.autoencoders[name].quantizer.restart(used[name], found, restarts)
@@ -192,7 +196,7 @@ def train_epoch(
         for name, found in parts.items()
     }
     shares = {name: found.double().mean(dim=1).tolist() for name, found in used.items()}
-    return float(torch.stack(totals).mean()), mean_parts, shares
+    return float(torch.stack(totals).mean()) if totals else 0.0, mean_parts, shares
 
 
 def num_batches(num_items: int, batch_size: int) -> int:

@@ -18,6 +18,7 @@ from hub_server import TOKEN
 from llmrec import cli
 from llmrec.errors import ConfigError, MissingArtifactError
 from llmrec.hub import HubError, download, listing, push, refuse_private
+from llmrec.inference.package import seal
 from llmrec.inference.recommender import Recommender
 
 
@@ -69,6 +70,20 @@ def test_a_second_push_uploads_only_what_changed(packaged, hub, tmp_path):
     second = put(packaged, hub, message="again")
     assert first.revision != second.revision and len(hub.uploads) == uploads
     assert set(hub.repos["ann/tiny"]["commits"][-1][1]) == {name for name, _ in listing(packaged)}
+
+
+def test_a_second_push_takes_away_what_only_the_first_package_had(packaged, hub, tmp_path):
+    """A base trained in full, say, which would be loaded beside the adapter that took its place."""
+    larger = tmp_path / "larger"
+    shutil.copytree(packaged, larger)
+    (larger / "extra.json").write_text("{}")
+    seal(larger)
+    put(larger, hub)
+    files = hub.repos["ann/tiny"]["commits"][-1][1]
+    files["notes.md"] = b"somebody's own"
+    assert "extra.json" in files
+    put(packaged, hub)
+    assert set(hub.repos["ann/tiny"]["commits"][-1][1]) == {*dict(listing(packaged)), "notes.md"}
 
 
 @pytest.mark.parametrize(

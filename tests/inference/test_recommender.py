@@ -71,6 +71,46 @@ def test_batches_change_nothing_but_rounding(loaded):
     assert loaded.recommend([]) == []
 
 
+def test_many_histories_go_through_in_passes_of_bounded_size(loaded, monkeypatch):
+    histories = [loaded.raw_ids[:3], [], loaded.raw_ids[2:9]] * 4
+    expected = loaded.score(histories)
+    passes = []
+    read_out = type(loaded)._read_out
+    monkeypatch.setattr(
+        type(loaded), "_read_out", lambda self, rows: passes.append(len(rows)) or read_out(self, rows)
+    )
+    monkeypatch.setattr(module, "MAX_CELLS", 20)
+    np.testing.assert_allclose(loaded.score(histories), expected, rtol=1e-4, atol=1e-5)
+    assert len(passes) > 4 and sum(passes) == 12
+
+
+def test_a_full_gpu_is_not_called_a_damaged_package(packaged, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "load_scorer", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Recommender.from_pretrained(packaged)
+
+
+def test_a_failed_addition_leaves_the_catalogue_as_it_was(packaged, monkeypatch):
+    recommender = Recommender.from_pretrained(packaged)
+    before = list(recommender.raw_ids)
+    calls = []
+
+    def fails_once(*arguments):
+        calls.append(arguments)
+        return load_scorer(*arguments) if len(calls) > 1 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_scorer", fails_once)
+        with pytest.raises(ZeroDivisionError):
+            recommender.add_items([{"item_id": "new", "title": "Plain red drum"}])
+    assert recommender.raw_ids == before and len(recommender.recommend([before[:2]], k=3)[0]) == 3
+    recommender.add_items([{"item_id": "new", "title": "Plain red drum"}])
+    assert recommender.raw_ids == [*before, "new"]
+
+
 def test_candidates_more_than_there_are_and_parts(loaded):
     ids = loaded.raw_ids
     (found,) = loaded.recommend([ids[:2]], k=50, candidates=[ids[1], ids[4], ids[9], ids[4]])

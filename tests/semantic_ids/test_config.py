@@ -13,7 +13,7 @@ from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig
         ({"num_levels": 0}, r"num_levels must be at least 1, got 0"),
         ({"num_codes": 1}, r"num_codes must be at least 2, got 1"),
         ({"batch_size": 1}, r"batch_size must be at least 2, got 1"),
-        ({"sinkhorn_eps": 1e-4}, r"sinkhorn_eps must be at least 0\.0015, got 0\.0001"),
+        ({"sinkhorn_eps": 1e-4}, r"sinkhorn_eps must be at least 0\.003, got 0\.0001"),
         ({"learning_rate": 0.0}, r"learning_rate must be greater than 0, got 0\.0"),
         ({"learning_rate": float("nan")}, r"learning_rate must be greater than 0, got nan"),
         ({"commitment_weight": -1.0}, r"commitment_weight must be at least 0, got -1\.0"),

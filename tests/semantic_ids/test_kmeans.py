@@ -8,7 +8,15 @@ import torch
 from sklearn.cluster import KMeans
 
 from llmrec.errors import ConfigError
-from llmrec.semantic_ids.kmeans import init_codebooks, kmeans, lloyd, nearest, plus_plus, size_bounds
+from llmrec.semantic_ids.kmeans import (
+    init_codebooks,
+    kmeans,
+    lloyd,
+    nearest,
+    plus_plus,
+    relocated,
+    size_bounds,
+)
 from llmrec.semantic_ids.quantizer import ResidualQuantizer, squared_distances
 
 
@@ -77,6 +85,35 @@ def test_more_seeds_are_never_looser():
         for tries in (1, 8)
     ]
     assert loose[1] < loose[0]
+
+
+def error(rows: torch.Tensor, centres: torch.Tensor) -> float:
+    return float(nearest(rows, centres)[0].mean())
+
+
+def test_in_many_dimensions_one_cluster_does_not_swallow_all():
+    """Next to nothing is left of a row that stood alone: as a centre it is nearer to all rows than others."""
+    rows = torch.randn(1500, 600, generator=torch.Generator().manual_seed(1))
+    first = kmeans(rows, 64, 10, torch.Generator().manual_seed(0))
+    rows = rows - first[nearest(rows, first)[1]]
+    plain = kmeans(rows, 64, 10, torch.Generator().manual_seed(0))
+    assert torch.bincount(nearest(rows, plain)[1]).max() > 0.8 * len(rows), "the state to be avoided"
+    moved = kmeans(rows, 64, 10, torch.Generator().manual_seed(0), relocate_idle=True)
+    sizes = torch.bincount(nearest(rows, moved)[1], minlength=64)
+    assert sizes.max() < 0.1 * len(rows) and (sizes > 1).sum() > 60
+    assert error(rows, moved) < error(rows, plain)
+
+
+def test_idle_centres_move_to_where_the_error_is():
+    """Four groups, and four seeds of which three are in one of them."""
+    groups = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    rows = (
+        groups[:, None] + 0.1 * torch.randn(4, 25, 2, generator=torch.Generator().manual_seed(0))
+    ).flatten(0, 1)
+    seeds = rows[[0, 1, 2, 30]]
+    found = lloyd(rows, relocated(rows, seeds), 10)
+    assert error(rows, found) < 0.1 < error(rows, lloyd(rows, seeds, 10))
+    assert torch.equal(relocated(rows, found), found), "nothing is gained by a move"
 
 
 def test_blocks_change_no_label_and_no_centre(monkeypatch):

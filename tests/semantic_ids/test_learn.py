@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from test_mm_rqvae import SETTINGS
 from worlds import interactions, two_communities
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
@@ -16,7 +17,8 @@ from llmrec.semantic_ids.assign import assign
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.kmeans import kmeans
 from llmrec.semantic_ids.learn import learn_semantic_ids
-from llmrec.semantic_ids.train import num_batches
+from llmrec.semantic_ids.mm_rqvae import MMRQVAE
+from llmrec.semantic_ids.train import TrainingItems, num_batches, train_epoch
 
 NUM_ITEMS = 240
 SMALL = LearnSemanticIdsConfig(
@@ -331,9 +333,26 @@ def test_residual_k_means_is_k_means_level_by_level():
     ids = learn_semantic_ids(config, data, *artefacts(data, made))
     generator, residual = torch.Generator().manual_seed(0), torch.from_numpy(made["text"][1:])
     for level in range(2):
-        centres = kmeans(residual, 8, 10, generator)
+        centres = kmeans(residual, 8, 10, generator, relocate_idle=True)
         assert np.array_equal(ids.codebooks["text"][level], centres.numpy())
         residual = residual - centres[torch.cdist(residual, centres).argmin(dim=1)]
+
+
+def test_a_batch_without_two_vectors_of_any_modality_is_passed_over():
+    rows = {"text": torch.randn(40, 6)}
+    there = {"text": torch.arange(40) < 3}
+    items = TrainingItems(vectors=rows, present=there, device=torch.device("cpu"))
+    config = LearnSemanticIdsConfig(batch_size=4, num_codes=4, num_levels=2)
+    model = MMRQVAE({"text": 6}, **SETTINGS)
+    loss, *_ = train_epoch(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        config,
+        items,
+        np.random.default_rng(0),
+        torch.Generator(),
+    )
+    assert np.isfinite(loss)
 
 
 def test_repaired_collisions_are_gone_and_others_keep_their_codes():
