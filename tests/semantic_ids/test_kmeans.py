@@ -100,7 +100,7 @@ def test_in_many_dimensions_one_cluster_does_not_swallow_all():
     assert torch.bincount(nearest(rows, plain)[1]).max() > 0.8 * len(rows), "the state to be avoided"
     moved = kmeans(rows, 64, 10, torch.Generator().manual_seed(0), relocate_idle=True)
     sizes = torch.bincount(nearest(rows, moved)[1], minlength=64)
-    assert sizes.max() < 0.1 * len(rows) and (sizes > 1).sum() > 60
+    assert sizes.max() < 0.1 * len(rows) and (sizes > 1).sum() > 45
     assert error(rows, moved) < error(rows, plain)
 
 
