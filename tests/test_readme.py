@@ -1,9 +1,10 @@
-"""The README's commands must be ones the software accepts."""
+"""The READMEs' commands must be ones the software accepts, and what they point to must be there."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,11 @@ from llmrec.recipe import main
 from llmrec.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "recipes/README.md", "tools/README.md")
+}
+TEXT = PAGES["README.md"]
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = [
     command.strip()
@@ -25,7 +30,14 @@ COMMANDS = [
     for command in line.split("&&")
     if command.strip() and not command.strip().startswith("#")
 ]
-LAUNCHED = [command for command in COMMANDS if "recipes/" in command]
+LAUNCHED = [
+    command
+    for page in PAGES.values()
+    for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    for command in line.split("&&")
+    if "accelerate launch" in command
+]
 
 
 def test_two_commands_come_first():
@@ -51,8 +63,57 @@ def test_recipe_commands_are_accepted(command, capsys):
 def test_every_stage_and_every_file_named_exists():
     for name in STAGES:
         assert f"`{name}`" in TEXT
-    for path in re.findall(r"`((?:llmrec|recipes|tools|tests)/[\w/.]+)`", TEXT):
-        assert (ROOT / path).exists(), path
+    for page, text in PAGES.items():
+        for path in re.findall(r"`((?:llmrec|recipes|tools|tests|prompts)/[\w/.]*)`", text):
+            assert (ROOT / path).exists(), (page, path)
+
+
+def anchors(text: str) -> set[str]:
+    """What a page's headings can be linked by."""
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", PAGES[page])
+    assert links or page != "README.md"
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.resolve().is_file(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_every_recipe_and_every_tool_is_in_its_folders_page():
+    for folder in ("recipes", "tools"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert f"`{folder}/{path.name}`" in PAGES[f"{folder}/README.md"], path
+
+
+def commands_of_tools() -> list[str]:
+    """Inline and in blocks, of all pages."""
+    found = set()
+    for text in PAGES.values():
+        found |= set(re.findall(r"`python (tools/\w+\.py[^`]*)`", text.replace("\n", " ")))
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found |= {line.removeprefix("python ") for line in lines if line.startswith("python tools/")}
+    return sorted(found)
+
+
+@pytest.mark.parametrize("command", commands_of_tools())
+def test_tools_take_the_options_they_are_named_with(command, capsys, monkeypatch):
+    script, *words = shlex.split(command)
+    verb = [word for word in words[:1] if re.fullmatch("[a-z]+", word)]
+    monkeypatch.setattr(sys, "argv", [script, *verb, "--help"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert left.value.code == 0
+    for option in (word for word in words if word.startswith("--")):
+        assert option in shown
 
 
 def test_inline_stage_commands_are_accepted():
