@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from llmrec import __version__, distributed, machine
 from llmrec.artifacts import Report, read_json
 from llmrec.config import as_dict, changed_fields
-from llmrec.errors import MissingArtifactError, StaleArtifactError, StorageError
+from llmrec.errors import ArtifactMismatchError, MissingArtifactError, StaleArtifactError, StorageError
 from llmrec.manifest import (
     DamagedError,
     check_files,
@@ -54,8 +54,11 @@ MEASURED = (
 )
 """Fields of JSON files that measure the machine; all else is equal for equal runs on a CPU."""
 
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-"""System errors that say that a disk is full or may not be written."""
+UNWRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
+"""System errors that say that a disk is full or may not be written, or that a folder's name cannot be one."""
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "safetensors")
 
@@ -121,6 +124,7 @@ def run_stage(function: Callable[..., Any], config: Any, inputs: tuple[Any, ...]
         MissingArtifactError: if the folder holds something else, or is damaged.
     """
     artifact = typing.get_type_hints(function)["return"]
+    check_lineage(inputs)
     wanted = describe_stage(function.__name__, config, inputs)
     status = check_folder(folder, wanted)
     distributed.wait()
@@ -130,6 +134,23 @@ def run_stage(function: Callable[..., Any], config: Any, inputs: tuple[Any, ...]
         compute(function, config, inputs, folder, wanted)
     distributed.wait()
     return load(artifact, folder)
+
+
+def check_lineage(inputs: tuple[Any, ...]) -> None:
+    """Refuse inputs of which one was made from another one than is given: a model trained on other data or
+    another split would be measured on what it was trained on.
+
+    Raises:
+        ArtifactMismatchError: names both.
+    """
+    given = {artifact.stage: fingerprint(artifact) for artifact in inputs}
+    for artifact in inputs:
+        for name, made_with in manifest_of(artifact).get("inputs", {}).items():
+            if given.get(name, made_with) != made_with:
+                raise ArtifactMismatchError(
+                    f"{artifact.stage} was made from another {name} than the one that is given; give the one "
+                    f"it was made from, or recompute {artifact.stage}"
+                )
 
 
 def compute(

@@ -12,17 +12,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from llmrec.collab.config import TrainCollabConfig
+from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.config import as_dict, changed_fields, flatten, override
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
 from llmrec.evaluation.config import EvaluateConfig
+from llmrec.finetune.config import FREQUENCY_FIELDS, FUSIONS, METHOD_FIELDS, FinetuneConfig
 from llmrec.finetune.config import PRESETS as FINETUNE_PRESETS
-from llmrec.finetune.config import FinetuneConfig
 from llmrec.semantic_ids.config import PRESETS as ID_PRESETS
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stages import STAGES
@@ -197,8 +197,39 @@ def apply_overrides(config: C, assignments: list[str]) -> C:
     for assignment in assignments:
         if "=" not in assignment:
             raise ConfigError(f"--set {assignment!r} is not of the form field=value")
-    pairs = (assignment.partition("=") for assignment in assignments)
-    return override(config, {path.strip(): text for path, _, text in pairs})
+    split = (assignment.partition("=") for assignment in assignments)
+    pairs = {path.strip(): text.strip() for path, _, text in split}
+    if isinstance(config, Recipe):
+        config = cast(C, without_what_goes(config, pairs))
+    return override(config, pairs)
+
+
+def without_what_goes(recipe: Recipe, pairs: dict[str, str]) -> Recipe:
+    """The recipe without its own settings of a provider, method or base model that pairs exchange.
+
+    They would have no effect any more, which is an error where a user sets them, but not here.
+    """
+
+    def chosen(path: str, now: str) -> str | None:
+        return pairs[path] if pairs.get(path, now) != now else None
+
+    collab, finetune = recipe.train_collab, recipe.finetune
+    if chosen("train_collab.provider", collab.provider) and collab.provider in PROVIDER_FIELDS:
+        old = collab.provider
+        if not any(path.startswith(f"train_collab.{old}.") for path in pairs):
+            collab = replace(collab, **{old: type(getattr(collab, old))()})
+    idle: set[str] = set()
+    if (method := chosen("finetune.method", finetune.method)) in FUSIONS:
+        idle |= {name for name, methods in METHOD_FIELDS.items() if method not in methods}
+        if pairs.get("finetune.fusion", "auto") == "auto" and FUSIONS[method] != "frequency":
+            idle |= {"fusion", *FREQUENCY_FIELDS}
+    if chosen("finetune.base_model", finetune.base_model) and finetune.is_mini:
+        idle.add("mini")
+    defaults = FinetuneConfig()
+    changes = {name: getattr(defaults, name) for name in idle if f"finetune.{name}" not in pairs}
+    if any(path.startswith("finetune.mini.") for path in pairs):
+        changes.pop("mini", None)
+    return replace(recipe, train_collab=collab, finetune=replace(finetune, **changes))
 
 
 def plan(recipe: Recipe, root: Path, until: str | None) -> list[str]:

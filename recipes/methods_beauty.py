@@ -6,7 +6,7 @@ Run:       python recipes/methods_beauty.py --set prepare_data.interactions=inte
            python recipes/methods_beauty.py --rows mme_sid e4srec --seeds 0 1 2   (some of it)
            python recipes/methods_beauty.py --summarise   (the table of what is finished so far)
 Settings:  those of recipes/mme_sid_beauty_mini.py for every row, the learning rate too; two modalities
-Results:   README, "Methods, and what they cost"
+Results:   README of this folder
 """
 
 from mme_sid_beauty_mini import recipe as mini

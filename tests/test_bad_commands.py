@@ -153,7 +153,7 @@ def test_mixed_catalogues_are_refused(shop, finished, tmp_path, capsys):
     command = ["learn_semantic_ids", "--prepare-data", str(tmp_path / "data"), "--out", str(out)]
     for name in ("train_collab", "encode_items"):
         command += [f"--{name.replace('_', '-')}", str(finished / name)]
-    refused(command, ["different catalogues"], out, capsys)
+    refused(command, ["train_collab was made from another prepare_data"], out, capsys)
 
 
 def test_a_damaged_or_foreign_input_folder_is_refused(finished, tmp_path, capsys):

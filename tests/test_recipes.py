@@ -18,7 +18,7 @@ import pytest
 from tiny_recipe import tiny
 
 from llmrec import cli
-from llmrec.artifacts import ContentEmbeddings, Interactions
+from llmrec.artifacts import ContentEmbeddings, Interactions, read_json
 from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
@@ -329,6 +329,46 @@ def test_every_recipe_builds_and_explains_itself(path):
     widths = module.recipe()
     if widths.finetune.is_mini and not widths.finetune.project_codes:
         assert widths.learn_semantic_ids.code_dim == widths.finetune.mini.hidden_size
+
+
+def test_a_provider_method_or_base_is_exchanged_by_one_setting():
+    """The recipe's own settings of what goes would have no effect; a user's own still have to have one."""
+    import mme_sid_beauty_mini
+
+    base = mme_sid_beauty_mini.recipe()
+    assert base.train_collab.sasrec.content and base.finetune.fusion_temperature == 1.0
+    found = apply_overrides(base, ["train_collab.provider=gmvae", "finetune.method=e4srec"])
+    assert (found.train_collab.provider, found.finetune.fusion_used) == ("gmvae", "target")
+    assert found.finetune.epochs == base.finetune.epochs
+    assert apply_overrides(base, ["finetune.method=mme_random"]).finetune.fusion_temperature == 1.0
+    large = apply_overrides(base, ["finetune.base_model=meta-llama/x", "finetune.prompt=chat"])
+    assert not large.finetune.is_mini
+    for settings in (
+        ["train_collab.provider=gmvae", "train_collab.sasrec.dropout_rate=0.3"],
+        ["finetune.method=e4srec", "finetune.fusion_temperature=0.5"],
+        ["finetune.base_model=meta-llama/x", "finetune.mini.num_layers=3"],
+    ):
+        with pytest.raises(ConfigError, match="has no effect with"):
+            apply_overrides(base, settings)
+
+
+def test_models_of_other_data_are_refused(finished, tmp_path, capsys):
+    """The same items and other histories: what was a test item here may be a training item there."""
+    market = read_json(finished / "prepare_data" / "manifest.json")["config"]["market"]
+    arguments = ["prepare_data", "--out", str(tmp_path / "other"), "--set", "seed=17"]
+    arguments += [f"market.{name}={value}" for name, value in market.items()]
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 0, capsys.readouterr().err
+    arguments = ["learn_semantic_ids", "--out", str(tmp_path / "ids")]
+    arguments += ["--prepare-data", str(tmp_path / "other")]
+    arguments += [
+        f"--{name.replace('_', '-')}={finished / name}" for name in ("train_collab", "encode_items")
+    ]
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2
+    assert "was made from another prepare_data than the one that is given" in capsys.readouterr().err
 
 
 def test_the_downstream_recipe_differs_in_the_provider_alone():

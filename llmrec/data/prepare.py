@@ -134,7 +134,8 @@ def filter_rows(config: PrepareDataConfig, log: Log, item_file: ItemFile) -> Row
     if not len(rows.user):
         reasons = ", ".join(f"{reason}: {count}" for reason, count in rows.dropped.items() if count)
         raise DataError(
-            f"{config.interactions}: no interaction is left of {len(log)} (dropped by {reasons}); lower "
+            f"{config.interactions}: no interaction is left of {len(log)} (dropped by {reasons}); users and "
+            f"items with fewer than {config.least_interactions} interactions are left out: lower "
             "prepare_data.k_core or prepare_data.min_rating, or give more data"
         )
     return rows

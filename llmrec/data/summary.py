@@ -79,5 +79,10 @@ def log_summary(summary: dict[str, Any]) -> None:
         summary["num_interactions"],
         ", ".join(f"{count} {name}" for name, count in summary["split_counts"].items() if count),
     )
+    if dropped := {reason: count for reason, count in summary.get("dropped", {}).items() if count}:
+        logger.info(
+            "prepare_data: interactions left out: %s",
+            ", ".join(f"{count} by {reason}" for reason, count in dropped.items()),
+        )
     for sentence in summary["warnings"]:
         logger.warning("prepare_data: %s", sentence)

@@ -61,8 +61,16 @@ def evaluate(
     rankings = rank_methods(config, data, targets, scorers)
     metrics = summarise_all(config, data, targets, rankings)
     metrics["trained_on"] = trained_on(collab, adapter, rankings)
-    metrics["labels"] = labels(collab, rankings)
+    metrics["labels"] = labels(collab, adapter, rankings)
+    metrics["repeated_targets"] = repeated_targets(data, targets)
     metrics["notes"] = notes(metrics["trained_on"], metrics["labels"])
+    if metrics["repeated_targets"]:
+        metrics["notes"].append(
+            f"{metrics['repeated_targets']:.1%} of the targets were in the user's history already. They stay "
+            "candidates where other items of the history do not, which makes them easy to find; with "
+            "evaluate.mask_seen=false nothing is left out for anybody."
+        )
+        logger.warning("evaluate: %s", metrics["notes"][-1])
     if UNEQUAL in metrics["notes"]:
         logger.warning("evaluate: %s", UNEQUAL)
     groups = analysis.item_groups(data.train_count, config.head_rate, config.mid_rate)
@@ -168,9 +176,19 @@ def trained_on(collab: CollabEmbeddings, adapter: Adapter, rankings: dict[str, R
     return {name: "train and valid" if also else "train" for name, also in found.items() if name in rankings}
 
 
-def labels(collab: CollabEmbeddings, rankings: dict[str, Ranking]) -> dict[str, str]:
-    """Names as tables show them; a model's loss, and the content it knows, are part of its name."""
-    shown = {name: name for name in rankings}
+def repeated_targets(data: Interactions, targets: Targets) -> float:
+    """Share of targets that the user's history holds already."""
+    again = [
+        item in data.item[start:stop]
+        for item, start, stop in zip(targets.item.tolist(), targets.start.tolist(), targets.stop.tolist())
+    ]
+    return float(np.mean(again))
+
+
+def labels(collab: CollabEmbeddings, adapter: Adapter, rankings: dict[str, Ranking]) -> dict[str, str]:
+    """Names as tables show them; what was fine-tuned goes by its method, and a model's loss, and the content
+    it knows, are part of its name."""
+    shown = {name: name for name in rankings} | {"mme_sid": adapter.settings["config"]["method"]}
     if collab.provider in shown and "loss" in collab.model:
         parts = [collab.model["loss"], *collab.model.get("content", ())]
         shown[collab.provider] = f"{collab.provider} ({', '.join(parts)})"

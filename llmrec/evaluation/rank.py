@@ -200,5 +200,6 @@ def _rank_block(
     result["rank"][row] = masked
     result["rank_seen_kept"][row] = kept
     if top_k:
-        result["top"][row] = top_items(scores, top_k, seen if mask_seen else None)
+        others = torch.where(seen == target[:, None], 0, seen)  # a target is never masked
+        result["top"][row] = top_items(scores, top_k, others if mask_seen else None)
     result["times"][row] += 1

@@ -346,12 +346,18 @@ class FinetuneConfig:
         """What fusion='auto' stands for."""
         if self.fusion != "auto":
             return self.fusion
-        return {"mme_sid": "frequency", "mme_random": "frequency", "se_sid": "sum"}.get(self.method, "target")
+        return FUSIONS[self.method]
 
     @property
     def is_mini(self) -> bool:
         return self.base_model == "mini"
 
+
+FUSIONS = {
+    **{"mme_sid": "frequency", "mme_random": "frequency", "se_sid": "sum"},
+    **dict.fromkeys(("e4srec", "me", "concat", "concat_mlp", "ctrl_mm", "se_random"), "target"),
+}
+"""What fusion='auto' means, by method."""
 
 FREQUENCY_FIELDS = ("fusion_temperature", "fusion_weights", "count_valid")
 

@@ -87,6 +87,8 @@ class Recommender:
             MissingArtifactError: a file is missing or damaged, or the repository does not exist.
         """
         folder = Path(source)
+        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device={device!r}: there is no GPU that torch can use here; leave it out")
         if not folder.is_dir():
             from llmrec.hub import download
 

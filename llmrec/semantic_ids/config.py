@@ -176,11 +176,6 @@ class LearnSemanticIdsConfig:
                 "learn_semantic_ids.modalities must be different names out of collab, text and image (none: "
                 f"all that exist), got {self.modalities}",
             )
-        require(
-            self.log_every_epochs <= self.epochs,
-            "learn_semantic_ids.log_every_epochs must be at most learn_semantic_ids.epochs, got "
-            f"{self.log_every_epochs} and {self.epochs}",
-        )
         self._refuse_settings_without_effect()
 
     def _refuse_settings_without_effect(self) -> None:

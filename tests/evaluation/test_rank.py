@@ -123,6 +123,14 @@ def test_blocks_hold_so_many_items_as_a_method_takes_at_once():
     assert [block.tolist() for block in blocks_of(length, 1, limited)] == [[1], [3], [4], [6], [0], [2], [5]]
 
 
+def test_a_repeated_target_stays_a_candidate_in_ranks_and_lists():
+    data = interactions([[1, 2, 3, 2], [4, 5, 1, 6]], 6)
+    scorer = Scorer(name="x", score=lambda history: torch.arange(7.0, 0, -1).expand(len(history), -1))
+    found = rank_users(scorer, data, data.targets("test"), top_k=3)
+    assert found.rank.tolist() == [0.0, 2.0]
+    assert found.top.tolist() == [[2, 4, 5], [2, 3, 6]]
+
+
 def test_block_size_changes_nothing():
     rng = np.random.default_rng(1)
     data = interactions([rng.integers(1, 21, n).tolist() for n in rng.integers(3, 15, 50)], 20)
