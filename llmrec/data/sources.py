@@ -276,9 +276,13 @@ def numbered(values: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray
 
 
 def _times(table: pa.Table, path: Path, name: str) -> np.ndarray:
-    """A column as int64 times; parquet dates and timestamps as Unix seconds, or millionths of them."""
-    column = table[name]
+    """A column as int64 times; dates and timestamps, ISO 8601 text too, as Unix seconds, or millionths of
+    them."""
+    column = _moments(table[name])
     if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
+        if column.null_count:
+            index = int(np.argmax(column.is_null().to_numpy()))
+            raise DataError(f"{path}, row {file_row(path, index)}, column {name!r}: there is no time")
         column = pc.cast(pc.cast(column, pa.timestamp("us"), safe=False), pa.int64())
         seconds = pc.divide(column, 1_000_000)
         if pc.all(pc.equal(pc.multiply(seconds, 1_000_000), column)).as_py():
@@ -300,6 +304,23 @@ def _times(table: pa.Table, path: Path, name: str) -> np.ndarray:
             "large for a time; expected Unix seconds or milliseconds"
         )
     return values.astype(np.int64)
+
+
+def _moments(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """ISO 8601 text as timestamps, all with a zone or all without (UTC then); anything else as it is."""
+    if not pa.types.is_string(column.type) or not len(column) or column.null_count:
+        return column
+    text = pc.utf8_trim_whitespace(column)
+    if not pc.all(pc.match_substring_regex(text, r"^\d{4}-\d{2}-\d{2}")).as_py():
+        return column
+    zoned = (
+        pc.all(pc.match_substring_regex(text, r"(Z|[+-]\d{2}:?\d{2})$")).as_py()
+        and pc.all(pc.match_substring(text, "T")).as_py()
+    )
+    try:
+        return pc.cast(text, pa.timestamp("us", "UTC") if zoned else pa.timestamp("us"))
+    except pa.ArrowInvalid:
+        return column
 
 
 def _decimals(table: pa.Table, path: Path, name: str) -> np.ndarray:

@@ -85,6 +85,27 @@ def test_train_counts_know_nothing_of_valid_and_test_targets(tmp_path):
     assert dict(zip(one.raw_ids, one.train_count[1:].tolist())) == {"7": 1, "8": 1, "9": 2, "10": 2}
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "apart"),
+    [
+        ("2011-10-18", "2011-10-19", 86_400),
+        ("2011-10-18T00:00:00", "2011-10-18T00:00:05", 5),
+        ("2011-10-18 00:00:00", "2011-10-18 00:01:00", 60),
+        ("2011-10-18T00:00:00Z", "2011-10-18T02:00:00+01:00", 3_600),
+    ],
+)
+def test_times_may_be_dates_and_moments_as_text(tmp_path, first, second, apart):
+    rows = [
+        (f"u{user}", item, when) for user in range(3) for item, when in ((1, second), (2, first), (3, second))
+    ]
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    data = prepare_data(PrepareDataConfig(source="table", interactions=str(path), k_core=1))
+    assert data.item[:3].tolist() == [2, 1, 3]
+    start = 1_318_896_000
+    assert data.timestamp[:3].tolist() == [start, start + apart, start + apart]
+
+
 def test_exact_duplicates_go_and_repeats_at_other_times_stay(tmp_path):
     data = prepare(tmp_path, SMALL + "ann,9,3\nann,9,3\nann,9,7\n")
     assert histories(data)["ann"] == ["10", "8", "9", "9"]
