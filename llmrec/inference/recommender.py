@@ -221,12 +221,14 @@ class Recommender:
         before = self.package
         self.package = extended(before, table, content, neighbours=neighbours)
         del self.scores, self.graph  # the model that is made anew needs their room
+        whole = False
         try:
             self._load()
-        except BaseException:
-            self.package = before
-            self._load()
-            raise
+            whole = True
+        finally:
+            if not whole:
+                self.package = before
+                self._load()
 
     def _groups(self, rows: list[np.ndarray]) -> list[np.ndarray]:
         """Which histories go through the model together."""

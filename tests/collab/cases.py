@@ -46,7 +46,9 @@ CASES: dict[str, Case] = {
     "sasrec-bce": Case("sasrec", SASREC | {"loss": "bce"}),
     "sasrec-sampled_ce": Case("sasrec", SASREC | {"loss": "sampled_ce", "num_negatives": 16}),
     "gmvae-ce": Case("gmvae", GMVAE | {"temporal_from_epoch": 3}, {"epochs": 40}),
-    "gmvae-bce": Case("gmvae", GMVAE | {"loss": "bce", "kl": "convex"}, {"epochs": 40, "select": "last"}),
+    "gmvae-bce": Case(
+        "gmvae", GMVAE | {"loss": "bce", "kl": "convex", "temporal_from_epoch": 3}, {"epochs": 40}
+    ),
     "gmvae-sampled_ce": Case("gmvae", GMVAE | {"loss": "sampled_ce", "num_negatives": 16}),
     "gmvae-prefix": Case(
         "gmvae",
