@@ -122,7 +122,11 @@ def changed_fields(before: Any, after: Any, prefix: str = "") -> list[str]:
         old, new = before.get(name), after.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             found += changed_fields(old, new, f"{prefix}{name}.")
-        elif old != new or (name in before) != (name in after):
+        elif name not in before:
+            found.append(
+                f"no {prefix}{name} yet, which an older version did not have (now {json.dumps(new)})"
+            )
+        elif old != new or name not in after:
             found.append(f"{prefix}{name}={json.dumps(old)} (now {json.dumps(new)})")
     return found
 
