@@ -211,7 +211,7 @@ def measure(config: LearnSemanticIdsConfig, data: Interactions, coded: Mapping[s
             " ".join(f"{level['utilisation']:.3f}" for level in found["levels"]),
             found["collision_rate"],
             found["reconstruction_error"],
-            found["tau"]["latent"],
+            "none" if (tau := found["tau"]["latent"]) is None else f"{tau:.4f}",
         )
     return {"modalities": modalities, "joined": collisions(joined)}
 

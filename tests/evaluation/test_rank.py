@@ -11,6 +11,7 @@ import torch
 from worlds import interactions
 
 from llmrec.errors import TrainingError
+from llmrec.evaluation.evaluate import repeated_targets
 from llmrec.evaluation.metrics import mrr_at_k, ndcg_at_k, recall_at_k, summarise
 from llmrec.evaluation.rank import Scorer, blocks_of, rank_targets, rank_users, top_items
 
@@ -129,6 +130,7 @@ def test_a_repeated_target_stays_a_candidate_in_ranks_and_lists():
     found = rank_users(scorer, data, data.targets("test"), top_k=3)
     assert found.rank.tolist() == [0.0, 2.0]
     assert found.top.tolist() == [[2, 4, 5], [2, 3, 6]]
+    assert repeated_targets(data, data.targets("test")) == 0.5
 
 
 def test_block_size_changes_nothing():
