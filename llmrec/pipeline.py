@@ -143,8 +143,9 @@ def check_lineage(inputs: tuple[Any, ...]) -> None:
     Raises:
         ArtifactMismatchError: names both.
     """
-    given = {artifact.stage: fingerprint(artifact) for artifact in inputs}
-    for artifact in inputs:
+    stored = [artifact for artifact in inputs if hasattr(artifact, "_manifest")]
+    given = {artifact.stage: fingerprint(artifact) for artifact in stored}
+    for artifact in stored:
         for name, made_with in manifest_of(artifact).get("inputs", {}).items():
             if given.get(name, made_with) != made_with:
                 raise ArtifactMismatchError(
