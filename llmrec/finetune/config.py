@@ -37,7 +37,8 @@ CHANGE_NO_RESULT = (
     *("micro_batch_tokens", "checkpoint_activations", "rows", "attention", "compile", "kernels"),
     *("log_every_steps", "save_every_minutes", "bad_steps", "analyse"),
 )
-"""Settings that change how a run computes, beyond rounding nothing of what: it may go on with others."""
+"""Settings that change how a run computes: beyond rounding, and which numbers dropout draws, nothing of what.
+A stopped run may go on with others."""
 
 
 @dataclass(frozen=True, kw_only=True)
