@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
@@ -9,6 +10,8 @@ import re
 import sys
 from collections.abc import Callable
 from types import TracebackType
+
+from tqdm import tqdm
 
 from llmrec import distributed
 from llmrec.errors import LlmrecError, StoppedError
@@ -105,6 +108,16 @@ def redact(text: str) -> str:
     return SECRETS.sub(HIDDEN, text)
 
 
+class AboveBars(logging.StreamHandler):
+    """Log lines to standard error, above the progress bars that a terminal shows."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Without a terminal bars log themselves, under tqdm's lock, which must then not be asked for here.
+        terminal = sys.stderr.isatty()
+        with tqdm.external_write_mode(file=sys.stderr) if terminal else contextlib.nullcontext():
+            super().emit(record)
+
+
 class RedactingFormatter(logging.Formatter):
     """Log lines, tracebacks in them included, without secrets."""
 
@@ -116,7 +129,7 @@ def set_up_logging() -> None:
     """One line per stage and evaluation, from the main process, to standard error."""
     root = logging.getLogger()
     if not root.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = AboveBars(sys.stderr)
         handler.setFormatter(RedactingFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         root.addHandler(handler)
     logging.getLogger("llmrec").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)

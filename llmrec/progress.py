@@ -1,8 +1,10 @@
-"""Progress on long work: a bar on a terminal, a line now and then in a log file."""
+"""Progress on long work: a bar on a terminal, a log line now and then where there is none."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,11 +12,18 @@ from tqdm import tqdm
 
 from llmrec import distributed
 
+logger = logging.getLogger("llmrec")
+
+LOG_EVERY_SECONDS = 30.0
+
 
 def progress(
     work: Iterable[Any] | None, what: str, *, total: int | None = None, unit: str = "it", initial: int = 0
 ) -> tqdm:
     """A tqdm bar over work, shown by the main process only.
+
+    Where standard error is no terminal, commands log a line every `LOG_EVERY_SECONDS` in place of the bar,
+    and nothing of work that takes less.
 
     Args:
         work: what to iterate, or None to advance by hand with ``bar.update``.
@@ -23,15 +32,46 @@ def progress(
         unit: name of one step.
         initial: steps done before.
     """
-    terminal = sys.stderr.isatty()
+    shown: dict[str, Any] = {"mininterval": 0.2, "dynamic_ncols": True}
+    if not sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
+        known = total is not None or hasattr(work, "__len__")
+        shown = {
+            "file": LogLines(),
+            "mininterval": LOG_EVERY_SECONDS,
+            "maxinterval": LOG_EVERY_SECONDS,
+            "delay": LOG_EVERY_SECONDS,
+            "bar_format": "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go, "
+            "{rate_fmt}{postfix}"
+            if known
+            else "{desc}: {n_fmt}, {elapsed} gone, {rate_fmt}{postfix}",
+        }
     return tqdm(
         work,
         desc=what,
         total=total,
         initial=initial,
         unit=unit,
+        unit_scale=unit == "B",
         disable=not distributed.is_main(),
-        mininterval=0.2 if terminal else 15.0,
-        dynamic_ncols=terminal,
         leave=False,
+        **shown,
     )
+
+
+class LogLines:
+    """A file for tqdm whose lines go to the log, none sooner than `LOG_EVERY_SECONDS` after the one before."""
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def write(self, text: str) -> None:
+        """Log the text, unless it only clears the line."""
+        line = text.strip()
+        if line and time.monotonic() - self.last >= LOG_EVERY_SECONDS:
+            self.last = time.monotonic()
+            logger.info("%s", line)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
