@@ -8,6 +8,7 @@ line (``stage.field=value``) are typed by the field's annotation.
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -129,6 +130,29 @@ def changed_fields(before: Any, after: Any, prefix: str = "") -> list[str]:
         elif old != new or name not in after:
             found.append(f"{prefix}{name}={json.dumps(old)} (now {json.dumps(new)})")
     return found
+
+
+def without_incidental(values: dict[str, Any], config: Any) -> dict[str, Any]:
+    """JSON settings without those that the config names in ``incidental_fields``, by dotted path: they change
+    how a stage computes, but beyond rounding nothing of what."""
+    kept = copy.deepcopy(values)
+    for path in getattr(config, "incidental_fields", tuple)():
+        *groups, name = path.split(".")
+        group = kept
+        for part in groups:
+            group = group.get(part, {})
+        group.pop(name, None)
+    return kept
+
+
+def changed_settings(before: dict[str, Any], config: Any) -> list[str]:
+    """Sentences naming the settings whose change makes of a stage's output another one.
+
+    Args:
+        before: the JSON settings it was made with.
+        config: the settings asked for now.
+    """
+    return changed_fields(without_incidental(before, config), without_incidental(as_dict(config), config))
 
 
 def field_docs(cls: type) -> dict[str, str]:

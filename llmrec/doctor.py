@@ -7,27 +7,16 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from llmrec.config import given
+from llmrec.preflight import Finding, in_the_way
 from llmrec.recipe import Recipe
 
 LEAST_DISK = 20e9
 """Free bytes below which a run with an 8B model may fill the disk."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at."""
-
-    status: str
-    """ok, note, problem"""
-    what: str
-    advice: str = ""
 
 
 def findings(recipe: Recipe | None = None) -> Iterator[Finding]:
@@ -40,8 +29,7 @@ def findings(recipe: Recipe | None = None) -> Iterator[Finding]:
     yield from accelerator()
     yield disk(Path.cwd())
     if recipe is not None:
-        yield from data_files(recipe)
-        yield from models(recipe)
+        yield from in_the_way(recipe)
 
 
 def libraries() -> Iterator[Finding]:
@@ -90,64 +78,3 @@ def disk(folder: Path) -> Finding:
     if free < LEAST_DISK:
         return Finding("note", what, "an 8B model and its adapter take 20 GB; free some, or use another disk")
     return Finding("ok", what)
-
-
-def data_files(recipe: Recipe) -> Iterator[Finding]:
-    """Files that the settings name."""
-    for stage in ("prepare_data", "train_collab", "encode_items"):
-        config = getattr(recipe, stage)
-        for name, path in getattr(config, "source_files", dict)().items():
-            where = f"{stage}.{name}={path}"
-            if path.startswith("hub:") or Path(path).exists():
-                yield Finding("ok", where)
-            else:
-                yield Finding("problem", f"{where}: no such file", f"put it there, or set {stage}.{name}")
-    prepare = recipe.prepare_data
-    if prepare.source == "amazon_2014":
-        from llmrec.data.named import file_names
-
-        for name in file_names(given(prepare.category)):
-            there = (Path(given(prepare.folder)) / name).is_file()
-            advice = "" if there else "fetched by the run, unless it is offline"
-            yield Finding(
-                "ok" if there else "note",
-                f"{Path(given(prepare.folder)) / name}{'' if there else ' is absent'}",
-                advice,
-            )
-
-
-def models(recipe: Recipe) -> Iterator[Finding]:
-    """Models that the settings name: a folder, or in the cache of the Hub."""
-    wanted = []
-    if not recipe.finetune.is_mini:
-        wanted.append(("finetune.base_model", recipe.finetune.base_model, recipe.finetune.revision))
-    for name in ("text", "image"):
-        encoder = getattr(recipe.encode_items, name)
-        if encoder.encoder == "huggingface":
-            wanted.append((f"encode_items.{name}.model", encoder.model, encoder.revision))
-        elif encoder.encoder == "llm2clip":
-            from llmrec.encoders.llm2clip import CLIP_MODEL, TEXT_MODEL
-
-            default = TEXT_MODEL if name == "text" else CLIP_MODEL
-            wanted.append((f"encode_items.{name}.model", encoder.model or default, encoder.revision))
-    for where, model, revision in wanted:
-        yield model_finding(where, model, revision)
-
-
-def model_finding(where: str, model: str, revision: str | None) -> Finding:
-    """One model."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(model).is_dir():
-        if any(Path(model).glob("*.safetensors")):
-            return Finding("ok", f"{where}={model}")
-        return Finding("problem", f"{where}={model} holds no .safetensors weights", "give a complete model")
-    if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
-        return Finding("ok", f"{where}={model}, in the Hub's cache")
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return Finding(
-            "problem", f"{where}={model} is not in the Hub's cache", f"run `hf download {model}` online"
-        )
-    return Finding(
-        "note", f"{where}={model} is not here yet", f"fetched by the run; or run `hf download {model}`"
-    )

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 
 from llmrec import __version__, distributed, machine
 from llmrec.artifacts import Report, read_json
-from llmrec.config import as_dict, changed_fields
+from llmrec.config import as_dict, changed_settings, without_incidental
 from llmrec.errors import ArtifactMismatchError, MissingArtifactError, StaleArtifactError, StorageError
 from llmrec.manifest import (
     DamagedError,
@@ -126,7 +126,7 @@ def run_stage(function: Callable[..., Any], config: Any, inputs: tuple[Any, ...]
     artifact = typing.get_type_hints(function)["return"]
     check_lineage(inputs)
     wanted = describe_stage(function.__name__, config, inputs)
-    status = check_folder(folder, wanted)
+    status = check_folder(folder, wanted, config)
     distributed.wait()
     if status == "done":
         logger.info("%s: already done, %s", function.__name__, folder)
@@ -170,7 +170,8 @@ def compute(
     started = time.perf_counter()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     with locked(unfinished) if main else contextlib.nullcontext():
-        token = _unfinished.set((unfinished, wanted))
+        fixed = wanted | {"config": without_incidental(wanted["config"], config)}
+        token = _unfinished.set((unfinished, fixed))
         try:
             with writing(folder):
                 result = function(config, *inputs)
@@ -250,7 +251,8 @@ def resume_folder() -> Path | None:
 
 
 def made_from() -> dict[str, Any] | None:
-    """What the stage that is running is made from (see `describe_stage`); None outside of a stage."""
+    """What the stage that is running is made from (see `describe_stage`), without settings that change no
+    result; None outside of a stage."""
     found = _unfinished.get()
     return None if found is None else found[1]
 
@@ -290,22 +292,23 @@ def changed_sources(manifest: dict[str, Any], sources: dict[str, str]) -> list[s
     ]
 
 
-def check_folder(folder: Path, wanted: dict[str, Any]) -> str:
-    """'done' or 'absent'; raises if the folder holds anything else."""
+def check_folder(folder: Path, wanted: dict[str, Any], config: Any) -> str:
+    """'done' or 'absent'; raises if the folder holds anything else.
+
+    Settings that change no result may be others than the folder was made with.
+    """
     if not folder.exists():
         return "absent"
     manifest = stage_manifest(folder)
-    found = {name: manifest.get(name) for name in wanted if name != "sources"}
     changes = changed_sources(manifest, wanted["sources"])
-    if not changes and found == {name: wanted[name] for name in found}:
+    if manifest["stage"] != wanted["stage"]:
+        changes.append(f"stage={manifest['stage']} (now {wanted['stage']})")
+    changes += changed_settings(manifest["config"], config)
+    old, new = manifest["inputs"], wanted["inputs"]
+    changes += [f"another {name}" for name in new if old.get(name) != new[name]]
+    changes += [f"{name}, which is not given now" for name in old if name not in new]
+    if not changes:
         return "done"
-    if found["stage"] != wanted["stage"]:
-        changes.append(f"stage={found['stage']} (now {wanted['stage']})")
-    changes += changed_fields(found["config"] or {}, wanted["config"])
-    old_inputs = found["inputs"] or {}
-    for name, value in wanted["inputs"].items():
-        if old_inputs.get(name) != value:
-            changes.append(f"another {name}")
     raise StaleArtifactError(
         f"{folder} was made with {', '.join(changes)}. Use another folder, or delete {folder} to recompute it"
     )

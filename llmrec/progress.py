@@ -15,6 +15,8 @@ from llmrec import distributed
 logger = logging.getLogger("llmrec")
 
 LOG_EVERY_SECONDS = 30.0
+LINE = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {elapsed}, {remaining} to go, {rate_fmt}{postfix}"
+LINE_OF_UNKNOWN = "{desc}: {n_fmt}, {elapsed}, {rate_fmt}{postfix}"
 
 
 def progress(
@@ -40,10 +42,7 @@ def progress(
             "mininterval": LOG_EVERY_SECONDS,
             "maxinterval": LOG_EVERY_SECONDS,
             "delay": LOG_EVERY_SECONDS,
-            "bar_format": "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go, "
-            "{rate_fmt}{postfix}"
-            if known
-            else "{desc}: {n_fmt}, {elapsed} gone, {rate_fmt}{postfix}",
+            "bar_format": LINE if known else LINE_OF_UNKNOWN,
         }
     return tqdm(
         work,
@@ -59,7 +58,7 @@ def progress(
 
 
 class LogLines:
-    """A file for tqdm whose lines go to the log, none sooner than `LOG_EVERY_SECONDS` after the one before."""
+    """A file for tqdm whose lines go to the log, one in `LOG_EVERY_SECONDS` at most."""
 
     encoding = "utf-8"
 

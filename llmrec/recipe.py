@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
-from llmrec.config import as_dict, changed_fields, flatten, override
+from llmrec.config import changed_settings, flatten, override
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
@@ -38,6 +38,7 @@ REFIT: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Stages that choose an epoch by validation: its name in their metrics, and settings without validation."""
 PRESETS = tuple(FINETUNE_PRESETS)
+TO_DO = "would be computed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +74,16 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
         print("\n".join(f"{path}={format_value(value)}" for path, value in flatten(chosen)))
         return
     if options.dry_run:
-        print("\n".join(plan(chosen, root, options.until)))
+        stages = statuses(chosen, root, options.until)
+        print("\n".join(f"{stage:20s} {status}" for stage, status in stages.items()))
+        refuse_what_cannot_finish(chosen, stages)
         return
     set_up_logging()
-    from llmrec.pipeline import RunDir, run
-
     if options.push_to_hub and options.until not in (None, "evaluate"):
         raise ConfigError(f"--push-to-hub pushes a finished run, which --until {options.until} does not make")
+    refuse_what_cannot_finish(chosen, statuses(chosen, root, options.until))
+    from llmrec.pipeline import RunDir, run
+
     report = run(chosen, RunDir(root), until=options.until)
     from llmrec import distributed
 
@@ -181,7 +185,7 @@ def refit_stage(stage: str, config: C, folder: Path) -> C:
     settings: Any = config
     if getattr(settings, "provider", None) == "precomputed":
         return config
-    if changes := changed_fields(stage_manifest(folder)["config"], as_dict(settings)):
+    if changes := changed_settings(stage_manifest(folder)["config"], settings):
         raise ConfigError(
             f"--refit: {folder} was made with {', '.join(changes)}; run with the same settings first"
         )
@@ -218,6 +222,8 @@ def without_what_goes(recipe: Recipe, pairs: dict[str, str]) -> Recipe:
         old = collab.provider
         if not any(path.startswith(f"train_collab.{old}.") for path in pairs):
             collab = replace(collab, **{old: type(getattr(collab, old))()})
+    if chosen("train_collab.provider", collab.provider) == "precomputed":
+        collab = TrainCollabConfig(provider=collab.provider)  # nothing is trained any more
     idle: set[str] = set()
     if (method := chosen("finetune.method", finetune.method)) in FUSIONS:
         idle |= {name for name, methods in METHOD_FIELDS.items() if method not in methods}
@@ -232,20 +238,39 @@ def without_what_goes(recipe: Recipe, pairs: dict[str, str]) -> Recipe:
     return replace(recipe, train_collab=collab, finetune=replace(finetune, **changes))
 
 
-def plan(recipe: Recipe, root: Path, until: str | None) -> list[str]:
-    """One line per stage: done, to be computed, or made with other settings."""
+def refuse_what_cannot_finish(recipe: Recipe, stages: dict[str, str]) -> None:
+    """Say now what a stage would stumble over hours later.
+
+    Args:
+        recipe: the settings.
+        stages: what `statuses` says of them.
+
+    Raises:
+        ConfigError: files, models, or settings that do not go together; all of them, with what to do.
+    """
+    from llmrec.preflight import in_the_way
+
+    to_do = [name for name, status in stages.items() if status == TO_DO]
+    problems = [one for one in in_the_way(recipe, to_do) if one.status == "problem"]
+    if problems:
+        raise ConfigError("; ".join(f"{one.what} ({one.advice})" for one in problems))
+
+
+def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
+    """Of each stage: done, `TO_DO`, or made with other settings."""
     from llmrec.pipeline import MANIFEST, changed_sources, source_hashes, stage_manifest
 
-    lines, upstream_is_new = [], False
+    found: dict[str, str] = {}
+    upstream_is_new = False
     for name in STAGES:
         folder = root / name
         config = getattr(recipe, name)
         if not folder.exists():
-            status, upstream_is_new = "would be computed", True
+            status, upstream_is_new = TO_DO, True
         elif not (folder / MANIFEST).exists():
             status = "is not a finished stage; delete the folder"
         elif changes := [
-            *changed_fields((manifest := stage_manifest(folder))["config"], as_dict(config)),
+            *changed_settings((manifest := stage_manifest(folder))["config"], config),
             *changed_sources(manifest, source_hashes(config)),
         ]:
             status = f"was made with {', '.join(changes)}; use another --run-dir or delete the folder"
@@ -253,10 +278,10 @@ def plan(recipe: Recipe, root: Path, until: str | None) -> list[str]:
             status = "was made from other inputs; delete the folder"
         else:
             status = "done"
-        lines.append(f"{name:20s} {status}")
+        found[name] = status
         if name == until:
             break
-    return lines
+    return found
 
 
 def format_value(value: Any) -> str:

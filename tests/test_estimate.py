@@ -159,9 +159,13 @@ def test_what_is_missing_is_a_problem_with_its_fix(tmp_path, monkeypatch, capsys
     file.write_text(
         "from llmrec.recipe import Recipe\nfrom llmrec.data.config import PrepareDataConfig\n"
         "from llmrec.finetune.config import FinetuneConfig\n"
+        "from llmrec.encoders.config import *\n"
+        "NOTHING = EncodeItemsConfig(text=TextEncoderConfig(encoder='none'),\n"
+        "    image=ImageEncoderConfig(encoder='none'))\n"
         "def recipe():\n"
         f"    data = PrepareDataConfig(source='table', interactions={str(tmp_path / 'none.csv')!r})\n"
-        "    return Recipe(prepare_data=data, finetune=FinetuneConfig(base_model='nobody/nothing'))\n"
+        "    tuned = FinetuneConfig(base_model='nobody/nothing')\n"
+        "    return Recipe(prepare_data=data, encode_items=NOTHING, finetune=tuned)\n"
     )
     wanted = importlib.metadata.requires("llmrec")
     extra = ["torch>=99", "no-such-package>=1"]

@@ -15,16 +15,19 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tiny_recipe import tiny
 
 from llmrec import cli
 from llmrec.artifacts import ContentEmbeddings, Interactions, read_json
-from llmrec.collab.config import PROVIDER_FIELDS
+from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
+from llmrec.config import flatten
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig
-from llmrec.recipe import Recipe, apply_overrides, main, plan
+from llmrec.preflight import in_the_way
+from llmrec.recipe import Recipe, apply_overrides, main, statuses
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stages import STAGES
 
@@ -133,13 +136,116 @@ def test_a_changed_setting_of_a_finished_stage_is_refused_by_name(finished, caps
     assert "train_collab was made with epochs=3 (now 4)" in err and "Traceback" not in err
 
 
+def test_settings_that_change_no_result_leave_finished_stages_finished(finished, capsys):
+    """Under any of them what is done is done; every one must exist."""
+    named = {
+        f"{stage}.{path}"
+        for stage in STAGES
+        for path in getattr(getattr(tiny(), stage), "incidental_fields", tuple)()
+    }
+    assert named == set(INCIDENTAL) and named <= set(dict(flatten(tiny())))
+    usable = [f"{path}={value}" for path, value in INCIDENTAL.items() if value is not None]
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    main_arguments = ["--run-dir", str(finished), "--dry-run", "--set", *usable]
+    code, out, err = run(main_arguments, capsys)
+    assert code == 0 and out.count("done") == len(STAGES), out + err
+    some = [one for one in usable if "liger" not in one]
+    code, _, err = run(["--run-dir", str(finished), "--set", *some], capsys)
+    assert code == 0, err
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+INCIDENTAL = {
+    "prepare_data.mirrors": None,  # nothing is fetched for this recipe
+    "train_collab.save_every_minutes": "1",
+    "encode_items.text.batch_size": None,  # its encoders have none
+    "encode_items.image.batch_size": None,
+    "learn_semantic_ids.log_every_epochs": "2",
+    "learn_semantic_ids.save_every_minutes": "1",
+    "finetune.micro_batch_tokens": "500",
+    "finetune.checkpoint_activations": "true",
+    "finetune.rows": "stream",
+    "finetune.attention": "sdpa",
+    "finetune.compile": "true",
+    "finetune.kernels": "liger",
+    "finetune.log_every_steps": "3",
+    "finetune.save_every_minutes": "0",
+    "finetune.bad_steps": "1",
+    "evaluate.batch_size": "7",
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["finetune.prompt=none_such"], ["finetune.prompt='none_such' is unknown", "compact"]),
+        (["finetune.mini.hidden_size=32"], ["code_dim=16 differs", "hidden_size=32", "project_codes"]),
+        (["train_collab.provider=precomputed", "train_collab.vectors=none.parquet"], ["none.parquet"]),
+        (
+            [
+                *("encode_items.text.dim=128", "encode_items.text.encoder=huggingface"),
+                "encode_items.text.model=nobody/none",
+            ],
+            ["nobody/none", "hf download"],
+        ),
+        (
+            ["prepare_data.source=sequences", "prepare_data.interactions=sequences.txt"],
+            ["finds no pictures", "finds no texts", "image.encoder=none"],
+        ),
+        (
+            [
+                *("prepare_data.source=table", "prepare_data.interactions=sequences.txt"),
+                *("prepare_data.items=sequences.txt", "encode_items.text.columns=brand,title"),
+                "encode_items.image.encoder=none",
+            ],
+            ["brand will not be there", "prepare_data.text_columns=brand"],
+        ),
+    ],
+)
+def test_what_would_fail_hours_later_is_said_before_anything_starts(
+    settings, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sequences.txt").write_text("1 2 3\n")
+    base = ["--run-dir", str(tmp_path / "run"), "--set", *settings]
+
+    def recipe() -> Recipe:
+        own_data = any(setting.startswith("prepare_data") for setting in settings)
+        return dataclasses.replace(tiny(), prepare_data=PrepareDataConfig()) if own_data else tiny()
+
+    for arguments in (base, [*base, "--dry-run"]):
+        with pytest.raises(SystemExit) as left:
+            main(recipe, arguments)
+        err = capsys.readouterr().err
+        assert left.value.code == 2
+        for word in words:
+            assert word in err, err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU they can work")
+def test_what_needs_a_gpu_is_refused_before_anything_starts(tmp_path, capsys):
+    for setting in ("finetune.optimizer=adamw_8bit", "finetune.attention=flex"):
+        code, _, err = run(["--run-dir", str(tmp_path / "run"), "--set", setting], capsys)
+        assert code == 2 and setting in err and "no CUDA device" in err
+
+
+def test_a_finished_stage_needs_nothing_any_more():
+    """Files and models of stages that are done may be gone."""
+    changed = dataclasses.replace(tiny(), finetune=dataclasses.replace(tiny().finetune, prompt="gone.toml"))
+    assert list(in_the_way(changed, ["evaluate"])) == []
+    assert [one.what for one in in_the_way(changed, ["finetune"]) if one.status == "problem"] == [
+        "finetune.prompt='gone.toml': no such file"
+    ]
+
+
 def test_a_dry_run_says_what_would_happen(finished, capsys, tmp_path):
     code, out, _ = run(["--run-dir", str(finished), "--dry-run"], capsys)
     assert code == 0 and out.count("done") == len(STAGES)
     _, out, _ = run(["--run-dir", str(tmp_path / "new"), "--dry-run", "--until", "encode_items"], capsys)
     assert out.count("would be computed") == 3 and not (tmp_path / "new").exists()
     changed = dataclasses.replace(tiny(), finetune=dataclasses.replace(tiny().finetune, epochs=7))
-    assert any("epochs=2 (now 7)" in line for line in plan(changed, finished, None))
+    assert "epochs=2 (now 7)" in statuses(changed, finished, None)["finetune"]
 
 
 def chosen_by_validation() -> Recipe:
@@ -341,10 +447,15 @@ def test_a_provider_method_or_base_is_exchanged_by_one_setting():
     assert (found.train_collab.provider, found.finetune.fusion_used) == ("gmvae", "target")
     assert found.finetune.epochs == base.finetune.epochs
     assert apply_overrides(base, ["finetune.method=mme_random"]).finetune.fusion_temperature == 1.0
+    own = ["train_collab.provider=precomputed", "train_collab.vectors=mine.parquet"]
+    assert apply_overrides(base, own).train_collab == TrainCollabConfig(
+        provider="precomputed", vectors="mine.parquet"
+    )
     large = apply_overrides(base, ["finetune.base_model=meta-llama/x", "finetune.prompt=chat"])
     assert not large.finetune.is_mini
     for settings in (
         ["train_collab.provider=gmvae", "train_collab.sasrec.dropout_rate=0.3"],
+        [*own, "train_collab.epochs=3"],
         ["finetune.method=e4srec", "finetune.fusion_temperature=0.5"],
         ["finetune.base_model=meta-llama/x", "finetune.mini.num_layers=3"],
     ):

@@ -23,11 +23,11 @@ from safetensors.numpy import load_file, save_file
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, read_json, write_json
 from llmrec.collab.config import TrainCollabConfig
-from llmrec.config import as_dict, from_dict
+from llmrec.config import as_dict, changed_settings, from_dict
 from llmrec.errors import ConfigError, LlmrecError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import per_user, summarise
-from llmrec.pipeline import changed_fields, load, peak_memory_of, run_stage, stage_manifest
+from llmrec.pipeline import load, peak_memory_of, run_stage, stage_manifest
 
 logger = logging.getLogger("llmrec")
 
@@ -116,7 +116,7 @@ def prepare_cell(folder: Path, config: TrainCollabConfig, what: str) -> None:
     """
     file = folder / "config.json"
     if file.exists():
-        changes = changed_fields(read_json(file), as_dict(config))
+        changes = changed_settings(read_json(file), config)
         if changes:
             raise ConfigError(
                 f"{folder} ({what}) was made with {', '.join(changes)}; use another folder, or delete it"

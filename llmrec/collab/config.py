@@ -162,6 +162,10 @@ class TrainCollabConfig:
         )
         self._refuse_settings_without_effect()
 
+    def incidental_fields(self) -> tuple[str, ...]:
+        """Settings that change how this is computed, but nothing of what."""
+        return ("save_every_minutes",)
+
     @property
     def content(self) -> tuple[str, ...]:
         """Modalities of encode_items that the model to train takes."""

@@ -214,6 +214,10 @@ class PrepareDataConfig:
         if self.ties == "file":
             self._refuse({"seed"}, "ties='file'")
 
+    def incidental_fields(self) -> tuple[str, ...]:
+        """Settings that change how this is computed, but nothing of what."""
+        return ("mirrors",)
+
     def source_files(self) -> dict[str, str]:
         """The users' own files that the result depends on, by setting."""
         named = {

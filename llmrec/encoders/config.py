@@ -198,6 +198,10 @@ class EncodeItemsConfig:
 
     image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
 
+    def incidental_fields(self) -> tuple[str, ...]:
+        """Settings that change how this is computed, but beyond rounding nothing of what."""
+        return ("text.batch_size", "image.batch_size")
+
     def source_files(self) -> dict[str, str]:
         """The users' own files that the result depends on, by setting."""
         named = {"text.path": self.text.path, "image.path": self.image.path}

@@ -38,6 +38,10 @@ class EvaluateConfig:
     seed: int = 0
     """Seed of the bootstrap and of the examples."""
 
+    def incidental_fields(self) -> tuple[str, ...]:
+        """Settings that change how this is computed, but nothing of what."""
+        return ("batch_size",)
+
     def __post_init__(self) -> None:
         require(
             bool(self.ks) and min(self.ks) >= 1 and len(set(self.ks)) == len(self.ks),

@@ -35,10 +35,10 @@ class MiniConfig:
 
 CHANGE_NO_RESULT = (
     *("micro_batch_tokens", "checkpoint_activations", "rows", "attention", "compile", "kernels"),
-    *("log_every_steps", "save_every_minutes", "bad_steps", "analyse"),
+    *("log_every_steps", "save_every_minutes", "bad_steps"),
 )
 """Settings that change how a run computes: beyond rounding, and which numbers dropout draws, nothing of what.
-A stopped run may go on with others."""
+A stopped run may go on with others, and a finished one stands under others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +341,10 @@ class FinetuneConfig:
                 getattr(self, name) == defaults[name],
                 f"finetune.{name} has no effect with method={method!r}{stage}",
             )
+
+    def incidental_fields(self) -> tuple[str, ...]:
+        """Settings that change how this is computed, but beyond rounding nothing of what."""
+        return CHANGE_NO_RESULT
 
     @property
     def fusion_used(self) -> str:

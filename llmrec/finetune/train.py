@@ -26,7 +26,7 @@ from llmrec.config import from_dict
 from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.finetune import analysis, build
 from llmrec.finetune.adapter import Adapter
-from llmrec.finetune.config import CHANGE_NO_RESULT, FinetuneConfig
+from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.scaling import fit_scaling, scale
 from llmrec.finetune.scoring import CatalogueScores, for_scoring, load_scorer
@@ -79,7 +79,7 @@ def finetune(
     if config.ctrl_stage == "two":
         align_first(config, model, data.num_items)
     before = analysis.taus(model, data, collab.vectors) if config.analyse and distributed.is_main() else {}
-    trainer = Trainer(config, data, model, checkpoints_here(CHANGE_NO_RESULT))
+    trainer = Trainer(config, data, model, checkpoints_here(("analyse",)))
     trainer.run()
     expected = trainer.sample_scores()
     trainer.engine.close()

@@ -178,6 +178,10 @@ class LearnSemanticIdsConfig:
             )
         self._refuse_settings_without_effect()
 
+    def incidental_fields(self) -> tuple[str, ...]:
+        """Settings that change how this is computed, but nothing of what."""
+        return ("log_every_epochs", "save_every_minutes")
+
     def _refuse_settings_without_effect(self) -> None:
         """A setting that cannot change the result is a mistake of whoever set it."""
         if self.reconstruction == "mse":

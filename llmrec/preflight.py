@@ -1,0 +1,176 @@
+"""What will keep a recipe from finishing, looked for before anything starts: files, models, templates, and
+settings of one stage that cannot work with those of another."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmrec.config import given
+from llmrec.errors import ConfigError
+from llmrec.recipe import Recipe
+from llmrec.stages import STAGES
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    status: str
+    """ok, note, problem"""
+    what: str
+    advice: str = ""
+
+
+def in_the_way(recipe: Recipe, stages: Iterable[str] = tuple(STAGES)) -> Iterator[Finding]:
+    """What stages need, and whether it is there; takes no time and loads nothing.
+
+    Args:
+        recipe: the settings.
+        stages: those that are still to be computed.
+    """
+    stages = set(stages)
+    yield from data_files(recipe, stages)
+    yield from models(recipe, stages)
+    if "encode_items" in stages:
+        yield from contents(recipe)
+    if "finetune" in stages:
+        yield from fine_tuning(recipe)
+
+
+def data_files(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
+    """Files that the settings name."""
+    for stage in ("prepare_data", "train_collab", "encode_items"):
+        if stage not in stages:
+            continue
+        config = getattr(recipe, stage)
+        for name, path in getattr(config, "source_files", dict)().items():
+            where = f"{stage}.{name}={path}"
+            if path.startswith("hub:") or Path(path).exists():
+                yield Finding("ok", where)
+            else:
+                yield Finding("problem", f"{where}: no such file", f"put it there, or set {stage}.{name}")
+    prepare = recipe.prepare_data
+    if prepare.source == "amazon_2014" and "prepare_data" in stages:
+        from llmrec.data.named import file_names
+
+        for name in file_names(given(prepare.category)):
+            there = (Path(given(prepare.folder)) / name).is_file()
+            advice = "" if there else "fetched by the run, unless it is offline"
+            yield Finding(
+                "ok" if there else "note",
+                f"{Path(given(prepare.folder)) / name}{'' if there else ' is absent'}",
+                advice,
+            )
+
+
+def models(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
+    """Models that the settings name: a folder, or in the cache of the Hub."""
+    wanted = []
+    if not recipe.finetune.is_mini and "finetune" in stages:
+        wanted.append(("finetune.base_model", recipe.finetune.base_model, recipe.finetune.revision))
+    for name in ("text", "image") if "encode_items" in stages else ():
+        encoder = getattr(recipe.encode_items, name)
+        if encoder.encoder == "huggingface":
+            wanted.append((f"encode_items.{name}.model", encoder.model, encoder.revision))
+        elif encoder.encoder == "llm2clip":
+            from llmrec.encoders.llm2clip import CLIP_MODEL, TEXT_MODEL
+
+            default = TEXT_MODEL if name == "text" else CLIP_MODEL
+            wanted.append((f"encode_items.{name}.model", encoder.model or default, encoder.revision))
+    for where, model, revision in wanted:
+        yield model_finding(where, model, revision)
+
+
+def model_finding(where: str, model: str, revision: str | None) -> Finding:
+    """One model."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model).is_dir():
+        if any(Path(model).glob("*.safetensors")):
+            return Finding("ok", f"{where}={model}")
+        return Finding("problem", f"{where}={model} holds no .safetensors weights", "give a complete model")
+    if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
+        return Finding("ok", f"{where}={model}, in the Hub's cache")
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return Finding(
+            "problem", f"{where}={model} is not in the Hub's cache", f"run `hf download {model}` online"
+        )
+    return Finding(
+        "note", f"{where}={model} is not here yet", f"fetched by the run; or run `hf download {model}`"
+    )
+
+
+def contents(recipe: Recipe) -> Iterator[Finding]:
+    """Whether the items will have the texts and pictures that encoders are told to read."""
+    data, encode = recipe.prepare_data, recipe.encode_items
+    if data.source == "sample_market":
+        return
+    named = "image_folder" if data.source == "amazon_2014" else "image_column"
+    reads_pictures = encode.image.encoder not in ("none", "precomputed")
+    if reads_pictures and getattr(data, named) is None and data.image_url_column is None:
+        yield Finding(
+            "problem",
+            f"encode_items.image.encoder={encode.image.encoder} finds no pictures",
+            f"set prepare_data.{named}, or encode_items.image.encoder=none",
+        )
+    if encode.text.encoder in ("none", "precomputed") or data.source == "amazon_2014":
+        return
+    there: list[str] = []
+    if data.items is not None:
+        there = [*(["title"] if data.title_column else []), *data.text_columns]
+    if not there:
+        yield Finding(
+            "problem",
+            f"encode_items.text.encoder={encode.text.encoder} finds no texts",
+            "name an items file with prepare_data.title_column or prepare_data.text_columns, or set "
+            "encode_items.text.encoder=none",
+        )
+    elif unknown := [name for name in encode.text.columns or () if name not in there]:
+        yield Finding(
+            "problem",
+            f"encode_items.text.columns={','.join(encode.text.columns or ())}: {', '.join(unknown)} will not "
+            f"be there, but {', '.join(there)}",
+            f"add prepare_data.text_columns={','.join((*data.text_columns, *unknown))}",
+        )
+
+
+def fine_tuning(recipe: Recipe) -> Iterator[Finding]:
+    """The template, what needs a GPU, and widths that must agree."""
+    from llmrec.finetune.prompt import read_template
+
+    config = recipe.finetune
+    try:
+        read_template(config.prompt)
+        yield Finding("ok", f"finetune.prompt={config.prompt}")
+    except ConfigError as error:
+        yield Finding("problem", str(error), "set finetune.prompt")
+    needs_gpu = [
+        f"finetune.{name}={value}"
+        for name, value in (
+            ("attention", "flex"),
+            ("kernels", "liger"),
+            ("optimizer", "adamw_8bit"),
+        )
+        if getattr(config, name) == value
+    ]
+    if needs_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            yield Finding("problem", f"{', '.join(needs_gpu)}: there is no CUDA device", "leave it out")
+    if config.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        yield Finding("problem", "finetune.kernels=liger: not installed", "run `pip install 'llmrec[gpu]'`")
+    ids = recipe.learn_semantic_ids
+    reads_codes = config.method in ("mme_sid", "se_sid") and not config.project_codes
+    # Residual k-means makes codes of the vectors' own width.
+    if config.is_mini and reads_codes and ids.method != "rkmeans" and ids.code_dim != config.mini.hidden_size:
+        yield Finding(
+            "problem",
+            f"learn_semantic_ids.code_dim={ids.code_dim} differs from finetune.mini.hidden_size="
+            f"{config.mini.hidden_size}",
+            "make them equal, or set finetune.project_codes=true",
+        )
