@@ -14,12 +14,15 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import pyarrow as pa
 
 from llmrec.errors import DataError
 from llmrec.progress import progress
+
+PACKING_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
+"""What reading a packed file raises that was cut or changed."""
 
 BLOCK_ROWS = 1 << 16
 """Rows held as Python objects at once."""
@@ -92,20 +95,30 @@ def read_dat(path: Path, columns: list[str]) -> pa.Table:
     return pa.Table.from_batches(batches)
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a file's name says that gzip packed it."""
+    return path.name.lower().endswith(".gz")
+
+
+def open_text(path: Path, encoding: str = "utf-8", newline: str | None = None) -> TextIO:
+    """A text file to read, unpacked as it is read."""
+    opened = gzip.open if is_packed(path) else open
+    return cast(TextIO, opened(path, "rt", encoding=encoding, newline=newline))
+
+
 def lines_of(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """Number, from 1, and text of every line that is not blank, unpacked as it is read.
 
     Raises:
         DataError: a packed file that is cut or damaged, or bytes that are no text.
     """
-    opened = gzip.open if path.name.lower().endswith(".gz") else open
     number = 0
     try:
-        with opened(path, "rt", encoding=encoding) as handle:
+        with open_text(path, encoding) as handle:
             for number, line in enumerate(handle, start=1):
                 if line.strip():
                     yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except PACKING_ERRORS as error:
         raise DataError(
             f"{path} is cut or damaged after row {number} ({error}); get the file again"
         ) from None

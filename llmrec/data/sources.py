@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import gzip
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,16 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from llmrec.data.hub import PREFIX, read_hub
-from llmrec.data.raw import kind_of, lines_of, read_dat, read_json_lines
+from llmrec.data.raw import (
+    PACKING_ERRORS,
+    as_text,
+    is_packed,
+    kind_of,
+    lines_of,
+    open_text,
+    read_dat,
+    read_json_lines,
+)
 from llmrec.errors import DataError
 
 RAW_READERS = {".json": read_json_lines, ".jsonl": read_json_lines, ".dat": read_dat}
@@ -83,9 +93,12 @@ def read_sequences(path: Path) -> Log:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with open_text(path, "utf-8-sig") as handle:
+            lines = handle.read().splitlines()
     except UnicodeDecodeError:
         raise _not_utf8(path) from None
+    except PACKING_ERRORS as error:
+        raise DataError(f"{path} is cut or damaged ({error}); get the file again") from None
     words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(pa.array(lines, pa.string())))
     filled = np.flatnonzero([bool(line.strip()) for line in lines])
     if not len(filled):
@@ -136,17 +149,21 @@ def read_table(path: Path, columns: list[str]) -> pa.Table:
         if suffix == ".parquet":
             _check_columns(path, pq.read_schema(path).names, columns)
             table = pq.read_table(path, columns=list(dict.fromkeys(columns)))
-        elif suffix in DELIMITERS:
+        elif kind_of(path) in DELIMITERS:
             table = _read_csv(path, columns)
         elif kind_of(path) in RAW_READERS:
             table = RAW_READERS[kind_of(path)](path, list(dict.fromkeys(columns)))
         else:
             raise DataError(
-                f"{path}: unknown kind of file, expected .csv, .tsv, .parquet, .json or .jsonl (one object a "
-                "line; may be packed, .gz), or a MovieLens .dat"
+                f"{path}: unknown kind of file, expected .csv, .tsv, .json or .jsonl (one object a line), a "
+                "MovieLens .dat (all of these may be packed, .gz), or .parquet"
             )
+    except PACKING_ERRORS as error:
+        raise DataError(f"{path} is cut or damaged ({error}); get the file again") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
+        if is_packed(path):
+            raise DataError(f"{path} is cut or damaged ({reason}); get the file again") from None
         raise DataError(f"{path} cannot be read as {suffix[1:]}: {reason}") from None
     if table.num_rows == 0:
         raise DataError(f"{path} has no rows of data; expected at least one")
@@ -159,9 +176,9 @@ def is_hub(path: Path) -> bool:
 
 
 def _read_csv(path: Path, columns: list[str]) -> pa.Table:
-    delimiter = DELIMITERS[path.suffix.lower()]
+    delimiter = DELIMITERS[kind_of(path)]
     try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
+        with open_text(path, "utf-8-sig", newline="") as handle:
             names = next((row for row in csv.reader(handle, delimiter=delimiter) if row), [])
     except UnicodeDecodeError:
         raise _not_utf8(path) from None
@@ -172,7 +189,7 @@ def _read_csv(path: Path, columns: list[str]) -> pa.Table:
     _check_columns(path, names, columns)
     try:
         return pacsv.read_csv(
-            path,
+            pa.input_stream(str(path), compression="gzip" if is_packed(path) else None),
             parse_options=pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             convert_options=pacsv.ConvertOptions(
                 column_types=dict.fromkeys(columns, pa.string()),
@@ -187,7 +204,7 @@ def _read_csv(path: Path, columns: list[str]) -> pa.Table:
 def _why_unreadable(path: Path, delimiter: str, reason: str) -> DataError:
     """Read the file again, slowly, for the row that pyarrow does not name."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
+        with open_text(path, "utf-8-sig", newline="") as handle:
             reader = csv.reader(handle, delimiter=delimiter)
             width, number = None, 0
             for number, row in enumerate(reader, start=1):
@@ -203,11 +220,12 @@ def _why_unreadable(path: Path, delimiter: str, reason: str) -> DataError:
         return DataError(f"{path}, row {number + 1}: {error}")
     if number <= 1:
         return DataError(f"{path} has no rows of data; expected at least one")
-    return DataError(f"{path} cannot be read as {path.suffix[1:]}: {reason.splitlines()[0]}")
+    return DataError(f"{path} cannot be read as {kind_of(path)[1:]}: {reason.splitlines()[0]}")
 
 
 def _not_utf8(path: Path) -> DataError:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    content = gzip.decompress(path.read_bytes()) if is_packed(path) else path.read_bytes()
+    for number, line in enumerate(content.split(b"\n"), start=1):
         try:
             line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -224,8 +242,8 @@ def file_row(path: Path, index: int) -> int:
         return index + 1
     if kind_of(path) in RAW_READERS:
         return next(itertools.islice(lines_of(path, "latin-1"), index, None))[0]
-    with path.open(encoding="utf-8-sig", newline="") as handle:
-        reader = csv.reader(handle, delimiter=DELIMITERS[path.suffix.lower()])
+    with open_text(path, "utf-8-sig", newline="") as handle:
+        reader = csv.reader(handle, delimiter=DELIMITERS[kind_of(path)])
         try:
             filled = (number for number, row in enumerate(reader, start=1) if row)
             return next(number for place, number in enumerate(filled, start=-1) if place == index)
@@ -235,6 +253,8 @@ def file_row(path: Path, index: int) -> int:
 
 def id_column(table: pa.Table, path: Path, name: str) -> pa.ChunkedArray:
     """A column of raw ids as text, exactly as given; a missing one is an error with its row."""
+    if pa.types.is_nested(table[name].type):
+        raise DataError(f"{path}, column {name!r} holds {table[name].type}, expected ids: numbers or texts")
     values = text_column(table, name)
     missing = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(values)), pa.array(NO_ID)).to_numpy()
     if missing.any():
@@ -248,8 +268,11 @@ def id_column(table: pa.Table, path: Path, name: str) -> pa.ChunkedArray:
 
 
 def text_column(table: pa.Table, name: str) -> pa.ChunkedArray:
-    """A column as text, '' for null; whole numbers as people write them."""
+    """A column as text, '' for null; whole numbers as people write them, lists and objects as in JSON lines
+    (see `llmrec.data.raw.as_text`)."""
     values = table[name]
+    if pa.types.is_nested(values.type):
+        return pa.chunked_array([pa.array(map(as_text, values.to_pylist()), pa.string())])
     if pa.types.is_floating(values.type):
         whole = pc.all(pc.equal(pc.floor(values), values), min_count=0).as_py()
         values = pc.if_else(pc.is_finite(values), values, None)
@@ -369,7 +392,7 @@ def _check_columns(path: Path, names: list[str], wanted: list[str]) -> None:
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
-                hint = f"columns must be separated by {DELIMITERS.get(path.suffix.lower())!r}. "
+                hint = f"columns must be separated by {DELIMITERS.get(kind_of(path))!r}. "
             raise DataError(
                 f"{path} has no column {name!r}; {hint}It has: {', '.join(names)}. Name it with "
                 "prepare_data.user_column, item_column, timestamp_column, title_column and so on"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pyarrow as pa
@@ -111,15 +112,18 @@ BAD_TABLES: dict[str, tuple[str | bytes, str | None, dict, list[str]]] = {
 }
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", BAD_TABLES)
-def test_bad_tables_are_refused_in_one_line(tmp_path, name):
+def test_bad_tables_are_refused_in_one_line(tmp_path, name, packed):
     interactions, items, settings, words = BAD_TABLES[name]
     content = interactions if isinstance(interactions, bytes) else interactions.encode()
-    (tmp_path / "log.csv").write_bytes(content)
+    file = tmp_path / ("log.csv.gz" if packed else "log.csv")
+    file.write_bytes(gzip.compress(content) if packed else content)
+    words = [word.replace("log.csv", file.name) for word in words]
     if items is not None:
         (tmp_path / "items.csv").write_text(items)
         settings = {**settings, "items": str(tmp_path / "items.csv")}
-    refused(tmp_path / "log.csv", words, source="table", **{"k_core": 0} | settings)
+    refused(file, words, source="table", **{"k_core": 0} | settings)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +147,18 @@ def test_files_that_are_not_there_or_not_tables_are_refused(tmp_path):
     refused(tmp_path / "log.txt", ["log.txt: no such file"], source="sequences")
     refused(tmp_path, ["no such file"], source="table")
     (tmp_path / "log.xlsx").write_bytes(b"x")
-    refused(tmp_path / "log.xlsx", ["unknown kind of file, expected .csv, .tsv, .parquet"], source="table")
+    refused(tmp_path / "log.xlsx", ["unknown kind of file, expected .csv, .tsv"], source="table")
     (tmp_path / "log.parquet").write_bytes(b"PAR1 but no more of it")
     refused(tmp_path / "log.parquet", ["log.parquet cannot be read as parquet"], source="table")
+
+
+@pytest.mark.parametrize(("name", "source"), [("log.csv.gz", "table"), ("log.txt.gz", "sequences")])
+def test_a_packed_file_that_is_cut_is_refused(tmp_path, name, source):
+    rows = [f"u{n % 70},{n % 90},{n * 7919 % 10007}" for n in range(3000)]
+    packed = gzip.compress("\n".join(["user_id,item_id,timestamp", *rows]).encode())
+    for size in (5, len(packed) // 2, len(packed) - 3):
+        (tmp_path / name).write_bytes(packed[:size])
+        refused(tmp_path / name, [name, "is cut or damaged", "get the file again"], source=source)
 
 
 def test_a_parquet_row_is_counted_from_the_first_row_of_data(tmp_path):
@@ -158,6 +171,9 @@ def test_a_parquet_row_is_counted_from_the_first_row_of_data(tmp_path):
     table = pa.table({"user_id": ["a", "b"], "item_id": [1, 2], "timestamp": [1, None]})
     pq.write_table(table, tmp_path / "log.parquet")
     refused(tmp_path / "log.parquet", ["row 2, column 'timestamp': None is not a number"], source="table")
+    table = pa.table({"user_id": ["a", "b"], "item_id": [[1], [2, 3]], "timestamp": [1, 2]})
+    pq.write_table(table, tmp_path / "log.parquet")
+    refused(tmp_path / "log.parquet", ["column 'item_id' holds list", "expected ids"], source="table")
 
 
 def refused(path: Path, words: list[str], **settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 from pathlib import Path
 
@@ -19,9 +20,11 @@ SMALL = "user_id,item_id,timestamp\nann,9,3\nann,10,1\nann,8,2\nbob,10,5\nbob,9,
 
 def prepare(folder: Path, interactions: str, items: str | None = None, **settings) -> Interactions:
     (folder / "log.csv").write_text(interactions)
-    if items is not None:
+    if items is not None and not items.endswith(".parquet"):
         (folder / "items.csv").write_text(items)
-        settings["items"] = str(folder / "items.csv")
+        items = str(folder / "items.csv")
+    if items is not None:
+        settings["items"] = items
     chosen = {"k_core": 0} | settings
     return prepare_data(PrepareDataConfig(source="table", interactions=str(folder / "log.csv"), **chosen))
 
@@ -207,6 +210,34 @@ def test_blank_lines_byte_order_marks_and_tabs_are_read(tmp_path):
     (tmp_path / "other.tsv").write_text("\ufeff" + SMALL.replace(",", "\t").replace("\n", "\n\n"))
     config = PrepareDataConfig(source="table", interactions=str(tmp_path / "other.tsv"), k_core=0)
     assert same(prepare_data(config), expected)
+
+
+@pytest.mark.parametrize("name", ["other.csv.gz", "other.TSV.GZ"])
+def test_packed_tables_are_read_as_they_are(tmp_path, name):
+    expected = prepare(tmp_path, SMALL)
+    text = SMALL.replace(",", "\t") if "TSV" in name else SMALL
+    (tmp_path / name).write_bytes(gzip.compress(("\ufeff" + text).encode()))
+    config = PrepareDataConfig(source="table", interactions=str(tmp_path / name), k_core=0)
+    assert same(prepare_data(config), expected)
+
+
+def test_packed_sequences_are_read_as_they_are(tmp_path):
+    (tmp_path / "log.txt.gz").write_bytes(gzip.compress(b"10 3 1 2\n2 5 3 5\n"))
+    config = PrepareDataConfig(source="sequences", interactions=str(tmp_path / "log.txt.gz"))
+    assert histories(prepare_data(config)) == {"2": ["5", "3", "5"], "10": ["3", "1", "2"]}
+
+
+def test_lists_in_parquet_become_text_as_in_json_lines(tmp_path):
+    items = pa.table(
+        {
+            "item_id": ["7", "8", "9", "10"],
+            "title": ["a", "b", "c", "d"],
+            "kinds": [["tea", "pots"], [], None, ["tea"]],
+        }
+    )
+    pq.write_table(items, tmp_path / "items.parquet")
+    data = prepare(tmp_path, SMALL, text_columns=("kinds",), items=str(tmp_path / "items.parquet"))
+    assert data.items["kinds"].to_pylist() == ["tea|pots", "", "", "tea"]
 
 
 @pytest.mark.parametrize("kind", ["text", "whole", "float", "timestamp"])
