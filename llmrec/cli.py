@@ -14,7 +14,7 @@ from llmrec.config import describe
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
 from llmrec.inference import command
-from llmrec.recipe import PRESETS, apply_overrides, with_preset
+from llmrec.recipe import PRESETS, apply_overrides, recipe_of, with_preset
 from llmrec.stages import COMMANDS, STAGES, Stage
 
 GPU_NAMES = ("A100", "H100", "H200", "L40S", "RTX4090")
@@ -70,7 +70,7 @@ def estimate(options: argparse.Namespace) -> None:
     set_up_logging()
     from llmrec import estimate as module
 
-    recipe = with_preset(module.recipe_of(Path(options.recipe)), options.preset)
+    recipe = with_preset(recipe_of(Path(options.recipe)), options.preset)
     recipe = apply_overrides(recipe, options.set)
     found = module.estimate(recipe, Path(options.run_dir) if options.run_dir else None)
     print(module.shown(found, options.gpu))
@@ -83,8 +83,6 @@ def doctor(options: argparse.Namespace) -> None:
 
     recipe = None
     if options.recipe:
-        from llmrec.estimate import recipe_of
-
         recipe = apply_overrides(recipe_of(Path(options.recipe)), options.set)
     problems = 0
     for found in findings(recipe):

@@ -27,6 +27,9 @@ from llmrec.errors import ConfigError
 C = TypeVar("C")
 T = TypeVar("T")
 
+MOST_HINTS = 6
+"""Settings named in a hint at most."""
+
 
 def as_dict(config: Any) -> dict[str, Any]:
     """The config as plain JSON data (tuples become lists).
@@ -74,7 +77,7 @@ def override(config: C, assignments: dict[str, str], *, prefix: str = "") -> C:
         name, _, rest = path.partition(".")
         full = f"{prefix}{name}"
         if name not in hints:
-            raise ConfigError(f"unknown setting {full!r}{_nearest(name, hints, prefix)}")
+            raise ConfigError(f"unknown setting {f'{prefix}{path}'!r}{_meant(path, config, prefix)}")
         group = dataclasses.is_dataclass(getattr(config, name))
         if rest and not group:
             raise ConfigError(f"{full!r} is a single value, so {full}.{rest} does not exist")
@@ -213,6 +216,15 @@ def dataclass_of(hint: Any) -> type | None:
 
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _meant(path: str, config: Any, prefix: str) -> str:
+    """What a path that does not exist may stand for: the same name elsewhere, or one like it."""
+    name = path.rpartition(".")[2]
+    same = [f"{prefix}{known}" for known, _ in flatten(config) if known.rpartition(".")[2] == name]
+    if 0 < len(same) <= MOST_HINTS:
+        return f"; did you mean {' or '.join(same)}?"
+    return _nearest(path.partition(".")[0], typing.get_type_hints(type(config)), prefix)
 
 
 def _nearest(name: str, known: Any, prefix: str = "") -> str:

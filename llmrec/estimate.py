@@ -7,8 +7,6 @@ optimiser states. Rough: activations, and time, which assumes a share of the GPU
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from llmrec.finetune.methods import modalities_of
 from llmrec.finetune.packing import count_tokens
 from llmrec.finetune.steps import steps_of_epoch, train_counts, training_targets
 from llmrec.pipeline import MANIFEST, load
-from llmrec.recipe import Recipe
+from llmrec.recipe import TO_DO, Recipe, statuses
 
 GPUS: dict[str, tuple[float, float]] = {
     "A100": (312e12, 80e9),
@@ -77,8 +75,10 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
         run_dir: stages that are finished there are read in place of computing or assuming.
 
     Raises:
-        LlmrecError: the data or the base model cannot be read.
+        LlmrecError: the data or the base model cannot be read, or the run was made with other settings.
     """
+    if run_dir is not None:
+        check_run(recipe, run_dir)
     config = recipe.finetune
     data = stage_of(run_dir, Interactions)
     if data is None:
@@ -122,6 +122,19 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
     return Estimate(
         counts=counts, parameters=parameters, flops=flops, memory=bytes_used(config, model, widths, counts)
     )
+
+
+def check_run(recipe: Recipe, run_dir: Path) -> None:
+    """Refuse a folder whose stages say nothing about this recipe.
+
+    Raises:
+        ConfigError: no such folder, or its stages were made with other settings.
+    """
+    if not run_dir.is_dir():
+        raise ConfigError(f"--run-dir {run_dir}: no such folder")
+    for name, status in statuses(recipe, run_dir, "learn_semantic_ids").items():
+        if status not in ("done", TO_DO):
+            raise ConfigError(f"--run-dir {run_dir}: {name} {status}")
 
 
 def stage_of(run_dir: Path | None, artifact: Any) -> Any:
@@ -333,24 +346,3 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def recipe_of(path: Path) -> Recipe:
-    """The recipe that a file defines.
-
-    Raises:
-        ConfigError: no such file, or it defines none.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such recipe")
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    if not callable(getattr(module, "recipe", None)):
-        raise ConfigError(f"{path} defines no function `recipe`")
-    return module.recipe()

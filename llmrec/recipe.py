@@ -7,6 +7,7 @@ calls that function and changes fields with `dataclasses.replace`.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -94,6 +95,27 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
         print(f"report: {root / 'evaluate' / 'report.html'}")
     if options.push_to_hub and distributed.is_main():
         push_run(root, options.push_to_hub)
+
+
+def recipe_of(path: Path) -> Recipe:
+    """The recipe that a file defines.
+
+    Raises:
+        ConfigError: no such file, or it defines none.
+    """
+    if not path.is_file() or path.suffix != ".py":
+        raise ConfigError(f"{path}: no such recipe; give a Python file such as recipes/mme_sid_sample.py")
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    if not callable(getattr(module, "recipe", None)):
+        raise ConfigError(f"{path} defines no function `recipe`")
+    return module.recipe()
 
 
 def push_run(root: Path, repo: str) -> None:

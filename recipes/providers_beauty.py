@@ -1,6 +1,6 @@
 """Every sequence model on Amazon Beauty, three seeds each: one table and one page.
 
-Run:       python recipes/providers_beauty.py --data interactions=interactions.csv
+Run:       python recipes/providers_beauty.py --set prepare_data.interactions=interactions.csv
            python recipes/providers_beauty.py --rows sasrec gmvae --seeds 0 1 2 --jobs 2   (some of it)
            python recipes/providers_beauty.py --summarise   (the table of what is finished so far)
 Settings:  the models' defaults, and what their papers give for Beauty: 512 prefixes a step for the diffusion
@@ -71,7 +71,10 @@ def rows() -> Rows:
         "comirec-dr": TrainCollabConfig(
             provider="comirec", comirec=ComirecConfig(routing="capsule"), learning_rate=5e-3
         ),
-        "mind": TrainCollabConfig(provider="mind"),
+        # Interests are shorter than 1, so scores grow as slowly as item vectors do: large steps, and many.
+        "mind": TrainCollabConfig(
+            provider="mind", batch_by="targets", batch_size=512, learning_rate=5e-3, eval_every_epochs=2
+        ),
     }
 
 

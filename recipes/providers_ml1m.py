@@ -1,7 +1,7 @@
 """Every sequence model on MovieLens-1M, three seeds each: one table and one page.
 
 Data:      ratings.dat of MovieLens-1M (GroupLens), 5-core: 6,040 users, 3,416 items, 999,611 ratings
-Run:       python recipes/providers_ml1m.py --data interactions=ml-1m/ratings.dat
+Run:       python recipes/providers_ml1m.py --set prepare_data.interactions=ml-1m/ratings.dat
            python recipes/providers_ml1m.py --rows sasrec mamba4rec --seeds 0 1 2   (some of it)
            python recipes/providers_ml1m.py --summarise   (the table of what is finished so far)
 Settings:  histories of 200 and dropout 0.2, as most papers have them for this data set; where a model's own

@@ -123,3 +123,20 @@ def test_help_is_the_string_below_each_field():
     described = {path: (kind, default) for path, kind, default, _ in describe(Outer)}
     assert described["limit"] == ("int | none", "None")
     assert described["inner.sizes"] == ("int, ...", "(2, 3)")
+
+
+def test_a_setting_of_another_group_is_hinted_at():
+    from llmrec.collab.config import TrainCollabConfig
+    from llmrec.recipe import Recipe, apply_overrides
+
+    for config, setting, words in (
+        (Recipe(), "lora_rank=4", "unknown setting 'lora_rank'; did you mean finetune.lora_rank?"),
+        (Recipe(), "epochs=4", "train_collab.epochs or learn_semantic_ids.epochs or finetune.epochs"),
+        (Recipe(), "train_colab.epochs=4", "did you mean train_collab.epochs or"),
+        (TrainCollabConfig(), "train_collab.epochs=4", "did you mean epochs?"),
+        (Recipe(), "finetune.lora_rnk=4", "did you mean finetune.lora_rank?"),
+        (Recipe(), "nothing_like_it=4", "known: prepare_data, train_collab"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            apply_overrides(config, [setting])
+        assert words in str(caught.value)

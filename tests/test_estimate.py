@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from llmrec import cli, doctor
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import ConfigError
-from llmrec.estimate import distinct_items, estimate, recipe_of, scaled, shown
+from llmrec.estimate import distinct_items, estimate, scaled, shown
 from llmrec.finetune import build
 from llmrec.finetune.config import FinetuneConfig
-from llmrec.recipe import Recipe, with_preset
+from llmrec.recipe import Recipe, recipe_of, with_preset
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 
 
@@ -123,16 +124,20 @@ def test_distinct_items_by_hand():
     assert (scaled(1.234e9, "B"), scaled(5e3, "B")) == ("1.23 GB", "5 kB")
 
 
-def test_the_command_prints_and_says_what_is_wrong(tmp_path, capsys):
+def test_the_command_prints_and_says_what_is_wrong(tmp_path, capsys, finished):
     file = tmp_path / "mine.py"
     file.write_text(
         "from llmrec.recipe import Recipe\nfrom llmrec.finetune.config import FinetuneConfig\n"
         "def recipe():\n    return Recipe(finetune=FinetuneConfig(prompt='compact'))\n"
     )
+    shutil.copy(file, file.with_suffix(""))
     options = ["--set", "prepare_data.market.num_users=50", "--gpu", "A100"]
     for arguments, code, message in (
         (["estimate", str(file), *options], 0, "on one A100"),
         (["estimate", str(tmp_path / "none.py")], 2, "no such recipe"),
+        (["estimate", str(file.with_suffix(""))], 2, "give a Python file"),
+        (["estimate", str(file), "--run-dir", str(tmp_path / "none")], 2, "none: no such folder"),
+        (["estimate", str(file), "--run-dir", str(finished)], 2, "prepare_data was made with"),
         (["estimate", str(file), "--set", "encode_items.text.encoder=precomputed",
           "encode_items.text.path=x.parquet"], 2, "is not known before they exist"),
     ):  # fmt: skip

@@ -46,7 +46,8 @@ def main(
 def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, description: str | None) -> None:
     """Train what is missing and write results.json, table.md and report.html."""
     options = parser(rows, data_config, name, description).parse_args()
-    rows = chosen_rows(rows, options.rows, pairs(options.set, "--set"))
+    of_data, of_rows = by_stage(options.set, data_config is not None)
+    rows = chosen_rows(rows, options.rows, of_rows)
     set_up_logging()
     from llmrec import distributed, machine
     from llmrec.collab.compare import run_cells, summarise_cells
@@ -60,7 +61,7 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
         data = load(Interactions, folder)
     else:
         assert data_config is not None
-        settings = override(data_config, pairs(options.data, "--data"), prefix="prepare_data.")
+        settings = override(data_config, of_data, prefix="prepare_data.")
         data = run_stage(prepare_data, settings, (), folder)
     failed = []
     jobs = options.jobs or (1 if distributed.device().type == "cuda" else os.cpu_count() or 1)
@@ -104,10 +105,6 @@ def parser(
         metavar="DIR",
         help="a finished encode_items folder, for rows whose models know what items look like",
     )
-    if data_config is not None:
-        made.add_argument(
-            "--data", metavar="FIELD=VALUE", nargs="+", default=[], help="change settings of prepare_data"
-        )
     made.add_argument(
         "--rows", nargs="+", default=list(rows), metavar="NAME", help=f"of {', '.join(rows)} (all)"
     )
@@ -118,10 +115,13 @@ def parser(
     made.add_argument("--reference", default="sasrec", help="row that others are compared with (sasrec)")
     made.add_argument(
         "--set",
-        metavar="FIELD=VALUE",
+        metavar="STAGE.FIELD=VALUE",
         nargs="+",
+        action="extend",
         default=[],
-        help="change settings of every row (epochs=50), or of one model (gmvae.num_interests=8)",
+        help="change settings of every row (train_collab.epochs=50), of one model "
+        "(train_collab.gmvae.num_interests=8)"
+        + ("" if data_config is None else ", or of the data (prepare_data.k_core=10)"),
     )
     made.add_argument(
         "--summarise", action="store_true", help="train nothing; make the table of what there is"
@@ -129,11 +129,24 @@ def parser(
     return made
 
 
-def pairs(assignments: list[str], flag: str) -> dict[str, str]:
+def by_stage(assignments: list[str], has_data: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Settings of prepare_data and of train_collab, by path within the stage.
+
+    Raises:
+        ConfigError: no setting of these.
+    """
+    stages = ["prepare_data", "train_collab"][not has_data :]
+    found: dict[str, dict[str, str]] = {"prepare_data": {}, "train_collab": {}}
     for assignment in assignments:
-        if "=" not in assignment:
-            raise ConfigError(f"{flag} {assignment!r} is not of the form field=value")
-    return {path: text for path, _, text in (assignment.partition("=") for assignment in assignments)}
+        path, equals, text = assignment.partition("=")
+        stage, _, rest = path.strip().partition(".")
+        if not equals or not rest or stage not in stages:
+            raise ConfigError(
+                f"--set {assignment!r} is not of the form STAGE.FIELD=VALUE, with a stage of "
+                f"{', '.join(stages)}"
+            )
+        found[stage][rest] = text.strip()
+    return found["prepare_data"], found["train_collab"]
 
 
 def chosen_rows(rows: Rows, names: list[str], settings: dict[str, str]) -> Rows:
@@ -148,7 +161,7 @@ def chosen_rows(rows: Rows, names: list[str], settings: dict[str, str]) -> Rows:
     for path in settings:
         model = path.partition(".")[0]
         if model in PROVIDER_FIELDS and model not in providers:
-            raise ConfigError(f"--set {path} has no effect: no row trains {model}")
+            raise ConfigError(f"--set train_collab.{path} has no effect: no row trains {model}")
     found = {}
     for name in names:
         mine = {

@@ -21,7 +21,15 @@ from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError, MissingArtifactError, TrainingError
 from llmrec.evaluation.tables import difference_cells, mean_and_spread, spread_text
 from llmrec.finetune.config import FREQUENCY_FIELDS, METHOD_FIELDS, FinetuneConfig
-from llmrec.recipe import Recipe, apply_overrides, refit_stage
+from llmrec.recipe import (
+    TO_DO,
+    Recipe,
+    apply_overrides,
+    recipe_of,
+    refit_stage,
+    refuse_what_cannot_finish,
+    statuses,
+)
 
 logger = logging.getLogger("llmrec")
 
@@ -107,8 +115,6 @@ def parser(names_recipe: bool, description: str | None) -> argparse.ArgumentPars
 
 def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) -> None:
     """Train what is missing; print the table and write table.md and table.json."""
-    from llmrec.estimate import recipe_of
-
     if recipe is None:
         name, made = Path(options.recipe).stem, recipe_of(Path(options.recipe))
     else:
@@ -158,6 +164,8 @@ def run_cells(
     if refit is not None:
         collab = refit_stage("train_collab", recipe.train_collab, refit / "train_collab")
         recipe = replace(recipe, train_collab=collab)
+    stages = statuses(recipe, root, "learn_semantic_ids") | {"finetune": TO_DO}
+    refuse_what_cannot_finish(recipe, stages)
     run(recipe, RunDir(root), until="learn_semantic_ids")
     names = ("prepare_data", "train_collab", "encode_items", "learn_semantic_ids")
     inputs = tuple(load(STAGES[name].artifact_class(), root / name) for name in names)

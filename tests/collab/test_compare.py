@@ -13,7 +13,7 @@ import pytest
 from llmrec.artifacts import Interactions
 from llmrec.collab import compare_cli
 from llmrec.collab.compare import prepare_cell, run_cells, summarise_cells
-from llmrec.collab.compare_cli import chosen_rows, every_provider
+from llmrec.collab.compare_cli import by_stage, chosen_rows, every_provider
 from llmrec.collab.compare_report import how_epochs_were_chosen, label, markdown, page
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.configs.gru4rec import GRU4RecConfig
@@ -115,6 +115,21 @@ def test_settings_reach_the_rows_they_are_meant_for():
         chosen_rows(every_provider(), ["sasrec"], {"mind.num_interests": "8"})
     with pytest.raises(ConfigError, match="--rows must be among sasrec"):
         chosen_rows(every_provider(), ["sasrek"], {})
+
+
+def test_settings_name_their_stage():
+    given = ["prepare_data.k_core=10", "train_collab.gmvae.num_interests=8", "train_collab.epochs = 7"]
+    of_data, of_rows = by_stage(given, has_data=True)
+    assert of_data == {"k_core": "10"}
+    assert of_rows == {"gmvae.num_interests": "8", "epochs": "7"}
+    for bad, has_data in (
+        (["epochs=7"], True),
+        (["train_collab.epochs"], True),
+        (["prepare_data.k_core=10"], False),
+        (["finetune.epochs=3"], True),
+    ):
+        with pytest.raises(ConfigError, match=r"not of the form STAGE\.FIELD=VALUE"):
+            by_stage(bad, has_data)
 
 
 def test_holms_correction_by_hand():
