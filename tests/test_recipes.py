@@ -349,6 +349,16 @@ def test_the_report_stands_alone_and_shows_every_part(finished):
     assert page.count("<svg") >= 5 and "<script" not in page
 
 
+def test_the_report_shows_what_hyper_categories_hold(tmp_path, capsys):
+    settings = ["train_collab.provider=gmvae", "train_collab.epochs=1", "finetune.epochs=1"]
+    settings += ["train_collab.gmvae.num_interests=3", "finetune.analyse=false"]
+    code, _, err = run(["--run-dir", str(tmp_path / "run"), "--set", *settings], capsys)
+    assert code == 0, err
+    page = (tmp_path / "run" / "evaluate" / "report.html").read_text()
+    assert "What the sequence model sorts items into" in page
+    assert page.count("the most typical:") == 3 and "<b>hyper-category 3</b>" in page
+
+
 def test_the_stage_table_matches_the_functions():
     for stage in STAGES.values():
         function = stage.function()

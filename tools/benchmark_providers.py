@@ -28,7 +28,8 @@ from llmrec import distributed, machine, pipeline
 from llmrec.artifacts import Interactions
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.collab.provider import PROVIDERS
-from llmrec.collab.train import Sums, TrainingRows, train_step
+from llmrec.collab.rows import TrainingRows
+from llmrec.collab.train import Sums, train_step
 from llmrec.data.batches import Batch
 
 LENGTHS = (50, 200, 1000)

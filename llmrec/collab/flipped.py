@@ -26,17 +26,17 @@ from llmrec.collab.selective_scan import rows_per_block
 from llmrec.config import given
 
 
-def flipped_ends(core: MambaCore, hidden: Tensor, kept_items: int) -> Tensor:
+def flipped_ends(core: MambaCore, hidden: Tensor, kept: Tensor) -> Tensor:
     """What the layer makes of the end of every flipped prefix, (B, T, D), from its input (B, T, D).
 
     Args:
         core: the layer.
         hidden: vectors of the items in their own order; a prefix is everything up to a position.
-        kept_items: r, at least 1: items at the end that are not flipped.
+        kept: int64 (T,), r of the prefix that ends at each position: items at its end that are not flipped,
+            at least 1 and at most all.
     """
-    assert kept_items >= 1
     u, gate = core.in_proj(hidden).chunk(2, dim=-1)
-    place, there, flipped = tail_places(hidden.shape[1], core.edge, kept_items, hidden.device)
+    place, there, flipped = tail_places(core.edge, kept)
     tail_u = convolve(core, u, place, there, flipped)
     delta, b, c = parameters(core, tail_u)
     delta = delta * there[..., None]
@@ -63,22 +63,25 @@ def flipped_ends(core: MambaCore, hidden: Tensor, kept_items: int) -> Tensor:
     return core.out_proj(y * F.silu(gate))
 
 
-def tail_places(
-    length: int, edge: int, kept_items: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def tail_places(edge: int, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Places in the flipped order that a prefix handles by itself: the first `edge`, and the kept ones.
 
+    Args:
+        edge: places at the start of the flipped order whose convolution sees fewer items than it could.
+        kept: int64 (T,), items at the end of each prefix that are not flipped; R is the most of any.
+
     Returns:
-        place: int64 (T, edge + kept_items), of the prefix that ends at each position.
+        place: int64 (T, edge + R), of the prefix that ends at each position.
         there: bool, likewise; False for places that a short prefix does not have.
         flipped: int64 (T,), number of items that are in reverse.
     """
-    end = torch.arange(1, length + 1, device=device)
-    flipped = (end - kept_items).clamp(min=0)
-    first = torch.arange(edge, device=device).expand(length, -1)
-    last = (end - kept_items)[:, None] + torch.arange(kept_items, device=device)
+    end = torch.arange(1, len(kept) + 1, device=kept.device)
+    flipped = end - kept
+    most = int(kept.max())
+    first = torch.arange(edge, device=kept.device).expand(len(kept), -1)
+    last = (end - most)[:, None] + torch.arange(most, device=kept.device)
     place = torch.cat([first, last], dim=1)
-    there = torch.cat([first < flipped[:, None], last >= 0], dim=1)
+    there = torch.cat([first < flipped[:, None], last >= flipped[:, None]], dim=1)
     return place, there, flipped
 
 

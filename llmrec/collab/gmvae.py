@@ -177,6 +177,16 @@ class GMVAE(nn.Module):
         """The item vectors (N + 1, D), row 0 zero."""
         return self.item.weight.detach()
 
+    @torch.no_grad()
+    def item_groups(self) -> tuple[str, Tensor]:
+        """What an item belongs to, as the interests see it: the name of such groups, and the soft assignment
+        (N + 1, K) without noise, row 0 zero; (N + 1, 0) without a mixture."""
+        items = self.norm(self.item.weight)[None]
+        if self.interests is None:
+            return "hyper-category", items.new_zeros(items.shape[1], 0)
+        there = torch.arange(items.shape[1], device=items.device)[None] > 0
+        return "hyper-category", self.interests.eval().assign(items, there)[0]
+
 
 class CausalLayer(nn.Module):
     """One post-norm transformer layer with GELU, each position seeing itself and earlier ones."""

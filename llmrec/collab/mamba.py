@@ -7,6 +7,8 @@ differ, and the release differs from what its words say; `GatedMamba` lists both
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ class SigmaMamba(nn.Module):
         ssm: bool = True,
         flip: str = "partial",
         kept_items: int = 5,
+        kept_rate: float | None = None,
         gate: bool = True,
         gru: bool = True,
         mixing: str = "trainable",
@@ -56,13 +59,13 @@ class SigmaMamba(nn.Module):
         num_negatives: int = 0,
     ) -> None:
         super().__init__()
-        one_pass = flip == "none" or (num_layers == 1 and kept_items >= 1)
+        one_pass = flip == "none" or (num_layers == 1 and (kept_items >= 1 or kept_rate is not None))
         self.layout = "positions" if variant == "corrected" and one_pass else "prefixes"
         self.max_history = max_history
         self.loss_name = loss
         self.num_negatives = num_negatives
         self.released = variant == "released"
-        self.kept_items = kept_items
+        self.kept = KeptItems(kept_items, kept_rate)
         self.item = nn.Embedding(num_items + 1, embed_dim, padding_idx=0)
         self.dropout = nn.Dropout(dropout_rate)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-12)
@@ -72,7 +75,7 @@ class SigmaMamba(nn.Module):
                     MambaCore(embed_dim, state_dim, conv_width, expand) if ssm else None,
                     embed_dim,
                     dropout_rate,
-                    kept_items=kept_items if flip != "none" else None,
+                    kept=self.kept if flip != "none" else None,
                     gate=gate,
                     gru=gru,
                     mixing=mixing,
@@ -112,7 +115,7 @@ class SigmaMamba(nn.Module):
     def flipped_order(self, history: Tensor) -> Tensor:
         """Where the second direction takes each slot's item from, int64 (B, T).
 
-        corrected: the items of a history but the last kept_items in reverse, then those as they are;
+        corrected: the items of a history but the last that are kept in reverse, then those as they are;
         padding stays on the right. released: the same for max_history slots, whatever they hold.
         """
         slot = torch.arange(history.shape[1], device=history.device)
@@ -120,7 +123,7 @@ class SigmaMamba(nn.Module):
             length = torch.full_like(history[:, :1], history.shape[1])
         else:
             length = (history != 0).sum(1, keepdim=True)
-        reversed_ = (length - self.kept_items).clamp(min=0)
+        reversed_ = length - self.kept(length)
         return torch.where(slot < reversed_, reversed_ - 1 - slot, slot)
 
     def loss(self, batch: Batch) -> Loss:
@@ -150,6 +153,22 @@ class SigmaMamba(nn.Module):
         return table
 
 
+@dataclass(frozen=True)
+class KeptItems:
+    """r of PF-Mamba: how many items at the end of a history the second direction reads in their own order."""
+
+    number: int
+    rate: float | None = None
+    """Share of the history in place of the number; at least one item."""
+
+    def __call__(self, length: Tensor) -> Tensor:
+        """r, int64, of histories of these lengths."""
+        if self.rate is None:
+            return length.clamp(max=self.number)
+        share = (length * self.rate - 1e-4).ceil().long()  # 10 of 100 are 10, whatever 0.1 is in binary
+        return torch.minimum(share.clamp(min=1), length)
+
+
 class GatedMamba(nn.Module):
     """The G-Mamba block: two directions through one Mamba, gated, mixed with a convolution and a GRU.
 
@@ -161,7 +180,9 @@ class GatedMamba(nn.Module):
       in the flipped direction. Then M (1 + G), M' (1 + G').
     - FE-GRU: a convolution over 3 items, then a bias-free GRU; corrected looks back only, released is
       centred.
-    - mixing: corrected weights sum to 1 (softmax), released ones are used raw; then a linear map.
+    - mixing: corrected weights sum to 1 (softmax), released ones are used raw; then a linear map. Ours: the
+      softmax over paths of V x ("gated"), or of (Q x)(K path)' / sqrt(D) ("attention"), plus what the
+      trained weights would be, where both begin.
 
     Without a Mamba the GRU's path is all there is.
     """
@@ -174,7 +195,7 @@ class GatedMamba(nn.Module):
         embed_dim: int,
         dropout_rate: float,
         *,
-        kept_items: int | None,
+        kept: KeptItems | None,
         gate: bool,
         gru: bool,
         mixing: str,
@@ -184,8 +205,8 @@ class GatedMamba(nn.Module):
         super().__init__()
         self.mamba = mamba
         self.released = released
-        self.kept_items = kept_items
-        flip = kept_items is not None
+        self.kept = kept
+        flip = kept is not None
         paths = torch.tensor([mamba is not None, flip, gru])
         self.register_buffer("there", paths, persistent=False)
         self.dropout = nn.Dropout(dropout_rate)
@@ -202,13 +223,29 @@ class GatedMamba(nn.Module):
             start = start if released else start.log()
             self.mixing = nn.Parameter(start, requires_grad=mixing == "trainable")
             self.mixing_out = nn.Linear(embed_dim, embed_dim)
-        self.gate_means: dict[str, Tensor] = {}
+        self.mixing_gate = nn.Linear(embed_dim, 3, bias=False) if mixing == "gated" else None
+        self.mixing_query = self.mixing_key = None
+        if mixing == "attention":
+            self.mixing_query, self.mixing_key = (
+                nn.Linear(embed_dim, embed_dim, bias=False) for _ in range(2)
+            )
+        self.means: dict[str, Tensor] = {}
+        self.mixed_by: Tensor | None = None
 
-    def weights(self) -> Tensor:
-        """Mixing weights of the forward, flipped and GRU path, (3,); 0 for a path that is not there."""
+    def weights(self, hidden: Tensor, paths: list[Tensor | None]) -> Tensor:
+        """Mixing weights of the forward, flipped and GRU path, (3,), or of each position, (B, T, 3); 0 for a
+        path that is not there."""
         if self.released:
             return self.mixing * self.there
-        return self.mixing.masked_fill(~self.there, -torch.inf).softmax(0)
+        logits = self.mixing
+        if self.mixing_gate is not None:
+            logits = logits + self.mixing_gate(hidden)
+        elif self.mixing_query is not None and self.mixing_key is not None:
+            absent = torch.zeros_like(hidden)
+            keys = torch.stack([absent if path is None else self.mixing_key(path) for path in paths], 2)
+            query = self.mixing_query(hidden) / hidden.shape[-1] ** 0.5
+            logits = logits + (keys @ query[..., None])[..., 0]
+        return logits.masked_fill(~self.there, -torch.inf).softmax(-1)
 
     def forward(self, hidden: Tensor, order: Tensor | None) -> Tensor:
         """(B, T, D) to (B, T, D); order says where the flipped direction takes its items from, (B, T).
@@ -219,9 +256,10 @@ class GatedMamba(nn.Module):
         if self.mamba is not None:
             forward, gate = self.gated(self.mamba(hidden), hidden, "forward_dense", None)
         paths = [forward, None]
-        if self.mamba is not None and self.kept_items is not None:
+        if self.mamba is not None and self.kept is not None:
             if order is None:  # a prefix ends with its last item, flipped or not
-                turned, mixed = hidden, flipped_ends(self.mamba, hidden, self.kept_items)
+                lengths = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
+                turned, mixed = hidden, flipped_ends(self.mamba, hidden, self.kept(lengths))
             else:
                 turned = hidden.gather(1, order[..., None].expand_as(hidden))
                 mixed = self.mamba(turned)
@@ -229,8 +267,10 @@ class GatedMamba(nn.Module):
         paths.append(None if self.gru is None else self.recurrent(hidden))
         if self.mixing_out is None:  # there is only one
             return next(path for path in paths if path is not None)
-        mixed = sum(weight * path for weight, path in zip(self.weights(), paths) if path is not None)
-        return self.mixing_out(mixed)
+        weights = self.weights(hidden, paths)
+        self.mixed_by = weights.detach().flatten(0, -2).mean(0) if weights.ndim > 1 else weights.detach()
+        each = zip(weights.unbind(-1), paths)
+        return self.mixing_out(sum(weight[..., None] * path for weight, path in each if path is not None))
 
     def gated(
         self, mixed: Tensor, hidden: Tensor, dense: str, forward_gate: Tensor | None
@@ -245,7 +285,7 @@ class GatedMamba(nn.Module):
         else:
             gate = F.silu(self.gates["silu"](u)) + torch.sigmoid(self.gates["sigmoid"](u))
         gate = self.dropout(gate)
-        self.gate_means[dense] = gate.detach().mean()
+        self.means[dense] = gate.detach().mean()
         return mixed * (1 + gate), gate
 
     def recurrent(self, hidden: Tensor) -> Tensor:
@@ -256,6 +296,6 @@ class GatedMamba(nn.Module):
         return self.gru(local)[0]
 
     def report(self) -> dict[str, Tensor]:
-        """Mixing weights and the mean gate of each direction at the last pass, detached."""
-        found = {} if self.mixing_out is None else {"mixing_weights": self.weights().detach()}
-        return found | {f"{name.split('_')[0]}_gate": mean for name, mean in self.gate_means.items()}
+        """Mixing weights and gate of each direction at the last pass, their means, detached."""
+        found = {} if self.mixed_by is None else {"mixing_weights": self.mixed_by}
+        return found | {f"{name.split('_')[0]}_gate": mean for name, mean in self.means.items()}

@@ -67,6 +67,7 @@ def render(
             quality=ids.quality if ids is not None else {},
             analysis=adapter.analysis if adapter is not None else {},
             summary=data.summary,
+            groups=item_groups(collab, data),
             examples=examples(data, targets, rankings, config),
             stages=[provenance(artifact) for artifact in artifacts],
             evaluate_config=as_dict(config),
@@ -215,6 +216,29 @@ def spectra_curve(adapter: Any) -> str:
     axes.set_ylabel("log10 of its share of the largest")
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return svg(figure_)
+
+
+def item_groups(collab: Any, data: Interactions) -> dict[str, Any]:
+    """What the sequence model sorts items into, each group with its most typical items; {} if nothing."""
+    found = (collab.metrics if collab is not None else {}).get("item_groups")
+    if not found:
+        return {}
+    names = ["", *(title or raw for title, raw in zip(data.titles, data.raw_ids))]
+    groups = [
+        {
+            "share": group["share"],
+            "items": [
+                {
+                    "title": f"{names[item]} ({weight:.0%})",
+                    "picture": thumbnail(data.image_file(item)),
+                    "hit": False,
+                }
+                for item, weight in zip(group["items"], group["weights"])
+            ],
+        }
+        for group in found["groups"]
+    ]
+    return {"name": found["name"], "groups": groups}
 
 
 def examples(

@@ -104,6 +104,8 @@ CASES: dict[str, Case] = {
     "mamba-bce": Case("mamba", MAMBA | {"loss": "bce"}),
     "mamba-sampled_ce": Case("mamba", MAMBA | {"loss": "sampled_ce", "num_negatives": 16}),
     "mamba-2-layers": Case("mamba", MAMBA | {"num_layers": 2, "gate": False}),
+    "mamba-adaptive": Case("mamba", MAMBA | {"kept_rate": 0.5, "mixing": "gated"}),
+    "mamba-attention": Case("mamba", MAMBA | {"kept_items": 2, "mixing": "attention"}),
     "mamba-one-direction": Case("mamba", MAMBA | {"flip": "none"}),
     "mamba-gru-alone": Case("mamba", MAMBA | {"flip": "none", "gate": False, "ssm": False}),
     "fuxi-ce": Case("fuxi", FUXI),

@@ -10,7 +10,7 @@ import pytest
 from tool import load
 from worlds import cycle
 
-from llmrec.collab.train import TrainingRows
+from llmrec.collab.rows import TrainingRows
 from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
 from llmrec.data.prepare import prepare_data
 from llmrec.distributed import device

@@ -15,9 +15,11 @@ from worlds import cycle, interactions, two_communities
 
 from llmrec import distributed
 from llmrec.artifacts import SPLIT_CODES, CollabEmbeddings, Interactions
+from llmrec.collab import rows as rows_module
 from llmrec.collab import train
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.collab.provider import load_provider, provider_scorer
+from llmrec.collab.rows import TrainingRows
 from llmrec.collab.sasrec import SASRec
 from llmrec.collab.train import train_collab
 from llmrec.errors import ArtifactMismatchError, ConfigError, DataError, TrainingError
@@ -97,9 +99,9 @@ def test_a_step_depends_neither_on_how_rows_are_grouped_nor_on_their_layout(
     """One padded batch of users, many small ones, and one row per target give the same update."""
     weights = []
     for case in (("positions", 10**6, 10**6), (layout, overhead, cells)):
-        monkeypatch.setattr(train, "OVERHEAD_CELLS", {"cpu": case[1], "gpu": case[1]})
-        monkeypatch.setattr(train, "MAX_CELLS", {"cpu": case[2], "gpu": case[2]})
-        rows = train.TrainingRows.of(uneven().sequences("train"), 7, case[0], distributed.device())
+        monkeypatch.setattr(rows_module, "OVERHEAD_CELLS", {"cpu": case[1], "gpu": case[1]})
+        monkeypatch.setattr(rows_module, "MAX_CELLS", {"cpu": case[2], "gpu": case[2]})
+        rows = TrainingRows.of(uneven().sequences("train"), 7, case[0], distributed.device())
         torch.manual_seed(0)
         model = SASRec(num_items=30, **{**vars(TINY), "num_negatives": 0}).to(distributed.device())
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -115,7 +117,7 @@ def test_a_step_depends_neither_on_how_rows_are_grouped_nor_on_their_layout(
 def test_rows_hold_the_last_items_of_every_user_their_targets_and_times(layout):
     data = uneven()
     offset, item, _ = data.sequences("train")
-    rows = train.TrainingRows.of(data.sequences("train"), 5, layout, torch.device("cpu"))
+    rows = TrainingRows.of(data.sequences("train"), 5, layout, torch.device("cpu"))
     expected = []
     for user in range(data.num_users):
         mine = item[offset[user] : offset[user + 1]].tolist()[-6:]
@@ -138,7 +140,7 @@ def test_rows_hold_the_last_items_of_every_user_their_targets_and_times(layout):
 @pytest.mark.parametrize("layout", ["positions", "prefixes"])
 def test_with_all_windows_every_item_but_the_first_is_a_target_once(layout):
     offset, item, _ = uneven().sequences("train")
-    rows = train.TrainingRows.of((offset, item, item), 3, layout, torch.device("cpu"), "all")
+    rows = TrainingRows.of((offset, item, item), 3, layout, torch.device("cpu"), "all")
     expected, found = [], []
     for user in range(len(offset) - 1):
         mine = item[offset[user] : offset[user + 1]].tolist()
@@ -195,7 +197,7 @@ def test_a_model_with_quick_scores_is_validated_by_them(monkeypatch):
     assert asked
 
 
-def lengths_of_steps(rows: train.TrainingRows, batch_by: str, size: int) -> list[list[int]]:
+def lengths_of_steps(rows: TrainingRows, batch_by: str, size: int) -> list[list[int]]:
     steps = rows.steps(batch_by, size, np.random.default_rng(0))
     assert sorted(np.concatenate(steps)) == list(range(rows.num_rows))  # every row once
     return [rows.length[step].tolist() for step in steps]
@@ -204,8 +206,7 @@ def lengths_of_steps(rows: train.TrainingRows, batch_by: str, size: int) -> list
 def test_a_step_holds_so_many_users_or_so_many_targets():
     sequences = uneven().sequences("train")
     users, prefixes = (
-        train.TrainingRows.of(sequences, 7, layout, distributed.device())
-        for layout in ("positions", "prefixes")
+        TrainingRows.of(sequences, 7, layout, distributed.device()) for layout in ("positions", "prefixes")
     )
     sizes = [len(step) for step in lengths_of_steps(users, "users", 16)]
     assert sizes == [16, 16, users.num_users - 32]
@@ -237,7 +238,7 @@ def test_steps_are_counted_over_epochs_of_different_length(monkeypatch):
 
 def test_only_users_with_two_train_items_are_trained_on():
     data = interactions([[1, 2, 3], [4, 3, 2, 1], [5, 4, 3, 2, 1]], 5)
-    rows = train.TrainingRows.of(data.sequences("train"), 12, "positions", torch.device("cpu"))
+    rows = TrainingRows.of(data.sequences("train"), 12, "positions", torch.device("cpu"))
     shown = [row[row != 0].tolist() for batch in rows.batches(np.arange(2)) for row in batch.item]
     assert shown == [[4], [5, 4]]
     assert rows.num_targets == 3

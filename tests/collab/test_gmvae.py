@@ -16,6 +16,7 @@ from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.gmvae import GMVAE, gaussian_kl, latent_report, mixture_kl
 from llmrec.collab.interests import Interests, Prior
 from llmrec.collab.layers import mean_cosine
+from llmrec.collab.train import item_groups
 
 SIZES = vars(TrainCollabConfig().gmvae) | {
     "num_items": 30,
@@ -225,3 +226,22 @@ def test_all_negatives_of_the_batch_stand_against_a_rows_target(monkeypatch):
         best = [float((prior.mean[row, 0] @ gm.item.weight[item]).max()) for item in (target, 20, 21)]
         expected -= float(torch.log_softmax(torch.tensor(best) / 0.1, 0)[0]) / 2
     assert float(parts["interest_ranking"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_items_belong_to_the_hyper_category_they_point_to():
+    one = model()
+    with torch.no_grad():
+        one.item.weight[1:] = torch.randn(30, 8)
+    name, weights = one.eval().item_groups()
+    assert name == "hyper-category" and weights.shape == (31, 3) and not weights[0].any()
+    directions = F.normalize(one.interests.prototype.weight, dim=-1)
+    for item in (1, 17, 30):
+        cosine = F.cosine_similarity(one.norm(one.item.weight[item])[None], directions)
+        torch.testing.assert_close(weights[item], (cosine / one.interests.temperature).softmax(0))
+    groups = item_groups(one)["item_groups"]["groups"]
+    assert sum(group["share"] for group in groups) == pytest.approx(1.0, abs=1e-3)
+    for k, group in enumerate(groups):
+        order = weights[1:, k].argsort(descending=True)[:8] + 1
+        assert group["items"] == order.tolist()
+        assert group["weights"] == pytest.approx(weights[order, k].tolist(), abs=1e-4)
+    assert item_groups(model(prior="gaussian")) == {}

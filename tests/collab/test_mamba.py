@@ -8,7 +8,7 @@ from test_sasrec import batch
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from llmrec.collab.mamba import SigmaMamba
+from llmrec.collab.mamba import KeptItems, SigmaMamba
 from llmrec.collab.mamba4rec import Mamba4Rec, MambaCore
 
 SIZES = {
@@ -99,14 +99,58 @@ def test_with_everything_off_it_is_mamba4rec():
 
 def test_paths_are_weighed_as_told_and_the_missing_ones_not_at_all():
     def weights(**settings):
-        return SigmaMamba(**SMALL, **settings).layers[0].mixer.weights().tolist()
+        block = SigmaMamba(**SMALL, **settings).layers[0].mixer
+        found = block.weights(torch.zeros(1, 1, 16), [torch.zeros(1, 1, 16)] * 3)
+        return found.flatten().tolist()
 
     assert weights() == pytest.approx([0.8, 0.1, 0.1])
     assert weights(variant="released", mixing_weights=(0.5, 2.0, 1.0)) == pytest.approx([0.5, 2, 1])
     assert weights(gru=False) == pytest.approx([8 / 9, 1 / 9, 0])
+    for mixing in ("gated", "attention"):  # where they begin, and with nothing said
+        assert weights(mixing=mixing) == pytest.approx([0.8, 0.1, 0.1])
+        assert weights(mixing=mixing, flip="none") == pytest.approx([8 / 9, 0, 1 / 9])
     model = SigmaMamba(**SMALL, mixing="fixed", flip="none")
     model.loss(batch([1, 2, 3, 4])).total.backward()
     assert model.layers[0].mixer.mixing.grad is None
+
+
+def test_weights_of_each_position_equal_a_plain_loop():
+    torch.manual_seed(0)
+    hidden, paths = torch.randn(2, 3, 16), [torch.randn(2, 3, 16) for _ in range(3)]
+    start = torch.tensor([0.8, 0.1, 0.1]).log()
+    gated = SigmaMamba(**SMALL, mixing="gated").layers[0].mixer
+    attention = SigmaMamba(**SMALL, mixing="attention").layers[0].mixer
+    for block in (gated, attention):
+        for weight in block.parameters():
+            torch.nn.init.normal_(weight, std=0.5)
+        block.mixing.data = start.clone()
+    by_gate, by_attention = (block.weights(hidden, paths) for block in (gated, attention))
+    for row in range(2):
+        for place in range(3):
+            x = hidden[row, place]
+            logits = [start[n] + gated.mixing_gate.weight[n] @ x for n in range(3)]
+            assert by_gate[row, place].tolist() == pytest.approx(
+                torch.stack(logits).softmax(0).tolist(), abs=1e-6
+            )
+            query = attention.mixing_query.weight @ x
+            keys = [attention.mixing_key.weight @ path[row, place] for path in paths]
+            logits = [start[n] + query @ keys[n] / 4 for n in range(3)]
+            assert by_attention[row, place].tolist() == pytest.approx(
+                torch.stack(logits).softmax(0).tolist(), abs=1e-6
+            )
+    mixed = attention(hidden, None)
+    assert mixed.shape == hidden.shape and attention.report()["mixing_weights"].sum() == pytest.approx(1.0)
+
+
+def test_kept_items_may_grow_with_the_history():
+    lengths = torch.tensor([1, 2, 3, 10, 100])
+    assert KeptItems(5)(lengths).tolist() == [1, 2, 3, 5, 5]
+    assert KeptItems(5, rate=0.1)(lengths).tolist() == [1, 1, 1, 1, 10]
+    assert KeptItems(5, rate=0.5)(lengths).tolist() == [1, 1, 2, 5, 50]
+    model = SigmaMamba(**SMALL, kept_rate=0.5)
+    history = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 0, 0], [5, 0, 0, 0, 0]])
+    found = history.gather(1, model.flipped_order(history))
+    assert found.tolist() == [[6, 5, 7, 8, 9], [5, 6, 7, 0, 0], [5, 0, 0, 0, 0]]
 
 
 def test_the_gate_follows_its_formula_in_both_variants():
@@ -127,13 +171,13 @@ def test_the_gate_follows_its_formula_in_both_variants():
         torch.testing.assert_close(second, block.mamba(hidden.flip(1)) * (1 + expected))
 
 
-@pytest.mark.parametrize("kept_items", [1, 2, 5, 20])
+@pytest.mark.parametrize("kept", [{"kept_items": n} for n in (1, 2, 5, 20)] + [{"kept_rate": 0.4}])
 @pytest.mark.parametrize("conv_width", [1, 2, 4])
-def test_one_pass_over_all_prefixes_equals_each_prefix_alone(kept_items, conv_width):
+def test_one_pass_over_all_prefixes_equals_each_prefix_alone(kept, conv_width):
     """Read-outs and every gradient, in float64."""
     torch.manual_seed(0)
     settings = SMALL | {"conv_width": conv_width, "dropout_rate": 0.0}
-    model = SigmaMamba(**settings, kept_items=kept_items).double()
+    model = SigmaMamba(**settings, **kept).double()
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     history = torch.randint(1, 31, (2, 11))

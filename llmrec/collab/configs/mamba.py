@@ -38,15 +38,20 @@ class MambaConfig:
     kept_items: int = 5
     """Most recent items that the second direction reads in their own order (0 flips everything)."""
 
+    kept_rate: float | None = None
+    """In place of kept_items: share of a history that stays in order, so that r grows with its length (at
+    least 1 item; the seed's question whether one r suits all)."""
+
     gate: bool = True
     """Whether the dense selective gate weighs the directions."""
 
     gru: bool = True
     """Whether the GRU path for short histories (FE-GRU) is there."""
 
-    mixing: Literal["trainable", "fixed", "none"] = "trainable"
-    """How the paths are added: with trained weights, with mixing_weights as they are, or not at all, which
-    needs flip='none' and gru=false."""
+    mixing: Literal["trainable", "fixed", "gated", "attention", "none"] = "trainable"
+    """How the paths are added: with trained weights (published), with mixing_weights as they are, with those
+    that a linear map makes of each position's input, with those of that input's attention to what the paths
+    say (both ours), or not at all, which needs flip='none' and gru=false."""
 
     mixing_weights: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Weights of the forward, the flipped and the GRU path at the start, or for good with mixing='fixed';
@@ -84,12 +89,28 @@ class MambaConfig:
         single = (self.flip == "none" and not self.gru) or not self.ssm
         require(
             self.mixing != "none" or single,
-            "train_collab.mamba.mixing must be trainable or fixed while there is more than one path, got "
+            "train_collab.mamba.mixing must not be none while there is more than one path, got "
             f"none with flip={self.flip!r} and gru={self.gru}",
         )
         require(
             self.flip == "partial" or self.kept_items == MambaConfig.kept_items,
             "train_collab.mamba.kept_items has no effect with flip='none'",
+        )
+        require(
+            self.kept_rate is None or 0 < self.kept_rate < 1,
+            f"train_collab.mamba.kept_rate must be none or lie between 0 and 1, got {self.kept_rate}",
+        )
+        require(
+            self.kept_rate is None or self.kept_items == MambaConfig.kept_items,
+            "train_collab.mamba.kept_items has no effect with kept_rate",
+        )
+        require(
+            self.kept_rate is None or (self.flip == "partial" and self.variant == "corrected"),
+            "train_collab.mamba.kept_rate needs flip='partial' and variant='corrected'",
+        )
+        require(
+            self.mixing not in ("gated", "attention") or self.variant == "corrected",
+            f"train_collab.mamba.mixing={self.mixing!r} is not of the released code; set variant=corrected",
         )
         require(
             self.mixing != "none" or self.mixing_weights == MambaConfig.mixing_weights,
