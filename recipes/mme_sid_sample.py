@@ -22,6 +22,7 @@ def recipe() -> Recipe:
             base_model="mini",
             mini=MiniConfig(hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128),
             prompt="compact",
+            readout="item",
             fusion_temperature=1.0,
             epochs=10,
             batch_size=256,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -60,6 +60,7 @@ def render(
         .get_template("report.html.j2")
         .render(
             metrics=metrics,
+            about=about([manifest_if_stored(artifact) for artifact in artifacts]),
             label=label,
             columns=[f"{metric}@{k}" for metric in METRICS for k in config.ks],
             best=best_values(metrics["rows"]),
@@ -74,6 +75,22 @@ def render(
             version=__version__,
         )
     )
+
+
+def about(manifests: list[dict[str, Any]]) -> list[str]:
+    """What was ranked and by what, in a few words each, as far as it was loaded from a run folder."""
+    config = {manifest["stage"]: manifest["config"] for manifest in manifests if manifest}
+    found = []
+    if data := config.get("prepare_data"):
+        named = data.get("interactions") or data.get("category") or ""
+        found.append(f"data: {data['source']} {PurePath(named).name}".rstrip())
+    if collab := config.get("train_collab"):
+        found.append(f"collaborative vectors: {collab['provider']}, seed {collab['seed']}")
+    if tuned := config.get("finetune"):
+        base = tuned["base_model"]
+        base = PurePath(base).name if PurePath(base).is_absolute() else base
+        found.append(f"fine-tuned: {tuned['method']} on {base}, seed {tuned['seed']}")
+    return found
 
 
 def best_values(rows: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -114,17 +131,23 @@ def curve(title: str, rows: list[dict[str, Any]], x: str, loss: str, valid: str 
     """Train loss and, on a second axis, a validation metric over epochs or steps; SVG."""
     figure_, axes = plt.subplots(figsize=(3.4, 2.4))
     shown = [row for row in rows if loss in row]
-    axes.plot([row[x] for row in shown], [row[loss] for row in shown], color=COLOURS[0])
+    axes.plot([row[x] for row in shown], [row[loss] for row in shown], color=COLOURS[0], marker=dots(shown))
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(x)
     axes.set_ylabel("train loss", color=COLOURS[0])
     ranked = [row for row in rows if valid in row]
     if valid is not None and ranked:
         twin = axes.twinx()
-        twin.plot([row[x] for row in ranked], [row[valid] for row in ranked], color=COLOURS[1])
+        values = [row[valid] for row in ranked]
+        twin.plot([row[x] for row in ranked], values, color=COLOURS[1], marker=dots(ranked))
         twin.set_ylabel("valid ndcg@10", color=COLOURS[1])
         twin.spines["right"].set_visible(True)
     return svg(figure_)
+
+
+def dots(rows: list[dict[str, Any]]) -> str | None:
+    """The marker of a line of so few points that it could not be seen without."""
+    return "." if len(rows) < 3 else None
 
 
 def part_curves(log: list[dict[str, Any]]) -> list[str]:
@@ -141,7 +164,7 @@ def part_curve(name: str, rows: list[dict[str, Any]]) -> str:
     figure_, axes = plt.subplots(figsize=(2.3, 1.9))
     rows = [row for row in rows if name in row["parts"]]
     values = np.array([row["parts"][name] for row in rows], dtype=float)
-    lines = axes.plot([row["epoch"] for row in rows], values, marker="." if len(rows) < 3 else None)
+    lines = axes.plot([row["epoch"] for row in rows], values, marker=dots(rows))
     if len(lines) > 1:
         for number, line in enumerate(lines):
             line.set_color(plt.get_cmap("viridis")(number / len(lines)))
@@ -274,9 +297,14 @@ def examples(
     return shown
 
 
+def manifest_if_stored(artifact: Any) -> dict[str, Any]:
+    """The manifest of an artefact that was loaded from a run folder, else {}."""
+    return getattr(artifact, "_manifest", None) or {}
+
+
 def provenance(artifact: Any) -> dict[str, Any]:
     """What made a stage's output, as far as it was loaded from a run folder."""
-    manifest = getattr(artifact, "_manifest", None) or {}
+    manifest = manifest_if_stored(artifact)
     return {
         "stage": artifact.stage,
         "config": manifest.get("config", {}),
