@@ -74,17 +74,16 @@ def run(recipe: Any, run_dir: RunDir, *, until: str | None = None) -> Report | N
     Returns:
         The evaluation report, or None if `until` stopped the run before it.
     """
-    from llmrec.collab.train import train_collab
-    from llmrec.data.prepare import prepare_data
-    from llmrec.encoders.encode import encode_items
-    from llmrec.evaluation.evaluate import evaluate
-    from llmrec.finetune.train import finetune
-    from llmrec.semantic_ids.learn import learn_semantic_ids
-
+    # Each stage is imported when its turn comes: libraries of later ones take seconds.
     stage = run_dir.stage
+    from llmrec.data.prepare import prepare_data
+
     data = stage(prepare_data, recipe.prepare_data)
     if until == "prepare_data":
         return None
+    from llmrec.collab.train import train_collab
+    from llmrec.encoders.encode import encode_items
+
     # Sequence models that know what items look like need the next stage first.
     early = (stage(encode_items, recipe.encode_items, data),) if recipe.train_collab.content else ()
     collab = stage(train_collab, recipe.train_collab, data, *early)
@@ -93,12 +92,18 @@ def run(recipe: Any, run_dir: RunDir, *, until: str | None = None) -> Report | N
     content = early[0] if early else stage(encode_items, recipe.encode_items, data)
     if until == "encode_items":
         return None
+    from llmrec.semantic_ids.learn import learn_semantic_ids
+
     ids = stage(learn_semantic_ids, recipe.learn_semantic_ids, data, collab, content)
     if until == "learn_semantic_ids":
         return None
+    from llmrec.finetune.train import finetune
+
     adapter = stage(finetune, recipe.finetune, data, collab, content, ids)
     if until == "finetune":
         return None
+    from llmrec.evaluation.evaluate import evaluate
+
     return stage(evaluate, recipe.evaluate, data, collab, content, ids, adapter)
 
 

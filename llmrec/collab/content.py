@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 INIT_STD = 0.02
@@ -74,6 +73,8 @@ def principal_components(vectors: np.ndarray, width: int) -> np.ndarray:
     if len(rows) < 2 or not rows.var(axis=0).any():
         return found
     # scikit-learn makes the signs of directions certain, so machines agree but for rounding.
+    from sklearn.decomposition import PCA  # seconds to import, and few models need it
+
     fitted = PCA(n_components=min(width, *rows.shape), whiten=True, svd_solver="covariance_eigh").fit(rows)
     kept = int((fitted.explained_variance_ > 1e-9 * fitted.explained_variance_[0]).sum())
     found[there, :kept] = fitted.transform(rows)[:, :kept]
