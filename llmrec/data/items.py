@@ -58,9 +58,15 @@ class ItemFile:
         known = pc.is_in(pa.array(log.items, pa.string()), self.ids).to_numpy(zero_copy_only=False)[log.item]
         if what == "error" and not known.all():
             index = int(np.argmin(known))
+            item = str(log.items[log.item[index]])
+            there = set(self.ids.to_pylist())
+            alike = next((form for form in other_forms(item) if form in there), None)
+            advice = (
+                "Add it there" if alike is None else f"{alike!r} is: write ids alike in both files"
+            )
             raise DataError(
-                f"{log.place(index)}: item {log.items[log.item[index]]!r} is not in {self.path} "
-                f"({(~known).sum()} such interactions). Add it there, or set prepare_data.unknown_items=drop"
+                f"{log.place(index)}: item {item!r} is not in {self.path} ({(~known).sum()} such "
+                f"interactions). {advice}, or set prepare_data.unknown_items=drop"
             )
         return known
 
@@ -120,3 +126,10 @@ class ItemFile:
                 f"{self.ids[index].as_py()!r} already stands in row {file_row(path, first)}; keep "
                 f"one row per item ({second.sum()} rows too many)"
             )
+
+
+def other_forms(raw_id: str) -> list[str]:
+    """How programs may write the same id: 11.0 for 11, 007 for 7, with spaces, in other letters."""
+    bare = raw_id.strip()
+    whole = bare.removesuffix(".0")
+    return [bare, whole, f"{bare}.0", whole.lstrip("0") or "0", bare.upper(), bare.lower()]

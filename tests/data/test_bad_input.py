@@ -101,6 +101,12 @@ BAD_TABLES: dict[str, tuple[str | bytes, str | None, dict, list[str]]] = {
         {},
         ["2 of 3 users", "fewer than 3", "the first is 'b' with 2", "prepare_data.k_core=3 (or more)"],
     ),
+    "unknown item that is written otherwise": (
+        HEAD + "a,1.0,1\na,2.0,2\nb,1.0,3\n",
+        "item_id,title\n1,x\n2,y\n",
+        {},
+        ["row 2: item '1.0' is not in", "'1' is: write ids alike in both files"],
+    ),
     "nothing left": (GOOD, None, {"k_core": 5}, ["no interaction is left of 3", "k_core: 3", "lower"]),
     "positions as global time": (GOOD, None, {"split": "global_time"}, ["column 'timestamp'", "real times"]),
     "one moment as global time": (
