@@ -54,6 +54,9 @@ MEASURED = (
 )
 """Fields of JSON files that measure the machine; all else is equal for equal runs on a CPU."""
 
+WITH_MEASURED = {".json", ".jsonl", ".html"}
+"""Kinds of files that may hold what measures the machine."""
+
 UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
@@ -326,6 +329,7 @@ def seal(folder: Path, wanted: dict[str, Any], seconds: float) -> None:
     content = {
         **wanted,
         "files": describe_files(folder),
+        "contents": {name: digest for name, digest in content_digests(folder)},
         "versions": versions,
         "seconds": round(seconds, 3),
         "peak_memory_bytes": machine.peak_resident_memory(),
@@ -400,20 +404,31 @@ def load(artifact: Any, folder: Path) -> Any:
 def content_of(folder: Path) -> dict[str, Any]:
     """What equal runs have in common: every file of a finished stage by name, without the manifest, the
     fields in `MEASURED` and what pages mark as measured; JSON as values, pages as text, others as bytes."""
-    found: dict[str, Any] = {}
+    files = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    return {
+        name: measured_left_out(path) if path.suffix in WITH_MEASURED else path.read_bytes()
+        for name, path in files.items()
+        if name != MANIFEST
+    }
+
+
+def measured_left_out(path: Path) -> Any:
+    """What a file of `WITH_MEASURED` says, but for what measures the machine."""
+    if path.suffix == ".jsonl":
+        return [without_measured(json.loads(line)) for line in path.read_text().splitlines()]
+    if path.suffix == ".json":
+        return without_measured(read_json(path))
+    return re.sub(r'<span class="measured">.*?</span>', "", path.read_text(encoding="utf-8"))
+
+
+def content_digests(folder: Path) -> Iterator[tuple[str, str]]:
+    """Names and hashes of the files whose bytes differ between equal runs, of what does not differ."""
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_dir() or name == MANIFEST:
-            continue
-        if path.suffix == ".jsonl":
-            found[name] = [without_measured(json.loads(line)) for line in path.read_text().splitlines()]
-        elif path.suffix == ".json":
-            found[name] = without_measured(read_json(path))
-        elif path.suffix == ".html":
-            found[name] = re.sub(r'<span class="measured">.*?</span>', "", path.read_text(encoding="utf-8"))
-        else:
-            found[name] = path.read_bytes()
-    return found
+        if path.is_file() and path.suffix in WITH_MEASURED:
+            text = json.dumps(measured_left_out(path), sort_keys=True)
+            yield path.relative_to(folder).as_posix(), hashlib.sha256(text.encode()).hexdigest()
 
 
 def without_measured(value: Any) -> Any:
@@ -429,6 +444,9 @@ def manifest_of(artifact: Any) -> dict[str, Any]:
 
 
 def fingerprint(artifact: Any) -> str:
-    """Hash of the files an artefact was loaded from."""
-    hashes = {name: entry["sha256"] for name, entry in manifest_of(artifact)["files"].items()}
+    """Hash of the files an artefact was loaded from, the same for equal runs: a stage that is computed again
+    and comes out as before leaves what was made from it valid."""
+    manifest = manifest_of(artifact)
+    contents = manifest.get("contents", {})
+    hashes = {name: contents.get(name, entry["sha256"]) for name, entry in manifest["files"].items()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

@@ -297,7 +297,7 @@ def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
         ]:
             status = f"was made with {', '.join(changes)}; use another --run-dir or delete the folder"
         elif upstream_is_new:
-            status = "was made from other inputs; delete the folder"
+            status = "is kept if what it was made from comes out the same again, else refused"
         else:
             status = "done"
         found[name] = status

@@ -136,6 +136,20 @@ def test_a_changed_setting_of_a_finished_stage_is_refused_by_name(finished, caps
     assert "train_collab was made with epochs=3 (now 4)" in err and "Traceback" not in err
 
 
+def test_a_stage_that_is_computed_again_and_comes_out_the_same_leaves_the_others_finished(
+    finished, tmp_path, capsys, caplog
+):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "train_collab")
+    caplog.set_level("INFO")
+    code, _, err = run(["--run-dir", str(tmp_path / "run")], capsys)
+    assert code == 0, err
+    done = [stage for stage in STAGES if f"{stage}: already done" in caplog.text]
+    assert done == [stage for stage in STAGES if stage != "train_collab"]
+    code, _, err = run(["--run-dir", str(tmp_path / "run"), "--dry-run"], capsys)
+    assert code == 0, err
+
+
 def test_settings_that_change_no_result_leave_finished_stages_finished(finished, capsys):
     """Under any of them what is done is done; every one must exist."""
     named = {

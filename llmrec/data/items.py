@@ -61,9 +61,7 @@ class ItemFile:
             item = str(log.items[log.item[index]])
             there = set(self.ids.to_pylist())
             alike = next((form for form in other_forms(item) if form in there), None)
-            advice = (
-                "Add it there" if alike is None else f"{alike!r} is: write ids alike in both files"
-            )
+            advice = "Add it there" if alike is None else f"{alike!r} is: write ids alike in both files"
             raise DataError(
                 f"{log.place(index)}: item {item!r} is not in {self.path} ({(~known).sum()} such "
                 f"interactions). {advice}, or set prepare_data.unknown_items=drop"
