@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,11 +130,12 @@ def contents(recipe: Recipe) -> Iterator[Finding]:
             "name an items file with prepare_data.title_column or prepare_data.text_columns, or set "
             "encode_items.text.encoder=none",
         )
-    elif unknown := [name for name in encode.text.columns or () if name not in there]:
+    asked = encode.text.columns or re.findall(r"\{([^{}]+)\}", encode.text.template or "")
+    if there and (unknown := [name for name in asked if name not in there]):
         yield Finding(
             "problem",
-            f"encode_items.text.columns={','.join(encode.text.columns or ())}: {', '.join(unknown)} will not "
-            f"be there, but {', '.join(there)}",
+            f"encode_items.text asks for the columns {', '.join(asked)}: {', '.join(unknown)} will not be "
+            f"there, but {', '.join(there)}",
             f"add prepare_data.text_columns={','.join((*data.text_columns, *unknown))}",
         )
 
