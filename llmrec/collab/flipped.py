@@ -33,10 +33,10 @@ def flipped_ends(core: MambaCore, hidden: Tensor, kept: Tensor) -> Tensor:
         core: the layer.
         hidden: vectors of the items in their own order; a prefix is everything up to a position.
         kept: int64 (T,), r of the prefix that ends at each position: items at its end that are not flipped,
-            at least 1 and at most all.
+            at least 1 and at most all; on the host, which has to know the most of them.
     """
     u, gate = core.in_proj(hidden).chunk(2, dim=-1)
-    place, there, flipped = tail_places(core.edge, kept)
+    place, there, flipped = tail_places(core.edge, kept, hidden.device)
     tail_u = convolve(core, u, place, there, flipped)
     delta, b, c = parameters(core, tail_u)
     delta = delta * there[..., None]
@@ -63,23 +63,24 @@ def flipped_ends(core: MambaCore, hidden: Tensor, kept: Tensor) -> Tensor:
     return core.out_proj(y * F.silu(gate))
 
 
-def tail_places(edge: int, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def tail_places(edge: int, kept: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Places in the flipped order that a prefix handles by itself: the first `edge`, and the kept ones.
 
     Args:
         edge: places at the start of the flipped order whose convolution sees fewer items than it could.
         kept: int64 (T,), items at the end of each prefix that are not flipped; R is the most of any.
+        device: of what is returned.
 
     Returns:
         place: int64 (T, edge + R), of the prefix that ends at each position.
         there: bool, likewise; False for places that a short prefix does not have.
         flipped: int64 (T,), number of items that are in reverse.
     """
-    end = torch.arange(1, len(kept) + 1, device=kept.device)
-    flipped = end - kept
     most = int(kept.max())
-    first = torch.arange(edge, device=kept.device).expand(len(kept), -1)
-    last = (end - most)[:, None] + torch.arange(most, device=kept.device)
+    end = torch.arange(1, len(kept) + 1, device=device)
+    flipped = end - kept.to(device, non_blocking=True)
+    first = torch.arange(edge, device=device).expand(len(kept), -1)
+    last = (end - most)[:, None] + torch.arange(most, device=device)
     place = torch.cat([first, last], dim=1)
     there = torch.cat([first < flipped[:, None], last >= flipped[:, None]], dim=1)
     return place, there, flipped

@@ -258,7 +258,7 @@ class GatedMamba(nn.Module):
         paths = [forward, None]
         if self.mamba is not None and self.kept is not None:
             if order is None:  # a prefix ends with its last item, flipped or not
-                lengths = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
+                lengths = torch.arange(1, hidden.shape[1] + 1)
                 turned, mixed = hidden, flipped_ends(self.mamba, hidden, self.kept(lengths))
             else:
                 turned = hidden.gather(1, order[..., None].expand_as(hidden))

@@ -137,7 +137,7 @@ class FuxiMME(nn.Module):
             parts["table_similarity"] = table_similarity(self.item.weight, self.num_tables) * number
         total = found.total
         if context.routing and number:
-            routings = context.routing
+            routings = [routing.at(context.valid) for routing in context.routing]
             uneven = torch.stack([routing.imbalance(self.balance) for routing in routings]).sum()
             parts |= {
                 "prediction_loss": found.total.detach(),
@@ -162,7 +162,7 @@ class FuxiMME(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """Where one mixture sent the tokens of one pass; padding is left out."""
+    """Where one mixture sent the tokens of one pass, (B, T, K), or those that hold an item, (n, K)."""
 
     chosen: Tensor
     """bool (n, K), the experts of each token"""
@@ -170,6 +170,12 @@ class Routing:
     """(n, K), their weights, 0 for the others; sums to 1"""
     probability: Tensor
     """(n, K), softmax over all experts"""
+
+    def at(self, valid: Tensor) -> Routing:
+        """That of the tokens where valid, bool (B, T), says so."""
+        return Routing(
+            chosen=self.chosen[valid], weight=self.weight[valid], probability=self.probability[valid]
+        )
 
     @property
     def load(self) -> Tensor:
@@ -217,13 +223,7 @@ class Experts(nn.Module):
         if len(self.experts) == 1:
             return self.experts[0](hidden, context)
         routing = self.route(hidden)
-        context.routing.append(
-            Routing(
-                chosen=routing.chosen[context.valid],
-                weight=routing.weight[context.valid],
-                probability=routing.probability[context.valid],
-            )
-        )
+        context.routing.append(routing)
         outputs = (expert(hidden, context) for expert in self.experts)
         weights = routing.weight.unbind(-1)
         return sum(weight[..., None] * output for weight, output in zip(weights, outputs))
