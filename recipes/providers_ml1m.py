@@ -83,7 +83,7 @@ def rows() -> Rows:
         ),
         "moe": replace(users, provider="moe", moe=MoeConfig(max_history=200, dropout_rate=0.2)),
         "comirec": replace(users, provider="comirec", comirec=ComirecConfig(max_history=200)),
-        "mind": replace(noisy, provider="mind", mind=MindConfig(max_history=200)),
+        "mind": replace(noisy, provider="mind", mind=MindConfig(max_history=200), learning_rate=5e-3),
     }
 
 
