@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("LLMREC_NUM_THREADS", "1")  # tests are small; more threads only wait
+# Tests are small and several run at a time: more threads would only wait for each other. Set before torch is
+# imported, here and in the processes that tests start.
+os.environ.setdefault("LLMREC_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
