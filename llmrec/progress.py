@@ -34,8 +34,11 @@ def progress(
         unit: name of one step.
         initial: steps done before.
     """
+    terminal = sys.stderr.isatty()
     shown: dict[str, Any] = {"mininterval": 0.2, "dynamic_ncols": True}
-    if not sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
+    if not terminal:  # a notebook, or a file that nobody logs to
+        shown = {"mininterval": 15.0, "delay": 1.0}
+    if not terminal and logger.isEnabledFor(logging.INFO):
         known = total is not None or hasattr(work, "__len__")
         shown = {
             "file": LogLines(),

@@ -148,11 +148,13 @@ def data_targets(root: Path) -> Iterator[Target]:
     good = {
         "interactions.csv": comma.encode(),
         "interactions.tsv": comma.replace(",", "\t").encode(),
+        "interactions.csv.gz": gzip.compress(comma.encode(), mtime=0),
         "interactions.parquet": packed.getvalue(),
         "interactions.jsonl": objects.encode(),
         "interactions.json": literals.encode(),
         "interactions.json.gz": gzip.compress(objects.encode(), mtime=0),
         "sequences.txt": b"1 3 2 5 4\n2 1 2 3\n3 5 4 3 2 1\n",
+        "sequences.txt.gz": gzip.compress(b"1 3 2 5 4\n2 1 2 3\n3 5 4 3 2 1\n", mtime=0),
         "items.csv": items.encode(),
     }
     plain = root / "plain.csv"
