@@ -182,7 +182,7 @@ def encoder_width(encoder: Any) -> int:
     if encoder.encoder == "huggingface":
         try:
             found = AutoConfig.from_pretrained(encoder.model, revision=encoder.revision)
-        except (OSError, ValueError):
+        except build.NOT_LOADABLE:
             found = None
         width = getattr(found, "projection_dim", None) or getattr(found, "hidden_size", None)
         if width is not None:
@@ -200,7 +200,7 @@ def meta_base(config: FinetuneConfig, prompt: Any) -> nn.Module:
             return build.load_base(config, prompt)
         try:
             known = AutoConfig.from_pretrained(config.base_model, revision=config.revision)
-        except (OSError, ValueError) as error:
+        except build.NOT_LOADABLE as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
                 f"finetune.base_model={config.base_model!r} cannot be read ({reason})"

@@ -31,6 +31,13 @@ UNREADABLE = (
 """What parsers and our own checks raise on content that nobody should write."""
 
 
+def unreadable() -> tuple[type[Exception], ...]:
+    """`UNREADABLE`, and what transformers' configs raise, whose library takes time to import."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (*UNREADABLE, StrictDataclassError)
+
+
 class DamagedError(MissingArtifactError):
     """A file is not what its manifest says."""
 
@@ -111,7 +118,7 @@ def reading(folder: Path) -> Iterator[None]:
         yield
     except LlmrecError:
         raise
-    except UNREADABLE as error:
+    except unreadable() as error:
         if type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"):  # torch's; nothing is damaged
             raise
         raise DamagedError(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -23,6 +24,12 @@ from llmrec.errors import ConfigError, DataError
 
 MOST_TOKENS = 512
 """Longest text where the settings name no limit, in tokens."""
+
+LOAD_ERRORS = (
+    *(OSError, ValueError, KeyError, ImportError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What ``from_pretrained`` raises for what users do, see `load`."""
 
 TOKENIZE_AT_ONCE = 4096
 
@@ -243,7 +250,8 @@ def load(kind: Any, model: str, revision: str | None, where: str, **options: Any
     # Not found or not cached: OSError. Unknown architecture or code in the repository:
     # ValueError or KeyError. A tokenizer's own library that is not installed: ImportError. Weights
     # of other shapes: RuntimeError. Half a download: SafetensorError.
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    # Numbers in config.json that do not fit each other: StrictDataclassError.
+    except LOAD_ERRORS as error:
         if Path(model).is_dir():
             advice = "the folder must hold a transformers model with safetensors weights"
         else:

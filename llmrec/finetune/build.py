@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaModel
@@ -29,6 +30,9 @@ CAUSAL_LM_PREFIX = "base_model.model.model."
 MIN_FLEX_HEAD = 16
 """Narrowest attention head that FlexAttention's kernels take on a GPU."""
 
+NOT_LOADABLE = (OSError, ValueError, StrictDataclassError)
+"""What transformers raises where a model is not there, or its config.json cannot be that of a model."""
+
 MOST_GRAPHS = 64
 """Compiled forms of a block; beyond them torch would go on without compiling, and FlexAttention unfused."""
 
@@ -44,7 +48,7 @@ def _whole_prompt(config: FinetuneConfig) -> Prompt:
         return tokenize_words(config.prompt)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.base_model, revision=config.revision)
-    except (OSError, ValueError) as error:
+    except NOT_LOADABLE as error:
         raise ConfigError(_cannot_load("tokenizer", config.base_model, error)) from None
     return tokenize(config.prompt, tokenizer)
 
@@ -73,7 +77,7 @@ def load_base(config: FinetuneConfig, prompt: Prompt) -> nn.Module:
         base = AutoModel.from_pretrained(
             config.base_model, revision=config.revision, attn_implementation="sdpa", **options
         )
-    except (OSError, ValueError) as error:
+    except NOT_LOADABLE as error:
         raise ConfigError(_cannot_load("base model", config.base_model, error)) from None
     return add_lora(base, config)
 

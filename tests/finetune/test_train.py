@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +245,11 @@ def test_missing_base_models_and_layers_are_explained(pretrained, tmp_path):
     config = FinetuneConfig(base_model=str(tmp_path), prompt="compact")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         fit(config)
+    shutil.copytree(pretrained, tmp_path / "odd")
+    known = json.loads((tmp_path / "odd" / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(known | {"num_attention_heads": 7}))
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        fit(FinetuneConfig(base_model=str(tmp_path / "odd"), prompt="compact"))
     config = FinetuneConfig(base_model=str(pretrained), prompt="compact", lora_targets=("nothing",))
     with pytest.raises(ConfigError, match="lora_targets=nothing do not fit"):
         fit(config)
