@@ -25,7 +25,7 @@ from llmrec.finetune.methods import modalities_of
 from llmrec.finetune.packing import count_tokens
 from llmrec.finetune.steps import steps_of_epoch, train_counts, training_targets
 from llmrec.pipeline import MANIFEST, load
-from llmrec.recipe import TO_DO, Recipe, statuses
+from llmrec.recipe import TO_DO, UNCERTAIN, Recipe, statuses
 
 GPUS: dict[str, tuple[float, float]] = {
     "A100": (312e12, 80e9),
@@ -133,7 +133,7 @@ def check_run(recipe: Recipe, run_dir: Path) -> None:
     if not run_dir.is_dir():
         raise ConfigError(f"--run-dir {run_dir}: no such folder")
     for name, status in statuses(recipe, run_dir, "learn_semantic_ids").items():
-        if status not in ("done", TO_DO):
+        if status not in ("done", TO_DO, UNCERTAIN):
             raise ConfigError(f"--run-dir {run_dir}: {name} {status}")
 
 

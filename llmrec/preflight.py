@@ -152,11 +152,7 @@ def fine_tuning(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("problem", str(error), "set finetune.prompt")
     needs_gpu = [
         f"finetune.{name}={value}"
-        for name, value in (
-            ("attention", "flex"),
-            ("kernels", "liger"),
-            ("optimizer", "adamw_8bit"),
-        )
+        for name, value in (("attention", "flex"), ("kernels", "liger"))
         if getattr(config, name) == value
     ]
     if needs_gpu:

@@ -40,6 +40,7 @@ REFIT: dict[str, tuple[str, dict[str, Any]]] = {
 """Stages that choose an epoch by validation: its name in their metrics, and settings without validation."""
 PRESETS = tuple(FINETUNE_PRESETS)
 TO_DO = "would be computed"
+UNCERTAIN = "is kept if what it was made from comes out the same again, else refused"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,16 +280,17 @@ def refuse_what_cannot_finish(recipe: Recipe, stages: dict[str, str]) -> None:
 
 
 def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
-    """Of each stage: done, `TO_DO`, or made with other settings."""
+    """Of each stage: done, `TO_DO`, `UNCERTAIN`, or made with other settings."""
     from llmrec.pipeline import MANIFEST, changed_sources, source_hashes, stage_manifest
 
     found: dict[str, str] = {}
-    upstream_is_new = False
-    for name in STAGES:
+    new = {name for name in STAGES if not (root / name).exists()}
+    for name, stage in STAGES.items():
         folder = root / name
         config = getattr(recipe, name)
-        if not folder.exists():
-            status, upstream_is_new = TO_DO, True
+        made_from = stage.inputs + (stage.optional if getattr(config, "content", ()) else ())
+        if name in new:
+            status = TO_DO
         elif not (folder / MANIFEST).exists():
             status = "is not a finished stage; delete the folder"
         elif changes := [
@@ -296,8 +298,8 @@ def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
             *changed_sources(manifest, source_hashes(config)),
         ]:
             status = f"was made with {', '.join(changes)}; use another --run-dir or delete the folder"
-        elif upstream_is_new:
-            status = "is kept if what it was made from comes out the same again, else refused"
+        elif new.intersection(made_from):
+            status = UNCERTAIN
         else:
             status = "done"
         found[name] = status

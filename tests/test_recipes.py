@@ -27,7 +27,7 @@ from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.preflight import in_the_way
-from llmrec.recipe import Recipe, apply_overrides, main, statuses
+from llmrec.recipe import TO_DO, UNCERTAIN, Recipe, apply_overrides, main, statuses
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stages import STAGES
 
@@ -239,9 +239,23 @@ def test_what_would_fail_hours_later_is_said_before_anything_starts(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU they can work")
 def test_what_needs_a_gpu_is_refused_before_anything_starts(tmp_path, capsys):
-    for setting in ("finetune.optimizer=adamw_8bit", "finetune.attention=flex"):
+    for setting in ("finetune.kernels=liger", "finetune.attention=flex"):
         code, _, err = run(["--run-dir", str(tmp_path / "run"), "--set", setting], capsys)
         assert code == 2 and setting in err and "no CUDA device" in err
+
+
+def test_what_works_without_a_gpu_is_not_refused():
+    tuned = dataclasses.replace(tiny().finetune, optimizer="adamw_8bit", precision="bf16", compile=True)
+    found = in_the_way(dataclasses.replace(tiny(), finetune=tuned))
+    assert [one for one in found if one.status == "problem"] == []
+
+
+def test_only_what_a_stage_was_made_from_makes_it_uncertain(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "train_collab")
+    found = statuses(tiny(), tmp_path / "run", None)
+    assert (found["train_collab"], found["prepare_data"], found["encode_items"]) == (TO_DO, "done", "done")
+    assert {found[name] for name in ("learn_semantic_ids", "finetune", "evaluate")} == {UNCERTAIN}
 
 
 def test_a_finished_stage_needs_nothing_any_more():

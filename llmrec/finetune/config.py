@@ -215,7 +215,7 @@ class FinetuneConfig:
     """nf4: frozen base weights in 4 bits (bitsandbytes, double quantisation), for small cards."""
 
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """AdamW with states in float32, or in 8 bits (bitsandbytes; a GPU)."""
+    """AdamW with states in float32, or in 8 bits (bitsandbytes)."""
 
     checkpoint_activations: bool = False
     """Compute activations twice in place of keeping them: a third more time, much less memory."""
