@@ -329,7 +329,7 @@ def seal(folder: Path, wanted: dict[str, Any], seconds: float) -> None:
     content = {
         **wanted,
         "files": describe_files(folder),
-        "contents": {name: digest for name, digest in content_digests(folder)},
+        "contents": dict(content_digests(folder)),
         "versions": versions,
         "seconds": round(seconds, 3),
         "peak_memory_bytes": machine.peak_resident_memory(),

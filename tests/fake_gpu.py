@@ -68,11 +68,10 @@ def on_gpu(value: Any) -> bool:
 def fake_gpu() -> Iterator[FakeGpu]:
     """A fake GPU, with automatic mixed precision as on a real one, and nothing compiled for it."""
     gpu = FakeGpu()
-    before = torch.compiler.set_stance("force_eager")
     with (
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True),
-        before,
+        torch.compiler.set_stance("force_eager"),
         gpu,
     ):
         yield gpu

@@ -180,12 +180,12 @@ class GMVAE(nn.Module):
     @torch.no_grad()
     def item_groups(self) -> tuple[str, Tensor]:
         """What an item belongs to, as the interests see it: the name of such groups, and the soft assignment
-        (N + 1, K) without noise, row 0 zero; (N + 1, 0) without a mixture."""
+        (N + 1, K), row 0 zero; (N + 1, 0) without a mixture. For evaluation: training adds noise."""
         items = self.norm(self.item.weight)[None]
         if self.interests is None:
             return "hyper-category", items.new_zeros(items.shape[1], 0)
         there = torch.arange(items.shape[1], device=items.device)[None] > 0
-        return "hyper-category", self.interests.eval().assign(items, there)[0]
+        return "hyper-category", self.interests.assign(items, there)[0]
 
 
 class CausalLayer(nn.Module):

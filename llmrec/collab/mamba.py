@@ -229,7 +229,7 @@ class GatedMamba(nn.Module):
             self.mixing_query, self.mixing_key = (
                 nn.Linear(embed_dim, embed_dim, bias=False) for _ in range(2)
             )
-        self.means: dict[str, Tensor] = {}
+        self.gate_means: dict[str, Tensor] = {}
         self.mixed_by: Tensor | None = None
 
     def weights(self, hidden: Tensor, paths: list[Tensor | None]) -> Tensor:
@@ -285,7 +285,7 @@ class GatedMamba(nn.Module):
         else:
             gate = F.silu(self.gates["silu"](u)) + torch.sigmoid(self.gates["sigmoid"](u))
         gate = self.dropout(gate)
-        self.means[dense] = gate.detach().mean()
+        self.gate_means[dense] = gate.detach().mean()
         return mixed * (1 + gate), gate
 
     def recurrent(self, hidden: Tensor) -> Tensor:
@@ -298,4 +298,4 @@ class GatedMamba(nn.Module):
     def report(self) -> dict[str, Tensor]:
         """Mixing weights and gate of each direction at the last pass, their means, detached."""
         found = {} if self.mixed_by is None else {"mixing_weights": self.mixed_by}
-        return found | {f"{name.split('_')[0]}_gate": mean for name, mean in self.means.items()}
+        return found | {f"{name.split('_')[0]}_gate": mean for name, mean in self.gate_means.items()}

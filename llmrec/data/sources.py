@@ -144,9 +144,8 @@ def read_table(path: Path, columns: list[str]) -> pa.Table:
         return read_hub(str(path), list(dict.fromkeys(columns)))
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    suffix = path.suffix.lower()
     try:
-        if suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             _check_columns(path, pq.read_schema(path).names, columns)
             table = pq.read_table(path, columns=list(dict.fromkeys(columns)))
         elif kind_of(path) in DELIMITERS:
@@ -158,13 +157,11 @@ def read_table(path: Path, columns: list[str]) -> pa.Table:
                 f"{path}: unknown kind of file, expected .csv, .tsv, .json or .jsonl (one object a line), a "
                 "MovieLens .dat (all of these may be packed, .gz), or .parquet"
             )
-    except PACKING_ERRORS as error:
-        raise DataError(f"{path} is cut or damaged ({error}); get the file again") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, *PACKING_ERRORS) as error:
         reason = str(error).splitlines()[0]
-        if is_packed(path):
+        if is_packed(path) and not isinstance(error, PermissionError):
             raise DataError(f"{path} is cut or damaged ({reason}); get the file again") from None
-        raise DataError(f"{path} cannot be read as {suffix[1:]}: {reason}") from None
+        raise DataError(f"{path} cannot be read as {kind_of(path)[1:]}: {reason}") from None
     if table.num_rows == 0:
         raise DataError(f"{path} has no rows of data; expected at least one")
     return table
