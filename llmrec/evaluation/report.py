@@ -85,7 +85,8 @@ def about(manifests: list[dict[str, Any]]) -> list[str]:
         named = data.get("interactions") or data.get("category") or ""
         found.append(f"data: {data['source']} {PurePath(named).name}".rstrip())
     if collab := config.get("train_collab"):
-        found.append(f"collaborative vectors: {collab['provider']}, seed {collab['seed']}")
+        seed = "" if collab["provider"] == "precomputed" else f", seed {collab['seed']}"
+        found.append(f"collaborative vectors: {collab['provider']}{seed}")
     if tuned := config.get("finetune"):
         base = tuned["base_model"]
         base = PurePath(base).name if PurePath(base).is_absolute() else base
