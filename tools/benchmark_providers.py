@@ -1,23 +1,25 @@
 """Sequence models timed: against one padded row per target, per epoch, and by length of history.
 
     python tools/benchmark_providers.py layout --prepare-data runs/x/prepare_data [--provider sasrec]
-    python tools/benchmark_providers.py epochs --prepare-data runs/x/prepare_data
+    python tools/benchmark_providers.py epochs --prepare-data runs/x/prepare_data [--comparison FILE]
     python tools/benchmark_providers.py lengths
 
 layout: the same model and weights trained by our data path and by that of RecBole-style code (one row per
 target, every row padded to max_history, 2,048 shuffled rows a batch taken from host arrays, all logits
-at once), alternating. epochs: seconds per epoch of every model from some steps of real data. lengths:
-forward and backward on random histories of 50, 200 and 1,000 items.
+at once), alternating. epochs: seconds per epoch of every model, or of a comparison's rows, from some steps of
+real data. lengths: forward and backward on random histories of 50, 200 and 1,000 items.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import runpy
 import statistics
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -117,14 +119,30 @@ def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
     )
 
 
+def rows_timed(options: argparse.Namespace) -> dict[str, TrainCollabConfig]:
+    """What `epochs` times: the rows of a comparison, or every model with its default settings."""
+    if options.comparison is None:
+        known = {name: TrainCollabConfig(provider=cast(Any, name)) for name in PROVIDER_FIELDS}
+    else:
+        known = runpy.run_path(options.comparison)["rows"]()
+    return {name: known[name] for name in options.providers or known}
+
+
 def time_epochs(options: argparse.Namespace, data: Interactions) -> None:
-    """Seconds per epoch and per 1,000 targets of every model, from some of its steps."""
-    print(f"{'provider':12}{'layout':>11}{'parameters':>12}{'s / epoch':>11}{'ms / 1,000 targets':>20}")
-    for provider in options.providers:
-        model = make(provider, data.num_items)
-        rows = TrainingRows.of(data.sequences("train"), model.max_history, model.layout, distributed.device())
+    """Seconds per epoch and per 1,000 targets of every row, from some of its steps."""
+    print(
+        f"{'row':20}{'layout':>11}{'parameters':>12}{'steps':>8}{'s / epoch':>11}{'ms / 1,000 targets':>20}"
+    )
+    for name, config in rows_timed(options).items():
+        model = make(config.provider, data.num_items, **asdict(getattr(config, config.provider)))
+        layout = model.layout if config.layout == "auto" else config.layout
+        windows = config.windows
+        if windows == "auto":
+            windows = "all" if layout == "prefixes" else "last"
+        sequences = data.sequences("train")
+        rows = TrainingRows.of(sequences, model.max_history, layout, distributed.device(), windows)
         optimizer = optimiser(model)
-        steps = rows.steps("users", 256, np.random.default_rng(0))
+        steps = rows.steps(config.batch_by, config.batch_size, np.random.default_rng(0))
 
         def run(chosen: list[np.ndarray], model=model, optimizer=optimizer, rows=rows) -> float:
             wait()
@@ -134,14 +152,15 @@ def time_epochs(options: argparse.Namespace, data: Interactions) -> None:
             wait()
             return (time.perf_counter() - started) / number
 
-        run(steps[:1])
-        each = run(steps[1 : 1 + options.steps] or steps)
+        run(steps[: options.warm_up])
+        each = run(steps[options.warm_up : options.warm_up + options.steps] or steps)
         size = sum(weight.numel() for weight in model.parameters())
         print(
-            f"{provider:12}{model.layout:>11}{size:12,}{each * rows.num_targets:11.1f}{each * 1e6:20.1f}",
+            f"{name:20}{layout:>11}{size:12,}{len(steps):8,}"
+            f"{each * rows.num_targets:11.2f}{each * 1e6:12.2f}",
             flush=True,
         )
-    print(f"from {options.steps} steps of 256 users; validation is not in it")
+    print(f"from {options.steps} steps; validation is not in it")
 
 
 def random_batch(length: int, num_items: int, rows: int) -> Batch:
@@ -188,9 +207,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prepare-data", metavar="DIR", help="a finished prepare_data folder")
     parser.add_argument("--provider", default="sasrec", choices=PROVIDER_FIELDS, help="for layout")
     parser.add_argument(
-        "--providers", nargs="+", default=None, choices=PROVIDER_FIELDS, help="for epochs and lengths"
+        "--providers", nargs="+", metavar="NAME", help="for epochs and lengths: these rows or models alone"
     )
-    parser.add_argument("--steps", type=int, default=16, help="steps of 256 users measured (16)")
+    parser.add_argument(
+        "--steps", type=int, default=16, help="steps measured, 256 users each for layout (16)"
+    )
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before them, for epochs (1)")
+    parser.add_argument(
+        "--comparison",
+        metavar="FILE",
+        help="for epochs: time the rows of a comparison (recipes/providers_ml1m.py) as they are set there",
+    )
     parser.add_argument("--rounds", type=int, default=4, help="alternating rounds, or repeats (4)")
     parser.add_argument("--positions", type=int, default=8000, help="positions in a pass, for lengths (8000)")
     options = parser.parse_args(arguments)
@@ -201,7 +228,6 @@ def main(arguments: list[str] | None = None) -> None:
         if options.prepare_data is None:
             parser.error(f"{options.what} needs --prepare-data")
         data = pipeline.load(Interactions, Path(options.prepare_data))
-        options.providers = options.providers or list(PROVIDER_FIELDS)
         compare_layouts(options, data) if options.what == "layout" else time_epochs(options, data)
     print(f"{machine.describe()}, {torch.get_num_threads()} threads")
 

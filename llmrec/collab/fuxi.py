@@ -149,6 +149,12 @@ def context_of(history: Tensor, time: Tensor | None) -> Context:
     return Context(valid=history != 0, bucket=bucket)
 
 
+def looked_up(numbers: Tensor, index: Tensor) -> Tensor:
+    """numbers[index] of a few numbers and very many indices: the gradients of plain indexing would be sorted
+    first, and on a GPU then added up one by one."""
+    return numbers.index_select(0, index.flatten()).view_as(index)
+
+
 def run_blocks(blocks: nn.ModuleList, hidden: Tensor, context: Context) -> Tensor:
     """(B, T, D) to (B, T, D); padding is zero before and after every block."""
     kept = context.valid[..., None]
@@ -236,9 +242,9 @@ class FuxiBlock(nn.Module):
         if self.channels.positional:
             place = torch.arange(length, device=hidden.device)
             apart = place[None, :] - place[:, None] + self.channels.max_history - 1
-            found.append(self.by_place[apart].tril() @ value)
+            found.append(looked_up(self.by_place, apart).tril() @ value)
         if self.channels.temporal:
-            found.append(self.by_time[context.bucket].tril()[:, None] @ value)
+            found.append(looked_up(self.by_time, context.bucket).tril()[:, None] @ value)
         if self.channels.semantic:
             query, key = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in pair)
             similar = F.silu(query @ key.transpose(2, 3)) / self.channels.max_history

@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaModel
 
 from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import ArtifactMismatchError, ConfigError
+from llmrec.finetune import flex as flex_attention
+from llmrec.finetune import low_rank
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.fusion import EqualWeights, FrequencyGate, ItemScores
 from llmrec.finetune.item_inputs import CodeSums, OwnTable, ProjectedVectors
@@ -111,6 +114,12 @@ def add_lora(base: nn.Module, config: FinetuneConfig) -> PeftModel:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    low_rank.fuse(model)
+    if config.precision == "bf16":
+        # Autocast casts what goes in; PEFT would make it float32 before.
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.cast_input_dtype_enabled = False
     return model
 
 
@@ -238,7 +247,10 @@ def build_model(
             part.to(device)
         model.instruction, model.response = model.instruction.to(device), model.response.to(device)
         return model
-    return model.to(device)
+    model = model.to(device)
+    if can_record(config, device, stream):
+        model.record_base()
+    return model
 
 
 def head_width(base: nn.Module) -> int:
@@ -283,6 +295,14 @@ def engine(config: FinetuneConfig, device: torch.device, head: int) -> tuple[boo
     return stream, flex
 
 
+def can_record(config: FinetuneConfig, device: torch.device, stream: bool) -> bool:
+    """Whether the base model's passes can be recorded as CUDA graphs: not where others bring its weights
+    together, or where they are computed twice."""
+    whole = not (distributed.uses_deepspeed() or distributed.uses_fsdp())
+    once = whole and not config.checkpoint_activations
+    return config.cuda_graphs and device.type == "cuda" and stream and once
+
+
 def can_share(config: FinetuneConfig) -> bool:
     return config.share_instruction and config.rows != "padded"
 
@@ -295,6 +315,8 @@ def set_up_base(config: FinetuneConfig, base: nn.Module, flex: bool) -> None:
     """
     inner = decoder_of(base)
     inner.set_attn_implementation("flex_attention" if flex else "sdpa")
+    if flex:
+        inner.set_attn_implementation(flex_attention.NAME)
     if config.kernels == "liger":
         try:
             from liger_kernel.transformers import _apply_liger_kernel_to_instance

@@ -35,6 +35,7 @@ class MiniConfig:
 
 CHANGE_NO_RESULT = (
     *("micro_batch_tokens", "checkpoint_activations", "rows", "attention", "compile", "kernels"),
+    "cuda_graphs",
     *("log_every_steps", "save_every_minutes", "bad_steps"),
 )
 """Settings that change how a run computes: beyond rounding, and which numbers dropout draws, nothing of what.
@@ -219,6 +220,11 @@ class FinetuneConfig:
 
     checkpoint_activations: bool = False
     """Compute activations twice in place of keeping them: a third more time, much less memory."""
+
+    cuda_graphs: bool = True
+    """Record the base model's passes once per length of stream and replay them (on a GPU, where weights are
+    whole and activations kept, up to 4,096 tokens a pass): asking for thousands of operations a step takes a
+    CPU longer than doing them takes the GPU."""
 
     compile: bool = False
     """Compile the base model's blocks (torch.compile, block by block)."""

@@ -14,9 +14,11 @@ from transformers import DynamicCache
 
 from llmrec import machine
 from llmrec.config import given
+from llmrec.finetune import flex as flex_attention
 from llmrec.finetune.fusion import ItemScores
+from llmrec.finetune.graphs import DecoderGraphs
 from llmrec.finetune.item_inputs import ItemTokens
-from llmrec.finetune.packing import PackedRows, TokenStream, lay_out, lay_out_stream, several_slots
+from llmrec.finetune.packing import PackedRows, lay_out, lay_out_stream, several_slots
 from llmrec.item_softmax import item_binary_cross_entropy, item_cross_entropy
 
 Instruction = tuple[list[tuple[Tensor, Tensor]], Tensor]
@@ -81,6 +83,7 @@ class MMESID(nn.Module):
         self.dropout = nn.Dropout(dropout_rate)
         self.alignment_weight = alignment_weight
         self.cache_name = cache_name(base)
+        self.graphs: DecoderGraphs | None = None
         self.register_buffer("instruction", instruction, persistent=False)
         self.register_buffer("response", response, persistent=False)
 
@@ -102,7 +105,9 @@ class MMESID(nn.Module):
         index = [torch.searchsorted(items, rows.items) for rows in groups]
         items = items.to(device, non_blocking=True)
         tokens = self.item_tokens(items)
-        hidden = [self.hidden(rows, tokens, places) for rows, places in zip(groups, index)]
+        # A recorded pass keeps what its gradients need until the next one.
+        record = len(groups) == 1 and self.training and torch.is_grad_enabled()
+        hidden = [self.hidden(rows, tokens, places, record=record) for rows, places in zip(groups, index)]
         readout = self.dropout(torch.cat(hidden))
         target = torch.cat([rows.target for rows in groups]).to(device, non_blocking=True)
         if self.loss_kind == "bce_sampled":
@@ -124,6 +129,8 @@ class MMESID(nn.Module):
         tokens: Tensor,
         index: Tensor | None = None,
         instruction: Instruction | None = None,
+        *,
+        record: bool = False,
     ) -> Tensor:
         """Read-out vectors (n, H), one per target of the rows.
 
@@ -132,11 +139,13 @@ class MMESID(nn.Module):
             tokens: item tokens (X, H), or (X, P, H) where an item has P of them.
             index: int64 (G, T), which token stands in each slot; None: the item id itself.
             instruction: what `encode_instruction` gave, if that is known already.
+            record: replay the base's passes where they can be recorded; there must be one backward pass
+                before the next forward pass.
         """
         if index is not None:
             rows = dataclasses.replace(rows, items=index)
         if self.stream:
-            return self._hidden_stream(rows, tokens)
+            return self._hidden_stream(rows, tokens, record)
         return self._hidden_rows(rows, tokens, instruction)
 
     def encode_instruction(self) -> Instruction:
@@ -195,7 +204,7 @@ class MMESID(nn.Module):
             hidden = torch.cat([hidden, last])
         return hidden[layout.readout]
 
-    def _hidden_stream(self, rows: PackedRows, tokens: Tensor) -> Tensor:
+    def _hidden_stream(self, rows: PackedRows, tokens: Tensor, record: bool) -> Tensor:
         """`hidden` with rows one behind the other."""
         stream = lay_out_stream(
             rows,
@@ -204,16 +213,30 @@ class MMESID(nn.Module):
             min_slots=self.min_slots,
             tokens_per_item=self.item_tokens.tokens_per_item,
             bucketed=self.flex,
-        ).to(self.instruction.device)
+        )
+        blocks = stream.visible_blocks(flex_attention.BLOCK) if self.flex else None
+        stream = stream.to(self.instruction.device)
         embed = self.base.get_input_embeddings()
         text = embed(torch.cat([self.response, self.instruction]))
         items = self.dropout(tokens.reshape(-1, tokens.shape[-1]).to(text.dtype))
         table = torch.cat([text, text.new_zeros(1, text.shape[1]), items])
-        mask = block_mask(stream) if self.flex else stream.visible()
         embeddings = F.embedding(stream.source, table)[None]
-        return self._run_base(embeddings, mask, stream.position[None], None)[0, stream.readout]
+        if record and self.graphs is not None and self.graphs.takes(stream):
+            hidden = self.graphs(embeddings, stream, blocks)
+        else:
+            mask = stream.visible() if blocks is None else flex_attention.block_mask(stream, blocks)
+            hidden = self._run_base(embeddings, mask, stream.position[None])
+        return hidden[0, stream.readout]
 
-    def _run_base(self, embeddings: Tensor, mask: Any, position: Tensor, past: Any) -> Tensor:
+    def record_base(self) -> None:
+        """From now on replay the base's training passes over streams (see `graphs`)."""
+        embeddings = self.base.get_input_embeddings().weight
+        trained = [
+            value for value in self.base.parameters() if value.requires_grad and value is not embeddings
+        ]
+        self.graphs = DecoderGraphs(self._run_base, trained)
+
+    def _run_base(self, embeddings: Tensor, mask: Any, position: Tensor, past: Any = None) -> Tensor:
         known = {} if past is None else {self.cache_name: past}
         return self.base(
             inputs_embeds=embeddings,
@@ -236,18 +259,3 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
-
-
-def block_mask(stream: TokenStream) -> Any:
-    """FlexAttention's block mask of a stream; one for all layers."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    size = len(stream.source)
-    return create_block_mask(
-        lambda batch, head, query, key: stream.sees(query, key),
-        None,
-        None,
-        size,
-        size,
-        device=stream.source.device,
-    )

@@ -29,7 +29,6 @@ from torch import Tensor
 from llmrec.artifacts import Targets
 
 RESPONSE_INDEX = torch.iinfo(torch.int64).max
-INSTRUCTION_ROW, PADDING_ROW = -1, -2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,34 +74,51 @@ class TokenLayout(Movable):
 class TokenStream(Movable):
     """The tokens of many rows one behind the other, S in all, the instruction first and padding last.
 
-    A query sees the keys of its own row, or of the instruction, with index <= its limit, and the keys of its
-    own copy with place <= its own. All tensors are int64 (S,) unless said otherwise.
+    What a token sees lies in three intervals of the stream: the instruction, items of its own row, and what
+    is its own up to itself. All tensors are int64 (S,) unless said otherwise.
     """
 
     source: Tensor
     """row of the table [response; instruction; one row for padding; item tokens] that embeds the token"""
     position: Tensor
-    row: Tensor
-    """number of the row, -1 for the instruction, -2 for padding"""
-    index: Tensor
-    limit: Tensor
-    copy: Tensor
-    """number of the response copy over all rows, from 1; 0 for items and instruction, -1 for padding"""
-    place: Tensor
+    shared: Tensor
+    """it sees the tokens before this one"""
+    first: Tensor
+    """and those from this one on"""
+    stop: Tensor
+    """to before this one"""
+    own: Tensor
+    """and those from this one to itself"""
     readout: Tensor
     """(n,) place in the stream of each target's read-out"""
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether the token at `query` sees the one at `key`; bool of their common shape."""
-        own_row = (self.row[key] == self.row[query]) | (self.row[key] == INSTRUCTION_ROW)
-        in_prompt = own_row & (self.index[key] <= self.limit[query])
-        own_copy = (self.copy[key] == self.copy[query]) & (self.copy[query] != 0)
-        return in_prompt | (own_copy & (self.place[key] <= self.place[query]))
+        in_row = (key >= self.first[query]) & (key < self.stop[query])
+        return (key < self.shared[query]) | in_row | ((key >= self.own[query]) & (key <= query))
 
     def visible(self) -> Tensor:
         """`sees` for all pairs, bool (1, 1, S, S)."""
         token = torch.arange(len(self.source), device=self.source.device)
         return self.sees(token[:, None], token[None, :])[None, None]
+
+    def visible_blocks(self, size: int) -> Tensor:
+        """Whether any token of a block of `size` sees any of another, bool (S / size, S / size).
+
+        Exact, without looking at pairs of tokens: each interval is marked where it begins and behind its end.
+        """
+        token = torch.arange(len(self.source), device=self.source.device)
+        blocks = len(token) // size
+        begin = torch.stack([torch.zeros_like(token), self.first, self.own])
+        end = torch.stack([self.shared, self.stop, token + 1])
+        # Empty intervals begin and end at one mark.
+        last = torch.where(end > begin, (end - 1) // size + 1, begin // size)
+        row = (token // size).expand(3, -1) * (blocks + 1)
+        marks = torch.zeros(blocks * (blocks + 1), dtype=torch.int32, device=token.device)
+        one = marks.new_ones(1).expand(begin.numel())
+        marks.index_add_(0, (row + begin // size).flatten(), one)
+        marks.index_add_(0, (row + last).flatten(), -one)
+        return marks.view(blocks, blocks + 1).cumsum(1)[:, :-1] > 0
 
 
 def group_rows(targets: Targets, layout: str, min_slots: int = 0) -> np.ndarray:
@@ -237,55 +253,50 @@ def lay_out_stream(
     num_rows, num_slots = rows.items.shape
     num_copies = rows.history.shape[1]
     longest = rows.history.amax(dim=1)
+    length = longest + response * (rows.history >= 0).sum(dim=1)
+    start = (instruction + torch.cumsum(length, 0) - length)[:, None]
     slot = torch.arange(1, num_slots + 1, device=device)
     place = torch.arange(response, device=device).repeat(num_copies)
-    copy = torch.arange(1, num_copies + 1, device=device).repeat_interleave(response)
+    before = response * torch.arange(num_copies, device=device).repeat_interleave(response)
     history = rows.history.repeat_interleave(response, dim=1)
     seen = history.clamp(min=0)
-    row = torch.arange(num_rows, device=device)[:, None]
-    zero = torch.zeros_like(slot)
     items_at = response + instruction + 1
+    real = torch.cat([slot <= longest[:, None], history >= 0], dim=1)
 
     def both(of_items: Tensor, of_copies: Tensor) -> Tensor:
-        return torch.cat([of_items.expand(num_rows, -1), of_copies.expand(num_rows, -1)], dim=1)[real]
+        parts = [of_items.expand(num_rows, num_slots), of_copies.expand(num_rows, len(place))]
+        return torch.cat(parts, dim=1)[real]
 
-    real = torch.cat([slot <= longest[:, None], history >= 0], dim=1)
     shift = item_shift(rows, min_slots)[:, None]
-    head = torch.arange(1 - instruction, 1, device=device)
-    own = head.new_zeros(instruction)
+    head = torch.arange(instruction, device=device)
+    none = torch.zeros_like(head)
+    everything = torch.full_like(slot[:1], instruction)
     parts = {
         "source": (
-            response + head + instruction - 1,
+            response + head,
             both(items_at + rows.items * tokens_per_item + (slot - 1) % tokens_per_item, place),
         ),
         "position": (
-            head + instruction - 1,
+            head,
             both(slot + instruction - 1 + shift, instruction + seen.clamp(min=min_slots) + place),
         ),
-        "row": (own + INSTRUCTION_ROW, both(row.expand(-1, num_slots), row.expand(-1, len(place)))),
-        "index": (head, both(slot, torch.full_like(place, RESPONSE_INDEX))),
-        "limit": (head, both(slot, seen)),
-        "copy": (own, both(zero, row * num_copies + copy)),
-        "place": (own, both(zero, place)),
+        "shared": (none, both(everything, everything)),
+        "first": (none, both(start, start)),
+        "stop": (none, both(start + slot, start + seen)),
+        "own": (none, both(start + slot - 1, start + longest[:, None] + before)),
     }
     joined = {name: torch.cat(pair) for name, pair in parts.items()}
     size = len(joined["source"])
     if bucketed:
-        padding = {"source": response + instruction, "row": PADDING_ROW}
-        padding |= {"limit": -instruction, "copy": -1}
-        more = (0, stream_bucket(size) - size)
-        joined = {
-            name: torch.nn.functional.pad(values, more, value=padding.get(name, 0))
-            for name, values in joined.items()
-        }
-    copies = (rows.history >= 0).sum(dim=1)
-    length = longest + response * copies
-    start = instruction + torch.cumsum(length, 0) - length
+        empty = torch.arange(size, stream_bucket(size), device=device)
+        zero = torch.zeros_like(empty)
+        padding = {"source": zero + response + instruction, "own": empty}
+        joined = {name: torch.cat([values, padding.get(name, zero)]) for name, values in joined.items()}
     if response:
         ordinal = torch.arange(1, num_copies + 1, device=device)
-        readout = (start + longest)[:, None] + response * ordinal - 1
+        readout = start + longest[:, None] + response * ordinal - 1
     else:
-        readout = torch.where(rows.history > 0, start[:, None] + rows.history - 1, instruction - 1)
+        readout = torch.where(rows.history > 0, start + rows.history - 1, instruction - 1)
     return TokenStream(**joined, readout=readout[rows.history >= 0])
 
 

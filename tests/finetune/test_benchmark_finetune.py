@@ -43,7 +43,7 @@ def test_the_catalogue_and_the_engine_run_small(tool, prepared, capsys, tmp_path
     tool.main(["catalogue", "--items", "3000", "--width", "16", "--layers", "1"])
     assert capsys.readouterr().out.count("peak memory so far") == 5
     out = tmp_path / "rows.json"
-    some = ["--steps", "2", "--warm-up", "1", "--out", str(out), "--only", "16 targets", "64, 8-bit states"]
+    some = ["--steps", "2", "--out", str(out), "--only", "16 targets", "64, 8-bit states"]
     small = ["--shape", "tiny", "--content-width", "8", "--users", "8"]
     tool.main(["engine", "--prepare-data", prepared, *small, *some])
     rows = json.loads(out.read_text())["rows"]

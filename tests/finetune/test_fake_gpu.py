@@ -8,7 +8,7 @@ from fake_gpu import fake_gpu
 from test_layouts import NUM_ITEMS, random_users
 from tiny_mme_sid import WIDE, model
 
-from llmrec.finetune import model as module
+from llmrec.finetune import flex as module
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.packing import group_rows, pack
 
@@ -49,7 +49,7 @@ def test_the_loss_keeps_to_the_gpu(options, rows, precision, monkeypatch):
             net.flex = True
             net.base.set_attn_implementation("flex_attention")
             real = module.block_mask
-            monkeypatch.setattr(module, "block_mask", lambda stream: gpu.run(real, stream))
+            monkeypatch.setattr(module, "block_mask", lambda *given: gpu.run(real, *given))
         # FlexAttention without compilation makes its gradients' graph at once, which needs a real GPU.
         with torch.no_grad() if rows == "flex" else torch.enable_grad():
             loss = net("loss", [packed])

@@ -1,0 +1,171 @@
+"""The decoder's passes over token streams as CUDA graphs: recorded once per length, then replayed.
+
+A step over few tokens is thousands of small operations, and a CPU takes longer to ask for them than a GPU to
+do them. A recorded pass is one request. Streams come in few lengths (`packing.stream_bucket`), so few passes
+are recorded; they compute what they were recorded from, in the same order.
+
+Source: torch's own `make_graphed_callables`, whose gradients a second pass of a step would overwrite; here
+gradients leave as a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrec.finetune import flex
+from llmrec.finetune.packing import TokenStream
+
+MOST_TOKENS = 4096
+"""Longest stream that is recorded: with more, the GPU's work takes longer than asking for it."""
+
+WARM_UP = 3
+"""Passes before recording, in which libraries compile, choose kernels and take memory of their own."""
+
+MASK_TENSORS = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")
+
+Decode = Callable[[Tensor, Any, Tensor], Tensor]
+"""Embeddings (1, S, H), a mask and positions (1, S) to last hidden states (1, S, H)."""
+
+
+def cuda_graph(function: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """Record what a function does on the GPU; what it leaves in tensors is overwritten by every replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
+
+
+@contextlib.contextmanager
+def aside(device: torch.device) -> Iterator[None]:
+    """Passes before recording: on a stream of their own, and without a trace in the random numbers."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize(device)
+    with torch.random.fork_rng(devices=[device]), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+    torch.cuda.synchronize(device)
+
+
+class DecoderGraphs:
+    """Forward and backward passes of a decoder over streams.
+
+    Args:
+        decode: the pass itself.
+        parameters: what is trained in it.
+        record: how a function is recorded.
+    """
+
+    def __init__(
+        self,
+        decode: Decode,
+        parameters: Sequence[nn.Parameter],
+        record: Callable[[Callable[[], None], Any], Callable[[], None]] = cuda_graph,
+    ) -> None:
+        self.decode = decode
+        self.parameters = tuple(parameters)
+        self.record = record
+        self.pool: Any = None
+        self.recorded: dict[int, Recorded] = {}
+
+    def takes(self, stream: TokenStream) -> bool:
+        """Whether a stream of this length is recorded."""
+        return len(stream.source) <= MOST_TOKENS
+
+    def __call__(self, embeddings: Tensor, stream: TokenStream, blocks: Tensor | None) -> Tensor:
+        """Last hidden states (1, S, H), overwritten by the next call with as many tokens.
+
+        Args:
+            embeddings: (1, S, H).
+            stream: on the host or on the device.
+            blocks: its `visible_blocks`, for FlexAttention's block masks; None: dense ones.
+        """
+        size = len(stream.source)
+        if size not in self.recorded:
+            if self.pool is None and embeddings.device.type == "cuda":
+                self.pool = torch.cuda.graph_pool_handle()
+            self.recorded[size] = Recorded(self, embeddings, stream, blocks)
+        recorded = self.recorded[size]
+        recorded.fill(stream, blocks)
+        return _Replay.apply(recorded, embeddings, *self.parameters)
+
+
+class Recorded:
+    """One length's passes and the tensors that they read and write.
+
+    Between a forward pass and its backward pass no other may run: they share memory.
+    """
+
+    def __init__(
+        self, owner: DecoderGraphs, embeddings: Tensor, stream: TokenStream, blocks: Tensor | None
+    ) -> None:
+        device = embeddings.device
+        self.parameters = owner.parameters
+        self.embeddings = embeddings.detach().clone().requires_grad_()
+        self.stream = stream.to(device)
+        # What a host tensor is moved to is new; what lies on the device already belongs to somebody.
+        self.stream = type(stream)(**{name: value.clone() for name, value in vars(self.stream).items()})
+        self.mask = None if blocks is None else flex.block_mask(self.stream, blocks)
+        self.shapes = [parameter.shape for parameter in self.parameters]
+        self.hidden = self.flat = self.grad = torch.empty(0)
+        kind = device.type
+        dtype = torch.get_autocast_dtype(kind)
+        enabled = torch.is_autocast_enabled(kind)
+
+        def forward() -> None:
+            # Casts that autocast remembers would be made by one pass and used by another.
+            autocast = torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+            with torch.enable_grad(), autocast:
+                mask = self.stream.visible() if self.mask is None else self.mask
+                self.hidden = owner.decode(self.embeddings, mask, self.stream.position[None])
+
+        def backward() -> None:
+            with torch.autocast(kind, enabled=False):
+                sources = [self.embeddings, *self.parameters]
+                first, *others = torch.autograd.grad(self.hidden, sources, self.grad)
+                self.embeddings_grad = first
+                # In one piece, so that one copy takes them all away.
+                self.flat = torch.cat([gradient.flatten() for gradient in others])
+
+        with aside(device):
+            for _ in range(WARM_UP):
+                forward()
+                self.grad = torch.zeros_like(self.hidden)
+                backward()
+        self.replay_forward = owner.record(forward, owner.pool)
+        self.replay_backward = owner.record(backward, owner.pool)
+
+    def fill(self, stream: TokenStream, blocks: Tensor | None) -> None:
+        """Let the passes read this stream."""
+        for name, value in vars(self.stream).items():
+            if name != "readout":
+                value.copy_(getattr(stream, name), non_blocking=True)
+        if self.mask is not None and blocks is not None:
+            mask = flex.host_mask(blocks)
+            for name in MASK_TENSORS:
+                getattr(self.mask, name).copy_(getattr(mask, name), non_blocking=True)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recorded: Recorded, embeddings: Tensor, *parameters: Tensor) -> Tensor:
+        recorded.embeddings.copy_(embeddings)
+        recorded.replay_forward()
+        ctx.recorded = recorded
+        return recorded.hidden.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        recorded = ctx.recorded
+        recorded.grad.copy_(grad)
+        recorded.replay_backward()
+        sizes = [shape.numel() for shape in recorded.shapes]
+        parts = recorded.flat.clone().split(sizes)
+        shaped = [part.view(shape) for part, shape in zip(parts, recorded.shapes)]
+        return None, recorded.embeddings_grad.clone(), *shaped

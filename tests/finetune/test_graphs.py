@@ -1,0 +1,119 @@
+"""Recorded passes against the passes themselves: by hand on a CPU, as CUDA graphs on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_packing import EXACT, NUM_ITEMS, random_users
+from tiny_mme_sid import WIDE, model
+
+from llmrec.finetune import build, graphs
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.flex import NAME as FLEX
+from llmrec.finetune.packing import group_rows, pack
+
+LENGTHS = ([3, 7], [60, 2, 5], [3, 7], [1], [60, 5, 2], [3, 7])
+"""Users' histories of several passes; some streams are as long as others and say something else."""
+
+
+def again(function, pool):
+    """In place of a recording: do it once more."""
+    function()
+    return function
+
+
+def rows_of(lengths, seed: int = 0):
+    item, targets = random_users(lengths, seed=seed)
+    return pack(item, targets, group_rows(targets, "packed"))
+
+
+def trained(net) -> dict[str, torch.nn.Parameter]:
+    return build.trainable(net)
+
+
+def passes(net, parts) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Losses of some passes, and the gradients of their sum as they add up."""
+    net.zero_grad(set_to_none=True)
+    losses = []
+    for part in parts:
+        loss = net.loss([part])
+        loss.backward()
+        losses.append(loss.detach())
+    return losses, {name: value.grad.clone() for name, value in trained(net).items()}
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "whole"])
+def test_losses_and_summed_gradients_are_those_of_plain_passes(lora):
+    net = model(NUM_ITEMS, rows="stream", lora=lora)
+    parts = [rows_of(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
+    expected = passes(net, parts)
+    net.record_base()
+    net.graphs.record = again
+    for _ in range(2):
+        for ours, theirs in zip(passes(net, parts), expected):
+            torch.testing.assert_close(ours, theirs, **EXACT)
+    assert len(net.graphs.recorded) == len({tuple(sorted(lengths)) for lengths in LENGTHS})
+
+
+def test_updates_of_the_weights_are_seen():
+    net = model(NUM_ITEMS, rows="stream", lora=True)
+    net.record_base()
+    net.graphs.record = again
+    part = rows_of([3, 7])
+    before, _ = passes(net, [part])
+    with torch.no_grad():
+        for parameter in trained(net).values():
+            parameter.mul_(1.1)
+    found = passes(net, [part])
+    net.graphs = None
+    for ours, theirs in zip(found, passes(net, [part])):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+    assert abs(float(found[0][0] - before[0])) > 1e-3
+
+
+def test_what_cannot_be_recorded_is_not(monkeypatch):
+    net = model(NUM_ITEMS, rows="stream")
+    net.record_base()
+    net.graphs.record = None
+    two = [rows_of([3]), rows_of([7])]
+    net.loss(two)  # gradients of the first would be gone when they are asked for
+    with torch.no_grad():
+        net.loss(two[:1])
+    net.eval().loss(two[:1])
+    monkeypatch.setattr(graphs, "MOST_TOKENS", 8)
+    net.train().loss(two[:1])
+    assert not net.graphs.recorded
+
+
+def test_only_whole_weights_on_a_gpu_are_recorded(monkeypatch):
+    gpu, cpu, auto = torch.device("cuda"), torch.device("cpu"), FinetuneConfig()
+    assert build.can_record(auto, gpu, True)
+    assert not build.can_record(auto, cpu, True) and not build.can_record(auto, gpu, False)
+    for name, value in {"cuda_graphs": False, "checkpoint_activations": True}.items():
+        assert not build.can_record(FinetuneConfig(**{name: value}), gpu, True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not build.can_record(auto, gpu, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("flex", [False, True], ids=["dense", "flex"])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "whole"])
+def test_cuda_graphs_give_losses_and_summed_gradients_of_plain_passes(lora, flex, compiled):
+    net = model(NUM_ITEMS, rows="stream", lora=lora, width=WIDE).float().cuda()
+    net.flex = flex
+    build.decoder_of(net.base).set_attn_implementation(FLEX if flex else "sdpa")
+    parts = [rows_of(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
+    expected = passes(net, parts)
+    if compiled:
+        for block in build.decoder_of(net.base).layers:
+            block.compile()
+    net.record_base()
+    for _ in range(2):
+        losses, gradients = passes(net, parts)
+        for ours, theirs in zip(losses, expected[0]):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        for name, value in expected[1].items():
+            assert float((gradients[name] - value).norm() / value.norm().clamp(min=1e-6)) < 2e-3, name
+    assert net.graphs.recorded

@@ -1,0 +1,102 @@
+"""LoRA layers in few operations against PEFT's own, which goes step by step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from test_packing import EXACT
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from llmrec.finetune import low_rank
+
+
+def pair(*, bias: bool = False, dtype: torch.dtype = torch.float64, **settings):
+    """A model of two LoRA layers as PEFT makes it, and the same one fused."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 10, bias=bias), nn.SiLU(), nn.Linear(10, 4, bias=bias)).to(dtype)
+    config = LoraConfig(r=3, lora_alpha=5.0, target_modules=["0", "2"], init_lora_weights=False, **settings)
+    model = get_peft_model(plain, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    fused = copy.deepcopy(model)
+    low_rank.fuse(fused)
+    return model, fused
+
+
+def layers(model) -> list[LoraLinear]:
+    return [module for module in model.modules() if isinstance(module, LoraLinear)]
+
+
+def is_fused(model) -> bool:
+    return all("forward" in vars(layer) for layer in layers(model))
+
+
+def results(model, x, run=lambda model, x: model(x)):
+    x = x.clone().requires_grad_()
+    found = run(model, x)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    gradients = torch.autograd.grad((found.double() ** 2).sum(), [x, *trained])
+    return [found, *gradients]
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (1, 3, 4)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_value_and_every_gradient_are_pefts(bias, shape):
+    model, fused = pair(bias=bias)
+    assert is_fused(fused) and not is_fused(model)
+    x = torch.randn(*shape, 6, dtype=torch.float64)
+    for ours, theirs in zip(results(fused, x), results(model, x)):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def test_second_pass_with_recomputed_activations_gives_the_same():
+    _, fused = pair()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    again = results(fused, x, lambda model, x: checkpoint(model, x, use_reentrant=False))
+    for ours, theirs in zip(again, results(fused, x)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_bfloat16_comes_no_further_from_the_truth_than_pefts():
+    exact, _ = pair()
+    model, fused = pair(dtype=torch.bfloat16)
+    x = torch.randn(64, 6, dtype=torch.float64)
+    truth = results(exact, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = (results(one, x.bfloat16()) for one in (fused, model))
+    assert [value.dtype for value in ours] == [value.dtype for value in theirs]
+    for right, mine, other in zip(truth, ours, theirs):
+        error, limit = ((value.double() - right).norm() / right.norm() for value in (mine, other))
+        assert error < max(1.25 * limit, 0.01)
+
+
+def test_what_is_not_plain_is_left_to_peft():
+    for settings in ({"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}):
+        _, fused = pair(bias=True, **settings)
+        assert not is_fused(fused), settings
+
+
+def test_merged_and_disabled_adapters_are_seen():
+    model, fused = pair()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with model.disable_adapter(), fused.disable_adapter():
+        torch.testing.assert_close(fused(x), model(x), **EXACT)
+    before = fused(x)
+    fused.merge_adapter()
+    torch.testing.assert_close(fused(x), before, **EXACT)
+
+
+def test_a_copy_has_weights_of_its_own():
+    _, fused = pair()
+    other = copy.deepcopy(fused)
+    with torch.no_grad():
+        for layer in layers(fused):
+            layer.lora_B["default"].weight.zero_()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    assert (other(x) - fused(x)).abs().max() > 1e-3
