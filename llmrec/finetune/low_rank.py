@@ -73,12 +73,13 @@ def forward(layer: LoraLinear, x: Tensor) -> Tensor:
     (name,) = layer.active_adapters
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    found = LowRankLinear.apply(
-        x.to(dtype).flatten(0, -2),
-        base.weight.to(dtype),
-        None if base.bias is None else base.bias.to(dtype),
-        layer.lora_A[name].weight,
-        layer.lora_B[name].weight,
-        layer.scaling[name],
-    )
+    rows, weight = x.to(dtype).flatten(0, -2), base.weight.to(dtype)
+    bias = None if base.bias is None else base.bias.to(dtype)
+    a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    if torch.compiler.is_compiling():
+        # The compiler joins these by itself; torch 2.11 loses all gradients of functions like the one above.
+        found = nn.functional.linear(rows, weight, bias)
+        found = torch.addmm(found, rows @ a.to(dtype).T, (b * scaling).to(dtype).T)
+    else:
+        found = LowRankLinear.apply(rows, weight, bias, a, b, scaling)
     return found.unflatten(0, x.shape[:-1])
