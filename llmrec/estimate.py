@@ -2,7 +2,7 @@
 
 Exact: users, items, targets, tokens, optimiser steps, trainable parameters (the model is built without
 memory, on torch's meta device). By formula: floating-point operations and memory of weights, gradients and
-optimiser states. Rough: activations, and time, which assumes a share of the GPU's peak.
+optimiser states. Rough: activations, and time, which assumes what an H200 reached with Llama-3-8B.
 """
 
 from __future__ import annotations
@@ -27,21 +27,26 @@ from llmrec.finetune.steps import steps_of_epoch, train_counts, training_targets
 from llmrec.pipeline import MANIFEST, load
 from llmrec.recipe import TO_DO, UNCERTAIN, Recipe, statuses
 
-GPUS: dict[str, tuple[float, float]] = {
-    "A100": (312e12, 80e9),
-    "H100": (989e12, 80e9),
-    "H200": (989e12, 141e9),
-    "RTX4090": (165e12, 24e9),
-    "L40S": (362e12, 48e9),
+GPUS: dict[str, tuple[float, float, float]] = {
+    "A100": (312e12, 80e9, 2.04e12),
+    "H100": (989e12, 80e9, 3.35e12),
+    "H200": (989e12, 141e9, 4.8e12),
+    "RTX4090": (165e12, 24e9, 1.01e12),
+    "L40S": (362e12, 48e9, 0.864e12),
 }
-"""Dense bfloat16 operations per second, and bytes of memory, from the makers' data sheets."""
+"""Dense bfloat16 operations per second, bytes of memory, and bytes moved per second, from the makers' data
+sheets."""
 
 ITEM_MATRICES = 4.4
 """Tables of items x model width that a step holds at its peak beside the target table: folded or joined keys,
 their gradient, and those of the sources they were folded from. Counted on a CPU."""
 
 UTILISATION = 0.4
-"""Share of the peak that the time assumes; well-tuned fine-tuning of 8B models reaches 0.35 to 0.55."""
+"""Share of the peak in matrix products, which grow with tokens."""
+
+MOVED = 3.0
+"""What a step takes beside them, in times of reading the frozen weights twice and of updating the trained
+ones once. Both measured on an H200 with Llama-3-8B at 16, 64 and 256 targets a step (tools/engine.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,8 @@ class Estimate:
     """By part, see `build.parameter_counts`"""
     flops: dict[str, float]
     """Floating-point operations of one epoch by part"""
+    moved: float
+    """Bytes of weights and optimiser states that one epoch's steps read and write"""
     memory: dict[str, float]
     """Bytes on one GPU by part"""
 
@@ -119,9 +126,10 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
     }
     parameters = build.parameter_counts(model)
     flops = operations(model, counts, parameters)
-    return Estimate(
-        counts=counts, parameters=parameters, flops=flops, memory=bytes_used(config, model, widths, counts)
-    )
+    memory = bytes_used(config, model, widths, counts)
+    # AdamW reads weight, gradient and both moments, and writes all but the gradient: 7 numbers of 4 bytes.
+    moved = counts["steps"] * (2 * memory["frozen weights"] + 28.0 * parameters["trainable"])
+    return Estimate(counts=counts, parameters=parameters, flops=flops, memory=memory, moved=moved)
 
 
 def check_run(recipe: Recipe, run_dir: Path) -> None:
@@ -301,8 +309,8 @@ def bytes_used(
 
 def shown(found: Estimate, gpu: str) -> str:
     """The estimate as people read it."""
-    peak, memory = GPUS[gpu]
-    seconds = found.total_flops / (peak * UTILISATION)
+    peak, memory, bandwidth = GPUS[gpu]
+    seconds = found.total_flops / (peak * UTILISATION) + MOVED * found.moved / bandwidth
     counts, parts = found.counts, found.parameters
     fewer = counts["tokens_per_prefix"] / max(counts["tokens"], 1)
     lines = [
@@ -328,7 +336,7 @@ def shown(found: Estimate, gpu: str) -> str:
     ]
     lines.append(
         f"time        {duration(seconds)} per epoch, {duration(seconds * counts['epochs'])} for "
-        f"{counts['epochs']} epochs on one {gpu} at {UTILISATION:.0%} of its peak (assumed)"
+        f"{counts['epochs']} epochs on one {gpu} (rough)"
     )
     return "\n".join(lines)
 

@@ -80,10 +80,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "64, 8-bit states": {"batch_size": 64, "optimizer": "adamw_8bit"},
     "64, read out at items": {"batch_size": 64, "readout": "item"},
     "64, one prompt per target": {"batch_size": 64, "layout": "per_prefix"},
-    "64, compiled, liger": {"batch_size": 64, "compile": True, "kernels": "liger"},
     "16, 4-bit base": {"batch_size": 16, "quantize": "nf4", "optimizer": "adamw_8bit"},
 }
-GPU_ONLY = ("64, liger", "256, liger", "64, compiled, liger")
+GPU_ONLY = ("64, liger", "256, liger")
 
 
 def world(

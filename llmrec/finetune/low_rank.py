@@ -19,36 +19,48 @@ from torch import Tensor, nn
 
 
 class LowRankLinear(torch.autograd.Function):
-    """x W^T + bias + scaling (x A^T) B^T, and its gradients to x, A and B."""
+    """x W^T + bias + scaling (x' A^T) B^T, where x' is x or x after dropout, and its gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
     ) -> Tensor:
         """Rows (n, in) to (n, out); weight (out, in), a (r, in), b (out, r), computed in the dtype of x."""
+        source = x if dropped is None else dropped
         low_a, low_b = a.to(x.dtype), (b * scaling).to(x.dtype)
-        inner = x @ low_a.T
+        inner = source @ low_a.T
         result = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
-        ctx.save_for_backward(x, weight, inner, low_a, low_b)
+        ctx.save_for_backward(source, weight, inner, low_a, low_b)
         ctx.scaling, ctx.dtypes = scaling, (a.dtype, b.dtype)
         return result.addmm_(inner, low_b.T)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, inner, low_a, low_b = ctx.saved_tensors
+        source, weight, inner, low_a, low_b = ctx.saved_tensors
         inner_grad = grad @ low_b
-        x_grad = a_grad = b_grad = None
+        x_grad = dropped_grad = a_grad = b_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad @ weight).addmm_(inner_grad, low_a)
-        if ctx.needs_input_grad[3]:
-            a_grad = (inner_grad.T @ x).to(ctx.dtypes[0])
+            x_grad = grad @ weight
+        if ctx.needs_input_grad[1]:
+            dropped_grad = inner_grad @ low_a
+        elif x_grad is not None:
+            x_grad.addmm_(inner_grad, low_a)
         if ctx.needs_input_grad[4]:
+            a_grad = (inner_grad.T @ source).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[5]:
             b_grad = (grad.T @ inner).to(ctx.dtypes[1]) * ctx.scaling
-        return x_grad, None, None, a_grad, b_grad, None
+        return x_grad, dropped_grad, None, None, a_grad, b_grad, None
 
 
 def fuse(model: nn.Module) -> None:
-    """Let the model's plain LoRA layers compute so; quantised ones and dropout keep PEFT's own way."""
+    """Let the model's plain LoRA layers compute so; quantised ones and variants keep PEFT's own way."""
     for layer in model.modules():
         if type(layer) is LoraLinear and is_plain(layer):
             layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
@@ -60,8 +72,7 @@ def is_plain(layer: LoraLinear) -> bool:
     if type(base) is not nn.Linear or base.weight.requires_grad or len(names) != 1:
         return False
     (name,) = names
-    bare = name not in layer.lora_variant and layer.lora_B[name].bias is None
-    return bare and isinstance(layer.lora_dropout[name], nn.Identity)
+    return name not in layer.lora_variant and layer.lora_B[name].bias is None
 
 
 def forward(layer: LoraLinear, x: Tensor) -> Tensor:
@@ -76,10 +87,12 @@ def forward(layer: LoraLinear, x: Tensor) -> Tensor:
     rows, weight = x.to(dtype).flatten(0, -2), base.weight.to(dtype)
     bias = None if base.bias is None else base.bias.to(dtype)
     a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    dropped = layer.lora_dropout[name](rows)
     if torch.compiler.is_compiling():
         # The compiler joins these by itself; torch 2.11 loses all gradients of functions like the one above.
         found = nn.functional.linear(rows, weight, bias)
-        found = torch.addmm(found, rows @ a.to(dtype).T, (b * scaling).to(dtype).T)
+        found = torch.addmm(found, dropped @ a.to(dtype).T, (b * scaling).to(dtype).T)
     else:
-        found = LowRankLinear.apply(rows, weight, bias, a, b, scaling)
+        dropped = None if dropped is rows else dropped
+        found = LowRankLinear.apply(rows, dropped, weight, bias, a, b, scaling)
     return found.unflatten(0, x.shape[:-1])
