@@ -43,3 +43,14 @@ def test_two_runs_of_a_recipe_make_the_same_files(finished, tmp_path):
         found, expected = content_of(tmp_path / "again" / stage), content_of(finished / stage)
         assert list(found) == list(expected) and found, stage
         assert [name for name in expected if found[name] != expected[name]] == [], stage
+
+
+def test_one_setting_rules_the_threads_of_all_libraries():
+    plain = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    script = (
+        "import llmrec.distributed, numpy, sklearn.cluster, threadpoolctl, torch\n"
+        "llmrec.distributed.state()\n"
+        "pools = threadpoolctl.threadpool_info()\n"
+        "assert pools and {pool['num_threads'] for pool in pools} == {1} == {torch.get_num_threads()}, pools"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env=plain | {"LLMREC_NUM_THREADS": "1"})

@@ -11,7 +11,7 @@ Source: LoRA (arXiv 2106.09685), section 4.1; PEFT's modules, names and files st
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -77,7 +77,7 @@ def is_plain(layer: LoraLinear) -> bool:
 
 def forward(layer: LoraLinear, x: Tensor) -> Tensor:
     """The layer's forward pass (..., in) to (..., out)."""
-    base = layer.get_base_layer()
+    base = cast(nn.Linear, layer.get_base_layer())
     # ZeRO-3 brings weights together where the module that they belong to is called.
     if layer.disable_adapters or layer.merged or hasattr(base.weight, "ds_id"):
         return LoraLinear.forward(layer, x)
