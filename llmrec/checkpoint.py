@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmrec.artifacts import read_json, write_json
 from llmrec.errors import StaleArtifactError, StoppedError, StorageError, TrainingError
+from llmrec.files import read_json, write_json
 from llmrec.manifest import (
     DamagedError,
     check_files,

@@ -24,7 +24,8 @@ from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.methods import modalities_of
 from llmrec.finetune.packing import count_tokens
 from llmrec.finetune.steps import steps_of_epoch, train_counts, training_targets
-from llmrec.pipeline import MANIFEST, load
+from llmrec.manifest import MANIFEST
+from llmrec.pipeline import load
 from llmrec.recipe import TO_DO, UNCERTAIN, Recipe, statuses
 
 GPUS: dict[str, tuple[float, float, float]] = {

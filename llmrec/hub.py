@@ -33,8 +33,8 @@ from huggingface_hub.errors import (
 )
 
 from llmrec import __version__
-from llmrec.artifacts import read_json
 from llmrec.errors import ConfigError, LlmrecError, MissingArtifactError
+from llmrec.files import read_json
 
 if TYPE_CHECKING:
     from llmrec.inference.package import Package

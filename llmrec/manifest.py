@@ -12,8 +12,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from llmrec.artifacts import write_json
 from llmrec.errors import LlmrecError, MissingArtifactError, StaleArtifactError
+from llmrec.files import write_json
+
+MANIFEST = "manifest.json"
+"""Its name in the folder of a stage."""
 
 UNREADABLE = (
     *(

@@ -28,10 +28,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from llmrec import __version__, distributed, machine
-from llmrec.artifacts import Report, read_json
+from llmrec.artifacts import Report
 from llmrec.config import as_dict, changed_settings, without_incidental
+from llmrec.contents import content_digests
 from llmrec.errors import ArtifactMismatchError, MissingArtifactError, StaleArtifactError, StorageError
 from llmrec.manifest import (
+    MANIFEST,
     DamagedError,
     check_files,
     describe_files,
@@ -46,17 +48,7 @@ from llmrec.manifest import (
 logger = logging.getLogger("llmrec")
 
 SCHEMA_VERSION = 4
-MANIFEST = "manifest.json"
 LOCK = "lock"
-MEASURED = (
-    *("seconds", "train_seconds", "tokens_per_second", "targets_per_second"),
-    *("share_of_peak", "memory_bytes"),
-)
-"""Fields of JSON files that measure the machine; all else is equal for equal runs on a CPU."""
-
-WITH_MEASURED = {".json", ".jsonl", ".html"}
-"""Kinds of files that may hold what measures the machine."""
-
 UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
@@ -399,43 +391,6 @@ def load(artifact: Any, folder: Path) -> Any:
             loaded = artifact.load(folder)
     object.__setattr__(loaded, "_manifest", manifest)
     return loaded
-
-
-def content_of(folder: Path) -> dict[str, Any]:
-    """What equal runs have in common: every file of a finished stage by name, without the manifest, the
-    fields in `MEASURED` and what pages mark as measured; JSON as values, pages as text, others as bytes."""
-    files = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    return {
-        name: measured_left_out(path) if path.suffix in WITH_MEASURED else path.read_bytes()
-        for name, path in files.items()
-        if name != MANIFEST
-    }
-
-
-def measured_left_out(path: Path) -> Any:
-    """What a file of `WITH_MEASURED` says, but for what measures the machine."""
-    if path.suffix == ".jsonl":
-        return [without_measured(json.loads(line)) for line in path.read_text().splitlines()]
-    if path.suffix == ".json":
-        return without_measured(read_json(path))
-    return re.sub(r'<span class="measured">.*?</span>', "", path.read_text(encoding="utf-8"))
-
-
-def content_digests(folder: Path) -> Iterator[tuple[str, str]]:
-    """Names and hashes of the files whose bytes differ between equal runs, of what does not differ."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix in WITH_MEASURED:
-            text = json.dumps(measured_left_out(path), sort_keys=True)
-            yield path.relative_to(folder).as_posix(), hashlib.sha256(text.encode()).hexdigest()
-
-
-def without_measured(value: Any) -> Any:
-    """A JSON value without the fields in `MEASURED`."""
-    if isinstance(value, dict):
-        return {key: without_measured(inner) for key, inner in value.items() if key not in MEASURED}
-    return [without_measured(inner) for inner in value] if isinstance(value, list) else value
 
 
 def manifest_of(artifact: Any) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def push_run(root: Path, repo: str) -> None:
     """Package a finished run, push it to the Hub, and write down where it is (pushed.json)."""
     import tempfile
 
-    from llmrec.artifacts import write_json
+    from llmrec.files import write_json
     from llmrec.hub import push
     from llmrec.inference.package import package_run
 
@@ -202,7 +202,7 @@ def refit_stage(stage: str, config: C, folder: Path) -> C:
     Raises:
         ConfigError: it was run with other settings, or chose no epoch by validation.
     """
-    from llmrec.artifacts import read_json
+    from llmrec.files import read_json
     from llmrec.pipeline import checked_file, stage_manifest
 
     settings: Any = config
@@ -281,7 +281,8 @@ def refuse_what_cannot_finish(recipe: Recipe, stages: dict[str, str]) -> None:
 
 def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
     """Of each stage: done, `TO_DO`, `UNCERTAIN`, or made with other settings."""
-    from llmrec.pipeline import MANIFEST, changed_sources, source_hashes, stage_manifest
+    from llmrec.manifest import MANIFEST
+    from llmrec.pipeline import changed_sources, source_hashes, stage_manifest
 
     found: dict[str, str] = {}
     new = {name for name in STAGES if not (root / name).exists()}

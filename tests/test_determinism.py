@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llmrec.pipeline import content_of
+from llmrec.contents import content_of
 from llmrec.stages import STAGES
 
 SCRIPT = """
@@ -20,7 +20,7 @@ main(tiny, ["--run-dir", sys.argv[1]])
 
 
 def test_two_runs_of_a_recipe_make_the_same_files(finished, tmp_path):
-    """In another process, folder, time zone, language and order of hashes; all but `pipeline.MEASURED`.
+    """In another process, folder, time zone, language and order of hashes; all but `contents.MEASURED`.
 
     Nor does it need torch's deterministic mode, which would fail here if an operation had none.
     """

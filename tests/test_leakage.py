@@ -13,12 +13,12 @@ from worlds import interactions
 from llmrec.artifacts import Interactions
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.collab.train import train_collab
+from llmrec.contents import content_of
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encode import encode_items
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
 from llmrec.finetune.train import finetune
-from llmrec.pipeline import content_of
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.learn import learn_semantic_ids
 

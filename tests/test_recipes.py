@@ -19,12 +19,13 @@ import torch
 from tiny_recipe import tiny
 
 from llmrec import cli
-from llmrec.artifacts import ContentEmbeddings, Interactions, read_json
+from llmrec.artifacts import ContentEmbeddings, Interactions
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.config import flatten
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
+from llmrec.files import read_json
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.preflight import in_the_way
 from llmrec.recipe import TO_DO, UNCERTAIN, Recipe, apply_overrides, main, statuses

@@ -11,7 +11,7 @@ import pytest
 from cases import CASES
 from worlds import cycle
 
-from llmrec import checkpoint, pipeline
+from llmrec import checkpoint, contents, pipeline
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings
 from llmrec.collab import train as collab
 from llmrec.collab.config import TrainCollabConfig
@@ -47,7 +47,7 @@ def stopped_and_resumed(function, config, inputs, tmp_path, monkeypatch, module,
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_epoch", lambda *arguments: (again.append(1), real(*arguments))[1])
         pipeline.run_stage(function, config, inputs, tmp_path / "cut")
-    assert pipeline.content_of(tmp_path / "cut") == pipeline.content_of(tmp_path / "whole")
+    assert contents.content_of(tmp_path / "cut") == contents.content_of(tmp_path / "whole")
     assert not list(tmp_path.glob(".*.unfinished"))
     return again
 

@@ -55,7 +55,8 @@ def compare(options: argparse.Namespace) -> None:
     import numpy as np
 
     from llmrec import machine
-    from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, write_json
+    from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions
+    from llmrec.files import write_json
     from llmrec.pipeline import load
     from llmrec.semantic_ids.config import LearnSemanticIdsConfig
     from llmrec.semantic_ids.learn import learn_semantic_ids

@@ -28,13 +28,15 @@ import torch
 from llmrec import checkpoint
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.collab.train import train_collab
+from llmrec.contents import content_of
 from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
 from llmrec.data.prepare import prepare_data
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encode import encode_items
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
 from llmrec.finetune.train import finetune
-from llmrec.pipeline import MANIFEST, content_of, run_stage
+from llmrec.manifest import MANIFEST
+from llmrec.pipeline import run_stage
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.learn import learn_semantic_ids
 

@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, read_json, write_json
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.config import as_dict, changed_settings, from_dict
 from llmrec.errors import ConfigError, LlmrecError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import per_user, summarise
+from llmrec.files import read_json, write_json
 from llmrec.pipeline import load, peak_memory_of, run_stage, stage_manifest
 
 logger = logging.getLogger("llmrec")

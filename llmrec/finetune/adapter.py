@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmrec.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from llmrec.errors import ArtifactMismatchError, MissingArtifactError
+from llmrec.files import read_json, read_jsonl, write_json, write_jsonl
 
 PER_ITEM = ("target_table", "table", "train_count")
 """Last parts of the names of those heads that have one row per item."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from llmrec import distributed
-from llmrec.artifacts import Interactions, Targets, write_json
+from llmrec.artifacts import Interactions, Targets
 from llmrec.errors import TrainingError
+from llmrec.files import write_json
 
 logger = logging.getLogger("llmrec")
 

@@ -129,7 +129,7 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
             chosen, options.rows, options.seeds, root, out, Path(options.refit) if options.refit else None
         )
     from llmrec import distributed
-    from llmrec.artifacts import write_json
+    from llmrec.files import write_json
 
     if not distributed.is_main():
         return
@@ -216,7 +216,7 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
     """What the finished cells of a row measured: metrics, ranks, costs, analyses."""
     import pyarrow.parquet as pq
 
-    from llmrec.artifacts import read_json
+    from llmrec.files import read_json
     from llmrec.pipeline import peak_memory_of, stage_manifest
 
     found = []

@@ -33,10 +33,9 @@ from llmrec.artifacts import (
     Report,
     SemanticIds,
     check_same_catalog,
-    read_json,
-    write_json,
 )
 from llmrec.errors import ConfigError, MissingArtifactError
+from llmrec.files import read_json, write_json
 from llmrec.finetune.adapter import Adapter
 from llmrec.manifest import DamagedError, check_files, describe_files, read_manifest, reading, write_manifest
 from llmrec.pipeline import load, manifest_of

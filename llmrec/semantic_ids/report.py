@@ -21,9 +21,8 @@ from llmrec.artifacts import (
     Interactions,
     SemanticIds,
     check_same_catalog,
-    read_json,
-    write_json,
 )
+from llmrec.files import read_json, write_json
 from llmrec.pages import COLOURS, drawing, environment, legend_above, svg, thumbnail
 from llmrec.semantic_ids.assign import Rebuilt, frozen, load_quantizer
 from llmrec.semantic_ids.config import ReportSemanticIdsConfig

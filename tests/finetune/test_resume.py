@@ -12,7 +12,7 @@ import torch
 from test_train import TINY, inputs, weights
 from worlds import cycle
 
-from llmrec import pipeline
+from llmrec import contents, pipeline
 from llmrec.errors import StoppedError
 from llmrec.finetune import train
 from llmrec.finetune.adapter import Adapter
@@ -64,7 +64,7 @@ def test_stopped_and_resumed_equals_never_stopped(settings, step, tmp_path, monk
     assert begun[0] == step, "nothing is done twice"
     for name, value in weights(expected).items():
         assert torch.equal(weights(found)[name], value), name
-    assert pipeline.content_of(tmp_path / "stopped") == pipeline.content_of(tmp_path / "whole")
+    assert contents.content_of(tmp_path / "stopped") == contents.content_of(tmp_path / "whole")
     assert not (tmp_path / ".stopped.unfinished").exists()
 
 

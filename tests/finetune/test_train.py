@@ -14,9 +14,10 @@ from backbones import save_backbone
 from tiny_mme_sid import vectors
 from worlds import cycle, interactions
 
-from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds, read_json
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import ArtifactMismatchError, ConfigError, TrainingError
 from llmrec.evaluation.rank import rank_users
+from llmrec.files import read_json
 from llmrec.finetune import train
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.config import FinetuneConfig, MiniConfig

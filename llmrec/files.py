@@ -1,0 +1,54 @@
+"""How files are read and written: arrays as safetensors with the catalogue's hash, numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from llmrec.errors import ArtifactMismatchError, MissingArtifactError
+
+
+def save_arrays(path: Path, catalog: str, **arrays: np.ndarray) -> None:
+    """Write arrays to a safetensors file with the catalogue hash in its header."""
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+        path,
+        metadata={"catalog": catalog},
+    )
+
+
+def load_arrays(path: Path, catalog: str) -> dict[str, np.ndarray]:
+    """Read every array of a safetensors file made for this catalogue."""
+    try:
+        with safe_open(path, framework="np") as handle:
+            found = (handle.metadata() or {}).get("catalog")
+            arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, FileNotFoundError) as error:
+        raise MissingArtifactError(f"{path} cannot be read ({error}); recompute its stage") from None
+    if found != catalog:
+        raise ArtifactMismatchError(f"{path} belongs to catalogue {str(found)[:12]}, expected {catalog[:12]}")
+    return arrays
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise MissingArtifactError(f"{path} cannot be read ({error}); recompute its stage") from None
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
