@@ -77,6 +77,14 @@ def tf32(device: torch.device, wanted: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def finish(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was asked for; without it, clocks read when that was asked."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes used since `reset_peak_memory`: allocated on a GPU, or resident in this process."""
     if device.type == "cuda":

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from llmrec.collab.mamba4rec import MambaCore
 from llmrec.collab.selective_scan import rows_per_block
 from llmrec.config import given
+from llmrec.data.batches import sent
 
 
 def flipped_ends(core: MambaCore, hidden: Tensor, kept: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def tail_places(edge: int, kept: Tensor, device: torch.device) -> tuple[Tensor, 
     """
     most = int(kept.max())
     end = torch.arange(1, len(kept) + 1, device=device)
-    flipped = end - kept.to(device, non_blocking=True)
+    flipped = end - sent(kept, device)
     first = torch.arange(edge, device=device).expand(len(kept), -1)
     last = (end - most)[:, None] + torch.arange(most, device=device)
     place = torch.cat([first, last], dim=1)

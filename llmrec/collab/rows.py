@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmrec.artifacts import Sequences
-from llmrec.data.batches import Batch, length_groups, pad_histories
+from llmrec.data.batches import Batch, length_groups, pad_histories, sent
 from llmrec.errors import DataError
 
 MAX_CELLS = {"cpu": 1 << 14, "gpu": 1 << 18}
@@ -125,7 +125,7 @@ class TrainingRows:
         """Some rows in batches of similar length."""
         kind = "cpu" if self.item.device.type == "cpu" else "gpu"
         for group in length_groups(self.length[rows], MAX_CELLS[kind], overhead_cells=OVERHEAD_CELLS[kind]):
-            chosen = torch.as_tensor(rows[group], device=self.item.device)
+            chosen = sent(torch.from_numpy(rows[group]), self.item.device)
             start, stop = self.start[chosen], self.stop[chosen]
             longest = int(self.length[rows[group]].max())
             sequence = pad_histories(self.item, start, stop, longest + 1)

@@ -29,6 +29,17 @@ class Batch:
     """Pass over the data that this batch belongs to, from 1."""
 
 
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, on its way while this process goes on.
+
+    What goes to a GPU goes by way of pinned memory: a copy from ordinary memory first waits for all the work
+    that the GPU was given before.
+    """
+    if device.type == "cuda" and value.device.type == "cpu" and torch.cuda.is_available():
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
 def pad_histories(item: Tensor, start: Tensor, stop: Tensor, longest: int | None = None) -> Tensor:
     """The ranges ``item[start[b]:stop[b]]`` as rows, padded on the right with 0.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmrec import distributed
 from llmrec.artifacts import Interactions, Targets
-from llmrec.data.batches import pad_histories
+from llmrec.data.batches import pad_histories, sent
 from llmrec.errors import TrainingError
 
 MOST_SCORES = 1 << 26
@@ -186,7 +186,7 @@ def _rank_block(
     result: dict[str, Tensor],
 ) -> None:
     start, stop, target, row = (
-        torch.as_tensor(array, device=item.device)
+        sent(torch.from_numpy(array), item.device)
         for array in (targets.start, targets.stop, targets.item, place)
     )
     seen = pad_histories(item, start, stop)

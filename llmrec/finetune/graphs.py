@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmrec.data.batches import sent
 from llmrec.finetune import flex
 from llmrec.finetune.packing import TokenStream
 
@@ -144,11 +145,12 @@ class Recorded:
         """Let the passes read this stream."""
         for name, value in vars(self.stream).items():
             if name != "readout":
-                value.copy_(getattr(stream, name), non_blocking=True)
+                value.copy_(sent(getattr(stream, name), value.device))
         if self.mask is not None and blocks is not None:
             mask = flex.host_mask(blocks)
             for name in MASK_TENSORS:
-                getattr(self.mask, name).copy_(getattr(mask, name), non_blocking=True)
+                blocks_there = getattr(self.mask, name)
+                blocks_there.copy_(sent(getattr(mask, name), blocks_there.device))
 
 
 class _Replay(torch.autograd.Function):

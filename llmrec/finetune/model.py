@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from llmrec import machine
 from llmrec.config import given
+from llmrec.data.batches import sent
 from llmrec.finetune import flex as flex_attention
 from llmrec.finetune.fusion import ItemScores
 from llmrec.finetune.graphs import DecoderGraphs
@@ -103,15 +104,15 @@ class MMESID(nn.Module):
         # Rows may lie on the host, where sizes are read off without waiting for a GPU.
         items = torch.unique(torch.cat([rows.items.flatten() for rows in groups]))
         index = [torch.searchsorted(items, rows.items) for rows in groups]
-        items = items.to(device, non_blocking=True)
+        items = sent(items, device)
         tokens = self.item_tokens(items)
         # A recorded pass keeps what its gradients need until the next one.
         record = len(groups) == 1 and self.training and torch.is_grad_enabled()
         hidden = [self.hidden(rows, tokens, places, record=record) for rows, places in zip(groups, index)]
         readout = self.dropout(torch.cat(hidden))
-        target = torch.cat([rows.target for rows in groups]).to(device, non_blocking=True)
+        target = sent(torch.cat([rows.target for rows in groups]), device)
         if self.loss_kind == "bce_sampled":
-            negative = torch.cat([given(rows.negative) for rows in groups]).to(device, non_blocking=True)
+            negative = sent(torch.cat([given(rows.negative) for rows in groups]), device)
             loss = self._sampled_loss(readout, target, negative)
         else:
             kind = item_cross_entropy if self.loss_kind == "ce" else item_binary_cross_entropy

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from llmrec.artifacts import Targets
+from llmrec.data.batches import sent
 
 RESPONSE_INDEX = torch.iinfo(torch.int64).max
 
@@ -53,7 +54,7 @@ class Movable:
 
     def to(self, device: torch.device) -> Any:
         """The same on another device."""
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
+        moved = {name: sent(value, device) for name, value in vars(self).items()}
         return type(self)(**moved)
 
 

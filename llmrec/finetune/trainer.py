@@ -136,6 +136,9 @@ class Trainer:
             begun = time.perf_counter()
             targets = self.targets.take(chosen)
             loss, tokens, bad = self.train_step(targets)
+            logged = (state.step + 1) % self.config.log_every_steps == 0 or state.done + 1 == len(steps)
+            if logged:
+                machine.finish(self.device)
             state.seconds += time.perf_counter() - begun
             state.step += 1
             state.done += 1
@@ -145,7 +148,6 @@ class Trainer:
             state.window.targets += len(chosen)
             state.window.tokens += tokens
             bar.update()
-            logged = state.step % self.config.log_every_steps == 0 or state.done == len(steps)
             if logged:
                 self._log_window(bar)
             if logged or distributed.world_size() == 1:
