@@ -47,7 +47,7 @@ UTILISATION = 0.4
 
 MOVED = 3.0
 """What a step takes beside them, in times of reading the frozen weights twice and of updating the trained
-ones once. Both measured on an H200 with Llama-3-8B at 16, 64 and 256 targets a step (tools/engine.md)."""
+ones once. Both fitted to an H200 with Llama-3-8B at 16, 64 and 256 targets a step (tools/engine.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,9 @@ class Estimate:
     """By part, see `build.parameter_counts`"""
     flops: dict[str, float]
     """Floating-point operations of one epoch by part"""
-    moved: float
-    """Bytes of weights and optimiser states that one epoch's steps read and write"""
+    moved: float | None
+    """Bytes of weights and optimiser states that one epoch's steps read and write; None with settings whose
+    time is not known"""
     memory: dict[str, float]
     """Bytes on one GPU by part"""
 
@@ -129,7 +130,9 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
     flops = operations(model, counts, parameters)
     memory = bytes_used(config, model, widths, counts)
     # AdamW reads weight, gradient and both moments, and writes all but the gradient: 7 numbers of 4 bytes.
-    moved = counts["steps"] * (2 * memory["frozen weights"] + 28.0 * parameters["trainable"])
+    moved = None
+    if (config.quantize, config.optimizer, config.checkpoint_activations) == ("none", "adamw", False):
+        moved = counts["steps"] * (2 * memory["frozen weights"] + 28.0 * parameters["trainable"])
     return Estimate(counts=counts, parameters=parameters, flops=flops, memory=memory, moved=moved)
 
 
@@ -311,7 +314,6 @@ def bytes_used(
 def shown(found: Estimate, gpu: str) -> str:
     """The estimate as people read it."""
     peak, memory, bandwidth = GPUS[gpu]
-    seconds = found.total_flops / (peak * UTILISATION) + MOVED * found.moved / bandwidth
     counts, parts = found.counts, found.parameters
     fewer = counts["tokens_per_prefix"] / max(counts["tokens"], 1)
     lines = [
@@ -335,6 +337,10 @@ def shown(found: Estimate, gpu: str) -> str:
     lines += [
         f"            {scaled(value, 'B'):>15}  {name}" for name, value in found.memory.items() if value
     ]
+    if found.moved is None:
+        lines.append("time        not known for 4 bits, 8-bit states or recomputed activations")
+        return "\n".join(lines)
+    seconds = found.total_flops / (peak * UTILISATION) + MOVED * found.moved / bandwidth
     lines.append(
         f"time        {duration(seconds)} per epoch, {duration(seconds * counts['epochs'])} for "
         f"{counts['epochs']} epochs on one {gpu} (rough)"

@@ -247,10 +247,7 @@ def build_model(
             part.to(device)
         model.instruction, model.response = model.instruction.to(device), model.response.to(device)
         return model
-    model = model.to(device)
-    if can_record(config, device, stream):
-        model.record_base()
-    return model
+    return model.to(device)
 
 
 def head_width(base: nn.Module) -> int:
@@ -295,14 +292,6 @@ def engine(config: FinetuneConfig, device: torch.device, head: int) -> tuple[boo
     return stream, flex
 
 
-def can_record(config: FinetuneConfig, device: torch.device, stream: bool) -> bool:
-    """Whether the base model's passes can be recorded as CUDA graphs: not where others bring its weights
-    together, or where they are computed twice."""
-    whole = not (distributed.uses_deepspeed() or distributed.uses_fsdp())
-    once = whole and not config.checkpoint_activations
-    return config.cuda_graphs and device.type == "cuda" and stream and once
-
-
 def can_share(config: FinetuneConfig) -> bool:
     return config.share_instruction and config.rows != "padded"
 
@@ -314,6 +303,7 @@ def set_up_base(config: FinetuneConfig, base: nn.Module, flex: bool) -> None:
         ConfigError: a library is missing, or the base model does not fit.
     """
     inner = decoder_of(base)
+    # Whether the model takes FlexAttention is asked of transformers by its own name for it.
     inner.set_attn_implementation("flex_attention" if flex else "sdpa")
     if flex:
         inner.set_attn_implementation(flex_attention.NAME)

@@ -219,12 +219,13 @@ class FinetuneConfig:
     """AdamW with states in float32, or in 8 bits (bitsandbytes)."""
 
     checkpoint_activations: bool = False
-    """Compute activations twice in place of keeping them: a third more time, much less memory."""
+    """Compute activations twice in place of keeping them: half more time and no recorded passes, but much
+    less memory in long ones."""
 
     cuda_graphs: bool = True
-    """Record the base model's passes once per length of stream and replay them (on a GPU, where weights are
-    whole and activations kept, up to 4,096 tokens a pass): asking for thousands of operations a step takes a
-    CPU longer than doing them takes the GPU."""
+    """Record the base model's passes once per length of stream and replay them (one process on a GPU,
+    activations kept, up to 4,096 tokens a pass): asking for thousands of operations a step takes a CPU longer
+    than doing them takes the GPU."""
 
     compile: bool = False
     """Compile the base model's blocks (torch.compile, block by block): some 20 s before the first steps, and

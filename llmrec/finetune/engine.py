@@ -69,6 +69,8 @@ class Engine:
         self.wrapped, self.optimizer = model, self.inner
         if not self.fsdp:
             self.wrapped, self.optimizer = self.accelerator.prepare(model, self.inner)
+        if can_record(config, model):
+            model.record_base()
 
     def forward_backward(self, groups: list[PackedRows], scale: float, *, last: bool) -> Tensor:
         """Add the gradients of scale * loss; the loss. The last call of a step shares them over processes."""
@@ -156,6 +158,20 @@ class Engine:
     def scorer(self) -> Scorer:
         """The model as it is now, as a scorer; every process must call it equally often if `sharded`."""
         return scorer_of(self.model, self.config, run=self.wrapped if self.sharded else None)
+
+
+def can_record(config: FinetuneConfig, model: MMESID) -> bool:
+    """Whether the base model's passes can be recorded as CUDA graphs.
+
+    Not where processes share weights or gradients, which then move while a pass runs; nor where activations
+    are computed twice, or positions depend on how long a prompt is, which is read on the host.
+    """
+    shared = distributed.uses_deepspeed() or distributed.uses_fsdp() or torch.distributed.is_initialized()
+    on_gpu = model.instruction.device.type == "cuda" and model.stream
+    rope = getattr(model.base.config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    fixed = not {part.get("rope_type") for part in parts} & {"dynamic", "longrope"}
+    return config.cuda_graphs and not config.checkpoint_activations and not shared and on_gpu and fixed
 
 
 def shard(model: MMESID) -> None:

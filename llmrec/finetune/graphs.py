@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrec.data.batches import sent
+from llmrec.errors import TrainingError
 from llmrec.finetune import flex
 from llmrec.finetune.packing import TokenStream
 
@@ -73,6 +74,12 @@ class DecoderGraphs:
         self.record = record
         self.pool: Any = None
         self.recorded: dict[int, Recorded] = {}
+        self.passes = 0
+        """Forward passes so far."""
+        self.sizes = [parameter.numel() for parameter in self.parameters]
+        assert len({parameter.dtype for parameter in self.parameters}) == 1
+        self.flat = self.parameters[0].new_empty(sum(self.sizes))
+        """Gradients of all parameters after a backward pass, in one piece: one copy takes them all away."""
 
     def takes(self, stream: TokenStream) -> bool:
         """Whether a stream of this length is recorded."""
@@ -85,12 +92,24 @@ class DecoderGraphs:
             embeddings: (1, S, H).
             stream: on the host or on the device.
             blocks: its `visible_blocks`, for FlexAttention's block masks; None: dense ones.
+
+        Raises:
+            TrainingError: the decoder does what cannot be recorded.
         """
         size = len(stream.source)
         if size not in self.recorded:
             if self.pool is None and embeddings.device.type == "cuda":
                 self.pool = torch.cuda.graph_pool_handle()
-            self.recorded[size] = Recorded(self, embeddings, stream, blocks)
+            try:
+                self.recorded[size] = Recorded(self, embeddings, stream, blocks)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise TrainingError(
+                    f"the base model's passes cannot be recorded ({reason}); set finetune.cuda_graphs=false, "
+                    "which changes no result"
+                ) from error
         recorded = self.recorded[size]
         recorded.fill(stream, blocks)
         return _Replay.apply(recorded, embeddings, *self.parameters)
@@ -106,14 +125,13 @@ class Recorded:
         self, owner: DecoderGraphs, embeddings: Tensor, stream: TokenStream, blocks: Tensor | None
     ) -> None:
         device = embeddings.device
-        self.parameters = owner.parameters
+        self.owner = owner
         self.embeddings = embeddings.detach().clone().requires_grad_()
         self.stream = stream.to(device)
         # What a host tensor is moved to is new; what lies on the device already belongs to somebody.
         self.stream = type(stream)(**{name: value.clone() for name, value in vars(self.stream).items()})
         self.mask = None if blocks is None else flex.block_mask(self.stream, blocks)
-        self.shapes = [parameter.shape for parameter in self.parameters]
-        self.hidden = self.flat = self.grad = torch.empty(0)
+        self.hidden = self.grad = self.embeddings_grad = torch.empty(0)
         kind = device.type
         dtype = torch.get_autocast_dtype(kind)
         enabled = torch.is_autocast_enabled(kind)
@@ -127,19 +145,20 @@ class Recorded:
 
         def backward() -> None:
             with torch.autocast(kind, enabled=False):
-                sources = [self.embeddings, *self.parameters]
-                first, *others = torch.autograd.grad(self.hidden, sources, self.grad)
-                self.embeddings_grad = first
-                # In one piece, so that one copy takes them all away.
-                self.flat = torch.cat([gradient.flatten() for gradient in others])
+                sources = [self.embeddings, *owner.parameters]
+                self.embeddings_grad, *others = torch.autograd.grad(self.hidden, sources, self.grad)
+                torch.cat([gradient.flatten() for gradient in others], out=owner.flat)
 
         with aside(device):
             for _ in range(WARM_UP):
                 forward()
                 self.grad = torch.zeros_like(self.hidden)
                 backward()
+            # What autograd still holds was made on that stream, and parameters with it.
+            self.hidden = self.hidden.detach()
         self.replay_forward = owner.record(forward, owner.pool)
         self.replay_backward = owner.record(backward, owner.pool)
+        self.hidden = self.hidden.detach()
 
     def fill(self, stream: TokenStream, blocks: Tensor | None) -> None:
         """Let the passes read this stream."""
@@ -158,16 +177,20 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, recorded: Recorded, embeddings: Tensor, *parameters: Tensor) -> Tensor:
         recorded.embeddings.copy_(embeddings)
         recorded.replay_forward()
-        ctx.recorded = recorded
+        recorded.owner.passes += 1
+        ctx.recorded, ctx.number = recorded, recorded.owner.passes
         return recorded.hidden.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        recorded = ctx.recorded
+        recorded, owner = ctx.recorded, ctx.recorded.owner
+        if ctx.number != owner.passes:
+            raise RuntimeError(
+                "another recorded pass came between this one and its gradients, which are lost"
+            )
         recorded.grad.copy_(grad)
         recorded.replay_backward()
-        sizes = [shape.numel() for shape in recorded.shapes]
-        parts = recorded.flat.clone().split(sizes)
-        shaped = [part.view(shape) for part, shape in zip(parts, recorded.shapes)]
+        parts = owner.flat.clone().split(owner.sizes)
+        shaped = [part.view_as(parameter) for part, parameter in zip(parts, owner.parameters)]
         return None, recorded.embeddings_grad.clone(), *shaped

@@ -79,7 +79,7 @@ def forward(layer: LoraLinear, x: Tensor) -> Tensor:
     """The layer's forward pass (..., in) to (..., out)."""
     base = cast(nn.Linear, layer.get_base_layer())
     # ZeRO-3 brings weights together where the module that they belong to is called.
-    if layer.disable_adapters or layer.merged or hasattr(base.weight, "ds_id"):
+    if layer.disable_adapters or layer.merged or hasattr(base.weight, "ds_id") or not is_plain(layer):
         return LoraLinear.forward(layer, x)
     (name,) = layer.active_adapters
     kind = x.device.type

@@ -231,11 +231,10 @@ class MMESID(nn.Module):
 
     def record_base(self) -> None:
         """From now on replay the base's training passes over streams (see `graphs`)."""
-        embeddings = self.base.get_input_embeddings().weight
-        trained = [
-            value for value in self.base.parameters() if value.requires_grad and value is not embeddings
-        ]
-        self.graphs = DecoderGraphs(self._run_base, trained)
+        outside = {id(value) for value in self.base.get_input_embeddings().parameters()}
+        inside = [value for value in self.base.parameters() if id(value) not in outside]
+        trained = [value for value in inside if value.requires_grad]
+        self.graphs = DecoderGraphs(self._run_base, trained) if trained else None
 
     def _run_base(self, embeddings: Tensor, mask: Any, position: Tensor, past: Any = None) -> Tensor:
         known = {} if past is None else {self.cache_name: past}

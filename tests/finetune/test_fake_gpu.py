@@ -47,7 +47,7 @@ def test_the_loss_keeps_to_the_gpu(options, rows, precision, monkeypatch):
         gpu.move(net)
         if rows == "flex":
             net.flex = True
-            net.base.set_attn_implementation("flex_attention")
+            net.base.set_attn_implementation(module.NAME)
             real = module.block_mask
             monkeypatch.setattr(module, "block_mask", lambda *given: gpu.run(real, *given))
         # FlexAttention without compilation makes its gradients' graph at once, which needs a real GPU.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fake_gpu import fake_gpu
 from test_packing import EXACT, NUM_ITEMS, random_users
 from tiny_mme_sid import WIDE, model
 
+from llmrec.errors import TrainingError
 from llmrec.finetune import build, graphs
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.engine import can_record
 from llmrec.finetune.flex import NAME as FLEX
 from llmrec.finetune.packing import group_rows, pack
 
@@ -27,10 +30,6 @@ def rows_of(lengths, seed: int = 0):
     return pack(item, targets, group_rows(targets, "packed"))
 
 
-def trained(net) -> dict[str, torch.nn.Parameter]:
-    return build.trainable(net)
-
-
 def passes(net, parts) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Losses of some passes, and the gradients of their sum as they add up."""
     net.zero_grad(set_to_none=True)
@@ -39,7 +38,7 @@ def passes(net, parts) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         loss = net.loss([part])
         loss.backward()
         losses.append(loss.detach())
-    return losses, {name: value.grad.clone() for name, value in trained(net).items()}
+    return losses, {name: value.grad.clone() for name, value in build.trainable(net).items()}
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "whole"])
@@ -62,7 +61,7 @@ def test_updates_of_the_weights_are_seen():
     part = rows_of([3, 7])
     before, _ = passes(net, [part])
     with torch.no_grad():
-        for parameter in trained(net).values():
+        for parameter in build.trainable(net).values():
             parameter.mul_(1.1)
     found = passes(net, [part])
     net.graphs = None
@@ -85,14 +84,51 @@ def test_what_cannot_be_recorded_is_not(monkeypatch):
     assert not net.graphs.recorded
 
 
-def test_only_whole_weights_on_a_gpu_are_recorded(monkeypatch):
-    gpu, cpu, auto = torch.device("cuda"), torch.device("cpu"), FinetuneConfig()
-    assert build.can_record(auto, gpu, True)
-    assert not build.can_record(auto, cpu, True) and not build.can_record(auto, gpu, False)
-    for name, value in {"cuda_graphs": False, "checkpoint_activations": True}.items():
-        assert not build.can_record(FinetuneConfig(**{name: value}), gpu, True)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert not build.can_record(auto, gpu, True)
+def test_gradients_that_another_pass_has_overwritten_are_not_given():
+    net = model(NUM_ITEMS, rows="stream")
+    net.record_base()
+    net.graphs.record = again
+    first = net.loss([rows_of([3, 7])])
+    net.loss([rows_of([5])])
+    with pytest.raises(RuntimeError, match="another recorded pass came between"):
+        first.backward()
+
+
+def test_what_fails_while_it_is_recorded_names_the_way_out():
+    net = model(NUM_ITEMS, rows="stream")
+    net.record_base()
+
+    def refuse(function, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    net.graphs.record = refuse
+    with pytest.raises(TrainingError, match=r"not permitted .* capturing\); set finetune.cuda_graphs=false"):
+        net.loss([rows_of([3, 7])])
+
+
+@pytest.mark.parametrize(
+    ("settings", "rope", "environment", "recorded"),
+    [
+        ({}, "default", {}, True),
+        ({}, "llama3", {}, True),
+        ({}, "longrope", {}, False),
+        ({"cuda_graphs": False}, "default", {}, False),
+        ({"checkpoint_activations": True}, "default", {}, False),
+        ({}, "default", {"ACCELERATE_USE_FSDP": "true"}, False),
+        ({}, "default", {"ACCELERATE_USE_DEEPSPEED": "true"}, False),
+    ],
+)
+def test_only_what_stands_still_on_a_gpu_is_recorded(settings, rope, environment, recorded, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    net = model(NUM_ITEMS, rows="stream")
+    net.base.config.rope_parameters = {"rope_type": rope}
+    assert not can_record(FinetuneConfig(**settings), net)  # on a CPU
+    with fake_gpu() as gpu:
+        gpu.move(net)
+        assert can_record(FinetuneConfig(**settings), net) == recorded
+        net.stream = False
+        assert not can_record(FinetuneConfig(**settings), net)
 
 
 @pytest.mark.gpu
@@ -117,3 +153,17 @@ def test_cuda_graphs_give_losses_and_summed_gradients_of_plain_passes(lora, flex
         for name, value in expected[1].items():
             assert float((gradients[name] - value).norm() / value.norm().clamp(min=1e-6)) < 2e-3, name
     assert net.graphs.recorded
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_dropout_in_recorded_passes_follows_the_seed():
+    net = model(NUM_ITEMS, rows="stream", lora=True, lora_dropout_rate=0.3).float().cuda()
+    part = rows_of([3, 7])
+    found = []
+    for _ in range(2):  # the second time recorded anew
+        net.record_base()
+        torch.manual_seed(5)
+        found.append([float(net.loss([part]).detach()) for _ in range(3)])
+    assert len(set(found[0])) == 3
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
