@@ -131,7 +131,8 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
     memory = bytes_used(config, model, widths, counts)
     # AdamW reads weight, gradient and both moments, and writes all but the gradient: 7 numbers of 4 bytes.
     moved = None
-    if (config.quantize, config.optimizer, config.checkpoint_activations) == ("none", "adamw", False):
+    plain = (config.quantize, config.optimizer, config.checkpoint_activations) == ("none", "adamw", False)
+    if plain and not config.is_mini:
         moved = counts["steps"] * (2 * memory["frozen weights"] + 28.0 * parameters["trainable"])
     return Estimate(counts=counts, parameters=parameters, flops=flops, memory=memory, moved=moved)
 
@@ -333,12 +334,12 @@ def shown(found: Estimate, gpu: str) -> str:
         f"            {scaled(value, 'FLOP'):>15}  {name}" for name, value in found.flops.items() if value
     ]
     fits = "fits" if found.total_memory < 0.92 * memory else "does not fit"
-    lines.append(f"memory      {scaled(found.total_memory, 'B')}; {fits} a {gpu} ({scaled(memory, 'B')})")
+    lines.append(f"memory      {scaled(found.total_memory, 'B')}; {fits} one {gpu} ({scaled(memory, 'B')})")
     lines += [
         f"            {scaled(value, 'B'):>15}  {name}" for name, value in found.memory.items() if value
     ]
     if found.moved is None:
-        lines.append("time        not known for 4 bits, 8-bit states or recomputed activations")
+        lines.append("time        not known for a mini base, 4 bits, 8-bit states or recomputed activations")
         return "\n".join(lines)
     seconds = found.total_flops / (peak * UTILISATION) + MOVED * found.moved / bandwidth
     lines.append(

@@ -16,7 +16,7 @@ from llmrec import cli, doctor
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import ConfigError
-from llmrec.estimate import distinct_items, estimate, scaled, shown
+from llmrec.estimate import GPUS, MOVED, distinct_items, estimate, scaled, shown
 from llmrec.finetune import build
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.recipe import Recipe, recipe_of, with_preset
@@ -33,7 +33,7 @@ def test_tokens_and_parameters_are_those_of_the_run(finished):
         assert 2 * found.counts["tokens"] == pytest.approx(metrics["tokens"], rel=0.02)
     assert estimate(tiny(), finished).parameters == metrics["parameters"]
     text = shown(found, "H100")
-    assert "fits a H100 (80 GB)" in text and "times fewer than one prompt per target" in text
+    assert "fits one H100 (80 GB)" in text and "times fewer than one prompt per target" in text
 
 
 def test_the_published_size_is_counted_without_building_it(tmp_path):
@@ -66,7 +66,12 @@ def test_the_published_size_is_counted_without_building_it(tmp_path):
     )  # 4 x 7e9 a token
     assert found.memory["frozen weights"] == pytest.approx(15.0e9, rel=0.02)
     assert found.total_memory == pytest.approx(21.5e9, rel=0.02)
-    assert "fits a RTX4090 (24 GB)" in shown(found, "RTX4090")
+    assert "fits one RTX4090 (24 GB)" in shown(found, "RTX4090") and "one H200 (rough)" in shown(
+        found, "H200"
+    )
+    # What a step of this shape takes beside its tokens, as measured on an H200 (tools/engine.md).
+    beside = MOVED * found.moved / found.counts["steps"] / GPUS["H200"][2]
+    assert beside == pytest.approx(0.026, rel=0.1)
 
 
 @pytest.mark.real_data
@@ -133,7 +138,7 @@ def test_the_command_prints_and_says_what_is_wrong(tmp_path, capsys, finished):
     shutil.copy(file, file.with_suffix(""))
     options = ["--set", "prepare_data.market.num_users=50", "--gpu", "A100"]
     for arguments, code, message in (
-        (["estimate", str(file), *options], 0, "on one A100"),
+        (["estimate", str(file), *options], 0, "not known for a mini base"),
         (["estimate", str(tmp_path / "none.py")], 2, "no such recipe"),
         (["estimate", str(file.with_suffix(""))], 2, "give a Python file"),
         (["estimate", str(file), "--run-dir", str(tmp_path / "none")], 2, "none: no such folder"),

@@ -124,7 +124,12 @@ def rows_timed(options: argparse.Namespace) -> dict[str, TrainCollabConfig]:
     if options.comparison is None:
         known = {name: TrainCollabConfig(provider=cast(Any, name)) for name in PROVIDER_FIELDS}
     else:
-        known = runpy.run_path(options.comparison)["rows"]()
+        made = runpy.run_path(options.comparison) if Path(options.comparison).is_file() else {}
+        if "rows" not in made:
+            raise SystemExit(f"error: --comparison {options.comparison} is no recipe with a function `rows`")
+        known = made["rows"]()
+    if unknown := [name for name in options.providers or () if name not in known]:
+        raise SystemExit(f"error: --providers must be among {', '.join(known)}, got {', '.join(unknown)}")
     return {name: known[name] for name in options.providers or known}
 
 
@@ -223,6 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.what == "lengths":
         options.providers = options.providers or ["sasrec", "gru4rec", "mamba4rec", "mamba", "fuxi"]
+        if unknown := [name for name in options.providers if name not in PROVIDER_FIELDS]:
+            parser.error(f"--providers must be among {', '.join(PROVIDER_FIELDS)}, got {', '.join(unknown)}")
         time_lengths(options)
     else:
         if options.prepare_data is None:

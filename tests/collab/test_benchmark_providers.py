@@ -65,3 +65,23 @@ def test_every_provider_is_timed(tool, folder, capsys):
     ]
     tool.main(["lengths", "--positions", "100", "--rounds", "1", "--providers", "gru4rec", "mamba"])
     assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_rows_of_a_comparison_are_timed_as_it_sets_them(tool, folder, capsys, tmp_path):
+    recipe = tmp_path / "some.py"
+    recipe.write_text(
+        "from llmrec.collab.config import TrainCollabConfig\n"
+        "def rows():\n"
+        "    small = TrainCollabConfig(batch_by='targets', batch_size=16)\n"
+        "    return {'large': TrainCollabConfig(), 'small': small}\n"
+    )
+    given = ["epochs", "--prepare-data", str(folder), "--steps", "1", "--comparison"]
+    tool.main([*given, str(recipe)])
+    steps = {line.split()[0]: int(line.split()[3]) for line in capsys.readouterr().out.splitlines()[1:3]}
+    assert steps["large"] == 1 < steps["small"]
+    for wrong, words in (
+        ([str(recipe), "--providers", "none"], "among large, small"),
+        (["no.py"], "no recipe"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            tool.main([*given, *wrong])
