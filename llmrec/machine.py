@@ -51,12 +51,10 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = Non
     )
     best = float("inf")
     for _ in range(10 if gpu else 4):
-        if gpu:
-            torch.cuda.synchronize()
+        finish(device)
         begun = time.perf_counter()
         left @ right
-        if gpu:
-            torch.cuda.synchronize()
+        finish(device)
         best = min(best, time.perf_counter() - begun)
     return 2 * size**3 / best
 

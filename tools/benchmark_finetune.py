@@ -82,7 +82,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "64, one prompt per target": {"batch_size": 64, "layout": "per_prefix"},
     "16, 4-bit base": {"batch_size": 16, "quantize": "nf4", "optimizer": "adamw_8bit"},
 }
-GPU_ONLY = ("64, liger", "256, liger")
 
 
 def world(
@@ -260,7 +259,7 @@ def engine(options: argparse.Namespace) -> None:
     for name, settings in VARIANTS.items():
         if options.only and name not in options.only:
             continue
-        if device.type != "cuda" and (name in GPU_ONLY or "quantize" in settings):
+        if device.type != "cuda" and ("kernels" in settings or "quantize" in settings):
             print(f"{name}: needs a GPU")
             continue
         config = FinetuneConfig(
@@ -315,18 +314,14 @@ def measure(
     trainer = Trainer(config, data, model)
     steps = steps_of_epoch(trainer.targets, config, 1, len(model.response))
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
     timed = steps[: options.steps]
     for chosen in timed:  # so that nothing is compiled or recorded while the clock runs
         trainer.train_step(trainer.targets.take(chosen))
-    wait()
+    machine.finish(device)
     begun, tokens = time.perf_counter(), 0
     for chosen in timed:
         tokens += trainer.train_step(trainer.targets.take(chosen))[1]
-    wait()
+    machine.finish(device)
     seconds = time.perf_counter() - begun
     speed = tokens / seconds
     memory = machine.peak_memory(device)
@@ -337,10 +332,10 @@ def measure(
         torch.from_numpy(data.item), torch.from_numpy(some.start[:8]), torch.from_numpy(some.stop[:8])
     )
     scorer.score(history.to(device))
-    wait()
+    machine.finish(device)
     begun = time.perf_counter()
     rank_users(scorer, data, some)
-    wait()
+    machine.finish(device)
     ranked = time.perf_counter() - begun
     return {
         "tokens_per_second": round(speed),

@@ -19,7 +19,6 @@ import statistics
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,10 +27,11 @@ from torch import Tensor, nn
 
 from llmrec import distributed, machine, pipeline
 from llmrec.artifacts import Interactions
+from llmrec.collab.compare_cli import every_provider
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.collab.provider import PROVIDERS
 from llmrec.collab.rows import TrainingRows
-from llmrec.collab.train import Sums, train_step
+from llmrec.collab.train import Sums, train_step, training_rows
 from llmrec.data.batches import Batch
 
 LENGTHS = (50, 200, 1000)
@@ -49,8 +49,7 @@ def optimiser(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    machine.finish(distributed.device())
 
 
 def prefix_rows(data: Interactions, max_history: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +121,7 @@ def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
 def rows_timed(options: argparse.Namespace) -> dict[str, TrainCollabConfig]:
     """What `epochs` times: the rows of a comparison, or every model with its default settings."""
     if options.comparison is None:
-        known = {name: TrainCollabConfig(provider=cast(Any, name)) for name in PROVIDER_FIELDS}
+        known = every_provider()
     else:
         made = runpy.run_path(options.comparison) if Path(options.comparison).is_file() else {}
         if "rows" not in made:
@@ -140,12 +139,7 @@ def time_epochs(options: argparse.Namespace, data: Interactions) -> None:
     )
     for name, config in rows_timed(options).items():
         model = make(config.provider, data.num_items, **asdict(getattr(config, config.provider)))
-        layout = model.layout if config.layout == "auto" else config.layout
-        windows = config.windows
-        if windows == "auto":
-            windows = "all" if layout == "prefixes" else "last"
-        sequences = data.sequences("train")
-        rows = TrainingRows.of(sequences, model.max_history, layout, distributed.device(), windows)
+        rows = training_rows(model, config, data.sequences("train"))
         optimizer = optimiser(model)
         steps = rows.steps(config.batch_by, config.batch_size, np.random.default_rng(0))
 
@@ -161,8 +155,8 @@ def time_epochs(options: argparse.Namespace, data: Interactions) -> None:
         each = run(steps[options.warm_up : options.warm_up + options.steps] or steps)
         size = sum(weight.numel() for weight in model.parameters())
         print(
-            f"{name:20}{layout:>11}{size:12,}{len(steps):8,}"
-            f"{each * rows.num_targets:11.2f}{each * 1e6:12.2f}",
+            f"{name:20}{rows.layout:>11}{size:12,}{len(steps):8,}"
+            f"{each * rows.num_targets:11.2f}{each * 1e6:20.2f}",
             flush=True,
         )
     print(f"from {options.steps} steps; validation is not in it")

@@ -23,6 +23,7 @@ from llmrec.artifacts import (
     CollabEmbeddings,
     ContentEmbeddings,
     Interactions,
+    Sequences,
     Split,
     Targets,
     check_same_catalog,
@@ -75,13 +76,9 @@ def train_collab(
     if components:
         model.content.set_content(components)
     model = model.to(distributed.device())
-    layout = model.layout if config.layout == "auto" else config.layout
-    windows = config.windows
-    if windows == "auto":
-        windows = "all" if model.layout == "prefixes" else "last"
     splits: tuple[Split, ...] = ("train", "valid") if config.include_valid else ("train",)
     sequences = data.sequences(*splits)
-    rows = TrainingRows.of(sequences, model.max_history, layout, distributed.device(), windows)
+    rows = training_rows(model, config, sequences)
     valid = validation_targets(config, data)
     metrics, log = fit(model, config, data, rows, valid)
     state = {name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()}
@@ -101,6 +98,15 @@ def train_collab(
         },
         log=log,
     )
+
+
+def training_rows(model: Any, config: TrainCollabConfig, sequences: Sequences) -> TrainingRows:
+    """Sequences as the rows that the settings ask for, on this process's device."""
+    layout = model.layout if config.layout == "auto" else config.layout
+    windows = config.windows
+    if windows == "auto":
+        windows = "all" if model.layout == "prefixes" else "last"
+    return TrainingRows.of(sequences, model.max_history, layout, distributed.device(), windows)
 
 
 def item_groups(model: Any) -> dict[str, Any]:

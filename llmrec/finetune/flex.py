@@ -10,13 +10,10 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward, repeat_kv
 
-from llmrec.finetune.packing import TokenStream
+from llmrec.finetune.packing import BLOCK, TokenStream
 
 NAME = "llmrec_flex"
 """What transformers calls `attention`."""
-
-BLOCK = 128
-"""Tokens of one block of a mask; streams are padded to a multiple."""
 
 
 def block_mask(stream: TokenStream, blocks: Tensor) -> BlockMask:
@@ -24,7 +21,7 @@ def block_mask(stream: TokenStream, blocks: Tensor) -> BlockMask:
 
     Args:
         stream: where attention runs.
-        blocks: its `visible_blocks` of `BLOCK`, best worked out on the host.
+        blocks: its `visible_blocks`, best worked out on the host.
     """
     mask = host_mask(blocks).to(stream.source.device)
     mask.mask_mod = lambda batch, head, query, key: stream.sees(query, key)

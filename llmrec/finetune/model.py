@@ -215,7 +215,7 @@ class MMESID(nn.Module):
             tokens_per_item=self.item_tokens.tokens_per_item,
             bucketed=self.flex,
         )
-        blocks = stream.visible_blocks(flex_attention.BLOCK) if self.flex else None
+        blocks = stream.visible_blocks() if self.flex else None
         stream = stream.to(self.instruction.device)
         embed = self.base.get_input_embeddings()
         text = embed(torch.cat([self.response, self.instruction]))

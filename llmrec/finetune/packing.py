@@ -29,6 +29,9 @@ from torch import Tensor
 from llmrec.artifacts import Targets
 from llmrec.data.batches import sent
 
+BLOCK = 128
+"""Streams are padded to a multiple of so many tokens, the blocks of FlexAttention's masks."""
+
 RESPONSE_INDEX = torch.iinfo(torch.int64).max
 
 
@@ -103,21 +106,21 @@ class TokenStream(Movable):
         token = torch.arange(len(self.source), device=self.source.device)
         return self.sees(token[:, None], token[None, :])[None, None]
 
-    def visible_blocks(self, size: int) -> Tensor:
-        """Whether any token of a block of `size` sees any of another, bool (S / size, S / size).
+    def visible_blocks(self) -> Tensor:
+        """Whether any token of a block sees any of another, bool (S / BLOCK, S / BLOCK).
 
         Exact, without looking at pairs of tokens: each interval is marked where it begins and behind its end.
         """
         token = torch.arange(len(self.source), device=self.source.device)
-        blocks = len(token) // size
+        blocks = len(token) // BLOCK
         begin = torch.stack([torch.zeros_like(token), self.first, self.own])
         end = torch.stack([self.shared, self.stop, token + 1])
         # Empty intervals begin and end at one mark.
-        last = torch.where(end > begin, (end - 1) // size + 1, begin // size)
-        row = (token // size).expand(3, -1) * (blocks + 1)
+        last = torch.where(end > begin, (end - 1) // BLOCK + 1, begin // BLOCK)
+        row = (token // BLOCK).expand(3, -1) * (blocks + 1)
         marks = torch.zeros(blocks * (blocks + 1), dtype=torch.int32, device=token.device)
         one = marks.new_ones(1).expand(begin.numel())
-        marks.index_add_(0, (row + begin // size).flatten(), one)
+        marks.index_add_(0, (row + begin // BLOCK).flatten(), one)
         marks.index_add_(0, (row + last).flatten(), -one)
         return marks.view(blocks, blocks + 1).cumsum(1)[:, :-1] > 0
 
@@ -302,9 +305,9 @@ def lay_out_stream(
 
 
 def stream_bucket(size: int) -> int:
-    """The length a stream is padded to: at most an eighth more, a multiple of 128, and 256 at least."""
-    step = max(128, 1 << max((size - 1).bit_length() - 4, 0))
-    return max(256, -(-size // step) * step)
+    """The length a stream is padded to: at most an eighth more, two or more times `BLOCK`."""
+    step = max(BLOCK, 1 << max((size - 1).bit_length() - 4, 0))
+    return max(2 * BLOCK, -(-size // step) * step)
 
 
 def count_tokens(

@@ -14,8 +14,8 @@ from tiny_mme_sid import PROMPT, WIDE, model
 from llmrec.errors import ConfigError
 from llmrec.finetune import build
 from llmrec.finetune.config import FinetuneConfig
-from llmrec.finetune.flex import BLOCK, block_mask
 from llmrec.finetune.flex import NAME as FLEX
+from llmrec.finetune.flex import block_mask
 from llmrec.finetune.packing import count_tokens, group_rows, lay_out_stream, pack, stream_bucket
 
 NO_RESPONSE = dataclasses.replace(PROMPT, response=[])
@@ -128,7 +128,7 @@ def test_block_masks_are_the_dense_mask_and_flex_attention_gives_its_read_outs()
     rows = pack(item, targets, group_rows(targets, "packed"))
     net = model(NUM_ITEMS, rows="stream").float().eval()
     stream = lay_out_stream(rows, instruction=5, response=3, bucketed=True)
-    mask = block_mask(stream, stream.visible_blocks(BLOCK))
+    mask = block_mask(stream, stream.visible_blocks())
     blocks = stream.visible()[0, 0].unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).any(dim=(1, 3))
     assert torch.equal(mask.to_dense()[0, 0].bool(), blocks) and 0 < blocks.float().mean() < 1
     tokens = net.item_tokens(torch.arange(NUM_ITEMS + 1))
