@@ -102,7 +102,8 @@ def encode_image(config: ImageEncoderConfig, data: Interactions) -> Encoded:
         assert file is not None
         return sha256(file) if file.is_file() else hashlib.sha256(str(file).encode()).hexdigest()
 
-    cache = cache_of(encoder, config.encoder)
+    # A smaller limit makes pictures unreadable whose vectors are known.
+    cache = cache_of(encoder, config.encoder, max_pixels=config.max_pixels)
     vectors, readable = encode_pictures(encoder, sources, read, config.batch_size, cache, key)
     broken = int((~readable).sum())
     if broken == len(sources):
@@ -123,9 +124,9 @@ def encode_image(config: ImageEncoderConfig, data: Interactions) -> Encoded:
     return assemble("image", config, data, vectors, named, about, fitted)
 
 
-def cache_of(encoder: Encoder, name: str) -> VectorCache:
-    """What was encoded before the stage was stopped, in this run."""
-    return VectorCache(resume_folder(), {"encoder": name, **encoder.describe()})
+def cache_of(encoder: Encoder, name: str, **limits: int) -> VectorCache:
+    """What was encoded before the stage was stopped, in this run, within the same limits."""
+    return VectorCache(resume_folder(), {"encoder": name, **encoder.describe(), **limits})
 
 
 def text_encoder(config: TextEncoderConfig, texts: list[str]) -> Encoder:

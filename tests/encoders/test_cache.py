@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
+from PIL import Image
 from safetensors.numpy import load_file
 
 from llmrec.encoders import cache as module
 from llmrec.encoders.cache import VectorCache
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
-from llmrec.encoders.encode import encode_items
+from llmrec.encoders.encode import encode_image, encode_items
 from llmrec.encoders.encoder import encode_pictures, encode_texts
 from llmrec.pipeline import run_stage
 
@@ -126,6 +128,22 @@ def test_a_stopped_stage_leaves_its_work_and_a_finished_one_nothing(tmp_path, mo
     assert len(calls) == 3 + 2  # four batches, of which two were done
     assert np.array_equal(made.vectors["text"], expected.vectors["text"])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["encode_items"]
+
+
+def test_another_limit_on_pictures_reads_them_again(tmp_path, monkeypatch):
+    names = tiny.pictures(tmp_path / "images", 4)
+    with Image.open(tmp_path / "images" / names[0]) as first:
+        first.resize((200, 200)).save(tmp_path / "images" / names[0])
+    data = tiny.catalogue(tiny.TEXTS[:4], tmp_path / "images", image_path=pa.array(names))
+    monkeypatch.setattr("llmrec.encoders.encode.resume_folder", lambda: tmp_path / "unfinished")
+    found = {
+        limit: encode_image(
+            ImageEncoderConfig(encoder="classical", dim=2, max_pixels=limit, on_error="missing"), data
+        )[1]
+        for limit in (200 * 200 - 1, 200 * 200)
+    }
+    assert [missing[1] for missing in found.values()] == [True, False]
+    assert not any(missing[2:].any() for missing in found.values())
 
 
 def fresh(folder: Path) -> Path:
