@@ -53,13 +53,13 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
         for name in (*stage.inputs, *stage.optional)
         if getattr(options, name) is not None
     ]
-    result = pipeline.run_stage(stage.function(), config, tuple(inputs), Path(options.out))
+    result = pipeline.run_stage(stage, config, tuple(inputs), Path(options.out))
     from llmrec import distributed
 
     if stage.name == "report_semantic_ids" and distributed.is_main():
         print(f"report: {Path(options.out) / 'report.html'}")
     if stage.name == "evaluate" and distributed.is_main():
-        from llmrec.evaluation.evaluate import format_table
+        from llmrec.evaluation.table import format_table
 
         print(format_table(result.metrics))
         print(f"report: {Path(options.out) / 'report.html'}")

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModel
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
 from llmrec.errors import ConfigError
-from llmrec.finetune import build
-from llmrec.finetune.build import decoder_of
+from llmrec.finetune import base_model, build
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.lora import add_lora
 from llmrec.finetune.methods import modalities_of
 from llmrec.finetune.packing import count_tokens
 from llmrec.finetune.steps import steps_of_epoch, train_counts, training_targets
@@ -96,7 +96,7 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
         data = prepare_data(recipe.prepare_data)
     widths = vector_widths(recipe, run_dir)
     names = modalities_of(config, tuple(widths))
-    prompt = build.load_prompt(config)
+    prompt = base_model.load_prompt(config)
     base = meta_base(config, prompt)
     model = meta_model(recipe, config, base, prompt, {name: widths[name] for name in names}, data)
     targets = training_targets(config, data)
@@ -195,7 +195,7 @@ def encoder_width(encoder: Any) -> int:
     if encoder.encoder == "huggingface":
         try:
             found = AutoConfig.from_pretrained(encoder.model, revision=encoder.revision)
-        except build.NOT_LOADABLE:
+        except base_model.NOT_LOADABLE:
             found = None
         width = getattr(found, "projection_dim", None) or getattr(found, "hidden_size", None)
         if width is not None:
@@ -210,16 +210,16 @@ def meta_base(config: FinetuneConfig, prompt: Any) -> nn.Module:
     """The base model with LoRA, without weights."""
     with torch.device("meta"):
         if config.is_mini:
-            return build.load_base(config, prompt)
+            return base_model.load_base(config, prompt)
         try:
             known = AutoConfig.from_pretrained(config.base_model, revision=config.revision)
-        except build.NOT_LOADABLE as error:
+        except base_model.NOT_LOADABLE as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
                 f"finetune.base_model={config.base_model!r} cannot be read ({reason})"
             ) from None
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        return build.add_lora(AutoModel.from_config(known, dtype=dtype), config)
+        return add_lora(AutoModel.from_config(known, dtype=dtype), config)
 
 
 def meta_model(
@@ -286,7 +286,9 @@ def bytes_used(
     )
     if config.quantize == "nf4":
         # Linear layers in 4 bits, and 0.127 bits of scales a weight (double quantisation).
-        linear = [module for module in decoder_of(model.base).modules() if isinstance(module, nn.Linear)]
+        linear = [
+            module for module in base_model.decoder_of(model.base).modules() if isinstance(module, nn.Linear)
+        ]
         frozen = sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
         kept -= frozen * (2 - 4.127 / 8)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)

@@ -1,4 +1,4 @@
-"""The pipeline: seven calls in order, each remembered on disk.
+"""The pipeline: the stages in order, each remembered on disk.
 
 A stage is a function ``(config, *artefacts) -> artefact``. `RunDir.stage` calls it unless the run
 folder already holds its output for the same config and inputs. The output is written to a
@@ -44,6 +44,7 @@ from llmrec.manifest import (
     sha256,
     write_manifest,
 )
+from llmrec.stages import Stage, in_order
 
 logger = logging.getLogger("llmrec")
 
@@ -69,37 +70,13 @@ def run(recipe: Any, run_dir: RunDir, *, until: str | None = None) -> Report | N
     Returns:
         The evaluation report, or None if `until` stopped the run before it.
     """
-    # Each stage is imported when its turn comes: libraries of later ones take seconds.
-    stage = run_dir.stage
-    from llmrec.data.prepare import prepare_data
-
-    data = stage(prepare_data, recipe.prepare_data)
-    if until == "prepare_data":
-        return None
-    from llmrec.collab.train import train_collab
-    from llmrec.encoders.encode import encode_items
-
-    # Sequence models that know what items look like need the next stage first.
-    early = (stage(encode_items, recipe.encode_items, data),) if recipe.train_collab.content else ()
-    collab = stage(train_collab, recipe.train_collab, data, *early)
-    if until == "train_collab":
-        return None
-    content = early[0] if early else stage(encode_items, recipe.encode_items, data)
-    if until == "encode_items":
-        return None
-    from llmrec.semantic_ids.learn import learn_semantic_ids
-
-    ids = stage(learn_semantic_ids, recipe.learn_semantic_ids, data, collab, content)
-    if until == "learn_semantic_ids":
-        return None
-    from llmrec.finetune.train import finetune
-
-    adapter = stage(finetune, recipe.finetune, data, collab, content, ids)
-    if until == "finetune":
-        return None
-    from llmrec.evaluation.evaluate import evaluate
-
-    return stage(evaluate, recipe.evaluate, data, collab, content, ids, adapter)
+    made: dict[str, Any] = {}
+    for stage in in_order(recipe):
+        config = getattr(recipe, stage.name)
+        made[stage.name] = run_dir.stage(stage, config, *(made[name] for name in stage.made_from(config)))
+        if stage.name == until:
+            break
+    return made.get("evaluate")
 
 
 class RunDir:
@@ -108,30 +85,41 @@ class RunDir:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def stage(self, function: Callable[..., Any], config: Any, *inputs: Any) -> Any:
-        """Return ``function(config, *inputs)``, from disk if this run has already computed it."""
-        return run_stage(function, config, inputs, self.root / function.__name__)
+    def stage(self, stage: Stage | Callable[..., Any], config: Any, *inputs: Any) -> Any:
+        """What the stage makes of the config and inputs, from disk if this run has already computed it."""
+        name = stage.name if isinstance(stage, Stage) else stage.__name__
+        return run_stage(stage, config, inputs, self.root / name)
 
 
-def run_stage(function: Callable[..., Any], config: Any, inputs: tuple[Any, ...], folder: Path) -> Any:
+def run_stage(stage: Stage | Callable[..., Any], config: Any, inputs: tuple[Any, ...], folder: Path) -> Any:
     """Compute one stage into folder unless folder already holds it, and load the result.
 
     Under several processes, only the main one computes and writes, unless the function is marked
     `distributed.every_process`; all of them load.
 
+    Args:
+        stage: one of `stages.COMMANDS`, whose libraries are imported only if there is something to compute;
+            or a function, whose return type is the artefact.
+        config: its settings.
+        inputs: the artefacts it reads.
+        folder: where its output lies.
+
     Raises:
         StaleArtifactError: if the folder was made with another config or other inputs.
         MissingArtifactError: if the folder holds something else, or is damaged.
     """
-    artifact = typing.get_type_hints(function)["return"]
+    if isinstance(stage, Stage):
+        name, artifact = stage.name, stage.artifact_class()
+    else:
+        name, artifact = stage.__name__, typing.get_type_hints(stage)["return"]
     check_lineage(inputs)
-    wanted = describe_stage(function.__name__, config, inputs)
+    wanted = describe_stage(name, config, inputs)
     status = check_folder(folder, wanted, config)
     distributed.wait()
     if status == "done":
-        logger.info("%s: already done, %s", function.__name__, folder)
+        logger.info("%s: already done, %s", name, folder)
     else:
-        compute(function, config, inputs, folder, wanted)
+        compute(stage.function() if isinstance(stage, Stage) else stage, config, inputs, folder, wanted)
     distributed.wait()
     return load(artifact, folder)
 

@@ -26,7 +26,7 @@ from llmrec.finetune.config import FREQUENCY_FIELDS, FUSIONS, METHOD_FIELDS, Fin
 from llmrec.finetune.config import PRESETS as FINETUNE_PRESETS
 from llmrec.semantic_ids.config import PRESETS as ID_PRESETS
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
-from llmrec.stages import STAGES
+from llmrec.stages import STAGES, in_order
 
 C = TypeVar("C")
 
@@ -90,7 +90,7 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
     from llmrec import distributed
 
     if report is not None and distributed.is_main():
-        from llmrec.evaluation.evaluate import format_table
+        from llmrec.evaluation.table import format_table
 
         print(format_table(report.metrics))
         print(f"report: {root / 'evaluate' / 'report.html'}")
@@ -286,10 +286,10 @@ def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
 
     found: dict[str, str] = {}
     new = {name for name in STAGES if not (root / name).exists()}
-    for name, stage in STAGES.items():
+    for stage in in_order(recipe):
+        name = stage.name
         folder = root / name
         config = getattr(recipe, name)
-        made_from = stage.inputs + (stage.optional if getattr(config, "content", ()) else ())
         if name in new:
             status = TO_DO
         elif not (folder / MANIFEST).exists():
@@ -299,7 +299,7 @@ def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
             *changed_sources(manifest, source_hashes(config)),
         ]:
             status = f"was made with {', '.join(changes)}; use another --run-dir or delete the folder"
-        elif new.intersection(made_from):
+        elif new.intersection(stage.made_from(config)):
             status = UNCERTAIN
         else:
             status = "done"

@@ -36,6 +36,10 @@ class Stage:
     presets: dict[str, Any] = field(default_factory=dict)
     """Settings that have a name."""
 
+    def made_from(self, config: Any) -> tuple[str, ...]:
+        """Names of the stages whose artefacts it takes with these settings, in order."""
+        return self.inputs + (self.optional if getattr(config, "content", ()) else ())
+
     def function(self) -> Callable[..., Any]:
         """The stage function; imports what it needs."""
         return getattr(importlib.import_module(self.module), self.name)
@@ -125,6 +129,19 @@ STAGES: dict[str, Stage] = {
         ),
     )
 }
+
+
+def in_order(recipe: Any) -> list[Stage]:
+    """The stages of a `llmrec.recipe.Recipe`, each behind those it reads, else as they are listed."""
+    left = list(STAGES.values())
+    ordered: list[Stage] = []
+    while left:
+        known = {stage.name for stage in ordered}
+        ready = next(one for one in left if known.issuperset(one.made_from(getattr(recipe, one.name))))
+        left.remove(ready)
+        ordered.append(ready)
+    return ordered
+
 
 COMMANDS: dict[str, Stage] = STAGES | {
     stage.name: stage

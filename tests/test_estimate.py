@@ -17,7 +17,7 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import ConfigError
 from llmrec.estimate import GPUS, MOVED, distinct_items, estimate, scaled, shown
-from llmrec.finetune import build
+from llmrec.finetune import base_model
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.recipe import Recipe, recipe_of, with_preset
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
@@ -102,7 +102,7 @@ def test_the_official_preset_costs_what_the_published_code_counts(real_data, tmp
             chosen = dataclasses.replace(
                 chosen, finetune=dataclasses.replace(chosen.finetune, base_model=base)
             )
-        prompt = build.load_prompt(chosen.finetune)
+        prompt = base_model.load_prompt(chosen.finetune)
         assert (len(prompt.instruction), len(prompt.response)) == (
             (17, 4) if preset == "official" else (33, 4)
         )

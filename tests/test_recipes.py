@@ -20,7 +20,7 @@ from tiny_recipe import tiny
 
 from llmrec import cli
 from llmrec.artifacts import ContentEmbeddings, Interactions
-from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
+from llmrec.collab.config import PROVIDER_FIELDS, SASRecConfig, TrainCollabConfig
 from llmrec.config import flatten
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
@@ -30,7 +30,7 @@ from llmrec.finetune.config import FinetuneConfig
 from llmrec.preflight import in_the_way
 from llmrec.recipe import TO_DO, UNCERTAIN, Recipe, apply_overrides, main, statuses
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
-from llmrec.stages import STAGES
+from llmrec.stages import STAGES, in_order
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -326,6 +326,27 @@ def test_a_refit_of_one_model_alone_is_pointed_out(finished, tmp_path, capsys):
 def test_until_stops_after_a_stage(tmp_path, capsys):
     code, _, _ = run(["--run-dir", str(tmp_path), "--until", "prepare_data"], capsys)
     assert code == 0 and [path.name for path in tmp_path.iterdir()] == ["prepare_data"]
+
+
+def test_stages_stand_behind_what_they_read():
+    listed = list(STAGES)
+    assert [stage.name for stage in in_order(tiny())] == listed
+    knowing = dataclasses.replace(tiny().train_collab, sasrec=SASRecConfig(content=("text",)))
+    names = [stage.name for stage in in_order(dataclasses.replace(tiny(), train_collab=knowing))]
+    assert names[:3] == ["prepare_data", "encode_items", "train_collab"] and names[3:] == listed[3:]
+
+
+def test_a_finished_run_is_shown_without_the_libraries_that_made_it(finished):
+    script = (
+        "import sys\nfrom pathlib import Path\nsys.path.insert(0, sys.argv[2])\n"
+        "from tiny_recipe import tiny\nfrom llmrec.recipe import run_recipe\n"
+        "run_recipe(tiny, ['--run-dir', sys.argv[1]])\n"
+        "print(*sorted({'transformers', 'peft', 'sklearn', 'matplotlib', 'scipy'} & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", script, str(finished), str(ROOT / "tests")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *shown, imported = done.stdout.splitlines()
+    assert "mme_sid" in "".join(shown) and imported == ""
 
 
 def test_print_config_prints_what_set_takes(capsys):

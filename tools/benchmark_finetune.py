@@ -33,8 +33,9 @@ from llmrec.artifacts import Interactions, SemanticIds
 from llmrec.data.batches import pad_histories
 from llmrec.errors import ConfigError
 from llmrec.evaluation.rank import rank_users
-from llmrec.finetune import build
+from llmrec.finetune import base_model, build
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
+from llmrec.finetune.lora import add_lora
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.packing import count_tokens
 from llmrec.finetune.prompt import Prompt
@@ -111,7 +112,7 @@ def mini_model(data: Interactions, config: FinetuneConfig, options: argparse.Nam
     """MME-SID on a random mini base, the same for all layouts."""
     widths = {"collab": 64, "text": 64}
     vectors, ids, prompt = world(data, widths, options.width, options)
-    base, count = build.load_base(config, prompt), torch.from_numpy(data.train_count)
+    base, count = base_model.load_base(config, prompt), torch.from_numpy(data.train_count)
     return build.build_model(config, base, prompt, vectors, ids, count, distributed.device())
 
 
@@ -268,7 +269,7 @@ def engine(options: argparse.Namespace) -> None:
         )  # fmt: skip
         own_prompt = dataclasses.replace(prompt, response=[]) if config.readout == "item" else prompt
         try:
-            base = build.add_lora(random_base(shape, config, device), config)
+            base = add_lora(random_base(shape, config, device), config)
             count = torch.from_numpy(data.train_count)
             model = build.build_model(config, base, own_prompt, vectors, ids, count, device)
             rows.append({"variant": name, **measure(config, data, model, peak, options)})
@@ -300,7 +301,7 @@ def random_base(shape: dict[str, Any], config: FinetuneConfig, device: torch.dev
         torch.cuda.empty_cache()
         place = {"": torch.cuda.current_device()}
         base = AutoModel.from_pretrained(
-            folder, quantization_config=build.four_bits(), dtype=dtype, device_map=place
+            folder, quantization_config=base_model.four_bits(), dtype=dtype, device_map=place
         )
     torch.cuda.reset_peak_memory_stats()
     return base

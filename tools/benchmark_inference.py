@@ -25,7 +25,7 @@ import torch
 
 from llmrec import machine
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
-from llmrec.finetune import build
+from llmrec.finetune import base_model, build
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
 from llmrec.finetune.scoring import heads_of
@@ -47,8 +47,8 @@ def random_package(options: argparse.Namespace) -> Package:
         hidden_size=options.width, num_layers=options.layers, intermediate_size=2 * options.width
     )
     config = FinetuneConfig(mini=mini, fusion_temperature=1.0)
-    prompt = build.load_prompt(config)
-    base = build.load_base(config, prompt)
+    prompt = base_model.load_prompt(config)
+    base = base_model.load_base(config, prompt)
     ids = SemanticIds(
         catalog="random",
         codes={name: rng.integers(0, CODES, (rows, LEVELS)) for name in vectors},

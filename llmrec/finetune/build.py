@@ -2,157 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaModel
 
 from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
-from llmrec.errors import ArtifactMismatchError, ConfigError
-from llmrec.finetune import flex as flex_attention
-from llmrec.finetune import low_rank
+from llmrec.errors import ConfigError
+from llmrec.finetune.base_model import head_width, set_up_base, stream_and_flex
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.fusion import EqualWeights, FrequencyGate, ItemScores
 from llmrec.finetune.item_inputs import CodeSums, OwnTable, ProjectedVectors
 from llmrec.finetune.methods import WITH_CODES, item_tokens, modalities_of
 from llmrec.finetune.model import MMESID
-from llmrec.finetune.prompt import Prompt, tokenize, tokenize_words
-
-# We load the decoder without its language-model head; PEFT users load it with one, where the decoder
-# is called `model`.
-DECODER_PREFIX = "base_model.model."
-CAUSAL_LM_PREFIX = "base_model.model.model."
-
-MIN_FLEX_HEAD = 16
-"""Narrowest attention head that FlexAttention's kernels take on a GPU."""
-
-NOT_LOADABLE = (OSError, ValueError, StrictDataclassError)
-"""What transformers raises where a model is not there, or its config.json cannot be that of a model."""
-
-MOST_GRAPHS = 64
-"""Compiled forms of a block; beyond them torch would go on without compiling, and FlexAttention unfused."""
-
-
-def load_prompt(config: FinetuneConfig) -> Prompt:
-    """The prompt in the base model's token ids; without a response if the model is read out at items."""
-    prompt = _whole_prompt(config)
-    return replace(prompt, response=[]) if config.readout == "item" else prompt
-
-
-def _whole_prompt(config: FinetuneConfig) -> Prompt:
-    if config.is_mini:
-        return tokenize_words(config.prompt)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.base_model, revision=config.revision)
-    except NOT_LOADABLE as error:
-        raise ConfigError(_cannot_load("tokenizer", config.base_model, error)) from None
-    return tokenize(config.prompt, tokenizer)
-
-
-def load_base(config: FinetuneConfig, prompt: Prompt) -> nn.Module:
-    """The base model: mini from its config, trained in full, or pretrained with fresh LoRA matrices."""
-    if config.is_mini:
-        return LlamaModel(
-            LlamaConfig(
-                vocab_size=prompt.vocab_size,
-                num_hidden_layers=config.mini.num_layers,
-                hidden_size=config.mini.hidden_size,
-                intermediate_size=config.mini.intermediate_size,
-                num_attention_heads=config.mini.num_heads,
-                attn_implementation="sdpa",  # type: ignore[call-arg]
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        )
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32}
-    if config.quantize == "nf4":
-        options["quantization_config"] = four_bits()
-        if torch.cuda.is_available():
-            options["device_map"] = {"": torch.cuda.current_device()}
-    try:
-        base = AutoModel.from_pretrained(
-            config.base_model, revision=config.revision, attn_implementation="sdpa", **options
-        )
-    except NOT_LOADABLE as error:
-        raise ConfigError(_cannot_load("base model", config.base_model, error)) from None
-    return add_lora(base, config)
-
-
-def four_bits() -> BitsAndBytesConfig:
-    """NF4 with double quantisation, computing in bfloat16 (QLoRA, 2023)."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-
-
-def add_lora(base: nn.Module, config: FinetuneConfig) -> PeftModel:
-    """Freeze a decoder and put trainable float32 LoRA matrices on its linear layers."""
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout_rate,
-        target_modules=list(config.lora_targets),
-        bias="none",
-        revision=config.revision,
-    )
-    try:
-        model = get_peft_model(base, lora)
-    except ValueError as error:
-        raise ConfigError(
-            f"finetune.lora_targets={', '.join(config.lora_targets)} do not fit {config.base_model}: {error}"
-        ) from None
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    low_rank.fuse(model)
-    if config.precision == "bf16":
-        # Autocast casts what goes in; PEFT would make it float32 before.
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                layer.cast_input_dtype_enabled = False
-    return model
-
-
-def lora_weights(
-    model: PeftModel, config: FinetuneConfig, trained: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """LoRA matrices and config as plain PEFT expects them on the causal language model.
-
-    Args:
-        model: the decoder with LoRA.
-        config: settings.
-        trained: its trained weights by name, whole.
-    """
-    state = get_peft_model_state_dict(model, state_dict=trained)
-    renamed = {CAUSAL_LM_PREFIX + name.removeprefix(DECODER_PREFIX): value for name, value in state.items()}
-    plain = model.peft_config["default"].to_dict()
-    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}
-    plain |= {
-        "base_model_name_or_path": config.base_model,
-        "revision": getattr(model.config, "_commit_hash", None) or config.revision,
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "peft_type": "LORA",
-    }
-    return renamed, plain
-
-
-def set_lora_weights(model: PeftModel, state: dict[str, Tensor]) -> None:
-    """Inverse of `lora_weights`; a missing or foreign matrix is an error."""
-    renamed = {DECODER_PREFIX + name.removeprefix(CAUSAL_LM_PREFIX): value for name, value in state.items()}
-    if renamed.keys() != get_peft_model_state_dict(model).keys():
-        raise ArtifactMismatchError("the LoRA matrices do not fit the base model; was it exchanged?")
-    set_peft_model_state_dict(model, renamed)
+from llmrec.finetune.prompt import Prompt
 
 
 def item_vectors(
@@ -223,7 +89,7 @@ def build_model(
             weight = 1.0 if config.fusion_used == "sum" else None
             gate = EqualWeights(len(train_count) - 1, sources, weight)
         scores = ItemScores(frozen, tokens.projections, gate, width, config.target_std)
-    stream, flex = engine(config, device, head_width(base))
+    stream, flex = stream_and_flex(config, device, head_width(base))
     set_up_base(config, base, flex)
     model = MMESID(
         base,
@@ -248,113 +114,6 @@ def build_model(
         model.instruction, model.response = model.instruction.to(device), model.response.to(device)
         return model
     return model.to(device)
-
-
-def head_width(base: nn.Module) -> int:
-    """Width of one attention head of a decoder."""
-    known = base.config
-    return getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads
-
-
-def engine(config: FinetuneConfig, device: torch.device, head: int) -> tuple[bool, bool]:
-    """Whether tokens form a stream and whether FlexAttention runs on it.
-
-    Args:
-        config: settings.
-        device: where the model runs.
-        head: width of its attention heads.
-
-    Raises:
-        ConfigError: what was asked for does not work on this device.
-    """
-    gpu = device.type not in ("cpu", "meta")
-    can = (gpu or distributed.uses_fsdp()) and config.share_instruction
-    stream = can if config.rows == "auto" else config.rows == "stream"
-    stream = stream or config.attention == "flex" or (config.checkpoint_activations and can_share(config))
-    wide = head >= MIN_FLEX_HEAD
-    flex = (gpu and stream and wide) if config.attention == "auto" else config.attention == "flex"
-    if flex and gpu and not wide:
-        raise ConfigError(
-            f"finetune.attention='flex' needs attention heads of {MIN_FLEX_HEAD} numbers at least, and "
-            f"{config.base_model} has {head}; leave it out"
-        )
-    if distributed.uses_fsdp() and distributed.world_size() > 1 and not stream:
-        raise ConfigError(
-            "with FSDP a forward pass uses every weight once, so finetune.rows must be stream (or auto), "
-            f"got {config.rows!r}, and finetune.share_instruction true"
-        )
-    for name, wanted in (
-        ("attention='flex'", config.attention == "flex"),
-        ("kernels='liger'", config.kernels == "liger"),
-    ):
-        if wanted and device.type == "cpu":
-            raise ConfigError(f"finetune.{name} trains on a GPU, and there is none; leave it out")
-    return stream, flex
-
-
-def can_share(config: FinetuneConfig) -> bool:
-    return config.share_instruction and config.rows != "padded"
-
-
-def set_up_base(config: FinetuneConfig, base: nn.Module, flex: bool) -> None:
-    """Attention, kernels, checkpointing and compilation of the base model, in place.
-
-    Raises:
-        ConfigError: a library is missing, or the base model does not fit.
-    """
-    inner = decoder_of(base)
-    # Whether the model takes FlexAttention is asked of transformers by its own name for it.
-    inner.set_attn_implementation("flex_attention" if flex else "sdpa")
-    if flex:
-        inner.set_attn_implementation(flex_attention.NAME)
-    if config.kernels == "liger":
-        try:
-            from liger_kernel.transformers import _apply_liger_kernel_to_instance
-        except ImportError:
-            raise ConfigError(
-                "finetune.kernels='liger' needs the package liger-kernel: pip install 'llmrec[gpu]'"
-            ) from None
-        # Its fused loss would replace the forward pass of a decoder by that of a model with a head.
-        _apply_liger_kernel_to_instance(model=inner, fused_linear_cross_entropy=False, cross_entropy=False)
-    if config.checkpoint_activations:
-        # transformers renamed it; both forms run without re-entering autograd.
-        name = "activation_checkpointing_enable"
-        getattr(inner, name if hasattr(inner, name) else "gradient_checkpointing_enable")()
-    if config.compile:
-        # Lengths become dynamic once a second one is seen; a step may still meet several kinds of shapes.
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
-        for block in inner.layers:
-            block.compile()
-
-
-def decoder_of(base: nn.Module) -> nn.Module:
-    """The base model without LoRA's wrapper."""
-    return base.get_base_model() if isinstance(base, PeftModel) else base
-
-
-def check_context(config: FinetuneConfig, base: nn.Module, tokens: int) -> None:
-    """Refuse prompts that the base model's attention window or positions cannot hold.
-
-    Dense masks of ours replace the base model's own ones, sliding windows included.
-
-    Args:
-        config: settings.
-        base: the decoder.
-        tokens: length of the longest prompt.
-    """
-    known = base.config
-    limits = [getattr(known, "max_position_embeddings", None)]
-    kinds = getattr(known, "layer_types", None)
-    slides = "sliding_attention" in kinds if kinds else getattr(known, "use_sliding_window", True)
-    if slides:
-        limits.append(getattr(known, "sliding_window", None))
-    limit = min((value for value in limits if value), default=None)
-    if limit is not None and tokens > limit:
-        raise ConfigError(
-            f"the longest prompt has {tokens:,} tokens and {config.base_model} sees {limit:,} at once; set "
-            "finetune.max_history"
-        )
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -406,11 +165,3 @@ def settings_of(config: FinetuneConfig, prompt: Prompt, base: nn.Module) -> dict
         "revision": getattr(base.config, "_commit_hash", None) or config.revision,
         "hidden_size": base.config.hidden_size,
     }
-
-
-def _cannot_load(what: str, name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"the {what} of finetune.base_model={name!r} cannot be loaded: {reason}. Give a local folder with "
-        "config.json, tokenizer and safetensors weights, or a Hub id (gated models need `hf auth login`)"
-    )

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from llmrec import distributed
 from llmrec.errors import ConfigError
 from llmrec.evaluation.rank import Scorer
-from llmrec.finetune import build
+from llmrec.finetune import base_model, build
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.optimizer_states import States, read_states, whole, write_master, write_states
@@ -180,7 +180,7 @@ def shard(model: MMESID) -> None:
     By torch rather than accelerate, which knows FSDP on GPUs only, so that tests run what users run.
     """
     mesh = init_device_mesh(distributed.device().type, (distributed.world_size(),))
-    for block in build.decoder_of(model.base).layers:
+    for block in base_model.decoder_of(model.base).layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
 
 from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds, check_same_catalog
@@ -15,7 +14,8 @@ from llmrec.config import from_dict
 from llmrec.errors import ArtifactMismatchError
 from llmrec.evaluation.rank import Scorer
 from llmrec.finetune.adapter import Adapter
-from llmrec.finetune.build import build_model, item_vectors, load_base, set_lora_weights, trainable
+from llmrec.finetune.base_model import load_base, mini
+from llmrec.finetune.build import build_model, item_vectors, trainable
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.packing import PackedRows
@@ -92,9 +92,11 @@ def load_scorer(
         config = replace(config, revision=adapter.settings["revision"])
     prompt = Prompt(**adapter.settings["prompt"])
     if adapter.base:
-        base: Any = LlamaModel(LlamaConfig.from_dict({**adapter.base_config, "_attn_implementation": "sdpa"}))
+        base: Any = mini(adapter.base_config)
         base.load_state_dict(adapter.base)
     else:
+        from llmrec.finetune.lora import set_lora_weights
+
         base = load_base(config, prompt)
         set_lora_weights(base, adapter.lora)
     heads = dict(adapter.heads)

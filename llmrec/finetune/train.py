@@ -24,7 +24,7 @@ from llmrec.artifacts import (
 from llmrec.checkpoint import checkpoints_here
 from llmrec.config import from_dict
 from llmrec.errors import ArtifactMismatchError, ConfigError
-from llmrec.finetune import analysis, build
+from llmrec.finetune import analysis, base_model, build
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.model import MMESID
@@ -66,8 +66,8 @@ def finetune(
         )
     device = distributed.device()
     distributed.seed_everything(config.seed)
-    prompt = build.load_prompt(config)
-    base = build.load_base(config, prompt)
+    prompt = base_model.load_prompt(config)
+    base = base_model.load_base(config, prompt)
     encoded = build.item_vectors(config, collab, content, ids)
     scaling = fit_scaling(encoded, config.vectors)
     vectors = scale(encoded, config.vectors, scaling)
@@ -75,7 +75,7 @@ def finetune(
     model = build.build_model(config, base, prompt, vectors, ids, train_count, device)
     longest = data.targets("train", "valid", "test", max_history=config.max_history)
     items = int((longest.stop - longest.start).max(initial=0)) * model.item_tokens.tokens_per_item
-    build.check_context(config, base, len(prompt.instruction) + items + len(prompt.response))
+    base_model.check_context(config, base, len(prompt.instruction) + items + len(prompt.response))
     if config.ctrl_stage == "two":
         align_first(config, model, data.num_items)
     before = analysis.taus(model, data, collab.vectors) if config.analyse and distributed.is_main() else {}
@@ -90,7 +90,9 @@ def finetune(
     if config.is_mini:
         weights = {"base": of_base, "base_config": base.config.to_dict()}
     else:
-        weights["lora"], weights["lora_config"] = build.lora_weights(base, config, of_base)
+        from llmrec.finetune.lora import lora_weights
+
+        weights["lora"], weights["lora_config"] = lora_weights(base, config, of_base)
     adapter = Adapter(
         catalog=data.catalog,
         settings=build.settings_of(config, prompt, base),

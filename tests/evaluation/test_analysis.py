@@ -12,6 +12,7 @@ from llmrec.errors import ConfigError
 from llmrec.evaluation import analysis, evaluate, report
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.rank import Ranking
+from llmrec.evaluation.table import format_table
 
 
 def ranking(rank: list[float], top: list[list[int]] | None = None) -> Ranking:
@@ -68,7 +69,7 @@ def test_ratios_and_table_say_what_the_rows_say():
     metrics = metrics_of(data, rankings)
     assert metrics["ratios"] == {"mme_sid": {"over_popularity": 3.0, "over_best_possible": 0.75}}
     assert metrics["seen_kept"]["mme_sid"]["recall@10"] == 0.75
-    table = evaluate.format_table(metrics)
+    table = format_table(metrics)
     assert "3.0 x popularity, 75.0% of the best possible" in table
     assert table.splitlines()[1].split()[:3] == ["mme_sid", "0.7500", "0.7500"]
 

@@ -12,10 +12,10 @@ import torch
 from backbones import KINDS, save_backbone
 from test_packing import plain_prompts, random_users
 from test_train import TINY, fit
-from tiny_mme_sid import PROMPT, base_model, semantic_ids, vectors
+from tiny_mme_sid import PROMPT, semantic_ids, tiny_base, vectors
 
 from llmrec.errors import ConfigError
-from llmrec.finetune import build
+from llmrec.finetune import base_model, build
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.packing import group_rows, pack
 from llmrec.finetune.scoring import load_scorer
@@ -36,7 +36,7 @@ def backbone(request, tmp_path_factory):
 def test_packed_prompts_are_the_prompts_of_every_backbone(backbone, rows):
     """Values and the gradient of the item tokens; the norms of these models round to float32."""
     config = dataclasses.replace(LORA, base_model=str(backbone), rows=rows)
-    base = build.load_base(config, PROMPT)
+    base = base_model.load_base(config, PROMPT)
     for name, value in base.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.3)
@@ -136,8 +136,8 @@ def test_fused_kernels_leave_the_decoders_own_forward_pass(monkeypatch):
     package._apply_liger_kernel_to_instance = lambda **options: asked.append(options)
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
-    base = base_model()
-    build.set_up_base(dataclasses.replace(TINY, kernels="liger"), base, flex=False)
+    base = tiny_base()
+    base_model.set_up_base(dataclasses.replace(TINY, kernels="liger"), base, flex=False)
     assert asked == [{"model": base, "fused_linear_cross_entropy": False, "cross_entropy": False}]
 
 

@@ -9,7 +9,7 @@ from test_packing import EXACT, NUM_ITEMS, random_users
 from tiny_mme_sid import WIDE, model
 
 from llmrec.errors import TrainingError
-from llmrec.finetune import build, graphs
+from llmrec.finetune import base_model, build, graphs
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.engine import can_record
 from llmrec.finetune.flex import NAME as FLEX
@@ -139,11 +139,11 @@ def test_only_what_stands_still_on_a_gpu_is_recorded(settings, rope, environment
 def test_cuda_graphs_give_losses_and_summed_gradients_of_plain_passes(lora, flex, compiled):
     net = model(NUM_ITEMS, rows="stream", lora=lora, width=WIDE).float().cuda()
     net.flex = flex
-    build.decoder_of(net.base).set_attn_implementation(FLEX if flex else "sdpa")
+    base_model.decoder_of(net.base).set_attn_implementation(FLEX if flex else "sdpa")
     parts = [rows_of(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
     expected = passes(net, parts)
     if compiled:
-        for block in build.decoder_of(net.base).layers:
+        for block in base_model.decoder_of(net.base).layers:
             block.compile()
     net.record_base()
     for _ in range(2):

@@ -12,7 +12,7 @@ from test_packing import EXACT, NUM_ITEMS, full_scores, gradients, random_users
 from tiny_mme_sid import PROMPT, WIDE, model
 
 from llmrec.errors import ConfigError
-from llmrec.finetune import build
+from llmrec.finetune import base_model
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.flex import NAME as FLEX
 from llmrec.finetune.flex import block_mask
@@ -189,13 +189,13 @@ def test_flex_attention_in_bfloat16_is_close_to_float32():
 def test_flex_attention_is_left_to_heads_that_its_kernels_take():
     auto, flex = FinetuneConfig(), FinetuneConfig(attention="flex")
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert build.engine(auto, gpu, 16) == (True, True)
-    assert build.engine(auto, gpu, 8) == (True, False)
-    assert build.engine(auto, cpu, 16) == (False, False)
+    assert base_model.stream_and_flex(auto, gpu, 16) == (True, True)
+    assert base_model.stream_and_flex(auto, gpu, 8) == (True, False)
+    assert base_model.stream_and_flex(auto, cpu, 16) == (False, False)
     with pytest.raises(ConfigError, match=r"attention heads of 16 numbers at least, and .* has 8"):
-        build.engine(flex, gpu, 8)
+        base_model.stream_and_flex(flex, gpu, 8)
     with pytest.raises(ConfigError, match="trains on a GPU, and there is none"):
-        build.engine(flex, cpu, 16)
+        base_model.stream_and_flex(flex, cpu, 16)
 
 
 @pytest.mark.parametrize("size", [1, 128, 129, 2048, 2049, 100_000])

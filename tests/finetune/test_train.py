@@ -261,14 +261,14 @@ def test_missing_base_models_and_layers_are_explained(pretrained, tmp_path):
 @pytest.mark.real_data
 def test_lora_trains_a_real_pretrained_llama(real_data):
     """The 260k-parameter story model has no tokenizer file, so the prompt is given in its ids."""
-    from llmrec.finetune import build
+    from llmrec.finetune import base_model, build
     from llmrec.finetune.prompt import Prompt
 
     config = FinetuneConfig(
         base_model=str(real_data.parent / "models" / "tiny-llama-260k"), project_codes=True
     )
     prompt = Prompt(instruction=[1, 403, 407], response=[261], vocab_size=512)
-    base = build.load_base(config, prompt)
+    base = base_model.load_base(config, prompt)
     data = cycle(num_users=100)
     collab, content, ids = inputs(data)
     frozen = {name: value.clone() for name, value in base.named_parameters() if not value.requires_grad}

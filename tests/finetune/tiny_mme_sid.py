@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaModel
 from llmrec.artifacts import SemanticIds
 from llmrec.finetune import build
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.lora import add_lora
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.prompt import Prompt
 
@@ -30,7 +31,7 @@ class ExactRMSNorm(nn.Module):
         return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
-def base_model(seed: int = 0, num_layers: int = 3, width: int = WIDTH) -> LlamaModel:
+def tiny_base(seed: int = 0, num_layers: int = 3, width: int = WIDTH) -> LlamaModel:
     """A float32 Llama with two key-value heads for four query heads."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -80,9 +81,9 @@ def model(
     dims = dims or {"collab": 5, "text": 7, "image": 6}
     options = {"base_model": "tiny"} if lora else {}
     config = FinetuneConfig(**{"fusion_temperature": 1.0, **options, **settings})
-    base = base_model(width=width)
+    base = tiny_base(width=width)
     if lora:
-        base = build.add_lora(base, config)
+        base = add_lora(base, config)
         for name, parameter in base.named_parameters():
             if "lora_B" in name:  # starts at zero, which would hide half of the gradient
                 nn.init.normal_(parameter, std=0.3)
