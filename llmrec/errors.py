@@ -21,6 +21,10 @@ class StaleArtifactError(LlmrecError):
     """A stage's output folder was made with another config or from other inputs."""
 
 
+class BusyError(StaleArtifactError):
+    """Another process is computing this very output."""
+
+
 class ArtifactMismatchError(LlmrecError):
     """Two artefacts do not belong together, or an artefact breaks its own contract."""
 

@@ -31,7 +31,13 @@ from llmrec import __version__, distributed, machine
 from llmrec.artifacts import Report
 from llmrec.config import as_dict, changed_settings, without_incidental
 from llmrec.contents import content_digests
-from llmrec.errors import ArtifactMismatchError, MissingArtifactError, StaleArtifactError, StorageError
+from llmrec.errors import (
+    ArtifactMismatchError,
+    BusyError,
+    MissingArtifactError,
+    StaleArtifactError,
+    StorageError,
+)
 from llmrec.manifest import (
     MANIFEST,
     DamagedError,
@@ -106,6 +112,7 @@ def run_stage(stage: Stage | Callable[..., Any], config: Any, inputs: tuple[Any,
 
     Raises:
         StaleArtifactError: if the folder was made with another config or other inputs.
+        BusyError: if another process is computing it.
         MissingArtifactError: if the folder holds something else, or is damaged.
     """
     if isinstance(stage, Stage):
@@ -149,7 +156,11 @@ def compute(
     folder: Path,
     wanted: dict[str, Any],
 ) -> None:
-    """Run the function and write its artefact: all of it or nothing."""
+    """Run the function and write its artefact: all of it or nothing.
+
+    Raises:
+        BusyError: another process is at it.
+    """
     main = distributed.is_main()
     if not main and not distributed.runs_everywhere(function):
         return
@@ -158,6 +169,8 @@ def compute(
     started = time.perf_counter()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     with locked(unfinished) if main else contextlib.nullcontext():
+        if folder.exists() and distributed.world_size() == 1:
+            return  # another process finished it just now
         fixed = wanted | {"config": without_incidental(wanted["config"], config)}
         token = _unfinished.set((unfinished, fixed))
         try:
@@ -208,7 +221,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from computing the same stage; the lock goes with this process, however it ends.
 
     Raises:
-        StaleArtifactError: another process holds it.
+        BusyError: another process holds it.
         StorageError: the folder may not be written.
     """
     with writing(folder):
@@ -219,7 +232,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             stage = folder.name.removeprefix(".").removesuffix(".unfinished")
-            raise StaleArtifactError(
+            raise BusyError(
                 f"another process is computing {stage} in {folder.parent}; wait for it, or use another"
             ) from None
         yield

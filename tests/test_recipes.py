@@ -574,7 +574,7 @@ def test_there_are_recipes():
 def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     from llmrec.finetune import compare
 
-    command = ["--run-dir", str(finished), "--out", str(tmp_path), "--seeds", "0", "1"]
+    command = ["--run-dir", str(finished), "--out", str(tmp_path), "--jobs", "1", "--seeds", "0", "1"]
     command += ["--rows", "mme_sid", "e4srec", "concat", "se_sid_mmd", "concat_feature"]
     for extra in (["--seeds", "0"], [], ["--summarise"]):
         with pytest.raises(SystemExit) as left:
@@ -618,7 +618,10 @@ def test_a_comparison_is_refitted_with_the_epochs_that_each_cell_chose(tmp_path,
 
     def go(*arguments: str) -> list[str]:
         with pytest.raises(SystemExit) as left:
-            compare.main(chosen_by_validation, ["--rows", "mme_sid", "e4srec", "--seeds", "0", *arguments])
+            compare.main(
+                chosen_by_validation,
+                ["--rows", "mme_sid", "e4srec", "--seeds", "0", "--jobs", "1", *arguments],
+            )
         assert not left.value.code
         return capsys.readouterr().out.splitlines()
 
@@ -646,7 +649,7 @@ def test_a_comparison_goes_on_without_a_row_whose_codebooks_collapse(finished, t
 
     learn_semantic_ids.__annotations__["return"] = SemanticIds
     monkeypatch.setattr(learn, "learn_semantic_ids", learn_semantic_ids)
-    command = ["--run-dir", str(finished), "--out", str(tmp_path), "--seeds", "0"]
+    command = ["--run-dir", str(finished), "--out", str(tmp_path), "--seeds", "0", "--jobs", "1"]
     command += ["--rows", "se_sid_mse", "me"]
     with pytest.raises(SystemExit) as left:
         compare.main(tiny, command)
@@ -655,8 +658,68 @@ def test_a_comparison_goes_on_without_a_row_whose_codebooks_collapse(finished, t
     assert "`se_sid_mse` | 0 of 1 | missing" in said and "`me` | 1 of 1 | 0." in said
 
 
+@pytest.mark.slow
+def test_processes_share_the_cells_of_a_comparison(finished, tmp_path, capsys, caplog):
+    from llmrec.finetune import compare
+
+    command = ["--run-dir", str(finished), "--rows", "mme_sid", "me", "concat_feature", "--seeds", "0", "1"]
+    tables = {}
+    caplog.set_level("INFO")
+    for jobs in ("1", "2"):
+        out = tmp_path / jobs
+        with pytest.raises(SystemExit) as left:
+            compare.main(tiny, [*command, "--out", str(out), "--jobs", jobs])
+        captured = capsys.readouterr()
+        assert not left.value.code
+        assert "concat_feature cannot be run with these settings" in caplog.text
+        lines = captured.out.splitlines()
+        table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+        names = [table[0].index(name) for name in ("method", "seeds", "trained", "tokens")]
+        tables[jobs] = [[row[name] for name in names] for row in table[1:]]
+        logged = caplog.text
+        caplog.clear()
+    assert tables["1"] == tables["2"] and len(tables["1"]) == 5
+    assert "me, seed 0: recall@10 0." in logged and "4 of 6 done" in logged
+    logs = [(out / f"job{job}.log").read_text() for job in (0, 1)]
+    assert all("finetune: started" in log for log in logs)
+    assert sum(log.count("finetune: finished") for log in logs) == 4, "no cell is computed twice"
+
+
+def test_cells_of_other_processes_are_waited_for_and_those_they_leave_taken(monkeypatch):
+    from llmrec.errors import BusyError
+    from llmrec.finetune import compare_cells
+
+    tries: list[tuple[str, int]] = []
+
+    def run_cell(recipe, row, seed, *_):
+        name = next(name for name, one in compare_cells.ROWS.items() if one is row)
+        tries.append((name, seed))
+        if name == "me" and tries.count((name, seed)) < 3:
+            raise BusyError("another process is computing finetune")
+
+    slept: list[float] = []
+    monkeypatch.setattr(compare_cells, "run_cell", run_cell)
+    monkeypatch.setattr("llmrec.pipeline.load", lambda *_: None)
+    monkeypatch.setattr(compare_cells.time, "sleep", slept.append)
+    compare_cells.run_cells(tiny(), ["me", "mme_sid"], [0, 1], Path("a"), Path("b"))
+    assert tries[:4] == [("me", 0), ("mme_sid", 0), ("me", 1), ("mme_sid", 1)]
+    assert {cell: tries.count(cell) for cell in tries[:4]} == {
+        ("me", 0): 3, ("mme_sid", 0): 1, ("me", 1): 3, ("mme_sid", 1): 1,
+    }  # fmt: skip
+    assert slept, "not busily"
+
+
+def test_a_comparison_starts_no_processes_under_a_launcher(finished, capsys, monkeypatch):
+    from llmrec.finetune import compare
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as left:
+        compare.main(tiny, ["--run-dir", str(finished), "--jobs", "2"])
+    assert left.value.code == 2 and "--jobs starts processes of its own" in capsys.readouterr().err
+
+
 def test_every_row_of_the_comparison_is_a_valid_setting():
-    from llmrec.finetune.compare import ROWS, settings_of
+    from llmrec.finetune.compare_cells import ROWS, settings_of
 
     for base in (FinetuneConfig(), FinetuneConfig(fusion_temperature=1.0, fusion_weights="modalities")):
         for name, row in ROWS.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import os
+import queue
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from llmrec import jobs as side_by_side
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.config import as_dict, changed_settings, from_dict
@@ -65,14 +67,23 @@ def run_cells(
     logger.info("compare: %d cells, %d to run, %d at a time", len(cells), len(waiting), jobs)
     failed, started = [], time.perf_counter()
     processes: set[subprocess.Popen] = set()
+    free: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for job in range(jobs):
+        free.put(job)
+
+    def run_one(folder: Path, inputs: list[Path]) -> str | None:
+        job = free.get()
+        try:
+            return run_cell_process(folder, inputs, side_by_side.share(job, jobs), processes)
+        finally:
+            free.put(job)
+
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         futures = {
             pool.submit(
-                run_cell_process,
+                run_one,
                 folder,
                 [data_folder, *([content_folder] if content_folder and config.content else [])],
-                jobs,
-                processes,
             ): (name, seed, folder)
             for name, seed, folder, config in waiting
         }
@@ -128,15 +139,13 @@ def prepare_cell(folder: Path, config: TrainCollabConfig, what: str) -> None:
 
 
 def run_cell_process(
-    folder: Path, inputs: list[Path], jobs: int, processes: set[subprocess.Popen]
+    folder: Path, inputs: list[Path], share: dict[str, str], processes: set[subprocess.Popen]
 ) -> str | None:
     """Run one cell in a fresh process; its log goes to the cell's folder. The error's last line, or None."""
-    threads = os.environ.get("LLMREC_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = os.environ | {"LLMREC_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
     command = [sys.executable, "-m", "llmrec.collab.compare", str(folder), *map(str, inputs)]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(  # noqa: S603 (our own module, with paths)
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment
+            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | share
         )
         processes.add(process)
         code = process.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -50,7 +49,7 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
     of_data, of_rows = by_stage(options.set, data_config is not None)
     rows = chosen_rows(rows, options.rows, of_rows)
     set_up_logging()
-    from llmrec import distributed, machine
+    from llmrec import jobs, machine
     from llmrec.collab.compare import run_cells, summarise_cells
     from llmrec.collab.compare_report import markdown, page
     from llmrec.data.prepare import prepare_data
@@ -65,16 +64,16 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
         settings = override(data_config, of_data, prefix="prepare_data.")
         data = run_stage(prepare_data, settings, (), folder)
     failed = []
-    jobs = options.jobs or (1 if distributed.device().type == "cuda" else os.cpu_count() or 1)
+    at_a_time = options.jobs or jobs.default()
     if not options.summarise:
         content = Path(options.encode_items) if options.encode_items else None
         if wanting := [name for name, row in rows.items() if row.content and content is None]:
             raise ConfigError(f"--encode-items: {', '.join(wanting)} need the output folder of encode_items")
-        failed = run_cells(rows, options.seeds, folder, root, jobs, content)
+        failed = run_cells(rows, options.seeds, folder, root, at_a_time, content)
     results = summarise_cells(rows, options.seeds, data, root, reference=options.reference)
     results |= {
         "machine": machine.describe(),
-        "jobs": jobs,
+        "jobs": at_a_time,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "failed": failed,
     }
@@ -111,7 +110,7 @@ def parser(
     )
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     made.add_argument(
-        "--jobs", type=int, help="cells trained at a time (one a core; one in all if there is a GPU)"
+        "--jobs", type=int, help="cells trained at a time (one a GPU, or without any one a core)"
     )
     made.add_argument("--reference", default="sasrec", help="row that others are compared with (sasrec)")
     made.add_argument(

@@ -2,71 +2,23 @@
 several seeds, with costs.
 
 All rows share the data, vectors and settings of one recipe; a row changes what its name says and no more.
-Every (row, seed) is a cell, a pair of stage folders that is skipped once it is there, so a comparison that
-was stopped goes on, and what is missing is shown as missing.
+A comparison that was stopped goes on, and what is missing is shown as missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.console import guarded, set_up_logging
-from llmrec.errors import ConfigError, MissingArtifactError, TrainingError
+from llmrec.errors import ConfigError, MissingArtifactError
 from llmrec.evaluation.tables import difference_cells, mean_and_spread, spread_text
-from llmrec.finetune.config import FREQUENCY_FIELDS, METHOD_FIELDS, FinetuneConfig
-from llmrec.recipe import (
-    Recipe,
-    apply_overrides,
-    recipe_of,
-    refit_stage,
-    refuse_what_cannot_finish,
-    statuses,
-)
-
-logger = logging.getLogger("llmrec")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What a row of the table changes."""
-
-    finetune: dict[str, Any] = field(default_factory=dict)
-    ids: dict[str, Any] = field(default_factory=dict)
-    """Settings of learn_semantic_ids; such rows share semantic IDs of their own"""
-    meaning: str = ""
-
-
-MMD = {"reconstruction": "mmd", "codebook_update": "gradient"}
-MSE = {"reconstruction": "mse", "codebook_update": "gradient"}
-
-ROWS: dict[str, Row] = {
-    "mme_sid": Row(meaning="MME-SID"),
-    "e4srec": Row(finetune={"method": "e4srec"}, meaning="E4SRec"),
-    "me": Row(finetune={"method": "me"}, meaning="ME, concatenated"),
-    "me_sum": Row(finetune={"method": "me", "me_mode": "sum"}, meaning="ME, added"),
-    "concat": Row(finetune={"method": "concat"}, meaning="Concat, a token per modality"),
-    "concat_feature": Row(
-        finetune={"method": "concat", "concat_mode": "feature"}, meaning="Concat, one shared token"
-    ),
-    "concat_mlp": Row(finetune={"method": "concat_mlp"}, meaning="Concat&MLP"),
-    "ctrl_mm": Row(finetune={"method": "ctrl_mm"}, meaning="CTRL-MM, joint"),
-    "ctrl_mm_two": Row(finetune={"method": "ctrl_mm", "ctrl_stage": "two"}, meaning="CTRL-MM, two stages"),
-    "se_sid": Row(finetune={"method": "se_sid"}, meaning="SE-SID, the recipe's semantic IDs"),
-    "se_sid_mmd": Row(finetune={"method": "se_sid"}, ids=MMD, meaning="SE-SID-MMD"),
-    "se_sid_mse": Row(finetune={"method": "se_sid"}, ids=MSE, meaning="SE-SID-MSE"),
-    "mme_sid_random": Row(finetune={"random_codes": True}, meaning="MME-SID-random"),
-    "se_random": Row(finetune={"method": "se_random"}, meaning="SE-random"),
-    "mme_random": Row(finetune={"method": "mme_random"}, meaning="MME-random"),
-    "no_fusion": Row(finetune={"fusion": "equal"}, meaning="MME-SID without fusion"),
-}
-"""Rows by name; the first is what the others are held to."""
+from llmrec.finetune.compare_cells import ROWS, prepare, run_cells, run_side_by_side
+from llmrec.recipe import Recipe, apply_overrides, recipe_of
 
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20")
 
@@ -105,6 +57,9 @@ def parser(names_recipe: bool, description: str | None) -> argparse.ArgumentPars
         help="learn from validation items too, for as many epochs as each cell of the comparison in this run "
         "directory chose by them",
     )
+    made.add_argument(
+        "--jobs", type=int, help="cells trained at a time (one a GPU, or without any one a core)"
+    )
     made.add_argument("--summarise", action="store_true", help="train nothing, show what there is")
     made.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="STAGE.FIELD=VALUE", help="change settings"
@@ -124,13 +79,20 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
     set_up_logging()
     root = Path(options.run_dir or Path("runs") / (f"{name}_refit" if options.refit else name))
     out = Path(options.out or root / "methods")
-    if not options.summarise:
-        run_cells(
-            chosen, options.rows, options.seeds, root, out, Path(options.refit) if options.refit else None
-        )
-    from llmrec import distributed
+    from llmrec import distributed, jobs
     from llmrec.files import write_json
 
+    cells = len(options.rows) * len(options.seeds)
+    at_a_time = min(cells, options.jobs or (1 if distributed.world_size() > 1 else jobs.default()))
+    if at_a_time > 1 and distributed.world_size() > 1:
+        raise ConfigError("--jobs starts processes of its own; leave it out under a launcher of several")
+    if not options.summarise:
+        refit = Path(options.refit) if options.refit else None
+        work = (prepare(chosen, root, refit), options.rows, options.seeds, root, out, refit)
+        if at_a_time > 1:
+            run_side_by_side(*work, jobs=at_a_time)
+        else:
+            run_cells(*work)
     if not distributed.is_main():
         return
     found = summarise({row: cells_of(out, row, options.seeds) for row in options.rows}, options.seeds)
@@ -139,77 +101,6 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
     if out.is_dir():
         (out / "table.md").write_text(text + "\n", encoding="utf-8")
         write_json(out / "table.json", found)
-
-
-def run_cells(
-    recipe: Recipe, rows: list[str], seeds: list[int], root: Path, out: Path, refit: Path | None = None
-) -> None:
-    """Fine-tune and rank what is not finished, seed by seed, so that all rows have results early.
-
-    Args:
-        recipe: settings.
-        rows: names in `ROWS`.
-        seeds: of fine-tuning.
-        root: the stages before.
-        out: where cells go.
-        refit: run directory of a comparison whose cells chose their epochs; see `llmrec.recipe.refit`.
-    """
-    from llmrec.evaluation.evaluate import evaluate
-    from llmrec.finetune.train import finetune
-    from llmrec.pipeline import RunDir, load, run, run_stage
-    from llmrec.semantic_ids.learn import learn_semantic_ids
-    from llmrec.stages import STAGES
-
-    if refit is not None:
-        collab = refit_stage("train_collab", recipe.train_collab, refit / "train_collab")
-        recipe = replace(recipe, train_collab=collab)
-    # Fine-tuning itself differs from row to row, and a row that cannot be run leaves the others be.
-    refuse_what_cannot_finish(recipe, statuses(recipe, root, "learn_semantic_ids"))
-    run(recipe, RunDir(root), until="learn_semantic_ids")
-    names = ("prepare_data", "train_collab", "encode_items", "learn_semantic_ids")
-    inputs = tuple(load(STAGES[name].artifact_class(), root / name) for name in names)
-    impossible: set[str] = set()
-    for seed in seeds:
-        for name in rows:
-            if name in impossible:
-                continue
-            row = ROWS[name]
-            own = inputs
-            folder = out / name / f"seed{seed}"
-            try:
-                if row.ids:
-                    ids_config = replace(recipe.learn_semantic_ids, **row.ids)
-                    ids_folder = out / "learn_semantic_ids" / "_".join(row.ids.values())
-                    own = (*inputs[:3], run_stage(learn_semantic_ids, ids_config, inputs[:3], ids_folder))
-                config = replace(settings_of(recipe.finetune, row), seed=seed)
-                if refit is not None:
-                    config = refit_stage(
-                        "finetune", config, refit / "methods" / name / f"seed{seed}" / "finetune"
-                    )
-                adapter = run_stage(finetune, config, own, folder / "finetune")
-            except (ConfigError, MissingArtifactError, TrainingError) as error:
-                # It stays missing in the table; the other rows are worth having.
-                logger.warning("%s cannot be run with these settings: %s", name, error)
-                impossible.add(name)
-                continue
-            run_stage(evaluate, recipe.evaluate, (*own, adapter), folder / "evaluate")
-
-
-def settings_of(base: FinetuneConfig, row: Row) -> FinetuneConfig:
-    """A recipe's settings for one row, without those that its method does not have."""
-    defaults = {name: spec.default for name, spec in FinetuneConfig.__dataclass_fields__.items()}
-    method = row.finetune.get("method", base.method)
-    changes: dict[str, Any] = {
-        name: defaults[name] for name, methods in METHOD_FIELDS.items() if method not in methods
-    }
-    if method != base.method:
-        changes["fusion"] = defaults["fusion"]
-    changes |= row.finetune
-    changes["method"] = method
-    probe = FinetuneConfig(method=method, fusion=changes.get("fusion", base.fusion))
-    if probe.fusion_used != "frequency":
-        changes |= {name: defaults[name] for name in FREQUENCY_FIELDS}
-    return replace(base, **changes)
 
 
 def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
