@@ -685,6 +685,20 @@ def test_processes_share_the_cells_of_a_comparison(finished, tmp_path, capsys, c
     assert sum(log.count("finetune: finished") for log in logs) == 4, "no cell is computed twice"
 
 
+@pytest.mark.slow
+def test_a_process_that_fails_is_named_below_what_the_others_finished(finished, tmp_path, capsys):
+    from llmrec.finetune import compare
+
+    command = ["--run-dir", str(finished), "--out", str(tmp_path), "--seeds", "0", "--rows"]
+    with pytest.raises(SystemExit):
+        compare.main(tiny, [*command, "me", "--set", "finetune.epochs=1"])
+    with pytest.raises(SystemExit) as left:
+        compare.main(tiny, [*command, "mme_sid", "me", "--jobs", "2"])
+    captured = capsys.readouterr()
+    assert left.value.code == 2 and "`mme_sid` | 1 of 1 | 0." in captured.out
+    assert "job1.log: error: " in captured.err and "was made with epochs=1 (now 2)" in captured.err
+
+
 def test_cells_of_other_processes_are_waited_for_and_those_they_leave_taken(monkeypatch):
     from llmrec.errors import BusyError
     from llmrec.finetune import compare_cells

@@ -15,7 +15,7 @@ from typing import Any
 
 from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.console import guarded, set_up_logging
-from llmrec.errors import ConfigError, MissingArtifactError
+from llmrec.errors import ConfigError, MissingArtifactError, TrainingError
 from llmrec.evaluation.tables import difference_cells, mean_and_spread, spread_text
 from llmrec.finetune.compare_cells import ROWS, prepare, run_cells, run_side_by_side
 from llmrec.recipe import Recipe, apply_overrides, recipe_of
@@ -86,11 +86,12 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
     at_a_time = min(cells, options.jobs or (1 if distributed.world_size() > 1 else jobs.default()))
     if at_a_time > 1 and distributed.world_size() > 1:
         raise ConfigError("--jobs starts processes of its own; leave it out under a launcher of several")
+    failed: list[str] = []
     if not options.summarise:
         refit = Path(options.refit) if options.refit else None
         work = (prepare(chosen, root, refit), options.rows, options.seeds, root, out, refit)
         if at_a_time > 1:
-            run_side_by_side(*work, jobs=at_a_time)
+            failed = run_side_by_side(*work, jobs=at_a_time)
         else:
             run_cells(*work)
     if not distributed.is_main():
@@ -101,6 +102,8 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
     if out.is_dir():
         (out / "table.md").write_text(text + "\n", encoding="utf-8")
         write_json(out / "table.json", found)
+    if failed:
+        raise TrainingError(f"{len(failed)} of {at_a_time} processes failed: {'; '.join(failed)}")
 
 
 def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:

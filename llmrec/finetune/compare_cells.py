@@ -164,11 +164,11 @@ def run_side_by_side(
     out: Path,
     refit: Path | None,
     jobs: int,
-) -> None:
+) -> list[str]:
     """`run_cells` by several processes, each with its share of the machine; what they say goes to files.
 
-    Raises:
-        TrainingError: one of them failed.
+    Returns:
+        A line for each of them that failed; the others went on with its cells.
     """
     from llmrec.progress import progress
 
@@ -210,13 +210,11 @@ def run_side_by_side(
     # Lines begin with the time of day.
     for line in sorted({line.partition(" ")[2] for lines in said for line in lines if IMPOSSIBLE in line}):
         logger.warning("%s", line)
-    failed = [
+    return [
         f"{log}: {lines[-1][-300:]}"
         for process, log, lines in zip(processes, logs, said)
         if process.returncode
     ]
-    if failed:
-        raise TrainingError(f"{len(failed)} of {jobs} processes failed; {'; '.join(failed)}")
 
 
 def finished(out: Path, name: str, seed: int) -> bool:
