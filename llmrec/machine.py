@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import platform
 import resource
 import sys
@@ -81,6 +82,14 @@ def finish(device: torch.device) -> None:
         import torch
 
         torch.cuda.synchronize(device)
+
+
+def make_room() -> None:
+    """Give back memory of models that nothing needs any more: they refer to themselves, so they stay until
+    somebody looks."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -37,7 +37,7 @@ def sent(value: Tensor, device: torch.device) -> Tensor:
     """
     if device.type == "cuda" and value.device.type == "cpu" and torch.cuda.is_available():
         value = value.pin_memory()
-    return value.to(device, non_blocking=True)
+    return value.to(device, non_blocking=device.type == "cuda")
 
 
 def pad_histories(item: Tensor, start: Tensor, stop: Tensor, longest: int | None = None) -> Tensor:

@@ -102,6 +102,7 @@ def run_cells(
         out: where cells go.
         refit: see `prepare`.
     """
+    from llmrec import machine
     from llmrec.pipeline import load
     from llmrec.stages import STAGES
 
@@ -124,6 +125,8 @@ def run_cells(
             # It stays missing in the table; the other rows are worth having.
             logger.warning("%s %s: %s", name, IMPOSSIBLE, error)
             impossible.add(name)
+        if name in impossible:
+            machine.make_room()
 
 
 def run_cell(

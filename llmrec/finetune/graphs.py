@@ -102,10 +102,12 @@ class DecoderGraphs:
                 self.pool = torch.cuda.graph_pool_handle()
             try:
                 self.recorded[size] = Recorded(self, embeddings, stream, blocks)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
+                # Ending a recording that failed fails too, so the last error seldom is the one that counts.
+                first = first_of(error)
+                if isinstance(first, torch.OutOfMemoryError):
+                    raise first from None
+                reason = str(first).strip().splitlines()[0]
                 raise TrainingError(
                     f"the base model's passes cannot be recorded ({reason}); set finetune.cuda_graphs=false, "
                     "which changes no result"
@@ -113,6 +115,13 @@ class DecoderGraphs:
         recorded = self.recorded[size]
         recorded.fill(stream, blocks)
         return _Replay.apply(recorded, embeddings, *self.parameters)
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The error that others came of."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
 
 
 class Recorded:
@@ -192,5 +201,6 @@ class _Replay(torch.autograd.Function):
         recorded.grad.copy_(grad)
         recorded.replay_backward()
         parts = owner.flat.clone().split(owner.sizes)
+        owner.passes += 1  # a second backward pass would find other activations
         shaped = [part.view_as(parameter) for part, parameter in zip(parts, owner.parameters)]
         return None, recorded.embeddings_grad.clone(), *shaped

@@ -207,13 +207,14 @@ class MMESID(nn.Module):
 
     def _hidden_stream(self, rows: PackedRows, tokens: Tensor, record: bool) -> Tensor:
         """`hidden` with rows one behind the other."""
+        graphs = self.graphs if record else None
         stream = lay_out_stream(
             rows,
             instruction=len(self.instruction),
             response=len(self.response),
             min_slots=self.min_slots,
             tokens_per_item=self.item_tokens.tokens_per_item,
-            bucketed=self.flex,
+            bucketed=self.flex or graphs is not None,
         )
         blocks = stream.visible_blocks() if self.flex else None
         stream = stream.to(self.instruction.device)
@@ -222,8 +223,8 @@ class MMESID(nn.Module):
         items = self.dropout(tokens.reshape(-1, tokens.shape[-1]).to(text.dtype))
         table = torch.cat([text, text.new_zeros(1, text.shape[1]), items])
         embeddings = F.embedding(stream.source, table)[None]
-        if record and self.graphs is not None and self.graphs.takes(stream):
-            hidden = self.graphs(embeddings, stream, blocks)
+        if graphs is not None and graphs.takes(stream):
+            hidden = graphs(embeddings, stream, blocks)
         else:
             mask = stream.visible() if blocks is None else flex_attention.block_mask(stream, blocks)
             hidden = self._run_base(embeddings, mask, stream.position[None])

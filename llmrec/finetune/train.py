@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import tempfile
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmrec import distributed
+from llmrec import distributed, machine
 from llmrec.artifacts import (
     CollabEmbeddings,
     ContentEmbeddings,
@@ -104,9 +103,7 @@ def finetune(
     )
     # What was trained makes room for what is loaded, which may be as large.
     del trainer, model, base
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    machine.make_room()
     if distributed.is_main():
         loaded = check_saved(adapter, expected, collab, content, ids)
         if config.analyse:

@@ -250,6 +250,8 @@ class Trainer:
         tokens = self.config.micro_batch_tokens
         if tokens > 2048:
             advice = f"lower finetune.micro_batch_tokens ({tokens} now), which changes no result"
+        elif self.model.graphs is not None:
+            advice = "set finetune.cuda_graphs=false, which changes no result"
         elif not self.config.checkpoint_activations:
             advice = "set finetune.checkpoint_activations=true, which changes no result"
         elif not self.config.is_mini and self.config.quantize == "none":
