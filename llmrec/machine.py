@@ -87,6 +87,8 @@ def finish(device: torch.device) -> None:
 def make_room() -> None:
     """Give back memory of models that nothing needs any more: they refer to themselves, so they stay until
     somebody looks."""
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
