@@ -44,7 +44,9 @@ def stage_main(name: str, arguments: list[str] | None = None) -> None:
 def run(stage: Stage, options: argparse.Namespace) -> None:
     """Run one stage on the artefacts in the given folders."""
     preset = getattr(options, "preset", None)
-    config = apply_overrides(stage.presets[preset] if preset else stage.config(), options.set)
+    # Messages, and recipes, name settings with their stage.
+    settings = [assignment.removeprefix(f"{stage.name}.") for assignment in options.set]
+    config = apply_overrides(stage.presets[preset] if preset else stage.config(), settings)
     set_up_logging()
     from llmrec import pipeline
 
@@ -129,7 +131,7 @@ def help_of(stage: Stage) -> dict:
         lines.append(f"  {path}: {kind} = {default}")
         lines.append(f"      {meaning}")
     return {
-        "description": stage.summary.capitalize() + ".",
+        "description": stage.summary[0].upper() + stage.summary[1:] + ".",
         "epilog": "\n".join(lines),
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }

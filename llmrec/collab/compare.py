@@ -30,7 +30,7 @@ from llmrec.errors import ConfigError, LlmrecError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import per_user, summarise
 from llmrec.files import read_json, write_json
-from llmrec.pipeline import load, peak_memory_of, run_stage, stage_manifest
+from llmrec.pipeline import fingerprint, load, peak_memory_of, run_stage, stage_manifest
 
 logger = logging.getLogger("llmrec")
 
@@ -61,8 +61,10 @@ def run_cells(
         One line per failed cell.
     """
     cells = list(cells_of(rows, seeds, root))
+    data = load(Interactions, data_folder)
     for name, seed, folder, config in cells:
         prepare_cell(folder, config, f"{name}, seed {seed}")
+        check_data(folder, data)
     waiting = [cell for cell in cells if not (cell[2] / "metrics.json").exists()]
     logger.info("compare: %d cells, %d to run, %d at a time", len(cells), len(waiting), jobs)
     failed, started = [], time.perf_counter()
@@ -136,6 +138,18 @@ def prepare_cell(folder: Path, config: TrainCollabConfig, what: str) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, as_dict(config))
+
+
+def check_data(folder: Path, data: Interactions) -> None:
+    """Refuse a finished cell of other data: users of two data sets do not pair.
+
+    Raises:
+        ConfigError: it was trained on other data.
+    """
+    if not (folder / "metrics.json").exists():
+        return
+    if stage_manifest(folder / "train_collab")["inputs"]["prepare_data"] != fingerprint(data):
+        raise ConfigError(f"{folder} was trained on other data; use another --run-dir, or delete it")
 
 
 def run_cell_process(
@@ -224,6 +238,8 @@ def summarise_cells(
     for name in rows:
         cells = [root / "cells" / name / f"seed{seed}" for seed in seeds]
         done = [cell for cell in cells if (cell / "metrics.json").exists()]
+        for cell in done:
+            check_data(cell, data)
         config = rows[name]
         found[name] = {"num_seeds": len(done), "num_wanted": len(seeds)}
         found[name] |= {"select": config.select, "include_valid": config.include_valid}

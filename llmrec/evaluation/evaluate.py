@@ -58,10 +58,11 @@ def evaluate(
     targets = data.targets("test")
     if not len(targets):
         raise DataError("no user has a test item; change prepare_data.split or its rates")
-    rankings = rank_methods(config, data, targets, scorers)
+    shown = labels(collab, adapter, [scorer.name for scorer in scorers])
+    rankings = rank_methods(config, data, targets, scorers, shown)
     metrics = summarise_all(config, data, targets, rankings)
     metrics["trained_on"] = trained_on(collab, adapter, rankings)
-    metrics["labels"] = labels(collab, adapter, rankings)
+    metrics["labels"] = {name: shown.get(name, name) for name in rankings}
     metrics["repeated_targets"] = repeated_targets(data, targets)
     metrics["notes"] = notes(metrics["trained_on"], metrics["labels"])
     if metrics["repeated_targets"]:
@@ -90,9 +91,14 @@ def popularity(data: Interactions) -> Scorer:
 
 
 def rank_methods(
-    config: EvaluateConfig, data: Interactions, targets: Targets, scorers: list[Scorer]
+    config: EvaluateConfig,
+    data: Interactions,
+    targets: Targets,
+    scorers: list[Scorer],
+    labels: dict[str, str],
 ) -> dict[str, Ranking]:
-    """Rank every target by every method, and by the true probabilities where they are known."""
+    """Rank every target by every method, and by the true probabilities where they are known; labels are the
+    names in the log."""
     rankings = {}
     for scorer in scorers:
         rankings[scorer.name] = rank_users(
@@ -104,10 +110,11 @@ def rank_methods(
             top_k=config.top_k,
             shard=True,
         )
-        shown = summarise(rankings[scorer.name].rank, (10,))
+        found = summarise(rankings[scorer.name].rank, (10,))
         logger.info(
-            "evaluate: %s, recall@10 %.4f, ndcg@10 %.4f", scorer.name, shown["recall@10"], shown["ndcg@10"]
-        )
+            "evaluate: %s, recall@10 %.4f, ndcg@10 %.4f",
+            labels[scorer.name], found["recall@10"], found["ndcg@10"],
+        )  # fmt: skip
     if data.true_scores is not None:
         truth = torch.from_numpy(data.true_scores[targets.user])
         rank = rank_targets(truth, torch.from_numpy(targets.item)).numpy()
@@ -185,10 +192,10 @@ def repeated_targets(data: Interactions, targets: Targets) -> float:
     return float(np.mean(again))
 
 
-def labels(collab: CollabEmbeddings, adapter: Adapter, rankings: dict[str, Ranking]) -> dict[str, str]:
+def labels(collab: CollabEmbeddings, adapter: Adapter, names: list[str]) -> dict[str, str]:
     """Names as tables show them; what was fine-tuned goes by its method, and a model's loss, and the content
     it knows, are part of its name."""
-    shown = {name: name for name in rankings} | {"mme_sid": adapter.settings["config"]["method"]}
+    shown = {name: name for name in names} | {"mme_sid": adapter.settings["config"]["method"]}
     if collab.provider in shown and "loss" in collab.model:
         parts = [collab.model["loss"], *collab.model.get("content", ())]
         shown[collab.provider] = f"{collab.provider} ({', '.join(parts)})"

@@ -94,6 +94,17 @@ def test_finished_cells_are_not_run_again_and_changed_ones_refused(finished, mon
         run_cells(changed, [0], root / "prepare_data", root, jobs=1)
 
 
+def test_cells_of_other_data_are_refused(finished, tmp_path):
+    root, _, _ = finished
+    config = PrepareDataConfig(market=MARKET, seed=1)
+    other = run_stage(prepare_data, config, (), tmp_path / "prepare_data")
+    only = {"sasrec": rows()["sasrec"]}
+    with pytest.raises(ConfigError, match=r"seed0 was trained on other data; use another --run-dir"):
+        run_cells(only, [0], tmp_path / "prepare_data", root, jobs=1)
+    with pytest.raises(ConfigError, match=r"seed0 was trained on other data"):
+        summarise_cells(only, [0], other, root, reference="sasrec", samples=50)
+
+
 def test_the_table_and_the_page_show_what_is_there_and_what_is_missing(finished):
     _, _, results = finished
     text = markdown(results)

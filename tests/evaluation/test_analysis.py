@@ -74,14 +74,20 @@ def test_ratios_and_table_say_what_the_rows_say():
     assert table.splitlines()[1].split()[:3] == ["mme_sid", "0.7500", "0.7500"]
 
 
-def test_methods_are_ranked_with_the_truth_where_it_is_known():
+def test_methods_are_ranked_with_the_truth_where_it_is_known(caplog):
+    caplog.set_level("INFO")
     data = interactions([[1, 2, 3], [2, 3, 1]], 4)
     truth = np.zeros((2, 5), dtype=np.float32)
     truth[0, [3, 4]], truth[1, [1, 4]] = (0.9, 0.1), (0.2, 0.8)
     data = dataclasses.replace(data, true_scores=truth)
     rankings = evaluate.rank_methods(
-        EvaluateConfig(top_k=2), data, data.targets("test"), [evaluate.popularity(data)]
+        EvaluateConfig(top_k=2),
+        data,
+        data.targets("test"),
+        [evaluate.popularity(data)],
+        {"popularity": "shown"},
     )
+    assert "evaluate: shown, recall@10" in caplog.text
     assert rankings["best_possible"].rank.tolist() == [0, 1]
     assert rankings["best_possible"].top.tolist() == [[3, 4], [4, 1]]
 
