@@ -259,7 +259,7 @@ def one_epoch(
         row |= validate(model, data, valid)
     row["seconds"] = round(time.perf_counter() - started, 3)
     log.append(row)
-    logger.info("train_collab: %s", describe(row))
+    logger.info("train_collab: %s", describe(row, best))
     if "valid_ndcg@10" not in row or row["valid_ndcg@10"] <= best.get("valid_ndcg@10", -1.0):
         return None
     best |= {"best_epoch": epoch} | {name: row[name] for name in row if name.startswith("valid")}
@@ -357,7 +357,11 @@ def validate(model: nn.Module, data: Interactions, targets: Targets) -> dict[str
     }
 
 
-def describe(row: dict[str, Any]) -> str:
-    """A log row as one line; vectors are left to the log file."""
-    shown = {name: value for name, value in row.items() if name != "parts"} | row.get("parts", {})
-    return ", ".join(f"{name} {value:.5g}" for name, value in shown.items() if not isinstance(value, list))
+def describe(row: dict[str, Any], best: dict[str, Any]) -> str:
+    """What a user waits for, of a log row and the best epoch before; all else is in the log file."""
+    parts = [f"epoch {row['epoch']}", f"loss {row['train_loss']:.4f}"]
+    if "valid_ndcg@10" in row:
+        parts.append(f"valid ndcg@10 {row['valid_ndcg@10']:.4f}, recall@10 {row['valid_recall@10']:.4f}")
+        if row["valid_ndcg@10"] <= best.get("valid_ndcg@10", -1.0):
+            parts.append(f"best {best['valid_ndcg@10']:.4f} in epoch {best['best_epoch']}")
+    return ", ".join([*parts, f"{row['seconds']:.1f} s"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -55,6 +56,20 @@ def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best_epoch():
     assert collab.metrics["epochs"] == len(history) == best + 1 + 4 < 60
     rank = rank_users(provider_scorer(collab), data, data.targets("valid"), shard=False).rank
     assert ndcg_at_k(rank, 10).mean() == collab.metrics["valid_ndcg@10"] == history[best]
+
+
+def test_an_epoch_is_one_short_line_that_says_which_was_best(caplog):
+    caplog.set_level("INFO")
+    collab = train_collab(tiny(epochs=60, learning_rate=0.03, patience=2), two_communities())
+    lines = [record.getMessage() for record in caplog.records if ": epoch " in record.getMessage()]
+    best, found = collab.metrics["best_epoch"], collab.log[-1]
+    assert lines[best - 1].count("ndcg") == 1 and lines[best - 1].startswith(f"train_collab: epoch {best}, ")
+    assert re.fullmatch(
+        rf"train_collab: epoch {best + 2}, loss {found['train_loss']:.4f}, valid ndcg@10 "
+        rf"{found['valid_ndcg@10']:.4f}, recall@10 {found['valid_recall@10']:.4f}, "
+        rf"best {collab.metrics['valid_ndcg@10']:.4f} in epoch {best}, \d+\.\d s",
+        lines[-1],
+    )
 
 
 def test_patience_counts_validations_not_epochs():
