@@ -8,11 +8,14 @@ import inspect
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import typing
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -695,6 +698,25 @@ def test_a_process_that_fails_is_named_below_what_the_others_finished(finished, 
     captured = capsys.readouterr()
     assert left.value.code == 2 and "`mme_sid` | 1 of 1 | 0." in captured.out
     assert "job1.log: error: " in captured.err and "was made with epochs=1 (now 2)" in captured.err
+
+
+@pytest.mark.slow
+def test_a_comparison_that_is_asked_to_stop_stops_its_processes(finished, tmp_path):
+    script = (
+        "import sys\nsys.path.insert(0, sys.argv.pop(1))\nfrom tiny_recipe import tiny\n"
+        "from llmrec.finetune.compare import main\nmain(tiny)\n"
+    )
+    command = [sys.executable, "-c", script, str(ROOT / "tests"), "--run-dir", str(finished)]
+    command += ["--out", str(tmp_path), "--rows", "mme_sid", "me", "e4srec", "--jobs", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("*/seed*/evaluate")) and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and re.search(r"stopped with \d of 9 cells done", said), said
+    request = str(tmp_path / "cells.json")
+    left = [one for one in psutil.process_iter(["cmdline"]) if request in (one.info["cmdline"] or [])]
+    assert not left
 
 
 def test_cells_of_other_processes_are_waited_for_and_those_they_leave_taken(monkeypatch):

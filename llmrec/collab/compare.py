@@ -23,14 +23,14 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from llmrec import jobs as side_by_side
-from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions
+from llmrec.artifacts import ContentEmbeddings, Interactions
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.config import as_dict, changed_settings, from_dict
 from llmrec.errors import ConfigError, LlmrecError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import per_user, summarise
-from llmrec.files import read_json, write_json
-from llmrec.pipeline import fingerprint, load, peak_memory_of, run_stage, stage_manifest
+from llmrec.files import read_json, read_jsonl, write_json
+from llmrec.pipeline import checked_file, fingerprint, load, peak_memory_of, run_stage, stage_manifest
 
 logger = logging.getLogger("llmrec")
 
@@ -256,7 +256,7 @@ def summarise_cells(
             }
             for what, parts in slices.items()
         }
-        log = load(CollabEmbeddings, done[0] / "train_collab").log
+        log = read_jsonl(checked_file(done[0] / "train_collab", "log.jsonl"))
         found[name]["log"] = [{key: row[key] for key in row if key != "seconds"} for row in log]
     if reference in users:
         add_differences(found, users, reference, samples)

@@ -18,7 +18,14 @@ from typing import Any
 
 from llmrec import jobs as side_by_side
 from llmrec.config import as_dict, from_dict
-from llmrec.errors import BusyError, ConfigError, LlmrecError, MissingArtifactError, TrainingError
+from llmrec.errors import (
+    BusyError,
+    ConfigError,
+    LlmrecError,
+    MissingArtifactError,
+    StoppedError,
+    TrainingError,
+)
 from llmrec.files import read_json, write_json
 from llmrec.finetune.config import FREQUENCY_FIELDS, METHOD_FIELDS, FinetuneConfig
 from llmrec.recipe import Recipe, refit_stage, refuse_what_cannot_finish, statuses
@@ -172,7 +179,11 @@ def run_side_by_side(
 
     Returns:
         A line for each of them that failed; the others went on with its cells.
+
+    Raises:
+        StoppedError: this process was asked to stop, and has stopped them.
     """
+    from llmrec.checkpoint import stop_requests
     from llmrec.progress import progress
 
     cells = [(name, seed) for seed in seeds for name in rows]
@@ -193,9 +204,12 @@ def run_side_by_side(
                     command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
                 )
             processes.append(process)
-        with progress(None, "compare", total=len(cells), unit="cell", initial=len(seen)) as bar:
+        with (
+            stop_requests() as stop,
+            progress(None, "compare", total=len(cells), unit="cell", initial=len(seen)) as bar,
+        ):
             running = True
-            while running:
+            while running and not stop.asked:
                 running = any(process.poll() is None for process in processes)
                 for cell in [cell for cell in cells if cell not in seen and finished(out, *cell)]:
                     seen.add(cell)
@@ -209,6 +223,10 @@ def run_side_by_side(
             process.terminate()
         for process in processes:
             process.wait()
+    if stop.asked:
+        raise StoppedError(
+            f"stopped with {len(seen)} of {len(cells)} cells done; the same command goes on from there"
+        )
     said = [log.read_text(errors="replace").strip().splitlines() or ["nothing said"] for log in logs]
     # Lines begin with the time of day.
     for line in sorted({line.partition(" ")[2] for lines in said for line in lines if IMPOSSIBLE in line}):
