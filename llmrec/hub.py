@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ SECRETS = re.compile(
 )
 """Tokens of the Hub and of common services."""
 
-LOCAL_PATH = re.compile(r"^(?:/|~/|[A-Za-z]:[\\/]|\\\\|file:)")
+LOCAL_PATH = re.compile(r"^(?:hub:|local-dir:)?(?:/|~/|[A-Za-z]:[\\/]|\\\\|file:)")
 IN_TEXT = re.compile(
     r"(?:^|[\s\"'(])((?:/(?:home|root|Users|tmp|mnt|var|opt|srv|media|work|data)/|~/)[^\s\"')]+)"
 )
@@ -173,10 +174,11 @@ def refuse_private(folder: Path) -> None:
     """Stop if a package holds interactions, tokens, or paths of this machine.
 
     Raises:
-        ConfigError: names file and place.
+        ConfigError: names file and place, and all paths at once.
     """
     from llmrec.inference.package import ENDINGS
 
+    texts = []
     for name, _ in listing(folder):
         path = folder / name
         if not name.endswith(ENDINGS) or path.name in (
@@ -194,15 +196,33 @@ def refuse_private(folder: Path) -> None:
             raise ConfigError(
                 f"{name} holds what looks like an access token; take it out, and revoke the token"
             )
-        for place, value in texts_of(path, text):
-            local = value if LOCAL_PATH.match(value) and path.suffix != ".md" else None
-            found = IN_TEXT.search(value)
-            if local or found:
-                shown = local or (found.group(1) if found else "")
-                raise ConfigError(
-                    f"{name}: {place} is a path of this machine ({shown}); package again with --rename "
-                    f"{shown}=HUB_ID (or any other text)"
-                )
+        texts += [(name, place, value) for place, value in texts_of(path, text)]
+    refuse_paths(texts)
+
+
+def refuse_paths(texts: list[tuple[str, str, str]]) -> None:
+    """Stop if texts, given as file, place and text, are or hold paths of this machine.
+
+    Raises:
+        ConfigError: names all of them.
+    """
+    settings, lines = [], []
+    for name, place, value in texts:
+        found = IN_TEXT.search(value)
+        if name.endswith(".md"):
+            lines += [(name, place, found.group(1))] if found else []
+        elif found or LOCAL_PATH.match(value):
+            settings.append((name, place, value))
+    if not settings and not lines:
+        return
+    shown = ", ".join(f"{name}: {place} ({value})" for name, place, value in settings + lines)
+    advice = f"take them out of {lines[0][0]}" if lines else ""
+    if settings:
+        # The card is written from the settings, so that its lines change with them.
+        olds = dict.fromkeys(value for _, _, value in settings)
+        pairs = " ".join(f"{shlex.quote(old)}=HUB_ID" for old in olds)
+        advice = f"push or package the run folder with --rename {pairs} (or any other text for HUB_ID)"
+    raise ConfigError(f"these are paths of this machine: {shown}; {advice}")
 
 
 def texts_of(path: Path, text: str) -> Iterator[tuple[str, str]]:

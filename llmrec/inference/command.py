@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,6 +17,8 @@ from llmrec.errors import ConfigError, DataError
 
 BATCH = 256
 """Histories that are read and answered at once."""
+
+MAX_PORT = 65535
 
 
 def add_parsers(verbs: Any) -> None:
@@ -35,7 +40,7 @@ def add_parsers(verbs: Any) -> None:
         "--endpoint", metavar="URL", help="address of the hub (the public one, or $HF_ENDPOINT)"
     )
     made.add_argument("--message", default="Recommender packaged by llmrec", help="of the commit")
-    add_rename(made)
+    add_rename(made, "; needs a run folder, since a package stays as it was made")
     made = verbs.add_parser("recommend", help="recommend items for histories")
     add_source(made)
     made.add_argument(
@@ -55,7 +60,20 @@ def add_parsers(verbs: Any) -> None:
     made.add_argument("--compare", metavar="PACKAGE", help="a second recommender, side by side on the page")
     made.add_argument("--images", metavar="DIR", help="pictures named by item id (ID.jpg, ID.png, ID.webp)")
     made.add_argument("--host", default="127.0.0.1", help="127.0.0.1; 0.0.0.0 answers other machines too")
-    made.add_argument("--port", type=int, default=8000)
+    made.add_argument(
+        "--port", type=port_of, default=8000,
+        help="8000; 0 takes any that is free. It is taken at once; requests that come while the recommender "
+        "is loaded wait",
+    )  # fmt: skip
+
+
+def port_of(text: str) -> int:
+    """A port, as an argument."""
+    if not text.isdecimal() or len(text) > 5 or int(text) > MAX_PORT:
+        raise argparse.ArgumentTypeError(
+            f"must be 1 to {MAX_PORT}, or 0 for any that is free, got {text!r:.40}"
+        )
+    return int(text)
 
 
 def add_source(made: argparse.ArgumentParser) -> None:
@@ -65,10 +83,10 @@ def add_source(made: argparse.ArgumentParser) -> None:
     made.add_argument("--device", help="cpu, cuda, cuda:1 (a GPU if there is one)")
 
 
-def add_rename(made: argparse.ArgumentParser) -> None:
+def add_rename(made: argparse.ArgumentParser, note: str = "") -> None:
     made.add_argument(
         "--rename", action="extend", nargs="+", default=[], metavar="OLD=NEW",
-        help="replace a text in all settings, such as a local model folder by its Hub id",
+        help="replace a text in all settings, such as a local model folder by its Hub id" + note,
     )  # fmt: skip
 
 
@@ -124,15 +142,36 @@ def push_to_hub(options: argparse.Namespace) -> None:
 def recommend(options: argparse.Namespace) -> None:
     """Print recommendations for histories from arguments, a file or standard input."""
     recommender = load(options, options.source)
-    unknown = "skip" if options.skip_unknown else "error"
     number = 0
-    for histories in batches(read_histories(options)):
-        found = recommender.recommend(
-            histories, options.k, exclude_seen=not options.keep_seen, unknown=unknown, explain=options.explain
-        )
-        for history, items in zip(histories, found):
+    for batch in batches(read_histories(options)):
+        for (_, history), items in zip(batch, answers(recommender, batch, options)):
             number += 1
             print(shown(number, history, items, options.format), flush=True)
+
+
+def answers(
+    recommender: Any, batch: list[tuple[str, list[str]]], options: argparse.Namespace
+) -> list[list[Any]]:
+    """What is recommended for histories that come with the places they stand at.
+
+    Raises:
+        DataError: an id is not in the catalogue; names the place.
+    """
+    from llmrec.inference.recommender import UnknownItemError
+
+    try:
+        return recommender.recommend(
+            [history for _, history in batch],
+            options.k,
+            exclude_seen=not options.keep_seen,
+            unknown="skip" if options.skip_unknown else "error",
+            explain=options.explain,
+        )
+    except UnknownItemError as error:
+        assert error.place is not None, "no candidates are given here"
+        raise DataError(
+            f"{batch[error.place][0]}: {error.reason}; --skip-unknown leaves such ids out"
+        ) from None
 
 
 def shown(number: int, history: list[str], items: list[Any], how: str) -> str:
@@ -153,48 +192,52 @@ def shown(number: int, history: list[str], items: list[Any], how: str) -> str:
     return "\n".join(lines)
 
 
-def read_histories(options: argparse.Namespace) -> Iterator[list[str]]:
-    """Histories as lists of ids.
+def read_histories(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
+    """Histories as lists of ids, each with the place where it stands.
 
     Raises:
         DataError: a line is neither; names file and line.
     """
     if options.history:
-        yield from (ids_of(text) for text in options.history)
+        yield from ((f"history {number}", ids_of(text)) for number, text in enumerate(options.history, 1))
         return
     if options.file:
         path = Path(options.file)
         if not path.is_file():
             raise DataError(f"{path}: no such file")
-        with path.open(encoding="utf-8") as lines:
-            yield from parse_lines(lines, str(path))
+        try:
+            with path.open(encoding="utf-8") as lines:
+                yield from parse_lines(lines, str(path))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text ({error}); convert it") from None
     else:
         yield from parse_lines(sys.stdin, "standard input")
 
 
-def parse_lines(lines: Iterable[str], where: str) -> Iterator[list[str]]:
+def parse_lines(lines: Iterable[str], where: str) -> Iterator[tuple[str, list[str]]]:
+    """The history of every line with file and line; an empty line is an empty history."""
     for number, line in enumerate(lines, start=1):
-        text = line.strip()
+        text, place = line.strip(), f"{where}, line {number}"
         if text.startswith(("[", "{")):
             try:
                 value = json.loads(text)
             except json.JSONDecodeError as error:
-                raise DataError(f"{where}, line {number}: not JSON ({error})") from None
+                raise DataError(f"{place}: not JSON ({error})") from None
             value = value.get("history") if isinstance(value, dict) else value
             if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-                raise DataError(f"{where}, line {number}: expected a list of item ids, got {text:.80}")
-            yield value
+                raise DataError(f"{place}: expected a list of item ids, got {text:.80}")
+            yield place, value
         else:
-            yield ids_of(text)
+            yield place, ids_of(text)
 
 
 def ids_of(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def batches(histories: Iterable[list[str]]) -> Iterator[list[list[str]]]:
+def batches(histories: Iterable[tuple[str, list[str]]]) -> Iterator[list[tuple[str, list[str]]]]:
     """Histories in lists of at most `BATCH`."""
-    held: list[list[str]] = []
+    held: list[tuple[str, list[str]]] = []
     for history in histories:
         held.append(history)
         if len(held) == BATCH:
@@ -206,24 +249,44 @@ def batches(histories: Iterable[list[str]]) -> Iterator[list[list[str]]]:
 
 def serve(options: argparse.Namespace) -> None:
     """Answer over HTTP until stopped."""
-    try:
-        import uvicorn
-
-        from llmrec.inference.server import application
-    except ImportError:
-        raise ConfigError("serving needs fastapi and uvicorn: pip install 'llmrec[serve]'") from None
     images = Path(options.images) if options.images else None
     if images is not None and not images.is_dir():
         raise ConfigError(f"--images {images}: no such folder")
-    models = {"first": load(options, options.source)}
-    if options.compare:
-        models["second"] = load(options, options.compare)
-    print(f"http://{options.host}:{options.port}", flush=True)
-    names = {"first": Path(options.source).name, "second": Path(options.compare or "").name}
-    uvicorn.run(
-        application(models, images=images, names=names),
-        host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=10,
-    )  # fmt: skip
+    with listening(options.host, options.port) as held:
+        try:
+            import uvicorn
+
+            from llmrec.inference.server import application
+        except ImportError:
+            raise ConfigError("serving needs fastapi and uvicorn: pip install 'llmrec[serve]'") from None
+        models = {"first": load(options, options.source)}
+        if options.compare:
+            models["second"] = load(options, options.compare)
+        names = {"first": Path(options.source).name, "second": Path(options.compare or "").name}
+        app = application(models, images=images, names=names)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        print(f"http://{host}:{held.getsockname()[1]}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[held])
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket at an address, which no one else can take from now on; who connects waits to be served.
+
+    Raises:
+        ConfigError: the port is in use, or the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} of {host} is in use; give another with --port") from None
+        reason = str(error.strerror).partition(" (while")[0]
+        raise ConfigError(
+            f"port {port} of {host} cannot be taken ({reason}); give another --port or --host"
+        ) from None
 
 
 def load(options: argparse.Namespace, source: str) -> Any:

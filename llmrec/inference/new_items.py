@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -91,12 +92,16 @@ def extended(
     )
 
 
+def check_id(name: Any) -> None:
+    if not isinstance(name, str) or not name:
+        raise DataError(f"new items: every one needs an id, a text that is not empty, got {name!r:.80}")
+
+
 def check_ids(package: Package, items: pa.Table) -> None:
     new = items["raw_id"].to_pylist()
     known = set(package.items["raw_id"].to_pylist())
     for name in new:
-        if not isinstance(name, str) or not name:
-            raise DataError(f"new items: every one needs an id, a text that is not empty, got {name!r}")
+        check_id(name)
     taken = [name for name in new if name in known]
     if taken:
         raise DataError(f"new items: {len(taken)} ids are in the catalogue, the first is {taken[0]!r}")

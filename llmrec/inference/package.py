@@ -7,7 +7,7 @@
     train_collab/ encode_items/ learn_semantic_ids/   item vectors, codes and the frozen quantiser
     data.json, evaluation.json       counts of the data, metrics of the run
 
-Everything is safetensors, JSON, parquet or Markdown.
+Everything is safetensors, JSON, parquet or Markdown. Of the user's own files only the names are written down.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +46,10 @@ MANIFEST = "package.json"
 CARD = "README.md"
 NOT_HASHED = (MANIFEST, CARD, ".gitattributes")
 ENDINGS = (".safetensors", ".json", ".jsonl", ".parquet", ".md")
+OWN_FILES = ("interactions", "items", "exclude_items", "folder", "image_folder")
+"""Settings of prepare_data that hold paths."""
+ON_HUB = re.compile(r"hub:(?![./~\\]|[A-Za-z]:[\\/])")
+"""Beginning of the address of a data set that is no local folder; see `llmrec.data.hub`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +113,42 @@ def package_run(run_dir: Path, out: Path, *, renamed: dict[str, str] | None = No
         data=about,
         evaluation=evaluation,
     )
-    return save(package, out, renamed=renamed)
+    return save(without_folders(package), out, renamed=renamed)
+
+
+def without_folders(package: Package) -> Package:
+    """The package with the names of the user's own files in place of their paths; nothing here reads them.
+
+    Where a base model or an encoder is stays as it is, since they are loaded from there.
+    """
+    about = dict(package.data["config"])
+    about |= {name: file_name(about[name]) for name in OWN_FILES if about.get(name)}
+    about["mirrors"] = []
+    settings = {**package.adapter.settings, "config": dict(package.adapter.settings["config"])}
+    settings["config"]["prompt"] = file_name(settings["config"]["prompt"])
+    encoders = {
+        modality: without_path({**encoder, "settings": without_path(encoder["settings"])})
+        for modality, encoder in package.content.encoders.items()
+    }
+    return dataclasses.replace(
+        package,
+        adapter=dataclasses.replace(package.adapter, settings=settings),
+        content=dataclasses.replace(package.content, encoders=encoders),
+        data={**package.data, "config": about},
+    )
+
+
+def without_path(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an encoder with the name of the file of vectors, if there is one, in place of its path."""
+    return {**settings, "path": file_name(settings["path"])} if settings.get("path") else settings
+
+
+def file_name(path: str) -> str:
+    """The last part of a path; ids on the Hub (`hub:OWNER/NAME`) stay as they are."""
+    if ON_HUB.match(path):
+        return path
+    prefix = "hub:" if path.startswith("hub:") else ""
+    return prefix + re.split(r"[\\/]", path.rstrip("\\/"))[-1]
 
 
 def save(package: Package, out: Path, *, renamed: dict[str, str] | None = None) -> Path:

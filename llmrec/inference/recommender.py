@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +21,29 @@ from llmrec.finetune.scoring import CatalogueScores, load_scorer
 from llmrec.inference.package import Package, advising, load_package
 from llmrec.manifest import reading
 
+logger = logging.getLogger("llmrec")
+
 BLOCK_SCORES = 1 << 24
 """Scores held at once (64 MiB)."""
 
 MAX_CELLS = 1 << 13
 """Tokens in one forward pass."""
+
+
+class UnknownItemError(DataError):
+    """An id that is not in the catalogue.
+
+    Args:
+        where: 'histories[N]' or 'candidates'.
+        place: N, counted from 0; None: in the candidates.
+        reason: what is wrong, without where it is and what to do.
+    """
+
+    def __init__(self, where: str, place: int | None, reason: str) -> None:
+        super().__init__(f"{where}: {reason}; unknown='skip' leaves such ids out")
+        self.where = where
+        self.place = place
+        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +166,8 @@ class Recommender:
             explain: say what each score source added.
 
         Raises:
-            DataError: an id is not in the catalogue, or something is not a list of ids.
+            UnknownItemError: an id is not in the catalogue.
+            DataError: something is not a list of ids, or another argument cannot be.
         """
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise DataError(f"k must be a whole number of at least 1, got {k!r}")
@@ -187,12 +207,13 @@ class Recommender:
 
         Args:
             items: each with `item_id`, the catalogue's text columns as far as they are known (`title`...),
-                and `image`, a picture's path, where there is one.
+                and `image`, a picture's path, where there is one; a recommender that was trained without
+                pictures makes no use of it, and warns.
             vectors: content vectors float32 (n, D_m) by modality, in place of encoding.
             neighbours: see `new_items.extended`.
 
         Raises:
-            DataError: ids that are taken or doubled; a picture that cannot be read.
+            DataError: ids that are taken, doubled or no text; a picture that cannot be read.
             ConfigError: the catalogue's vectors came from a file and none are given.
         """
         from llmrec.encoders.again import ItemEncoders
@@ -210,6 +231,13 @@ class Recommender:
                     f"vectors[{name!r}] must be finite numbers of shape ({len(items)}, width of {name}), got "
                     f"{rows.shape}"
                 )
+        pictures = [item.get("image") for item in items]
+        named = sum(picture is not None for picture in pictures)
+        if named and "image" not in self.package.content.vectors:
+            logger.warning(
+                "add_items: %d of %d items come with a picture, which is not used: this recommender was "
+                "trained without pictures", named, len(items),
+            )  # fmt: skip
         encoders = ItemEncoders(self.package.content)
         for name in self.package.content.vectors:
             if name in content:
@@ -217,7 +245,7 @@ class Recommender:
             if name == "text":
                 content[name], _ = encoders.text(table)
             else:
-                content[name], _ = encoders.image(table, [item.get("image") for item in items])
+                content[name], _ = encoders.image(table, pictures)
         before = self.package
         self.package = extended(before, table, content, neighbours=neighbours)
         del self.scores, self.graph  # the model that is made anew needs their room
@@ -243,19 +271,24 @@ class Recommender:
         if isinstance(histories, str) or not isinstance(histories, Iterable):
             raise DataError(f"histories must be a list of lists of item ids, got {histories!r:.80}")
         return [
-            self._numbers(history, unknown, f"history {place}") for place, history in enumerate(histories)
+            self._numbers(history, unknown, f"histories[{place}]", place)
+            for place, history in enumerate(histories)
         ]
 
-    def _numbers(self, history: Sequence[str], unknown: str, what: str) -> np.ndarray:
+    def _numbers(
+        self, history: Sequence[str], unknown: str, where: str, place: int | None = None
+    ) -> np.ndarray:
         """Item ids int64 of raw ids."""
         if isinstance(history, str) or not isinstance(history, Sequence):
-            raise DataError(f"{what} must be a list of item ids, got {history!r:.80}")
+            raise DataError(f"{where} must be a list of item ids, got {history!r:.80}")
         numbers = [self.number.get(name) if isinstance(name, str) else None for name in history]
         if unknown == "error" and None in numbers:
             name = history[numbers.index(None)]
-            raise DataError(
-                f"{what}: {name!r:.80} is not in the catalogue of {len(self.raw_ids):,} items; raw ids are "
-                f"texts such as {self.raw_ids[0]!r}; unknown='skip' leaves such ids out"
+            raise UnknownItemError(
+                where,
+                place,
+                f"{name!r:.80} is not in the catalogue of {len(self.raw_ids):,} items; raw ids are texts "
+                f"such as {self.raw_ids[0]!r}",
             )
         return np.array([number for number in numbers if number is not None], dtype=np.int64)
 
@@ -379,18 +412,27 @@ def item_table(items: Sequence[Mapping[str, Any]], columns: list[str]) -> pa.Tab
     """New items as a table: raw_id, and the known text columns that they have.
 
     Raises:
-        DataError: an item is not a mapping, has no id, or a column that the catalogue does not have.
+        DataError: an item is not a mapping, has no id, a column that the catalogue does not have, or one that
+            holds no text.
     """
-    allowed = {"item_id", "image", *columns} - {"raw_id", "train_count"}
+    from llmrec.inference.new_items import check_id
+
+    names = [name for name in columns if name not in ("raw_id", "train_count")]
+    allowed = {"item_id", "image", *names}
     for item in items:
         if not isinstance(item, Mapping) or "item_id" not in item:
             raise DataError(f"new items: each must be a mapping with item_id, got {item!r:.80}")
-        extra = sorted(set(item) - allowed)
+        extra = sorted(map(str, set(item) - allowed))
         if extra:
             raise DataError(
                 f"new items: {', '.join(extra)} is no column of the catalogue ({', '.join(sorted(allowed))})"
             )
-    names = [name for name in columns if name not in ("raw_id", "train_count")]
+        check_id(item["item_id"])
+        for name in names:
+            if not isinstance(item.get(name), str | None):
+                raise DataError(
+                    f"new items: {name} of {item['item_id']!r} must be a text or None, got {item[name]!r:.80}"
+                )
     made: dict[str, pa.Array] = {"raw_id": pa.array([item["item_id"] for item in items], pa.string())}
     for name in names:
         made[name] = pa.array([item.get(name) for item in items], pa.string())

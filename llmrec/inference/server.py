@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from llmrec import __version__
 from llmrec.errors import DataError
-from llmrec.inference.recommender import Recommendation, Recommender
+from llmrec.inference.recommender import Recommendation, Recommender, UnknownItemError
 from llmrec.pages import environment
 
 logger = logging.getLogger("llmrec")
@@ -256,6 +256,9 @@ def application(
             raise HTTPException(422, f"there is no {ask.model} model here, only {', '.join(models)}")
         try:
             found = await batcher.answer(ask)
+        except UnknownItemError as error:
+            advice = '"skip_unknown": true leaves such ids out'
+            raise HTTPException(422, f"{error.where}: {error.reason}; {advice}") from None
         except DataError as error:
             raise HTTPException(422, str(error)) from None
         return {"results": [[as_json(item, pictures) for item in items] for items in found]}

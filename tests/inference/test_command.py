@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
-import time
 
 import httpx
 import pytest
 
 from llmrec import cli
+from llmrec.errors import ConfigError
+from llmrec.inference import command
 from llmrec.inference.recommender import Recommender
 
 
@@ -48,7 +51,11 @@ def test_histories_from_arguments_a_file_and_standard_input(packaged, tmp_path, 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--history", "gone"], "'gone' is not in the catalogue"),
+        (["--history", "gone"], "history 1: 'gone' is not in the catalogue"),
+        (["--history", "", "--history", "gone"], "history 2: 'gone' is not in the catalogue"),
+        (["--history", "gone"], "; --skip-unknown leaves such ids out"),
+        (["--file", "FAR"], "far.txt, line 4: 'gone' is not in the catalogue"),
+        (["--file", "LATIN"], "latin.txt: not UTF-8 text"),
         (["--history", "gone", "--k", "0"], "k must be a whole number"),
         (["--file", "no-such-file"], "no-such-file: no such file"),
         (["--file", "BAD"], "bad.txt, line 2: not JSON"),
@@ -56,9 +63,12 @@ def test_histories_from_arguments_a_file_and_standard_input(packaged, tmp_path, 
 )
 def test_mistakes_are_one_line(more, message, packaged, tmp_path, capsys):
     (tmp_path / "bad.txt").write_text('["P01"]\n[1,\n')
-    more = [str(tmp_path / "bad.txt") if word == "BAD" else word for word in more]
+    (tmp_path / "far.txt").write_text("\n[]\n\ngone\n")
+    (tmp_path / "latin.txt").write_bytes(b"\xfc\n")
+    more = [str(tmp_path / f"{word.lower()}.txt") if word.isupper() else word for word in more]
     code, _, err = run(
-        ["recommend", str(packaged), "--skip-unknown" if "BAD" in more else "--explain", *more], capsys
+        ["recommend", str(packaged), "--skip-unknown" if "bad.txt" in more[-1] else "--explain", *more],
+        capsys,
     )
     assert code == 2 and message in err and "Traceback" not in err
 
@@ -72,19 +82,42 @@ def test_what_is_no_package_is_refused(tmp_path, capsys):
     assert code == 2 and "no such folder" in err
 
 
+def test_a_number_that_is_no_port_is_refused_with_the_arguments(tmp_path, capsys):
+    for bad in ("99999", "-1", "http", "9" * 5000):
+        code, _, err = run(["serve", str(tmp_path), "--port", bad], capsys)
+        assert code == 2 and "argument --port: must be 1 to 65535" in err and "Traceback" not in err
+
+
+def test_a_port_is_looked_at_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        code, out, err = run(["serve", str(tmp_path), "--port", str(taken)], capsys)
+    assert (code, out) == (2, "")
+    assert err == f"error: port {taken} of 127.0.0.1 is in use; give another with --port\n"
+    code, _, err = run(["serve", str(tmp_path), "--host", "nope.invalid", "--port", "0"], capsys)
+    assert code == 2 and "port 0 of nope.invalid cannot be taken (" in err and "while" not in err
+    held = []
+
+    def load(*_):
+        with pytest.raises(OSError):
+            socket.create_server(held[0].getsockname())
+        raise ConfigError("looked")
+
+    real = command.listening
+    monkeypatch.setattr(command, "listening", lambda *address: held.append(real(*address)) or held[0])
+    monkeypatch.setattr(command, "load", load)
+    code, out, err = run(["serve", str(tmp_path), "--port", "0"], capsys)
+    assert (code, out, err) == (2, "", "error: looked\n") and held[0].fileno() == -1
+
+
 def test_a_server_starts_answers_and_stops_when_asked(packaged):
     script = "from llmrec.cli import main; main()"
-    command = [sys.executable, "-c", script, "serve", str(packaged), "--port", "18473"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ})
+    arguments = [sys.executable, "-c", script, "serve", str(packaged), "--port", "0"]
+    child = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ})
     try:
-        assert child.stdout.readline().decode().strip() == "http://127.0.0.1:18473"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                assert httpx.get("http://127.0.0.1:18473/ready").status_code == 200
-                break
-            except httpx.ConnectError:
-                time.sleep(0.1)
+        address = child.stdout.readline().decode().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d*", address)
+        assert httpx.get(f"{address}/ready", timeout=60).status_code == 200, "it answers once it says where"
         child.send_signal(signal.SIGTERM)
         assert child.wait(30) in (0, -signal.SIGTERM, 143)
     finally:

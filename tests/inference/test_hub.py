@@ -18,8 +18,9 @@ from hub_server import TOKEN
 from llmrec import cli
 from llmrec.errors import ConfigError, MissingArtifactError
 from llmrec.hub import HubError, download, listing, push, refuse_private
-from llmrec.inference.package import seal
+from llmrec.inference.package import package_run, seal
 from llmrec.inference.recommender import Recommender
+from llmrec.manifest import write_manifest
 
 
 @pytest.fixture
@@ -139,8 +140,11 @@ def test_what_is_not_there_is_named(hub, tmp_path, monkeypatch):
     ("name", "change", "message"),
     [
         ("data.json", lambda text: text.replace('"config"', '"where": "/home/ann/data", "config"', 1),
-         r"data\.json: where is a path of this machine \(/home/ann/data\); package again with --rename"),
-        ("README.md", lambda text: text + "\nsee /home/ann/x\n", r"README\.md: line \d+ is a path"),
+         r"data\.json: where \(/home/ann/data\); push or package the run folder with --rename /home/ann/da"),
+        ("data.json", lambda text: text.replace('"config"', '"where": "local-dir:/models/x", "config"', 1),
+         r"data\.json: where \(local-dir:/models/x\)"),
+        ("README.md", lambda text: text + "\nsee /home/ann/x\n",
+         r"README\.md: line \d+ \(/home/ann/x\); take them out of README\.md"),
         ("README.md", lambda text: text + f"\n{TOKEN}\n", "looks like an access token"),
     ],
 )  # fmt: skip
@@ -151,6 +155,44 @@ def test_paths_and_tokens_never_leave(name, change, message, packaged, tmp_path)
     with pytest.raises(ConfigError, match=message) as found:
         refuse_private(copy)
     assert TOKEN not in str(found.value)
+
+
+def test_all_paths_are_named_at_once(packaged, tmp_path):
+    copy = tmp_path / "package"
+    shutil.copytree(packaged, copy)
+    for name, place in (("data.json", "where"), ("llmrec_config.json", "base"), ("evaluation.json", "there")):
+        value = "/models/my llama" if name != "data.json" else "/srv/x"
+        (copy / name).write_text(json.dumps({**json.loads((copy / name).read_text()), place: value}))
+    (copy / "README.md").write_text("see /srv/x\n")
+    with pytest.raises(ConfigError) as found:
+        refuse_private(copy)
+    assert str(found.value) == (
+        "these are paths of this machine: data.json: where (/srv/x), evaluation.json: there "
+        "(/models/my llama), llmrec_config.json: base (/models/my llama), README.md: line 1 (/srv/x); "
+        "push or package the run folder with --rename /srv/x=HUB_ID "
+        "'/models/my llama'=HUB_ID (or any other text for HUB_ID)"
+    )
+
+
+def test_a_run_on_own_files_is_packaged_and_pushed_without_renaming(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    manifest = json.loads((run / "prepare_data" / "manifest.json").read_text())
+    manifest["config"] |= {
+        "source": "table",
+        "interactions": "/home/ann/sales.csv",
+        "items": "/home/ann/i.csv",
+    }
+    write_manifest(run / "prepare_data" / "manifest.json", manifest)
+    package = package_run(run, tmp_path / "package")
+    config = json.loads((package / "data.json").read_text())["config"]
+    assert (config["interactions"], config["items"]) == ("sales.csv", "i.csv")
+    for source in (package, run):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["push_to_hub", str(source), "--repo", "ann/own", "--dry-run"])
+        captured = capsys.readouterr()
+        assert left.value.code == 0 and "would go to ann/own" in captured.out, captured.err
+    assert "on sales" in (package / "README.md").read_text()
 
 
 def test_raw_data_never_leaves(packaged, finished, tmp_path):
@@ -191,6 +233,9 @@ def test_the_command_lists_pushes_and_renames(packaged, finished, hub, tmp_path,
         assert ("would go to ann/cli" in text) == bool(more)
         assert ("ann/cli" in hub.repos) == (not more)
     assert TOKEN not in text and hub.repos["ann/cli"]["commits"][-1][0] in text
+    with pytest.raises(SystemExit):
+        cli.main(["push_to_hub", "--help"])
+    assert "needs a run folder" in " ".join(capsys.readouterr().out.split())
     for bad in (["--rename", "x"], ["--rename", "=y"]):
         with pytest.raises(SystemExit) as left:
             cli.main([*command, *bad])

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from tiny_recipe import tiny
 
 from llmrec.artifacts import Interactions
 from llmrec.errors import ConfigError, DataError
 from llmrec.inference.new_items import extended
-from llmrec.inference.package import load_package
+from llmrec.inference.package import load_package, package_run
 from llmrec.inference.recommender import Recommender
 from llmrec.pipeline import load
+from llmrec.recipe import main
 from llmrec.semantic_ids.assign import assign
 
 
@@ -107,6 +110,10 @@ def test_what_training_would_have_given_is_the_mean_of_neighbours(fresh):
         ([{"item_id": "P01"}], "1 ids are in the catalogue"),
         ([{"item_id": "a"}, {"item_id": "a"}], "an id is given twice"),
         ([{"item_id": ""}], "a text that is not empty"),
+        ([{"item_id": "a"}, {"item_id": 7, "title": "x"}], "a text that is not empty, got 7"),
+        ([{"item_id": None}], "a text that is not empty, got None"),
+        ([{"item_id": "a", "title": 7}], "title of 'a' must be a text or None, got 7"),
+        ([{"item_id": "a", 7: "x"}], "7 is no column of the catalogue"),
         ([{"title": "x"}], "each must be a mapping with item_id"),
         ([{"item_id": "a", "colour": "red"}], "colour is no column of the catalogue"),
         ([{"item_id": "a", "image": "no/such/file.png"}], "no/such/file.png"),
@@ -132,6 +139,22 @@ def test_vectors_from_a_file_must_come_with_new_items(packaged):
     package.content.encoders["text"]["encoder"] = "precomputed"
     with pytest.raises(ConfigError, match=r"text vectors came from a file.*vectors=\{'text'"):
         Recommender(package).add_items([{"item_id": "a", "title": "x"}])
+
+
+def test_a_picture_that_nothing_looks_at_is_told(finished, tmp_path, caplog):
+    for stage in ("prepare_data", "train_collab"):
+        shutil.copytree(finished / stage, tmp_path / "run" / stage)
+    options = ["--run-dir", str(tmp_path / "run"), "--until", "finetune"]
+    with pytest.raises(SystemExit) as left:
+        main(tiny, [*options, "--set", "encode_items.image.encoder=none"])
+    assert left.value.code == 0
+    recommender = Recommender(load_package(package_run(tmp_path / "run", tmp_path / "package")))
+    caplog.clear()
+    recommender.add_items([{"item_id": "a", "title": "Red drum", "image": None}])
+    assert not caplog.records
+    recommender.add_items([{"item_id": "b", "title": "Red drum", "image": "b.png"}, {"item_id": "c"}])
+    assert "1 of 2 items come with a picture, which is not used" in caplog.text
+    assert recommender.raw_ids[-3:] == ["a", "b", "c"]
 
 
 def test_at_least_one_neighbour_is_needed(fresh):

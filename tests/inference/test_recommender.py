@@ -18,7 +18,7 @@ from llmrec.errors import ConfigError, DataError, MissingArtifactError, StaleArt
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.scoring import load_scorer
 from llmrec.inference import recommender as module
-from llmrec.inference.package import ENDINGS, load_package, package_run, rename
+from llmrec.inference.package import ENDINGS, file_name, load_package, package_run, rename, without_folders
 from llmrec.inference.recommender import Recommender
 from llmrec.manifest import write_manifest
 
@@ -126,9 +126,12 @@ def test_candidates_more_than_there_are_and_parts(loaded):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"histories": [["nothing"]]}, r"history 0: 'nothing' is not in the catalogue of 96 items; .*'P"),
-        ({"histories": ["P01"]}, "history 0 must be a list of item ids"),
-        ({"histories": [[7]]}, "history 0: 7 is not in the catalogue"),
+        (
+            {"histories": [["nothing"]]},
+            r"histories\[0\]: 'nothing' is not in the catalogue of 96 items; .*'P",
+        ),
+        ({"histories": ["P01"]}, r"histories\[0\] must be a list of item ids"),
+        ({"histories": [[], [7]]}, r"histories\[1\]: 7 is not .*; unknown='skip' leaves such"),
         ({"histories": [[]], "k": 0}, "k must be a whole number of at least 1, got 0"),
         ({"histories": [[]], "k": True}, "k must be a whole number"),
         ({"histories": [[]], "k": 2.5}, "k must be a whole number"),
@@ -219,6 +222,51 @@ def test_manifests_cannot_point_outside(packaged, tmp_path):
     write_manifest(folder / "package.json", {**manifest, "schema": 99})
     with pytest.raises(StaleArtifactError, match="written in form 99 by llmrec"):
         Recommender.from_pretrained(folder)
+
+
+def test_of_own_files_only_the_names_are_written_down(packaged):
+    package = load_package(packaged)
+    own = {
+        "interactions": "/home/ann/shop/sales.csv",
+        "items": "../shop/items.csv",
+        "folder": "C:\\shop\\raw\\",
+    }
+    own |= {"exclude_items": None, "image_folder": "pictures", "mirrors": ["https://ann:secret@shop.example"]}
+    package = dataclasses.replace(package, data={"config": {**package.data["config"], **own}})
+    package.adapter.settings["config"]["prompt"] = "/home/ann/mine.toml"
+    package.content.encoders["text"] |= {
+        "path": "/home/ann/v.parquet",
+        "settings": {"path": "/home/ann/v.parquet"},
+    }
+    found = without_folders(package)
+    assert found.data["config"] == {
+        **package.data["config"], "interactions": "sales.csv", "items": "items.csv", "folder": "raw",
+        "exclude_items": None, "image_folder": "pictures", "mirrors": [],
+    }  # fmt: skip
+    assert found.adapter.settings["config"]["prompt"] == "mine.toml"
+    assert (
+        found.content.encoders["text"] | {"path": "v.parquet", "settings": {"path": "v.parquet"}}
+        == (found.content.encoders["text"])
+    )
+    assert found.content.encoders["image"] == package.content.encoders["image"]
+    assert package.adapter.settings["config"]["prompt"] == "/home/ann/mine.toml", (
+        "what was given is left alone"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("hub:ann/shop", "hub:ann/shop"),
+        ("hub:ann/shop@v1:full:train", "hub:ann/shop@v1:full:train"),
+        ("hub:/home/ann/shop:full", "hub:shop:full"),
+        ("hub:~/shop", "hub:shop"),
+        ("chat", "chat"),
+        ("~/shop/", "shop"),
+    ],
+)
+def test_names_of_files_and_of_data_sets_on_the_hub(path, name):
+    assert file_name(path) == name
 
 
 def test_texts_are_renamed_wherever_they_stand_alone():

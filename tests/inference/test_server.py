@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -81,7 +82,8 @@ def test_answers_are_the_recommenders(address, recommender):
         ({}, 422, "histories: Field required"),
         ({"histories": "x"}, 422, "histories: Input should be a valid list"),
         ({"histories": []}, 422, "at least 1"),
-        ({"histories": [["gone"]]}, 422, "'gone' is not in the catalogue"),
+        ({"histories": [[], ["gone"]]}, 422, "histories[1]: 'gone' is not in the catalogue"),
+        ({"histories": [["gone"]]}, 422, '; "skip_unknown": true leaves such ids out'),
         ({"histories": [[3]]}, 422, "valid string"),
         ({"histories": [["x" * 300]]}, 422, "at most 256"),
         ({"histories": [["P01"] * 3000]}, 422, "at most 2000"),
@@ -146,6 +148,27 @@ def test_health_readiness_metrics_and_the_description(address):
     assert {"/recommend", "/items", "/health"} <= set(paths)
     page = httpx.get(address)
     assert "What comes next?" in page.text and page.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_readme_shows_a_body_that_is_answered_and_names_every_route(address, recommender):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (body,) = re.findall(r"^curl \S+/recommend .* -d '(.*)'$", text, flags=re.MULTILINE)
+    for name, known in zip(("P001", "P002"), recommender.raw_ids):
+        assert name in body
+        body = body.replace(name, known)
+    found = ask(address, **json.loads(body)).json()["results"]
+    assert [len(items) for items in found] == [3] and found[0][0].keys() == {
+        "item_id",
+        "title",
+        "score",
+        "picture",
+    }
+    named = set(re.findall(r"`(GET|POST) (/[\w.]*)", text))
+    paths = httpx.get(f"{address}/openapi.json").json()["paths"]
+    there = {(method.upper(), path) for path, methods in paths.items() for method in methods}
+    unlisted = {("GET", "/"), ("GET", "/openapi.json"), ("GET", "/docs")}
+    assert named == there | unlisted
+    assert all(httpx.get(address + path).status_code == 200 for _, path in unlisted)
 
 
 def test_requests_that_wait_are_answered_in_one_pass(recommender, monkeypatch):
