@@ -74,7 +74,9 @@ def estimate(options: argparse.Namespace) -> None:
 
     recipe = with_preset(recipe_of(Path(options.recipe)), options.preset)
     recipe = apply_overrides(recipe, options.set)
-    found = module.estimate(recipe, Path(options.run_dir) if options.run_dir else None)
+    usual = Path("runs") / Path(options.recipe).stem
+    run_dir = Path(options.run_dir) if options.run_dir else module.fitting(recipe, usual)
+    found = module.estimate(recipe, run_dir)
     print(module.shown(found, options.gpu))
 
 
@@ -111,7 +113,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_parsers(verbs)
     costs = verbs.add_parser("estimate", help="what fine-tuning a recipe will cost, from the real data")
     costs.add_argument("recipe", metavar="RECIPE", help="a recipe's file")
-    costs.add_argument("--run-dir", metavar="DIR", help="use the stages that are finished there")
+    costs.add_argument(
+        "--run-dir", metavar="DIR", help="use the stages that are finished there (runs/NAME, if it fits)"
+    )
     costs.add_argument("--gpu", default="H100", choices=GPU_NAMES, help="for memory and time (H100)")
     costs.add_argument("--preset", choices=PRESETS, help="as in the paper, or the published code")
     check = verbs.add_parser("doctor", help="is this machine ready, and what to do where it is not")

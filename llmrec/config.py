@@ -30,6 +30,15 @@ T = TypeVar("T")
 MOST_HINTS = 6
 """Settings named in a hint at most."""
 
+WORDS = {
+    type(None): "none",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+}
+"""What a value of a type is, as people say it."""
+
 
 def as_dict(config: Any) -> dict[str, Any]:
     """The config as plain JSON data (tuples become lists).
@@ -104,9 +113,8 @@ def parse_value(hint: Any, text: str, name: str) -> Any:
             parts = [part.strip() for part in text.split(",") if part.strip()]
             return adapter.validate_python(parts)
         return adapter.validate_strings(text)
-    except pydantic.ValidationError as error:
-        reason = error.errors()[0]["msg"][0].lower() + error.errors()[0]["msg"][1:]
-        raise ConfigError(f"{name}={text!r}: {reason} (expected {type_name(hint)})") from None
+    except pydantic.ValidationError:
+        raise ConfigError(f"{name}={text!r}: expected {in_words(hint)}{_meant_choice(text, hint)}") from None
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -196,6 +204,18 @@ def type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
+def in_words(hint: Any) -> str:
+    """What a value of an annotation is, as people say it: ``none, or a whole number``."""
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if _is_union(hint):
+        members = sorted(typing.get_args(hint), key=lambda member: member is not type(None))
+        return ", or ".join(in_words(member) for member in members)
+    if typing.get_origin(hint) is tuple:
+        return f"entries separated by commas, each {in_words(typing.get_args(hint)[0])}"
+    return WORDS.get(hint, type_name(hint))
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `ConfigError` unless condition holds; for ``__post_init__`` checks."""
     if not condition:
@@ -225,6 +245,21 @@ def _meant(path: str, config: Any, prefix: str) -> str:
     if 0 < len(same) <= MOST_HINTS:
         return f"; did you mean {' or '.join(same)}?"
     return _nearest(path.partition(".")[0], typing.get_type_hints(type(config)), prefix)
+
+
+def _meant_choice(text: str, hint: Any) -> str:
+    """What the first entry that is no choice of the annotation may stand for, if one is like it."""
+    choices = [str(choice) for choice in _choices(hint)]
+    unknown = [part.strip() for part in text.split(",") if part.strip() not in choices]
+    close = difflib.get_close_matches(unknown[0], choices, n=1) if unknown else []
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """Values of the literals in an annotation."""
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    return tuple(itertools.chain.from_iterable(map(_choices, typing.get_args(hint))))
 
 
 def _nearest(name: str, known: Any, prefix: str = "") -> str:

@@ -36,6 +36,8 @@ SHORTEST_SECRET = 8
 def guarded(command: Callable[[], None]) -> int:
     """Run a command; errors meant for users become one line and an exit code.
 
+    What an interrupted command keeps it says in its KeyboardInterrupt, see `pipeline.run_stage`.
+
     Returns:
         0 done, 2 something the user gave cannot work, 130 interrupted or asked to stop.
     """
@@ -57,8 +59,8 @@ def guarded(command: Callable[[], None]) -> int:
             "killed it, most often for want of memory"
         )
         return USER_ERROR
-    except KeyboardInterrupt:
-        say("interrupted: finished stages are kept; the same command goes on from there")
+    except KeyboardInterrupt as error:
+        say(f"interrupted: {error}" if str(error) else "interrupted")
         return INTERRUPTED
     return 0
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from llmrec.preflight import Finding, in_the_way
+from llmrec.preflight import Finding, in_the_way, resolves, to_fetch
 from llmrec.recipe import Recipe
 
 LEAST_DISK = 20e9
@@ -23,13 +23,14 @@ def findings(recipe: Recipe | None = None) -> Iterator[Finding]:
     """Everything that is looked at, as it is found.
 
     Args:
-        recipe: also look for its data files and models.
+        recipe: also look for its data files and models, and for hosts that it fetches data from.
     """
     yield from libraries()
     yield from accelerator()
     yield disk(Path.cwd())
     if recipe is not None:
         yield from in_the_way(recipe)
+        yield from network(recipe)
 
 
 def libraries() -> Iterator[Finding]:
@@ -69,6 +70,20 @@ def accelerator() -> Iterator[Finding]:
             yield Finding("note", what, "it has no bfloat16; use finetune.precision=fp32")
         else:
             yield Finding("ok", what)
+
+
+def network(recipe: Recipe) -> Iterator[Finding]:
+    """Where absent data would be fetched from, and whether a host's name can be resolved; takes seconds at
+    most, for nothing is fetched."""
+    files, hosts = to_fetch(recipe)
+    if not files:
+        return
+    what = f"{' and '.join(files)} must be fetched from {' or '.join(hosts)}"
+    if any(map(resolves, hosts)):
+        yield Finding("note", f"{what}, whose name can be resolved", "the run fetches them")
+    else:
+        advice = f"check the network, or put them into {recipe.prepare_data.folder} yourself"
+        yield Finding("note", f"{what}, whose name cannot be resolved from here", advice)
 
 
 def disk(folder: Path) -> Finding:

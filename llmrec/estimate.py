@@ -1,12 +1,14 @@
 """What fine-tuning a recipe will cost, before it is paid: counts from the real data, the rest by formula.
 
 Exact: users, items, targets, tokens, optimiser steps, trainable parameters (the model is built without
-memory, on torch's meta device). By formula: floating-point operations and memory of weights, gradients and
+memory, on torch's meta device), but for widths that only the items tell, which are told as the most they can
+be. By formula: floating-point operations and memory of weights, gradients and
 optimiser states. Rough: activations, and time, which assumes what an H200 reached with Llama-3-8B.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
-from llmrec.errors import ConfigError
+from llmrec.errors import ConfigError, LlmrecError
 from llmrec.finetune import base_model, build
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.lora import add_lora
@@ -26,7 +28,10 @@ from llmrec.finetune.packing import count_tokens
 from llmrec.finetune.steps import steps_of_epoch, train_counts, training_targets
 from llmrec.manifest import MANIFEST
 from llmrec.pipeline import load
+from llmrec.preflight import resolves, to_fetch
 from llmrec.recipe import TO_DO, UNCERTAIN, Recipe, statuses
+
+logger = logging.getLogger("llmrec")
 
 GPUS: dict[str, tuple[float, float, float]] = {
     "A100": (312e12, 80e9, 2.04e12),
@@ -49,6 +54,9 @@ MOVED = 3.0
 """What a step takes beside them, in times of reading the frozen weights twice and of updating the trained
 ones once. Both fitted to an H200 with Llama-3-8B at 16, 64 and 256 targets a step (tools/engine.md)."""
 
+BOUNDED = ("tfidf", "classical")
+"""Encoders whose vectors are narrower than the settings say if the items do not span as many directions."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -59,6 +67,8 @@ class Estimate:
     largest_step, in tokens; epochs"""
     parameters: dict[str, int]
     """By part, see `build.parameter_counts`"""
+    bounds: dict[str, int]
+    """Most numbers of an item vector by modality, where the items may turn out to have fewer"""
     flops: dict[str, float]
     """Floating-point operations of one epoch by part"""
     moved: float | None
@@ -93,8 +103,9 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
     if data is None:
         from llmrec.data.prepare import prepare_data
 
+        refuse_unreachable(recipe)
         data = prepare_data(recipe.prepare_data)
-    widths = vector_widths(recipe, run_dir)
+    widths, bounds = vector_widths(recipe, run_dir)
     names = modalities_of(config, tuple(widths))
     prompt = base_model.load_prompt(config)
     base = meta_base(config, prompt)
@@ -134,7 +145,10 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
     plain = (config.quantize, config.optimizer, config.checkpoint_activations) == ("none", "adamw", False)
     if plain and not config.is_mini:
         moved = counts["steps"] * (2 * memory["frozen weights"] + 28.0 * parameters["trainable"])
-    return Estimate(counts=counts, parameters=parameters, flops=flops, memory=memory, moved=moved)
+    bounds = {name: width for name, width in bounds.items() if name in names}
+    return Estimate(
+        counts=counts, parameters=parameters, bounds=bounds, flops=flops, memory=memory, moved=moved
+    )
 
 
 def check_run(recipe: Recipe, run_dir: Path) -> None:
@@ -150,21 +164,48 @@ def check_run(recipe: Recipe, run_dir: Path) -> None:
             raise ConfigError(f"--run-dir {run_dir}: {name} {status}")
 
 
+def fitting(recipe: Recipe, run_dir: Path) -> Path | None:
+    """A run folder, if there is one and its stages were made with these settings."""
+    try:
+        check_run(recipe, run_dir)
+    except LlmrecError:
+        return None
+    logger.info("estimate: from the stages that are finished in %s", run_dir)
+    return run_dir
+
+
+def refuse_unreachable(recipe: Recipe) -> None:
+    """Say at once that data cannot be fetched, where a run would try again and again.
+
+    Raises:
+        ConfigError: they are absent, and no host that has them can be found.
+    """
+    files, hosts = to_fetch(recipe)
+    if files and not any(map(resolves, hosts)):
+        raise ConfigError(
+            f"{' and '.join(files)} cannot be fetched: the name of {' or '.join(hosts)} cannot be resolved "
+            f"from here. Put them into {recipe.prepare_data.folder}, or give the --run-dir of a run that has "
+            "finished prepare_data"
+        )
+
+
 def stage_of(run_dir: Path | None, artifact: Any) -> Any:
     """A stage's output in a run folder, or None."""
     folder = None if run_dir is None else run_dir / artifact.stage
     return load(artifact, folder) if folder is not None and (folder / MANIFEST).is_file() else None
 
 
-def vector_widths(recipe: Recipe, run_dir: Path | None) -> dict[str, int]:
-    """Width of the item vectors by modality: as they are in the run folder, else as the settings say."""
+def vector_widths(recipe: Recipe, run_dir: Path | None) -> tuple[dict[str, int], dict[str, int]]:
+    """Width of the item vectors by modality: as they are in the run folder, else as the settings say; and
+    those of them that are only the most there can be."""
     ids = stage_of(run_dir, SemanticIds)
     if ids is not None and ids.model:
-        return dict(ids.model["dims"])
+        return dict(ids.model["dims"]), {}
     collab, content = stage_of(run_dir, CollabEmbeddings), stage_of(run_dir, ContentEmbeddings)
     settings = recipe.train_collab
     own = getattr(settings, settings.provider, None)
     widths = {"collab": collab.vectors.shape[1] if collab else getattr(own, "embed_dim", 64)}
+    bounds = {}
     if content is not None:
         widths |= {name: table.shape[1] for name, table in content.vectors.items()}
     else:
@@ -172,8 +213,10 @@ def vector_widths(recipe: Recipe, run_dir: Path | None) -> dict[str, int]:
             encoder = getattr(recipe.encode_items, name)
             if encoder.encoder != "none":
                 widths[name] = encoder_width(encoder)
+            if encoder.encoder in BOUNDED:
+                bounds[name] = widths[name]
     chosen = recipe.learn_semantic_ids.modalities
-    return {name: width for name, width in widths.items() if chosen is None or name in chosen}
+    return {name: width for name, width in widths.items() if chosen is None or name in chosen}, bounds
 
 
 def encoder_width(encoder: Any) -> int:
@@ -184,7 +227,7 @@ def encoder_width(encoder: Any) -> int:
     """
     if encoder.encoder == "llm2clip":
         return 1280
-    if encoder.encoder in ("tfidf", "classical"):
+    if encoder.encoder in BOUNDED:
         return encoder.dim
     if encoder.encoder == "openclip":
         import open_clip
@@ -324,13 +367,19 @@ def shown(found: Estimate, gpu: str) -> str:
         f"{counts['interactions']:,} interactions",
         f"per epoch   {counts['targets']:,} targets in {counts['steps']:,} steps; {counts['tokens']:,} "
         f"tokens ({fewer:.1f} times fewer than one prompt per target)",
-        f"parameters  {parts['trainable']:,} trained beside a base of {parts['base_total']:,}",
+        f"parameters  {'at most ' if found.bounds else ''}{parts['trainable']:,} trained beside a base of "
+        f"{parts['base_total']:,}",
     ]
     lines += [
         f"            {count:>15,}  {name.replace('_', ' ')}"
         for name, count in parts.items()
         if count and name not in ("trainable", "base_total")
     ]
+    if found.bounds:
+        widths = " and ".join(f"{name} at most {width}" for name, width in found.bounds.items())
+        lines.append(
+            f"widths      {widths}; exact with the --run-dir of a run that has finished encode_items"
+        )
     lines.append(f"operations  {scaled(found.total_flops, 'FLOP')} per epoch")
     lines += [
         f"            {scaled(value, 'FLOP'):>15}  {name}" for name, value in found.flops.items() if value

@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,27 @@ from llmrec.manifest import (
     sha256,
     write_manifest,
 )
-from llmrec.stages import Stage, in_order
+from llmrec.preflight import refuse_what_the_data_forbid
+from llmrec.stages import COMMANDS, STAGES, Stage, in_order
 
 logger = logging.getLogger("llmrec")
 
 SCHEMA_VERSION = 4
 LOCK = "lock"
 UNWRITABLE = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room, or use another folder"),
+    errno.EFBIG: "Use a folder on a disk that takes larger files",
+    errno.EROFS: "Use a folder on a disk that may be written",
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), "Use a folder that you may write, or change its permissions"
+    ),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "Something else is in the way there; use another folder"),
+    errno.ENAMETOOLONG: "Use a shorter name",
 }
-"""System errors that say that a disk is full or may not be written, or that a folder's name cannot be one."""
+"""What to do, by the number of a system's error that says that a folder cannot be written."""
+
+NO_FOLDER = {**UNWRITABLE, errno.ENOENT: "No folder can be made there; use another"}
+"""The same, where a folder is made: what is absent there is not a file that was to be read."""
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "safetensors")
 
@@ -75,13 +85,20 @@ def run(recipe: Any, run_dir: RunDir, *, until: str | None = None) -> Report | N
 
     Returns:
         The evaluation report, or None if `until` stopped the run before it.
+
+    Raises:
+        LlmrecError: a stage cannot be computed, or a later one could not with these data.
     """
     made: dict[str, Any] = {}
-    for stage in in_order(recipe):
-        config = getattr(recipe, stage.name)
-        made[stage.name] = run_dir.stage(stage, config, *(made[name] for name in stage.made_from(config)))
-        if stage.name == until:
-            break
+    names = [stage.name for stage in in_order(recipe)]
+    if until is not None:
+        names = names[: names.index(until) + 1]
+    for name in names:
+        stage = STAGES[name]
+        config = getattr(recipe, name)
+        made[name] = run_dir.stage(stage, config, *(made[one] for one in stage.made_from(config)))
+        if name == "prepare_data":
+            refuse_what_the_data_forbid(recipe, made[name], names)
     return made.get("evaluate")
 
 
@@ -114,21 +131,26 @@ def run_stage(stage: Stage | Callable[..., Any], config: Any, inputs: tuple[Any,
         StaleArtifactError: if the folder was made with another config or other inputs.
         BusyError: if another process is computing it.
         MissingArtifactError: if the folder holds something else, or is damaged.
+        KeyboardInterrupt: says what is kept.
     """
     if isinstance(stage, Stage):
         name, artifact = stage.name, stage.artifact_class()
     else:
         name, artifact = stage.__name__, typing.get_type_hints(stage)["return"]
-    check_lineage(inputs)
-    wanted = describe_stage(name, config, inputs)
-    status = check_folder(folder, wanted, config)
-    distributed.wait()
-    if status == "done":
-        logger.info("%s: already done, %s", name, folder)
-    else:
-        compute(stage.function() if isinstance(stage, Stage) else stage, config, inputs, folder, wanted)
-    distributed.wait()
-    return load(artifact, folder)
+    try:
+        check_lineage(inputs)
+        wanted = describe_stage(name, config, inputs)
+        status = check_folder(folder, wanted, config)
+        distributed.wait()
+        if status == "done":
+            logger.info("%s: already done, %s", name, folder)
+        else:
+            compute(stage.function() if isinstance(stage, Stage) else stage, config, inputs, folder, wanted)
+        distributed.wait()
+        return load(artifact, folder)
+    except KeyboardInterrupt as error:
+        error.args = ("finished stages are kept; the same command goes on from there",)
+        raise
 
 
 def check_lineage(inputs: tuple[Any, ...]) -> None:
@@ -197,8 +219,12 @@ def compute(
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, advice: Mapping[int, str] = UNWRITABLE) -> Iterator[None]:
     """Say plainly that a folder could not be written.
+
+    Args:
+        folder: the one that was asked for.
+        advice: what to do by the number of the system's error; other errors are raised as they are.
 
     Raises:
         StorageError: the disk is full, or may not be written.
@@ -208,11 +234,11 @@ def writing(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         # safetensors hands the number of the system's error on as text.
         number = getattr(error, "errno", None) or next(map(int, re.findall(r"os error (\d+)", str(error))), 0)
-        if number not in UNWRITABLE:
+        if number not in advice:
             raise
         raise StorageError(
-            f"{folder} cannot be written ({error}); nothing of it is kept. Make room, or use another "
-            "folder, and start again: finished stages are kept"
+            f"{folder} cannot be written ({error}); nothing of it is kept. {advice[number]}, and start "
+            "again: finished stages are kept"
         ) from None
 
 
@@ -224,14 +250,14 @@ def locked(folder: Path) -> Iterator[None]:
         BusyError: another process holds it.
         StorageError: the folder may not be written.
     """
-    with writing(folder):
+    stage = folder.name.removeprefix(".").removesuffix(".unfinished")
+    with writing(folder.with_name(stage), NO_FOLDER):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            stage = folder.name.removeprefix(".").removesuffix(".unfinished")
             raise BusyError(
                 f"another process is computing {stage} in {folder.parent}; wait for it, or use another"
             ) from None
@@ -300,6 +326,11 @@ def check_folder(folder: Path, wanted: dict[str, Any], config: Any) -> str:
     """
     if not folder.exists():
         return "absent"
+    if not (folder / MANIFEST).is_file():
+        raise MissingArtifactError(
+            f"{folder} is not the output of a finished stage, and what is there is never overwritten. Use "
+            "another folder, or move it away"
+        )
     manifest = stage_manifest(folder)
     changes = changed_sources(manifest, wanted["sources"])
     if manifest["stage"] != wanted["stage"]:
@@ -337,8 +368,12 @@ def peak_memory_of(manifest: dict[str, Any]) -> int:
     return manifest.get("peak_gpu_memory_bytes") or manifest["peak_memory_bytes"]
 
 
-def stage_manifest(folder: Path) -> dict[str, Any]:
+def stage_manifest(folder: Path, wanted: str = "") -> dict[str, Any]:
     """The manifest of a finished stage.
+
+    Args:
+        folder: its output.
+        wanted: name of the stage that is looked for, if it is known.
 
     Raises:
         MissingArtifactError: if there is none, so that the folder is not a finished stage; or it is damaged.
@@ -346,11 +381,24 @@ def stage_manifest(folder: Path) -> dict[str, Any]:
     """
     if not (folder / MANIFEST).is_file():
         raise MissingArtifactError(
-            f"{folder} is not the output of a finished stage (no {MANIFEST}). Give the folder of a "
-            "finished stage, or delete this one"
+            f"{folder} is not the output of a finished stage{what_instead(folder, wanted)}"
         )
     with advising(folder):
         return read_manifest(folder / MANIFEST, SCHEMA_VERSION)
+
+
+def what_instead(folder: Path, wanted: str) -> str:
+    """What a folder that is not the output of a stage is, and what to give in its place."""
+    stages = [name for name in COMMANDS if (folder / name / MANIFEST).is_file()]
+    if wanted in stages:
+        return f", but holds some. Give {folder / wanted}"
+    if stages and wanted:
+        return f", but holds {', '.join(stages)} without {wanted}. Finish that run, or give another one"
+    if stages:
+        return f", but holds some. Give one of {', '.join(str(folder / name) for name in stages)}"
+    if folder.is_dir():
+        return f" (no {MANIFEST}). Give the folder of a finished stage"
+    return f" ({'a file' if folder.exists() else 'no such folder'}). Give the folder of a finished stage"
 
 
 @contextlib.contextmanager
@@ -381,7 +429,7 @@ def load(artifact: Any, folder: Path) -> Any:
         MissingArtifactError: if the folder is not a finished stage, or a file was changed.
         StaleArtifactError: if another version wrote it in another form.
     """
-    manifest = stage_manifest(folder)
+    manifest = stage_manifest(folder, artifact.stage)
     if manifest["stage"] != artifact.stage:
         raise MissingArtifactError(
             f"{folder} holds the output of {manifest['stage']}, expected {artifact.stage}"

@@ -3,14 +3,21 @@ settings of one stage that cannot work with those of another."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
+import socket
+import threading
+import urllib.parse
+import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmrec.artifacts import Interactions
 from llmrec.config import given
+from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError
 from llmrec.recipe import Recipe
 from llmrec.stages import STAGES
@@ -56,16 +63,69 @@ def data_files(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
                 yield Finding("problem", f"{where}: no such file", f"put it there, or set {stage}.{name}")
     prepare = recipe.prepare_data
     if prepare.source == "amazon_2014" and "prepare_data" in stages:
-        from llmrec.data.named import file_names
+        for path in named_files(prepare):
+            if path.is_file():
+                yield Finding("ok", str(path))
+            elif prepare.offline:
+                advice = "put it there, or set prepare_data.offline=false"
+                yield Finding("problem", f"{path} is absent, and prepare_data.offline=true", advice)
+            else:
+                yield Finding("note", f"{path} is absent", "fetched by the run")
 
-        for name in file_names(given(prepare.category)):
-            there = (Path(given(prepare.folder)) / name).is_file()
-            advice = "" if there else "fetched by the run, unless it is offline"
-            yield Finding(
-                "ok" if there else "note",
-                f"{Path(given(prepare.folder)) / name}{'' if there else ' is absent'}",
-                advice,
-            )
+
+def named_files(prepare: PrepareDataConfig) -> list[Path]:
+    """The files of a category by name, whether they are there or not."""
+    from llmrec.data.named import file_names
+
+    return [Path(given(prepare.folder)) / name for name in file_names(given(prepare.category))]
+
+
+def to_fetch(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Files of data that are absent and would be fetched, and the hosts that may have them."""
+    prepare = recipe.prepare_data
+    if prepare.source != "amazon_2014" or prepare.offline:
+        return [], []
+    from llmrec.data.named import AMAZON_2014
+
+    addresses = [*prepare.mirrors, f"https://{AMAZON_2014}"]
+    hosts = [urllib.parse.urlsplit(address).hostname or address for address in addresses]
+    absent = [path.name for path in named_files(prepare) if not path.is_file()]
+    return absent, list(dict.fromkeys(hosts))
+
+
+def resolves(host: str, seconds: float = 3.0) -> bool:
+    """Whether a name leads to an address, as far as a few seconds tell; proxies resolve names themselves."""
+    if urllib.request.getproxies():
+        return True
+    found: list[bool] = []
+
+    def look() -> None:
+        with contextlib.suppress(OSError, UnicodeError):
+            found.append(bool(socket.getaddrinfo(host, None)))
+
+    asking = threading.Thread(target=look, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return any(found)
+
+
+def refuse_what_the_data_forbid(recipe: Recipe, data: Interactions, stages: Iterable[str]) -> None:
+    """Say, as soon as the data are prepared, what a later stage would stumble over.
+
+    Args:
+        recipe: the settings.
+        data: what prepare_data made.
+        stages: those that run.
+
+    Raises:
+        ConfigError: a setting does not go together with the data.
+    """
+    most, asked = data.num_items, recipe.learn_semantic_ids.num_codes
+    if "learn_semantic_ids" in stages and asked > most:
+        raise ConfigError(
+            f"learn_semantic_ids.num_codes must be at most the number of items ({most}), got {asked}; about "
+            f"a tenth of it suits, such as learn_semantic_ids.num_codes={max(2, most // 10)}"
+        )
 
 
 def models(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
@@ -82,6 +142,8 @@ def models(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
 
             default = TEXT_MODEL if name == "text" else CLIP_MODEL
             wanted.append((f"encode_items.{name}.model", encoder.model or default, encoder.revision))
+            if name == "text":
+                wanted.append(("encode_items.text.adapter", encoder.adapter or CLIP_MODEL, None))
     for where, model, revision in wanted:
         yield model_finding(where, model, revision)
 
@@ -89,12 +151,18 @@ def models(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
 def model_finding(where: str, model: str, revision: str | None) -> Finding:
     """One model."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     if Path(model).is_dir():
         if any(Path(model).glob("*.safetensors")):
             return Finding("ok", f"{where}={model}")
         return Finding("problem", f"{where}={model} holds no .safetensors weights", "give a complete model")
-    if isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
+    try:
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        what = f"{where}={model}: no such folder, and not a Hub id (owner/name)"
+        return Finding("problem", what, f"put the model there, or set {where}")
+    if isinstance(cached, str):
         return Finding("ok", f"{where}={model}, in the Hub's cache")
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return Finding(

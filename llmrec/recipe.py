@@ -293,7 +293,7 @@ def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
         if name in new:
             status = TO_DO
         elif not (folder / MANIFEST).exists():
-            status = "is not a finished stage; delete the folder"
+            status = "is not a finished stage; use another --run-dir, or move it away"
         elif changes := [
             *changed_settings((manifest := stage_manifest(folder))["config"], config),
             *changed_sources(manifest, source_hashes(config)),

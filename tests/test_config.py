@@ -45,6 +45,9 @@ class Outer:
     kind: Literal["a", "b"] = "a"
     """Which one."""
 
+    colours: tuple[Literal["red", "green", "blue"], ...] | None = None
+    """Which ones; none: all."""
+
     on: bool = True
     """Whether."""
 
@@ -82,21 +85,34 @@ def test_text_becomes_a_value_of_the_annotated_type(path, text, value):
     [
         ("coutn", "1", "unknown setting 'coutn'; did you mean count?"),
         ("inner.rat", "1", "unknown setting 'inner.rat'; did you mean inner.rate?"),
-        ("zzz", "1", "known: count, limit, kind, on, path, inner"),
-        ("count", "two", "count='two'"),
-        ("count", "1.5", "expected int"),
+        ("zzz", "1", "known: count, limit, kind, colours, on, path, inner"),
+        ("count", "two", "count='two': expected a whole number"),
+        ("count", "1.5", "count='1.5': expected a whole number"),
+        ("limit", "five", "limit='five': expected none, or a whole number"),
         ("count", "0", "count must be >= 1, got 0"),
-        ("kind", "c", "'a' | 'b'"),
-        ("on", "maybe", "expected bool"),
+        ("kind", "c", "kind='c': expected one of a, b"),
+        ("colours", "red, gren", "each one of red, green, blue; did you mean green?"),
+        ("on", "maybe", "on='maybe': expected true or false"),
         ("inner", "1", "'inner' is a group; set one of its fields: rate, sizes"),
         ("count.x", "1", "'count' is a single value"),
-        ("inner.sizes", "1,x", "inner.sizes='1,x'"),
+        ("inner.sizes", "1,x", "sizes='1,x': expected entries separated by commas, each a whole number"),
+        ("inner.rate", "half", "inner.rate='half': expected a number"),
     ],
 )
 def test_bad_overrides_say_what_is_wrong(path, text, words):
     with pytest.raises(ConfigError) as caught:
         override(Outer(), {path: text})
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_choice_is_listed_once_with_the_nearest_and_no_word_of_a_library():
+    from llmrec.collab.config import TrainCollabConfig
+
+    with pytest.raises(ConfigError) as caught:
+        override(TrainCollabConfig(), {"provider": "sasrek"})
+    said = str(caught.value)
+    assert said.startswith("provider='sasrek': expected one of ") and said.endswith("; did you mean sasrec?")
+    assert said.count("gmvae") == 1 and "input" not in said
 
 
 def test_fields_that_need_each_other_are_set_together_in_any_order():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from llmrec import console
+from llmrec import console, pipeline
+from llmrec.artifacts import Report
 from llmrec.errors import ConfigError, StoppedError
+from llmrec.evaluation.config import EvaluateConfig
 
 TOKEN = "hf_" + "aB3" * 12
 
@@ -91,6 +94,20 @@ def test_errors_for_users_are_one_line(error, code, said, capsys, monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     assert console.guarded(raising(error)) == code
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_an_interrupted_command_says_what_is_kept_only_where_something_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    def interrupted(config) -> Report:
+        raise KeyboardInterrupt
+
+    assert console.guarded(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    stage = functools.partial(pipeline.run_stage, interrupted, EvaluateConfig(), (), tmp_path / "out")
+    assert console.guarded(stage) == 130
+    said = capsys.readouterr().err
+    assert said == "interrupted: finished stages are kept; the same command goes on from there\n"
 
 
 def test_other_errors_are_raised(monkeypatch):

@@ -16,11 +16,13 @@ from llmrec import cli, doctor
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import ConfigError
-from llmrec.estimate import GPUS, MOVED, distinct_items, estimate, scaled, shown
+from llmrec.estimate import GPUS, MOVED, distinct_items, estimate, fitting, scaled, shown
 from llmrec.finetune import base_model
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.pipeline import RunDir
 from llmrec.recipe import Recipe, recipe_of, with_preset
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.stages import STAGES
 
 
 def test_tokens_and_parameters_are_those_of_the_run(finished):
@@ -32,8 +34,28 @@ def test_tokens_and_parameters_are_those_of_the_run(finished):
         # Which users share a step, and so an instruction, changes from epoch to epoch.
         assert 2 * found.counts["tokens"] == pytest.approx(metrics["tokens"], rel=0.02)
     assert estimate(tiny(), finished).parameters == metrics["parameters"]
+    assert found.bounds == {"text": 16, "image": 16} and estimate(tiny(), finished).bounds == {}
     text = shown(found, "H100")
     assert "fits one H100 (80 GB)" in text and "times fewer than one prompt per target" in text
+
+
+def test_a_width_that_only_the_items_tell_is_told_as_a_bound(tmp_path):
+    """Titles of the sample market span fewer directions than the 128 numbers that tf-idf is asked for."""
+    made = tiny()
+    recipe = dataclasses.replace(
+        made, encode_items=EncodeItemsConfig(text=TextEncoderConfig(dim=128), image=made.encode_items.image)
+    )
+    run = RunDir(tmp_path)
+    data = run.stage(STAGES["prepare_data"], recipe.prepare_data)
+    before = estimate(recipe, tmp_path)
+    text = shown(before, "H100")
+    assert f"at most {before.parameters['trainable']:,} trained" in text
+    assert "widths      text at most 128 and image at most 16; exact with the --run-dir" in text
+    content = run.stage(STAGES["encode_items"], recipe.encode_items, data)
+    assert content.vectors["text"].shape[1] < 128
+    after = estimate(recipe, tmp_path)
+    assert after.bounds == {} and after.parameters["trainable"] < before.parameters["trainable"]
+    assert "at most" not in shown(after, "H100")
 
 
 def test_the_published_size_is_counted_without_building_it(tmp_path):
@@ -191,3 +213,10 @@ def test_what_is_missing_is_a_problem_with_its_fix(tmp_path, monkeypatch, capsys
         "nobody/nothing is not in the Hub's cache; run `hf download nobody/nothing`",
     ):
         assert text in captured.out
+
+
+def test_a_run_folder_is_used_if_it_fits(finished, tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert fitting(tiny(), finished) == finished and "finished in" in caplog.text
+    other = dataclasses.replace(tiny(), prepare_data=dataclasses.replace(tiny().prepare_data, seed=1))
+    assert fitting(other, finished) is None and fitting(tiny(), tmp_path / "none") is None

@@ -141,6 +141,73 @@ def test_a_folder_that_is_no_finished_stage_is_refused(tmp_path):
     assert (tmp_path / "count" / "mine.txt").read_text() == "precious"
 
 
+def test_what_is_no_stage_is_told_what_to_give_instead_and_never_to_delete(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Evaluated(Number):
+        stage: ClassVar[str] = "evaluate"
+
+    def said(look, folder) -> str:
+        with pytest.raises(MissingArtifactError) as caught:
+            look(folder)
+        assert "delete" not in str(caught.value)
+        return str(caught.value).replace(str(tmp_path), "HERE")
+
+    def load(folder):
+        return pipeline.load(Evaluated, folder)
+
+    head = "is not the output of a finished stage"
+    assert said(load, tmp_path / "none") == (
+        f"HERE/none {head} (no such folder). Give the folder of a finished stage"
+    )
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert f"thesis.txt {head} (a file). Give" in said(load, tmp_path / "thesis.txt")
+    assert said(load, tmp_path).startswith(f"HERE {head} (no manifest.json). Give")
+    for name in ("prepare_data", "evaluate"):
+        RunDir(tmp_path).stage(count, Config())
+        (tmp_path / "count").rename(tmp_path / name)
+        if name == "prepare_data":
+            assert said(load, tmp_path) == (
+                f"HERE {head}, but holds prepare_data without evaluate. Finish that run, or give another one"
+            )
+    assert said(load, tmp_path) == f"HERE {head}, but holds some. Give HERE/evaluate"
+    assert said(pipeline.stage_manifest, tmp_path).endswith("one of HERE/prepare_data, HERE/evaluate")
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOENT, "No folder can be made there; use another, and start again"),
+        (errno.EACCES, "Use a folder that you may write, or change its permissions, and start again"),
+        (errno.EROFS, "Use a folder on a disk that may be written, and start again"),
+        (errno.ENOSPC, "Make room, or use another folder, and start again"),
+        (errno.ENAMETOOLONG, "Use a shorter name, and start again"),
+    ],
+)
+def test_advice_fits_why_a_folder_cannot_be_made(number, advice, tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StorageError) as caught:
+        RunDir(tmp_path).stage(count, Config())
+    assert f"{tmp_path / 'count'} cannot be written" in str(caught.value) and advice in str(caught.value)
+    assert CALLS == []
+
+
+def test_a_file_in_the_way_of_a_folder_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="Something else is in the way there; use another folder"):
+        RunDir(tmp_path / "file").stage(count, Config())
+
+
+def test_a_file_that_a_stage_misses_is_no_matter_of_writing(tmp_path):
+    def lost(config: Config) -> Number:
+        raise FileNotFoundError(errno.ENOENT, "no such file", "input.csv")
+
+    with pytest.raises(FileNotFoundError, match=r"input\.csv"):
+        pipeline.compute(lost, Config(), (), tmp_path / "count", {"config": {}})
+
+
 def test_the_output_of_another_stage_is_refused(tmp_path):
     both(tmp_path)
     with pytest.raises(MissingArtifactError, match="holds the output of count, expected double"):

@@ -102,7 +102,8 @@ class PrepareDataConfig:
     """Column of the item, in both files."""
 
     timestamp_column: str = "timestamp"
-    """Column of the time in the interactions file; whole or decimal numbers, such as Unix seconds."""
+    """Column of the time in the interactions file: whole or decimal numbers, such as Unix seconds; or ISO
+    8601 such as 2011-10-18T00:00:00Z, all with a zone or all without (UTC then)."""
 
     rating_column: str | None = None
     """Column of the rating; goes with min_rating."""

@@ -94,7 +94,7 @@ def download(
     folder.mkdir(parents=True, exist_ok=True)
     mirrors, reasons = list(file.urls), {}
     for attempt in range(retries + 1):
-        wait = None
+        wait, told = None, set()
         for url in list(mirrors):
             try:
                 fetch(file, url, path, timeout_seconds, public_only)
@@ -105,7 +105,9 @@ def download(
             except RetryError as error:
                 reasons[url] = str(error)
                 wait = error.wait_seconds if error.wait_seconds is not None else wait
-            logger.warning("download of %s: %s", file.name, reasons[url])
+            if reasons[url] not in told:  # http and https fail for one reason where a host has no address
+                logger.warning("download of %s: %s", file.name, reasons[url])
+            told.add(reasons[url])
         if not mirrors or attempt == retries:
             break
         pause = min(60.0, pause_seconds * 2**attempt) * random.uniform(0.75, 1.25)

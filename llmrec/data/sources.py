@@ -35,6 +35,8 @@ from llmrec.errors import DataError
 
 RAW_READERS = {".json": read_json_lines, ".jsonl": read_json_lines, ".dat": read_dat}
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TIME = "a number such as 1318896000 (Unix seconds), or ISO 8601 such as 2011-10-18T00:00:00Z"
+NO_NUMBER = "not a number; expected one such as 1318896000 or 4.5"
 NO_ID = ("", "nan", "null", "none")
 """Ids that are a missing value, in any case of letters."""
 
@@ -68,7 +70,7 @@ def read_log(path: Path, *, user: str, item: str, timestamp: str, rating: str | 
     Times with decimals are kept in millionths, so that their order survives.
 
     Raises:
-        DataError: a column is missing, an id is empty, a time or rating is not a number.
+        DataError: a column is missing, an id is empty, a time is none or a rating is not a number.
     """
     table = read_table(path, [name for name in (user, item, timestamp, rating) if name is not None])
     users, user_number = numbered(id_column(table, path, user))
@@ -298,7 +300,7 @@ def numbered(values: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray
 def _times(table: pa.Table, path: Path, name: str) -> np.ndarray:
     """A column as int64 times; dates and timestamps, ISO 8601 text too, as Unix seconds, or millionths of
     them."""
-    column = _moments(table[name])
+    column = _moments(table, path, name)
     if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
         if column.null_count:
             index = int(np.argmax(column.is_null().to_numpy()))
@@ -314,7 +316,7 @@ def _times(table: pa.Table, path: Path, name: str) -> np.ndarray:
             return pc.cast(column, pa.int64()).to_numpy()
         except pa.ArrowInvalid:
             pass  # decimal numbers, or no numbers at all
-    values = _decimals(table, path, name)
+    values = _decimals(table, path, name, f"no time; expected {TIME}")
     if not np.array_equal(values, np.floor(values)):
         values = np.round(values * 1e6)
     if (large := np.abs(values) >= 2**63).any():
@@ -326,25 +328,32 @@ def _times(table: pa.Table, path: Path, name: str) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def _moments(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _moments(table: pa.Table, path: Path, name: str) -> pa.ChunkedArray:
     """ISO 8601 text as timestamps, all with a zone or all without (UTC then); anything else as it is."""
+    column = table[name]
     if not pa.types.is_string(column.type) or not len(column) or column.null_count:
         return column
     text = pc.utf8_trim_whitespace(column)
-    if not pc.all(pc.match_substring_regex(text, r"^\d{4}-\d{2}-\d{2}")).as_py():
+    dated = pc.match_substring_regex(text, r"^\d{4}-\d{2}-\d{2}")
+    if not dated[0].as_py():
         return column
     zoned = (
         pc.all(pc.match_substring_regex(text, r"(Z|[+-]\d{2}:?\d{2})$")).as_py()
         and pc.all(pc.match_substring(text, "T")).as_py()
     )
+    kind = pa.timestamp("us", "UTC") if zoned else pa.timestamp("us")
     try:
-        return pc.cast(text, pa.timestamp("us", "UTC") if zoned else pa.timestamp("us"))
+        return pc.cast(text, kind)
     except pa.ArrowInvalid:
-        return column
+        index = _first_that_fails(text, kind)
+    raise DataError(
+        f"{path}, row {file_row(path, index)}, column {name!r}: {column[index].as_py()!r} is no time as "
+        f"those before it; expected {TIME}, with a zone in every row or in none"
+    )
 
 
-def _decimals(table: pa.Table, path: Path, name: str) -> np.ndarray:
-    """A column as float64; anything that is not a finite number is an error with its row."""
+def _decimals(table: pa.Table, path: Path, name: str, otherwise: str = NO_NUMBER) -> np.ndarray:
+    """A column as float64; anything that is not a finite number is an error with its row, and `otherwise`."""
     column = table[name]
     if pa.types.is_string(column.type):
         column = pc.utf8_trim_whitespace(column)
@@ -352,24 +361,21 @@ def _decimals(table: pa.Table, path: Path, name: str) -> np.ndarray:
         values = pc.cast(column, pa.float64(), safe=False).to_numpy()
         bad = np.flatnonzero(~np.isfinite(values))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        bad = np.array([_first_that_fails(column)])
+        bad = np.array([_first_that_fails(column, pa.float64())])
     if len(bad):
         index = int(bad[0])
         got = table[name][index].as_py()
-        raise DataError(
-            f"{path}, row {file_row(path, index)}, column {name!r}: {got!r} is not a number; expected one "
-            "such as 1318896000 or 4.5"
-        )
+        raise DataError(f"{path}, row {file_row(path, index)}, column {name!r}: {got!r} is {otherwise}")
     return values
 
 
-def _first_that_fails(column: pa.ChunkedArray) -> int:
-    """Index of the first value that cannot be cast to float64, by halving."""
+def _first_that_fails(column: pa.ChunkedArray, kind: pa.DataType) -> int:
+    """Index of the first value that cannot be cast to a type, by halving."""
     low, high = 0, len(column)
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            pc.cast(column.slice(low, middle - low), pa.float64())
+            pc.cast(column.slice(low, middle - low), kind)
             low = middle
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             high = middle
@@ -387,10 +393,10 @@ def _check_columns(path: Path, names: list[str], wanted: list[str]) -> None:
             raise DataError(f"{path} has {names.count(name)} columns named {name!r}; rename all but one")
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = f"did you mean {close[0]!r}? It" if close else "it"
             if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
-                hint = f"columns must be separated by {DELIMITERS.get(kind_of(path))!r}. "
+                hint = f"columns must be separated by {DELIMITERS.get(kind_of(path))!r}. It"
             raise DataError(
-                f"{path} has no column {name!r}; {hint}It has: {', '.join(names)}. Name it with "
+                f"{path} has no column {name!r}; {hint} has: {', '.join(names)}. Name it with "
                 "prepare_data.user_column, item_column, timestamp_column, title_column and so on"
             )

@@ -51,6 +51,12 @@ def learn_semantic_ids(
     """
     check_same_catalog(data, collab, content)
     items = {name: ItemRows.of(name, collab, content, data.num_items) for name in chosen(config, content)}
+    for name, rows in items.items():
+        if absent := data.num_items - int(rows.present.sum()):
+            logger.info(
+                "learn_semantic_ids: %d of %d items have no %s vector; they are not trained on",
+                absent, data.num_items, name,
+            )  # fmt: skip
     check_sizes(config, items)
     settings = model_settings(config, {name: rows.vectors.shape[1] for name, rows in items.items()})
     distributed.seed_everything(config.seed)
@@ -90,14 +96,6 @@ class ItemRows:
         present = np.asarray(vectors.any(axis=1))
         if name != "collab":
             present &= ~content.missing[name]
-        absent = num_items - int(present.sum())
-        if absent:
-            logger.info(
-                "learn_semantic_ids: %d of %d items have no %s vector; they are not trained on",
-                absent,
-                num_items,
-                name,
-            )
         return cls(vectors, present)
 
 

@@ -24,6 +24,7 @@ from llmrec.artifacts import (
 )
 from llmrec.files import read_json, write_json
 from llmrec.pages import COLOURS, drawing, environment, legend_above, svg, thumbnail
+from llmrec.pipeline import manifest_of
 from llmrec.semantic_ids.assign import Rebuilt, frozen, load_quantizer
 from llmrec.semantic_ids.config import ReportSemanticIdsConfig
 from llmrec.semantic_ids.diagnostics import (
@@ -99,7 +100,7 @@ def report_semantic_ids(
         "num_items": data.num_items,
         "samples": config.samples,
     }
-    metrics["findings"] = findings(metrics)
+    metrics["findings"] = findings(metrics, settings_of(ids))
     for sentence in metrics["findings"]:
         logger.info("report_semantic_ids: %s", sentence)
     return SemanticIdsReport(metrics=metrics, html=page(metrics, config, data, coded, pairs, ids))
@@ -119,22 +120,56 @@ def measure(coded: Coded, pairs: Pairs, seed: int) -> dict[str, Any]:
     return found
 
 
-def findings(metrics: dict[str, Any]) -> list[str]:
-    """What a careful reader would be told about these codes, as sentences; none if all is well."""
-    told = []
+def settings_of(ids: SemanticIds) -> dict[str, Any]:
+    """What the codes were learned with; nothing for codes that were never stored."""
+    return manifest_of(ids)["config"] if hasattr(ids, "_manifest") else {}
+
+
+def remedies(settings: dict[str, Any]) -> dict[str, str]:
+    """What helps against unused codes, lost distances and collisions, without what is set already."""
+
+    def off(name: str, value: Any) -> list[str]:
+        return [] if settings.get(name) == value else [f"{name}={str(value).lower()}"]
+
+    trained = settings.get("method") != "rkmeans"
+    updates = off("codebook_update", "ema") if trained else []
+    unused = ["fewer codes", *(off("restart_dead_codes", True) if trained else []), *updates]
+    closer = [*off("reconstruction", "mse"), *updates] if trained else []
+    apart = ["more codes", "more levels", *off("repair_collisions", True)]
+    distances = [*([" with ".join(closer)] if closer else []), *off("method", "rkmeans")]
+    return {
+        "unused": f"; {either(unused)} help",
+        "distances": f"; {either(distances)} may keep more" if distances else "",
+        "collisions": f"; {either(apart)} tell them apart",
+    }
+
+
+def either(choices: list[str]) -> str:
+    """a; a or b; a, b or c."""
+    return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+
+
+def findings(metrics: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """What a careful reader would be told about these codes, as sentences; none if all is well.
+
+    Args:
+        metrics: see `SemanticIdsReport`.
+        settings: those of learn_semantic_ids, as far as they are known.
+    """
+    told, advice = [], remedies(settings)
     for name, found in metrics["modalities"].items():
         for level, entry in enumerate(found["levels"], start=1):
             if entry["utilisation"] < 0.95:
+                dead = entry["dead_codes"]
                 told.append(
-                    f"{name}, level {level}: {entry['dead_codes']} codes are not used by any item "
-                    f"({entry['utilisation']:.1%} are); fewer codes, restart_dead_codes=true or "
-                    "codebook_update=ema help."
+                    f"{name}, level {level}: {dead} {'code is' if dead == 1 else 'codes are'} not used by "
+                    f"any item ({entry['utilisation']:.1%} are){advice['unused']}."
                 )
         tau = found["tau"]["latent"]
         if tau is not None and tau < 0.3:
             told.append(
-                f"{name}: the codes keep little of which items are near each other (tau {tau:.2f}); "
-                "reconstruction=mse with codebook_update=ema, or method=rkmeans, keep most."
+                f"{name}: the codes keep little of which items are near each other (tau {tau:.2f})"
+                f"{advice['distances']}."
             )
         if found["reconstruction_error"] >= 1:
             told.append(
@@ -143,8 +178,8 @@ def findings(metrics: dict[str, Any]) -> list[str]:
             )
         if found["collision_rate"] > 0.1:
             told.append(
-                f"{name}: {found['items_in_collision']:,} items share all codes with another one; more "
-                "codes or levels, or repair_collisions=true, tell them apart."
+                f"{name}: {found['items_in_collision']:,} items share all codes with another one"
+                f"{advice['collisions']}."
             )
     joined = metrics["joined"]
     if joined["collision_rate"] > 0.005:

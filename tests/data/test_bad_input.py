@@ -39,10 +39,38 @@ BAD_TABLES: dict[str, tuple[str | bytes, str | None, dict, list[str]]] = {
         GOOD + "b,1,yesterday\n",
         None,
         {},
-        ["log.csv, row 5, column 'timestamp': 'yesterday' is not a number"],
+        ["log.csv, row 5, column 'timestamp': 'yesterday' is no time; expected a number"],
     ),
-    "no time": (GOOD + "b,1,\n", None, {}, ["log.csv, row 5, column 'timestamp': '' is not a number"]),
-    "infinite time": (GOOD + "b,1,inf\n", None, {}, ["row 5, column 'timestamp': 'inf' is not a number"]),
+    "text as ISO 8601 time": (
+        HEAD + "a,1,2011-10-18\na,2,2011-10-19\na,3,yesterday\na,4,2011-10-20\n",
+        None,
+        {},
+        ["row 4, column 'timestamp': 'yesterday' is no time as those before it; expected", "or ISO 8601"],
+    ),
+    "no such day": (
+        HEAD + "a,1,2011-10-18\na,2,2011-02-30\n",
+        None,
+        {},
+        ["row 3, column 'timestamp': '2011-02-30' is no time as those before it"],
+    ),
+    "zone in some rows": (
+        HEAD + "a,1,2011-10-18T00:00:00\na,2,2011-10-18T00:00:00Z\n",
+        None,
+        {},
+        ["row 3, column 'timestamp': '2011-10-18T00:00:00Z'", "with a zone in every row or in none"],
+    ),
+    "no time": (
+        GOOD + "b,1,\n",
+        None,
+        {},
+        ["log.csv, row 5, column 'timestamp': '' is no time; expected a number"],
+    ),
+    "infinite time": (
+        GOOD + "b,1,inf\n",
+        None,
+        {},
+        ["row 5, column 'timestamp': 'inf' is no time; expected a number"],
+    ),
     "time too large": (GOOD + "b,1,1e30\n", None, {}, ["row 5, column 'timestamp'", "too large for a time"]),
     "text as rating": (
         "user_id,item_id,timestamp,stars\na,1,1,5\na,2,2,good\n",
@@ -62,7 +90,7 @@ BAD_TABLES: dict[str, tuple[str | bytes, str | None, dict, list[str]]] = {
         GOOD + "\n\nb,1,x\n",
         None,
         {},
-        ["log.csv, row 7, column 'timestamp': 'x' is not a number"],
+        ["log.csv, row 7, column 'timestamp': 'x' is no time; expected a number"],
     ),
     "short row": (GOOD + "b,1\n", None, {}, ["log.csv, row 5: 2 columns, expected 3 as in the header"]),
     "long row": (GOOD + "b,1,2,3\n", None, {}, ["log.csv, row 5: 4 columns, expected 3", "quotes"]),
@@ -90,9 +118,9 @@ BAD_TABLES: dict[str, tuple[str | bytes, str | None, dict, list[str]]] = {
         GOOD,
         ITEMS.replace("title", "titles"),
         {},
-        ["items.csv", "did you mean 'titles'?"],
+        ["items.csv", "did you mean 'titles'? It has: item_id"],
     ),
-    "image column missing": (GOOD, ITEMS, {"image_column": "image"}, ["items.csv has no column 'image'"]),
+    "image column missing": (GOOD, ITEMS, {"image_column": "image"}, ["no column 'image'; it has: item_id"]),
     "text column missing": (GOOD, ITEMS, {"text_columns": ("brand",)}, ["items.csv has no column 'brand'"]),
     "items file empty": (GOOD, "", {}, ["items.csv is empty"]),
     "users too short": (
@@ -176,7 +204,7 @@ def test_a_parquet_row_is_counted_from_the_first_row_of_data(tmp_path):
     refused(tmp_path / "log.parquet", ["row 2, column 'item_id': empty"], source="table")
     table = pa.table({"user_id": ["a", "b"], "item_id": [1, 2], "timestamp": [1, None]})
     pq.write_table(table, tmp_path / "log.parquet")
-    refused(tmp_path / "log.parquet", ["row 2, column 'timestamp': None is not a number"], source="table")
+    refused(tmp_path / "log.parquet", ["row 2, column 'timestamp': None is no time"], source="table")
     table = pa.table({"user_id": ["a", "b"], "item_id": [[1], [2, 3]], "timestamp": [1, 2]})
     pq.write_table(table, tmp_path / "log.parquet")
     refused(tmp_path / "log.parquet", ["column 'item_id' holds list", "expected ids"], source="table")

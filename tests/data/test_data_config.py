@@ -85,3 +85,7 @@ def test_settings_survive_json_and_the_command_line():
 def test_every_setting_but_the_nested_one_is_explained(cls):
     names = {field.name for field in dataclasses.fields(cls)} - {"market"}
     assert names == set(field_docs(cls))
+
+
+def test_the_help_names_every_form_of_a_time():
+    assert "ISO 8601" in field_docs(PrepareDataConfig)["timestamp_column"]

@@ -204,3 +204,14 @@ def test_a_killed_download_goes_on_where_it_was(server, tmp_path):
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     assert (tmp_path / "a.bin").read_bytes() == CONTENT and left(tmp_path) == ["a.bin"]
     assert server.ranges == [None, f"bytes={size}-"]
+
+
+def test_a_reason_that_mirrors_share_is_told_once_a_round(tmp_path, monkeypatch, caplog):
+    def nowhere(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(web.socket, "getaddrinfo", nowhere)
+    file = RemoteFile(name="a.bin", urls=("https://a.example/a.bin", "http://a.example/a.bin"))
+    with caplog.at_level("WARNING", "llmrec"), pytest.raises(DataError, match=r"no address for a\.example"):
+        download(file, tmp_path, retries=1, sleep=lambda seconds: None)
+    assert len(caplog.records) == 2

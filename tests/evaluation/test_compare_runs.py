@@ -112,11 +112,13 @@ def test_the_tool_reads_finished_runs(finished, capsys, monkeypatch):
     first, second = ([cell.strip() for cell in line.split("|")] for line in out.splitlines()[2:])
     assert f"{metrics['popularity']['recall@10']:.4f}" in first
     assert (first[3], second[3]) == ("", "train"), "popularity learns nothing"
+    assert go(f"popular={finished}:popularity", f"ours={finished}")[:2] == (0, out), "of a run its evaluation"
     for arguments, message in (
         (["nonsense", f"ours={folder}"], "is not of the form NAME=FOLDER"),
         ([f"ours={folder}"], "at least two names"),
         ([f"a={folder}", f"b={folder}:svd"], "has no method 'svd'; it has mme_sid"),
-        ([f"a={folder}", "b=nowhere"], "is not the output of a finished stage"),
+        ([f"a={folder}", "b=nowhere"], "nowhere is not the output of a finished stage (no such folder)"),
+        ([f"a={folder}", f"b={folder / 'metrics.json'}"], "finished stage (a file). Give the folder of"),
     ):
         code, _, error = go(*arguments)
         assert code == 2 and message in error, message

@@ -8,8 +8,9 @@ import pytest
 from test_learn import SMALL, artefacts, clustered
 from worlds import interactions
 
+from llmrec.config import as_dict
 from llmrec.errors import ConfigError
-from llmrec.semantic_ids.config import LearnSemanticIdsConfig, ReportSemanticIdsConfig
+from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig, ReportSemanticIdsConfig
 from llmrec.semantic_ids.diagnostics import (
     Coded,
     Pairs,
@@ -20,7 +21,7 @@ from llmrec.semantic_ids.diagnostics import (
     tau_per_user,
 )
 from llmrec.semantic_ids.learn import learn_semantic_ids
-from llmrec.semantic_ids.report import SemanticIdsReport, report_semantic_ids
+from llmrec.semantic_ids.report import SemanticIdsReport, findings, report_semantic_ids, settings_of
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(50, 8), (6, 20)])
@@ -119,6 +120,36 @@ def test_what_is_bad_is_said(world):
     assert "240 items share all codes with another one" in report.html
     assert "240 of 240 items share the codes of all modalities" in report.metrics["findings"][-1]
     assert "Largest groups that share all codes" in report.html
+
+
+def poor(dead_codes: int = 1) -> dict:
+    """Figures of codes with which everything is wrong."""
+    level = {"utilisation": 0.5, "dead_codes": dead_codes}
+    shared = {"collision_rate": 0.5, "items_in_collision": 4}
+    found = {"levels": [level], "tau": {"latent": 0.1}, "reconstruction_error": 0.5, **shared}
+    return {"modalities": {"text": found}, "joined": {"collision_rate": 0.0}, "num_items": 8}
+
+
+def test_only_what_is_not_set_already_is_advised():
+    told = findings(poor(), as_dict(LearnSemanticIdsConfig()))
+    assert told[0] == "text, level 1: 1 code is not used by any item (50.0% are); fewer codes help."
+    assert told[1].endswith("(tau 0.10); method=rkmeans may keep more.")
+    assert told[2].endswith("more codes, more levels or repair_collisions=true tell them apart.")
+    told = findings(poor(2), as_dict(PRESETS["official"]))
+    assert "2 codes are" in told[0]
+    assert told[0].endswith("; fewer codes, restart_dead_codes=true or codebook_update=ema help.")
+    assert told[1].endswith("; reconstruction=mse with codebook_update=ema or method=rkmeans may keep more.")
+    told = findings(poor(), as_dict(LearnSemanticIdsConfig(method="rkmeans", repair_collisions=True)))
+    assert told[0].endswith("; fewer codes help.") and told[1].endswith("(tau 0.10).")
+    assert told[2].endswith("; more codes or more levels tell them apart.")
+
+
+def test_the_settings_are_those_the_codes_were_learned_with(world):
+    ids = world[-1]
+    config = dataclasses.replace(SMALL, restart_dead_codes=False)
+    stored = dataclasses.replace(ids)
+    object.__setattr__(stored, "_manifest", {"config": as_dict(config)})
+    assert settings_of(stored) == as_dict(config) and settings_of(ids) == {}
 
 
 def test_bad_settings_are_named():

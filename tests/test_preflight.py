@@ -1,0 +1,135 @@
+"""What is looked for before anything starts: a line that says what is wrong, never a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from tiny_recipe import tiny
+
+from llmrec import cli, pipeline, preflight
+from llmrec.data.config import PrepareDataConfig
+from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
+from llmrec.errors import ConfigError
+from llmrec.estimate import estimate
+from llmrec.finetune.config import MiniConfig
+from llmrec.preflight import in_the_way
+from llmrec.recipe import Recipe, main
+from llmrec.stages import STAGES
+
+NO_MODELS = (
+    "/nosuch/model",
+    "./models/llama",
+    "../llama",
+    "~/models/llama",
+    "models\\llama",
+)
+"""Paths that lead nowhere and cannot be ids of the Hub either."""
+
+
+def with_base(model: str) -> Recipe:
+    tuned = dataclasses.replace(tiny().finetune, base_model=model, mini=MiniConfig())
+    return dataclasses.replace(tiny(), finetune=tuned)
+
+
+def problems(recipe: Recipe, *stages: str) -> list[str]:
+    return [one.what for one in in_the_way(recipe, stages) if one.status == "problem"]
+
+
+@pytest.mark.parametrize("model", NO_MODELS)
+def test_a_model_that_is_neither_a_folder_nor_a_hub_id_is_a_finding(model):
+    said = f"={model}: no such folder, and not a Hub id (owner/name)"
+    assert problems(with_base(model), "finetune") == [f"finetune.base_model{said}"]
+    for encoder in ("huggingface", "llm2clip"):
+        text = TextEncoderConfig(encoder=encoder, model=model)
+        image = ImageEncoderConfig(encoder=encoder, model=model)
+        recipe = dataclasses.replace(tiny(), encode_items=EncodeItemsConfig(text=text, image=image))
+        found = problems(recipe, "encode_items")
+        assert {f"encode_items.{name}.model{said}" for name in ("text", "image")} <= set(found)
+    text = TextEncoderConfig(encoder="llm2clip", adapter=model)
+    recipe = dataclasses.replace(tiny(), encode_items=EncodeItemsConfig(text=text))
+    assert f"encode_items.text.adapter{said}" in problems(recipe, "encode_items")
+
+
+def test_recipes_and_commands_say_so_in_one_line(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text("from tiny_recipe import tiny as recipe\n")
+    said = "finetune.base_model=./models/llama: no such folder, and not a Hub id (owner/name)"
+    setting = ["--set", "finetune.base_model=./models/llama"]
+    for go in (
+        lambda: main(tiny, ["--run-dir", str(tmp_path / "run"), *setting]),
+        lambda: cli.main(["doctor", str(file), *setting]),
+    ):
+        with pytest.raises(SystemExit) as left:
+            go()
+        captured = capsys.readouterr()
+        assert left.value.code == 2 and said in captured.out + captured.err
+        assert "Traceback" not in captured.err and not (tmp_path / "run").exists()
+
+
+def test_more_codes_than_items_are_refused_as_soon_as_the_items_are_known(tmp_path):
+    made = dataclasses.replace(tiny().learn_semantic_ids, num_codes=200)
+    recipe = dataclasses.replace(tiny(), learn_semantic_ids=made)
+    run = pipeline.RunDir(tmp_path)
+    for _ in range(2):  # before the data are prepared, and after
+        with pytest.raises(ConfigError, match=r"at most the number of items \(96\), got 200.*num_codes=9"):
+            pipeline.run(recipe, run)
+        assert [path.name for path in tmp_path.iterdir()] == ["prepare_data"]
+    assert pipeline.run(recipe, run, until="prepare_data") is None
+    data = run.stage(STAGES["prepare_data"], recipe.prepare_data)
+    preflight.refuse_what_the_data_forbid(recipe, data, ["prepare_data", "train_collab"])
+
+
+def beauty(folder, **changes) -> Recipe:
+    named = PrepareDataConfig(source="amazon_2014", category="beauty", folder=str(folder), **changes)
+    return dataclasses.replace(tiny(), prepare_data=named)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_data_that_must_be_fetched_are_told_with_the_host_and_whether_it_is_found(
+    known, tmp_path, monkeypatch
+):
+    from llmrec import doctor
+
+    asked = []
+
+    def look_up(host, port):
+        asked.append(host)
+        if not known:
+            raise OSError("Name or service not known")
+        return ["an address"]
+
+    monkeypatch.setattr(preflight.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(preflight.urllib.request, "getproxies", dict)
+    recipe = beauty(tmp_path, mirrors=("https://mirror.example/data",))
+    [found] = doctor.network(recipe)
+    assert found.status == "note" and found.what == (
+        "reviews_Beauty_5.json.gz and meta_Beauty.json.gz must be fetched from mirror.example or "
+        f"snap.stanford.edu, whose name can{' be resolved' if known else 'not be resolved from here'}"
+    )
+    assert asked == (["mirror.example"] if known else ["mirror.example", "snap.stanford.edu"])
+    if not known:
+        with pytest.raises(
+            ConfigError, match=r"cannot be fetched: .*Put them into .*, or give the --run-dir"
+        ):
+            estimate(recipe)
+    for name in ("reviews_Beauty_5.json.gz", "meta_Beauty.json.gz"):
+        (tmp_path / name).write_bytes(b"")
+    assert list(doctor.network(recipe)) == []
+
+
+def test_a_name_that_nobody_answers_for_is_not_waited_for(monkeypatch):
+    import threading
+
+    answered = threading.Event()
+    monkeypatch.setattr(preflight.socket, "getaddrinfo", lambda *_: answered.wait(60))
+    monkeypatch.setattr(preflight.urllib.request, "getproxies", dict)
+    assert not preflight.resolves("slow.example", seconds=0.05)
+    answered.set()
+    monkeypatch.setattr(preflight.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
+    assert preflight.resolves("slow.example", seconds=0.05), "the proxy is asked, not the system"
+
+
+def test_data_that_are_absent_and_may_not_be_fetched_are_a_problem(tmp_path):
+    found = problems(beauty(tmp_path, offline=True), "prepare_data")
+    assert len(found) == 2 and all("is absent, and prepare_data.offline=true" in one for one in found)
