@@ -50,7 +50,8 @@ def record(function: Callable[[], None], pool: Any) -> Callable[[], None]:
                     value.fill_(float("nan"))
 
     def replay() -> None:
-        with torch.no_grad():
+        # What was noted down lies below autocast, which must not cast it once more.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for operation, args, kwargs, there in tape.operations:
                 result = operation(*args, **kwargs)
                 if not operation._schema.is_mutable:
