@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """``--jobs``, of a command that trains cells."""
+    parser.add_argument(
+        "--jobs", type=positive, help="cells trained at a time (one a GPU, or without any one a core)"
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r:.40}")
+    return int(text)
 
 
 def default() -> int:

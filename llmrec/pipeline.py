@@ -50,7 +50,6 @@ from llmrec.manifest import (
     sha256,
     write_manifest,
 )
-from llmrec.preflight import refuse_what_the_data_forbid
 from llmrec.stages import COMMANDS, STAGES, Stage, in_order
 
 logger = logging.getLogger("llmrec")
@@ -98,7 +97,11 @@ def run(recipe: Any, run_dir: RunDir, *, until: str | None = None) -> Report | N
         config = getattr(recipe, name)
         made[name] = run_dir.stage(stage, config, *(made[one] for one in stage.made_from(config)))
         if name == "prepare_data":
-            refuse_what_the_data_forbid(recipe, made[name], names)
+            # Settings that the number of items rules out are told before anything is trained.
+            for later in names:
+                check: Callable[[int], None] | None = getattr(getattr(recipe, later), "check_items", None)
+                if check is not None:
+                    check(made[name].num_items)
     return made.get("evaluate")
 
 

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmrec.artifacts import Interactions
 from llmrec.config import given
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError
@@ -107,25 +106,6 @@ def resolves(host: str, seconds: float = 3.0) -> bool:
     asking.start()
     asking.join(seconds)
     return any(found)
-
-
-def refuse_what_the_data_forbid(recipe: Recipe, data: Interactions, stages: Iterable[str]) -> None:
-    """Say, as soon as the data are prepared, what a later stage would stumble over.
-
-    Args:
-        recipe: the settings.
-        data: what prepare_data made.
-        stages: those that run.
-
-    Raises:
-        ConfigError: a setting does not go together with the data.
-    """
-    most, asked = data.num_items, recipe.learn_semantic_ids.num_codes
-    if "learn_semantic_ids" in stages and asked > most:
-        raise ConfigError(
-            f"learn_semantic_ids.num_codes must be at most the number of items ({most}), got {asked}; about "
-            f"a tenth of it suits, such as learn_semantic_ids.num_codes={max(2, most // 10)}"
-        )
 
 
 def models(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:

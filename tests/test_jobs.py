@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import pytest
@@ -41,3 +42,13 @@ def test_each_job_gets_a_gpu_of_its_own(monkeypatch):
 def test_one_gpu_is_left_as_it_is(monkeypatch):
     on(1, monkeypatch)
     assert jobs.default() == 1 and "CUDA_VISIBLE_DEVICES" not in jobs.share(0, 2)
+
+
+@pytest.mark.parametrize("bad", ["0", "-1", "two", "1.5"])
+def test_jobs_are_counted(bad, capsys):
+    parser = argparse.ArgumentParser()
+    jobs.add_argument(parser)
+    assert parser.parse_args(["--jobs", "3"]).jobs == 3 and parser.parse_args([]).jobs is None
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--jobs", bad])
+    assert "--jobs: must be a whole number of at least 1" in capsys.readouterr().err

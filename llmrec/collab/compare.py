@@ -105,10 +105,11 @@ def run_cells(
                     len(waiting),
                     left / 60,
                 )
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(processes):
                 process.terminate()
+            error.args = ("finished cells are kept; the same command goes on from there",)
             raise
     return failed
 

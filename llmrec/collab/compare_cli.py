@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from llmrec import jobs
 from llmrec.artifacts import Interactions
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.config import override
@@ -49,7 +50,7 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
     of_data, of_rows = by_stage(options.set, data_config is not None)
     rows = chosen_rows(rows, options.rows, of_rows)
     set_up_logging()
-    from llmrec import jobs, machine
+    from llmrec import machine
     from llmrec.collab.compare import run_cells, summarise_cells
     from llmrec.collab.compare_report import markdown, page
     from llmrec.data.prepare import prepare_data
@@ -109,9 +110,7 @@ def parser(
         "--rows", nargs="+", default=list(rows), metavar="NAME", help=f"of {', '.join(rows)} (all)"
     )
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
-    made.add_argument(
-        "--jobs", type=int, help="cells trained at a time (one a GPU, or without any one a core)"
-    )
+    jobs.add_argument(made)
     made.add_argument("--reference", default="sasrec", help="row that others are compared with (sasrec)")
     made.add_argument(
         "--set",

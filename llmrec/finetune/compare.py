@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmrec import jobs
 from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError, MissingArtifactError, TrainingError
@@ -57,9 +58,7 @@ def parser(names_recipe: bool, description: str | None) -> argparse.ArgumentPars
         help="learn from validation items too, for as many epochs as each cell of the comparison in this run "
         "directory chose by them",
     )
-    made.add_argument(
-        "--jobs", type=int, help="cells trained at a time (one a GPU, or without any one a core)"
-    )
+    jobs.add_argument(made)
     made.add_argument("--summarise", action="store_true", help="train nothing, show what there is")
     made.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="STAGE.FIELD=VALUE", help="change settings"
@@ -79,7 +78,7 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
     set_up_logging()
     root = Path(options.run_dir or Path("runs") / (f"{name}_refit" if options.refit else name))
     out = Path(options.out or root / "methods")
-    from llmrec import distributed, jobs
+    from llmrec import distributed
     from llmrec.files import write_json
 
     cells = len(options.rows) * len(options.seeds)

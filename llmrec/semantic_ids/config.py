@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -181,6 +182,20 @@ class LearnSemanticIdsConfig:
     def incidental_fields(self) -> tuple[str, ...]:
         """Settings that change how this is computed, but nothing of what."""
         return ("log_every_epochs", "save_every_minutes")
+
+    def check_items(self, count: int, which: str = "items") -> None:
+        """Refuse more codes than there are items to make them from.
+
+        Args:
+            count: how many there are.
+            which: what they are.
+        """
+        require(
+            self.num_codes <= count,
+            f"learn_semantic_ids.num_codes must be at most the number of {which} ({count}), got "
+            f"{self.num_codes}; about a tenth of it suits, such as "
+            f"learn_semantic_ids.num_codes={max(2, 2 ** round(math.log2(max(count, 20) / 10)))}",
+        )
 
     def _refuse_settings_without_effect(self) -> None:
         """A setting that cannot change the result is a mistake of whoever set it."""

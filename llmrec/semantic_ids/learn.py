@@ -8,7 +8,6 @@ quality figure. The last epoch is kept.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -128,12 +127,7 @@ def check_sizes(config: LearnSemanticIdsConfig, items: Mapping[str, ItemRows]) -
     """Raise unless every modality has at least one item with a vector per code."""
     for name, rows in items.items():
         count = int(rows.present.sum())
-        if count < config.num_codes:
-            raise ConfigError(
-                f"learn_semantic_ids.num_codes must be at most the number of items with a {name} vector "
-                f"({count}), got {config.num_codes}; about a tenth of it suits, such as "
-                f"learn_semantic_ids.num_codes={max(2, 2 ** round(math.log2(max(count, 20) / 10)))}"
-            )
+        config.check_items(count, f"items with a {name} vector")
         if all_equal(rows.vectors, np.flatnonzero(rows.present)):
             raise DataError(
                 f"learn_semantic_ids: all {count} {name} vectors are equal, so there is nothing to tell "
