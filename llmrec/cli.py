@@ -21,7 +21,7 @@ GPU_NAMES = ("A100", "H100", "H200", "L40S", "RTX4090")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the installed command."""
+    """Run the command line; it exits with what `console.guarded` says."""
     options = parser().parse_args(arguments)
     if options.stage == "estimate":
         sys.exit(guarded(lambda: estimate(options)))

@@ -177,3 +177,26 @@ def test_when_a_process_fails_the_run_ends_and_says_so_once(what, words, tmp_pat
     assert done.stderr.count(words) == 1, done.stderr
     assert done.stderr.count("error: ") + done.stderr.count("ZeroDivisionError:") == 1, done.stderr
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.[0-9]*"))
+
+
+def test_an_interrupt_while_the_command_is_still_being_imported_is_one_line():
+    script = (
+        "import runpy, sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'llmrec.cli':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted)\n"
+        "runpy.run_module('llmrec', run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (console.INTERRUPTED, "", "interrupted\n")
+
+
+def test_python_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "llmrec", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("llmrec ") and not done.returncode, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "llmrec", "finetune", "--help"], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("usage: llmrec finetune"), done.stdout[:200]
