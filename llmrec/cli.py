@@ -48,10 +48,10 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
     settings = [assignment.removeprefix(f"{stage.name}.") for assignment in options.set]
     config = apply_overrides(stage.presets[preset] if preset else stage.config(), settings)
     set_up_logging()
-    from llmrec import pipeline
+    from llmrec import finished, pipeline
 
     inputs = [
-        pipeline.load(STAGES[name].artifact_class(), Path(getattr(options, name)))
+        finished.load(STAGES[name].artifact_class(), Path(getattr(options, name)))
         for name in (*stage.inputs, *stage.optional)
         if getattr(options, name) is not None
     ]

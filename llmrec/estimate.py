@@ -26,8 +26,8 @@ from llmrec.finetune.lora import add_lora
 from llmrec.finetune.methods import modalities_of
 from llmrec.finetune.packing import count_tokens
 from llmrec.finetune.steps import steps_of_epoch, train_counts, training_targets
+from llmrec.finished import load
 from llmrec.manifest import MANIFEST
-from llmrec.pipeline import load
 from llmrec.preflight import resolves, to_fetch
 from llmrec.recipe import TO_DO, UNCERTAIN, Recipe, statuses
 

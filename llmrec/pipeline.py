@@ -9,23 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import errno
-import fcntl
-import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import platform
-import re
 import shutil
 import time
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from llmrec import __version__, distributed, machine
 from llmrec.artifacts import Report
@@ -33,43 +26,22 @@ from llmrec.config import as_dict, changed_settings, without_incidental
 from llmrec.contents import content_digests
 from llmrec.errors import (
     ArtifactMismatchError,
-    BusyError,
     MissingArtifactError,
     StaleArtifactError,
-    StorageError,
 )
+from llmrec.finished import SCHEMA_VERSION, fingerprint, load, manifest_of, stage_manifest
 from llmrec.manifest import (
     MANIFEST,
-    DamagedError,
-    check_files,
     describe_files,
     flush,
     flush_all,
-    read_manifest,
-    reading,
     sha256,
     write_manifest,
 )
-from llmrec.stages import COMMANDS, STAGES, Stage, in_order
+from llmrec.stages import STAGES, Stage, in_order
+from llmrec.storage import locked, writing
 
 logger = logging.getLogger("llmrec")
-
-SCHEMA_VERSION = 4
-LOCK = "lock"
-UNWRITABLE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room, or use another folder"),
-    errno.EFBIG: "Use a folder on a disk that takes larger files",
-    errno.EROFS: "Use a folder on a disk that may be written",
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM), "Use a folder that you may write, or change its permissions"
-    ),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "Something else is in the way there; use another folder"),
-    errno.ENAMETOOLONG: "Use a shorter name",
-}
-"""What to do, by the number of a system's error that says that a folder cannot be written."""
-
-NO_FOLDER = {**UNWRITABLE, errno.ENOENT: "No folder can be made there; use another"}
-"""The same, where a folder is made: what is absent there is not a file that was to be read."""
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "safetensors")
 
@@ -221,56 +193,6 @@ def compute(
     logger.info("%s: finished in %.1f s, %s", function.__name__, seconds, folder)
 
 
-@contextlib.contextmanager
-def writing(folder: Path, advice: Mapping[int, str] = UNWRITABLE) -> Iterator[None]:
-    """Say plainly that a folder could not be written.
-
-    Args:
-        folder: the one that was asked for.
-        advice: what to do by the number of the system's error; other errors are raised as they are.
-
-    Raises:
-        StorageError: the disk is full, or may not be written.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # safetensors hands the number of the system's error on as text.
-        number = getattr(error, "errno", None) or next(map(int, re.findall(r"os error (\d+)", str(error))), 0)
-        if number not in advice:
-            raise
-        raise StorageError(
-            f"{folder} cannot be written ({error}); nothing of it is kept. {advice[number]}, and start "
-            "again: finished stages are kept"
-        ) from None
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from computing the same stage; the lock goes with this process, however it ends.
-
-    Raises:
-        BusyError: another process holds it.
-        StorageError: the folder may not be written.
-    """
-    stage = folder.name.removeprefix(".").removesuffix(".unfinished")
-    with writing(folder.with_name(stage), NO_FOLDER):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(
-                f"another process is computing {stage} in {folder.parent}; wait for it, or use another"
-            ) from None
-        yield
-    finally:
-        os.close(handle)
-        if [path.name for path in folder.glob("*")] == [LOCK]:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def resume_folder() -> Path | None:
     """Where the stage that is running may leave work for the run after a stop; None outside of a stage.
 
@@ -364,96 +286,3 @@ def seal(folder: Path, wanted: dict[str, Any], seconds: float) -> None:
         "processes": distributed.world_size(),
     }
     write_manifest(folder / MANIFEST, content)
-
-
-def peak_memory_of(manifest: dict[str, Any]) -> int:
-    """Most bytes that a stage took where memory is dear: on the GPU if it had one."""
-    return manifest.get("peak_gpu_memory_bytes") or manifest["peak_memory_bytes"]
-
-
-def stage_manifest(folder: Path, wanted: str = "") -> dict[str, Any]:
-    """The manifest of a finished stage.
-
-    Args:
-        folder: its output.
-        wanted: name of the stage that is looked for, if it is known.
-
-    Raises:
-        MissingArtifactError: if there is none, so that the folder is not a finished stage; or it is damaged.
-        StaleArtifactError: if another version wrote it in another form.
-    """
-    if not (folder / MANIFEST).is_file():
-        raise MissingArtifactError(
-            f"{folder} is not the output of a finished stage{what_instead(folder, wanted)}"
-        )
-    with advising(folder):
-        return read_manifest(folder / MANIFEST, SCHEMA_VERSION)
-
-
-def what_instead(folder: Path, wanted: str) -> str:
-    """What a folder that is not the output of a stage is, and what to give in its place."""
-    stages = [name for name in COMMANDS if (folder / name / MANIFEST).is_file()]
-    if wanted in stages:
-        return f", but holds some. Give {folder / wanted}"
-    if stages and wanted:
-        return f", but holds {', '.join(stages)} without {wanted}. Finish that run, or give another one"
-    if stages:
-        return f", but holds some. Give one of {', '.join(str(folder / name) for name in stages)}"
-    if folder.is_dir():
-        return f" (no {MANIFEST}). Give the folder of a finished stage"
-    return f" ({'a file' if folder.exists() else 'no such folder'}). Give the folder of a finished stage"
-
-
-@contextlib.contextmanager
-def advising(folder: Path) -> Iterator[None]:
-    """Say of damaged files what to do about them."""
-    try:
-        yield
-    except DamagedError as error:
-        raise MissingArtifactError(f"{error}; delete {folder} to recompute it") from None
-
-
-def checked_file(folder: Path, name: str) -> Path:
-    """One file of a finished stage, after checking it against the manifest.
-
-    Raises:
-        MissingArtifactError: if the folder is not a finished stage, or the file was changed.
-    """
-    files = stage_manifest(folder)["files"]
-    with advising(folder), reading(folder):
-        check_files(folder, {"files": {name: files[name]}})
-    return folder / name
-
-
-def load(artifact: Any, folder: Path) -> Any:
-    """Load a stage's artefact after checking every file against the manifest.
-
-    Raises:
-        MissingArtifactError: if the folder is not a finished stage, or a file was changed.
-        StaleArtifactError: if another version wrote it in another form.
-    """
-    manifest = stage_manifest(folder, artifact.stage)
-    if manifest["stage"] != artifact.stage:
-        raise MissingArtifactError(
-            f"{folder} holds the output of {manifest['stage']}, expected {artifact.stage}"
-        )
-    with advising(folder):
-        check_files(folder, manifest)
-        with reading(folder):
-            loaded = artifact.load(folder)
-    object.__setattr__(loaded, "_manifest", manifest)
-    return loaded
-
-
-def manifest_of(artifact: Any) -> dict[str, Any]:
-    """The manifest of a loaded artefact: stage, config, inputs, files, versions, seconds."""
-    return artifact._manifest
-
-
-def fingerprint(artifact: Any) -> str:
-    """Hash of the files an artefact was loaded from, the same for equal runs: a stage that is computed again
-    and comes out as before leaves what was made from it valid."""
-    manifest = manifest_of(artifact)
-    contents = manifest.get("contents", {})
-    hashes = {name: contents.get(name, entry["sha256"]) for name, entry in manifest["files"].items()}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

@@ -203,7 +203,7 @@ def refit_stage(stage: str, config: C, folder: Path) -> C:
         ConfigError: it was run with other settings, or chose no epoch by validation.
     """
     from llmrec.files import read_json
-    from llmrec.pipeline import checked_file, stage_manifest
+    from llmrec.finished import checked_file, stage_manifest
 
     settings: Any = config
     if getattr(settings, "provider", None) == "precomputed":
@@ -281,8 +281,9 @@ def refuse_what_cannot_finish(recipe: Recipe, stages: dict[str, str]) -> None:
 
 def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
     """Of each stage: done, `TO_DO`, `UNCERTAIN`, or made with other settings."""
+    from llmrec.finished import stage_manifest
     from llmrec.manifest import MANIFEST
-    from llmrec.pipeline import changed_sources, source_hashes, stage_manifest
+    from llmrec.pipeline import changed_sources, source_hashes
 
     found: dict[str, str] = {}
     new = {name for name in STAGES if not (root / name).exists()}

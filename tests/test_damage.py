@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from llmrec.errors import MissingArtifactError, StaleArtifactError
+from llmrec.finished import load
 from llmrec.manifest import MANIFEST, write_manifest
-from llmrec.pipeline import load
 from llmrec.stages import STAGES
 
 

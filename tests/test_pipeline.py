@@ -10,9 +10,10 @@ from typing import ClassVar
 
 import pytest
 
-from llmrec import pipeline
+from llmrec import finished, pipeline, storage
 from llmrec.errors import MissingArtifactError, StaleArtifactError, StorageError
-from llmrec.pipeline import RunDir, fingerprint, manifest_of
+from llmrec.finished import fingerprint, manifest_of
+from llmrec.pipeline import RunDir
 
 CALLS: list[str] = []
 
@@ -115,7 +116,7 @@ def test_the_manifest_lists_every_file_and_what_made_them(tmp_path):
     assert manifest == manifest_of(made)
     assert manifest["stage"] == "double" and manifest["config"] == {"number": 2}
     assert manifest["files"]["value.json"]["bytes"] == 1
-    number = pipeline.load(Number, tmp_path / "count")
+    number = finished.load(Number, tmp_path / "count")
     assert manifest["inputs"] == {"count": fingerprint(number)}
     assert {"torch", "transformers", "llmrec"} <= manifest["versions"].keys()
 
@@ -153,7 +154,7 @@ def test_what_is_no_stage_is_told_what_to_give_instead_and_never_to_delete(tmp_p
         return str(caught.value).replace(str(tmp_path), "HERE")
 
     def load(folder):
-        return pipeline.load(Evaluated, folder)
+        return finished.load(Evaluated, folder)
 
     head = "is not the output of a finished stage"
     assert said(load, tmp_path / "none") == (
@@ -170,7 +171,7 @@ def test_what_is_no_stage_is_told_what_to_give_instead_and_never_to_delete(tmp_p
                 f"HERE {head}, but holds prepare_data without evaluate. Finish that run, or give another one"
             )
     assert said(load, tmp_path) == f"HERE {head}, but holds some. Give HERE/evaluate"
-    assert said(pipeline.stage_manifest, tmp_path).endswith("one of HERE/prepare_data, HERE/evaluate")
+    assert said(finished.stage_manifest, tmp_path).endswith("one of HERE/prepare_data, HERE/evaluate")
 
 
 @pytest.mark.parametrize(
@@ -211,20 +212,20 @@ def test_a_file_that_a_stage_misses_is_no_matter_of_writing(tmp_path):
 def test_the_output_of_another_stage_is_refused(tmp_path):
     both(tmp_path)
     with pytest.raises(MissingArtifactError, match="holds the output of count, expected double"):
-        pipeline.load(Doubled, tmp_path / "count")
+        finished.load(Doubled, tmp_path / "count")
 
 
 def test_two_processes_cannot_compute_one_stage(tmp_path):
     import multiprocessing
 
     folder = tmp_path / ".stage.unfinished"
-    with pipeline.locked(folder):
+    with storage.locked(folder):
         context = multiprocessing.get_context("fork")
         results = context.Queue()
 
         def other() -> None:
             try:
-                with pipeline.locked(folder):
+                with storage.locked(folder):
                     results.put("held it too")
             except StaleArtifactError as error:
                 results.put(str(error))
@@ -234,5 +235,5 @@ def test_two_processes_cannot_compute_one_stage(tmp_path):
         assert "another process is computing stage in" in results.get(timeout=30)
         child.join()
     assert not folder.exists(), "a lock alone leaves nothing behind"
-    with pipeline.locked(folder):
+    with storage.locked(folder):
         pass

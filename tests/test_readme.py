@@ -135,7 +135,7 @@ def test_the_python_example_runs(packaged, finished, tmp_path):
     """As it stands, with the tiny recipe's package, ids and a picture of its own."""
     (example,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
     from llmrec.artifacts import Interactions
-    from llmrec.pipeline import load
+    from llmrec.finished import load
 
     data = load(Interactions, finished / "prepare_data")
     for old, new in (

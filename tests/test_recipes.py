@@ -727,7 +727,7 @@ def test_cells_of_other_processes_are_waited_for_and_those_they_leave_taken(monk
 
     slept: list[float] = []
     monkeypatch.setattr(compare_cells, "run_cell", run_cell)
-    monkeypatch.setattr("llmrec.pipeline.load", lambda *_: None)
+    monkeypatch.setattr("llmrec.finished.load", lambda *_: None)
     monkeypatch.setattr(compare_cells.time, "sleep", slept.append)
     compare_cells.run_cells(tiny(), ["me", "mme_sid"], [0, 1], Path("a"), Path("b"))
     assert tries[:4] == [("me", 0), ("mme_sid", 0), ("me", 1), ("mme_sid", 1)]

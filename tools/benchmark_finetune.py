@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, LlamaConfig
 
-from llmrec import distributed, machine, pipeline
+from llmrec import distributed, finished, machine
 from llmrec.artifacts import Interactions, SemanticIds
 from llmrec.data.batches import pad_histories
 from llmrec.errors import ConfigError
@@ -125,7 +125,7 @@ def mini_config(options: argparse.Namespace, **settings: Any) -> FinetuneConfig:
 
 def packing(options: argparse.Namespace) -> None:
     """Seconds per training step, one prompt per target over packed."""
-    data = pipeline.load(Interactions, Path(options.prepare_data))
+    data = finished.load(Interactions, Path(options.prepare_data))
     trainers = {}
     for layout in LAYOUTS:
         config = mini_config(options, layout=layout, batch_size=options.batch_size)
@@ -151,7 +151,7 @@ def packing(options: argparse.Namespace) -> None:
 
 def evaluation(options: argparse.Namespace) -> None:
     """Seconds to rank test users, one prompt per user over blocks."""
-    data = pipeline.load(Interactions, Path(options.prepare_data))
+    data = finished.load(Interactions, Path(options.prepare_data))
     config = mini_config(options)
     model = mini_model(data, config, options).eval()
     targets = data.targets("test")
@@ -248,7 +248,7 @@ def random_data(num_items: int, num_users: int = 500) -> Interactions:
 
 def engine(options: argparse.Namespace) -> None:
     """One table: what every variant reaches on this device."""
-    data = pipeline.load(Interactions, Path(options.prepare_data))
+    data = finished.load(Interactions, Path(options.prepare_data))
     device = distributed.device()
     shape = SHAPES[options.shape]
     widths = {"collab": 64, "text": options.content_width, "image": options.content_width}

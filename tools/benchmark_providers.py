@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmrec import distributed, machine, pipeline
+from llmrec import distributed, finished, machine
 from llmrec.artifacts import Interactions
 from llmrec.collab.compare_cli import every_provider
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         if options.prepare_data is None:
             parser.error(f"{options.what} needs --prepare-data")
-        data = pipeline.load(Interactions, Path(options.prepare_data))
+        data = finished.load(Interactions, Path(options.prepare_data))
         compare_layouts(options, data) if options.what == "layout" else time_epochs(options, data)
     print(f"{machine.describe()}, {torch.get_num_threads()} threads")
 

@@ -57,7 +57,7 @@ def compare(options: argparse.Namespace) -> None:
     from llmrec import machine
     from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions
     from llmrec.files import write_json
-    from llmrec.pipeline import load
+    from llmrec.finished import load
     from llmrec.semantic_ids.config import LearnSemanticIdsConfig
     from llmrec.semantic_ids.learn import learn_semantic_ids
 

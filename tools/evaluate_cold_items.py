@@ -25,10 +25,11 @@ from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError
 from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k
+from llmrec.finished import load
 from llmrec.inference.new_items import nearest
 from llmrec.inference.package import package_run
 from llmrec.inference.recommender import Recommender
-from llmrec.pipeline import RunDir, load, run
+from llmrec.pipeline import RunDir, run
 from llmrec.recipe import Recipe, apply_overrides, recipe_of
 
 K = 10

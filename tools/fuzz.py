@@ -42,11 +42,11 @@ from llmrec.encoders.pictures import read_picture
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import LlmrecError
 from llmrec.finetune.prompt import tokenize_words
+from llmrec.finished import SCHEMA_VERSION, load
 from llmrec.inference import package
 from llmrec.inference.command import parse_lines
 from llmrec.inference.recommender import Recommender
 from llmrec.manifest import MANIFEST, describe_files, read_manifest, write_manifest
-from llmrec.pipeline import SCHEMA_VERSION, load
 from llmrec.recipe import Recipe, apply_overrides, format_value, main, with_preset
 from llmrec.stages import STAGES
 

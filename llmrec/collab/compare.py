@@ -30,7 +30,8 @@ from llmrec.errors import ConfigError, LlmrecError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import per_user, summarise
 from llmrec.files import read_json, read_jsonl, write_json
-from llmrec.pipeline import checked_file, fingerprint, load, peak_memory_of, run_stage, stage_manifest
+from llmrec.finished import checked_file, fingerprint, load, peak_memory_of, stage_manifest
+from llmrec.pipeline import run_stage
 
 logger = logging.getLogger("llmrec")
 

@@ -54,7 +54,8 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
     from llmrec.collab.compare import run_cells, summarise_cells
     from llmrec.collab.compare_report import markdown, page
     from llmrec.data.prepare import prepare_data
-    from llmrec.pipeline import load, run_stage
+    from llmrec.finished import load
+    from llmrec.pipeline import run_stage
 
     root = Path(options.run_dir or Path("runs") / name)
     folder = Path(options.prepare_data) if options.prepare_data else root / "prepare_data"

@@ -14,7 +14,7 @@ from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import METRICS, per_user
 from llmrec.evaluation.tables import difference_cells, mean_and_spread, spread_text
-from llmrec.pipeline import load
+from llmrec.finished import load
 
 KS = (5, 10, 20)
 SAME = {"split": "split", "mask_seen": "masking of the history"}

@@ -15,8 +15,8 @@ from llmrec.config import as_dict
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import METRICS
 from llmrec.evaluation.rank import Ranking
+from llmrec.finished import peak_memory_of
 from llmrec.pages import COLOURS, drawing, environment, legend_above, svg, thumbnail
-from llmrec.pipeline import peak_memory_of
 
 
 def render(

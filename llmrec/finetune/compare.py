@@ -110,7 +110,7 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     from llmrec.files import read_json
-    from llmrec.pipeline import peak_memory_of, stage_manifest
+    from llmrec.finished import peak_memory_of, stage_manifest
 
     found = []
     for seed in seeds:

@@ -110,7 +110,7 @@ def run_cells(
         refit: see `prepare`.
     """
     from llmrec import machine
-    from llmrec.pipeline import load
+    from llmrec.finished import load
     from llmrec.stages import STAGES
 
     inputs = tuple(load(STAGES[name].artifact_class(), root / name) for name in STAGES["finetune"].inputs)

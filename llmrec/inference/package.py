@@ -38,8 +38,8 @@ from llmrec.artifacts import (
 from llmrec.errors import ConfigError, MissingArtifactError
 from llmrec.files import read_json, write_json
 from llmrec.finetune.adapter import Adapter
+from llmrec.finished import load, manifest_of
 from llmrec.manifest import DamagedError, check_files, describe_files, read_manifest, reading, write_manifest
-from llmrec.pipeline import load, manifest_of
 
 FORM = 2
 MANIFEST = "package.json"

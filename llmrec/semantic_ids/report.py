@@ -23,8 +23,8 @@ from llmrec.artifacts import (
     check_same_catalog,
 )
 from llmrec.files import read_json, write_json
+from llmrec.finished import manifest_of
 from llmrec.pages import COLOURS, drawing, environment, legend_above, svg, thumbnail
-from llmrec.pipeline import manifest_of
 from llmrec.semantic_ids.assign import Rebuilt, frozen, load_quantizer
 from llmrec.semantic_ids.config import ReportSemanticIdsConfig
 from llmrec.semantic_ids.diagnostics import (

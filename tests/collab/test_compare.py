@@ -22,7 +22,8 @@ from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
 from llmrec.data.prepare import prepare_data
 from llmrec.errors import ConfigError
 from llmrec.evaluation.analysis import holm
-from llmrec.pipeline import load, run_stage
+from llmrec.finished import load
+from llmrec.pipeline import run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKET = SampleMarketConfig(num_users=120, num_items=96, num_interests=8, max_length=10)

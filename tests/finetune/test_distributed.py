@@ -13,7 +13,7 @@ import torch
 from backbones import save_backbone
 from test_train import weights
 
-from llmrec import pipeline
+from llmrec import finished
 from llmrec.finetune.adapter import Adapter
 
 SCRIPT = """
@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 import dataclasses, os, signal
 import test_train
-from llmrec import distributed, pipeline
+from llmrec import distributed, finished, pipeline
 from worlds import cycle
 data = cycle()
 config = dataclasses.replace(
@@ -73,8 +73,8 @@ def finish(process: subprocess.Popen, folder: Path, world: int) -> Adapter:
     """Wait for the run and load what it made."""
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said[-9000:]
-    loaded = pipeline.load(Adapter, folder / "out")
-    assert pipeline.manifest_of(loaded)["processes"] == world
+    loaded = finished.load(Adapter, folder / "out")
+    assert finished.manifest_of(loaded)["processes"] == world
     return loaded
 
 

@@ -13,10 +13,10 @@ from tiny_recipe import tiny
 
 from llmrec.artifacts import Interactions
 from llmrec.errors import ConfigError, DataError
+from llmrec.finished import load
 from llmrec.inference.new_items import extended
 from llmrec.inference.package import load_package, package_run
 from llmrec.inference.recommender import Recommender
-from llmrec.pipeline import load
 from llmrec.recipe import main
 from llmrec.semantic_ids.assign import assign
 

@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from llmrec import hub, pipeline
+from llmrec import hub
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
 from llmrec.errors import ConfigError, DataError, MissingArtifactError, StaleArtifactError
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.scoring import load_scorer
+from llmrec.finished import load
 from llmrec.inference import recommender as module
 from llmrec.inference.package import ENDINGS, file_name, load_package, package_run, rename, without_folders
 from llmrec.inference.recommender import Recommender
@@ -35,7 +36,7 @@ def histories(recommender: Recommender) -> list[list[str]]:
 
 def test_scores_are_those_of_the_run(finished, loaded):
     kinds = (Interactions, CollabEmbeddings, ContentEmbeddings, SemanticIds, Adapter)
-    data, collab, content, ids, adapter = (pipeline.load(kind, finished / kind.stage) for kind in kinds)
+    data, collab, content, ids, adapter = (load(kind, finished / kind.stage) for kind in kinds)
     assert loaded.raw_ids == data.raw_ids
     scorer = load_scorer(adapter, collab, content, ids)
     for history in histories(loaded):

@@ -12,7 +12,8 @@ from worlds import interactions, two_communities
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import ArtifactMismatchError, ConfigError, DataError, TrainingError
-from llmrec.pipeline import fingerprint, run_stage
+from llmrec.finished import fingerprint
+from llmrec.pipeline import run_stage
 from llmrec.semantic_ids.assign import assign
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.kmeans import kmeans

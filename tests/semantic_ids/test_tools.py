@@ -13,7 +13,7 @@ from llmrec.semantic_ids.losses import mmd
 def test_settings_are_compared_over_seeds(tmp_path, capsys, monkeypatch):
     data, made = clustered(num_items=80)
     found = {type(one).stage: one for one in (data, *artefacts(data, made))}
-    monkeypatch.setattr("llmrec.pipeline.load", lambda kind, folder: found[folder.name])
+    monkeypatch.setattr("llmrec.finished.load", lambda kind, folder: found[folder.name])
     command = ["--modality", "text", "--seeds", "0", "1", "--out", str(tmp_path / "cells.json")]
     for name in ("prepare_data", "train_collab", "encode_items"):
         command += [f"--{name.replace('_', '-')}", str(tmp_path / name)]

@@ -1,0 +1,110 @@
+"""Finished stages, read: taken if the manifest and every hash agree, and refused by name otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmrec.errors import MissingArtifactError
+from llmrec.manifest import MANIFEST, DamagedError, check_files, read_manifest, reading
+from llmrec.stages import COMMANDS
+
+SCHEMA_VERSION = 4
+"""Form of a stage's folder; others are refused."""
+
+
+def stage_manifest(folder: Path, wanted: str = "") -> dict[str, Any]:
+    """The manifest of a finished stage.
+
+    Args:
+        folder: its output.
+        wanted: name of the stage that is looked for, if it is known.
+
+    Raises:
+        MissingArtifactError: if there is none, so that the folder is not a finished stage; or it is damaged.
+        StaleArtifactError: if another version wrote it in another form.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise MissingArtifactError(
+            f"{folder} is not the output of a finished stage{what_instead(folder, wanted)}"
+        )
+    with advising(folder):
+        return read_manifest(folder / MANIFEST, SCHEMA_VERSION)
+
+
+def what_instead(folder: Path, wanted: str) -> str:
+    """What a folder that is not the output of a stage is, and what to give in its place."""
+    stages = [name for name in COMMANDS if (folder / name / MANIFEST).is_file()]
+    if wanted in stages:
+        return f", but holds some. Give {folder / wanted}"
+    if stages and wanted:
+        return f", but holds {', '.join(stages)} without {wanted}. Finish that run, or give another one"
+    if stages:
+        return f", but holds some. Give one of {', '.join(str(folder / name) for name in stages)}"
+    if folder.is_dir():
+        return f" (no {MANIFEST}). Give the folder of a finished stage"
+    return f" ({'a file' if folder.exists() else 'no such folder'}). Give the folder of a finished stage"
+
+
+@contextlib.contextmanager
+def advising(folder: Path) -> Iterator[None]:
+    """Say of damaged files what to do about them."""
+    try:
+        yield
+    except DamagedError as error:
+        raise MissingArtifactError(f"{error}; delete {folder} to recompute it") from None
+
+
+def checked_file(folder: Path, name: str) -> Path:
+    """One file of a finished stage, after checking it against the manifest.
+
+    Raises:
+        MissingArtifactError: if the folder is not a finished stage, or the file was changed.
+    """
+    files = stage_manifest(folder)["files"]
+    with advising(folder), reading(folder):
+        check_files(folder, {"files": {name: files[name]}})
+    return folder / name
+
+
+def load(artifact: Any, folder: Path) -> Any:
+    """Load a stage's artefact after checking every file against the manifest.
+
+    Raises:
+        MissingArtifactError: if the folder is not a finished stage, or a file was changed.
+        StaleArtifactError: if another version wrote it in another form.
+    """
+    manifest = stage_manifest(folder, artifact.stage)
+    if manifest["stage"] != artifact.stage:
+        raise MissingArtifactError(
+            f"{folder} holds the output of {manifest['stage']}, expected {artifact.stage}"
+        )
+    with advising(folder):
+        check_files(folder, manifest)
+        with reading(folder):
+            loaded = artifact.load(folder)
+    object.__setattr__(loaded, "_manifest", manifest)
+    return loaded
+
+
+def manifest_of(artifact: Any) -> dict[str, Any]:
+    """The manifest of a loaded artefact: stage, config, inputs, files, versions, seconds."""
+    return artifact._manifest
+
+
+def fingerprint(artifact: Any) -> str:
+    """Hash of the files an artefact was loaded from, the same for equal runs: a stage that is computed again
+    and comes out as before leaves what was made from it valid."""
+    manifest = manifest_of(artifact)
+    contents = manifest.get("contents", {})
+    hashes = {name: contents.get(name, entry["sha256"]) for name, entry in manifest["files"].items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def peak_memory_of(manifest: dict[str, Any]) -> int:
+    """Most bytes that a stage took where memory is dear: on the GPU if it had one."""
+    return manifest.get("peak_gpu_memory_bytes") or manifest["peak_memory_bytes"]

@@ -1,0 +1,82 @@
+"""Folders that are written: what to do where one cannot be, and one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from llmrec.errors import BusyError, StorageError
+
+LOCK = "lock"
+UNWRITABLE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room, or use another folder"),
+    errno.EFBIG: "Use a folder on a disk that takes larger files",
+    errno.EROFS: "Use a folder on a disk that may be written",
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), "Use a folder that you may write, or change its permissions"
+    ),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "Something else is in the way there; use another folder"),
+    errno.ENAMETOOLONG: "Use a shorter name",
+}
+"""What to do, by the number of a system's error that says that a folder cannot be written."""
+
+NO_FOLDER = {**UNWRITABLE, errno.ENOENT: "No folder can be made there; use another"}
+"""The same, where a folder is made: what is absent there is not a file that was to be read."""
+
+
+@contextlib.contextmanager
+def writing(folder: Path, advice: Mapping[int, str] = UNWRITABLE) -> Iterator[None]:
+    """Say plainly that a folder could not be written.
+
+    Args:
+        folder: the one that was asked for.
+        advice: what to do by the number of the system's error; other errors are raised as they are.
+
+    Raises:
+        StorageError: the disk is full, or may not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors hands the number of the system's error on as text.
+        number = getattr(error, "errno", None) or next(map(int, re.findall(r"os error (\d+)", str(error))), 0)
+        if number not in advice:
+            raise
+        raise StorageError(
+            f"{folder} cannot be written ({error}); nothing of it is kept. {advice[number]}, and start "
+            "again: finished stages are kept"
+        ) from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from computing the same stage; the lock goes with this process, however it ends.
+
+    Raises:
+        BusyError: another process holds it.
+        StorageError: the folder may not be written.
+    """
+    stage = folder.name.removeprefix(".").removesuffix(".unfinished")
+    with writing(folder.with_name(stage), NO_FOLDER):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"another process is computing {stage} in {folder.parent}; wait for it, or use another"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+        if [path.name for path in folder.glob("*")] == [LOCK]:
+            shutil.rmtree(folder, ignore_errors=True)
