@@ -1,9 +1,203 @@
-"""Several trainings side by side, each a process with its share of the machine."""
+"""The cells of a comparison side by side, each trained by a process of its own with its share of the machine.
+
+A cell is some stages in a folder. Comparisons that are given the same cells share them, however they were
+started: what another one is at is left to it, and taken up if it stops.
+"""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmrec import storage
+from llmrec.errors import BusyError, LlmrecError, StoppedError
+
+logger = logging.getLogger("llmrec")
+
+WAIT_SECONDS = 1.0
+"""Between looks at what has ended."""
+
+FAILED, BUSY, IMPOSSIBLE = 2, 75, 78
+"""How the process of a cell ends without a result: by an error, because another one is at the cell, or
+because its row cannot be run with these settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One row with one seed."""
+
+    row: str
+    seed: int
+    folder: Path
+    """Where it goes; what its process says, to log.txt in it."""
+    command: list[str]
+    """Its process: arguments of ``python -m``."""
+    stages: tuple[Path, ...]
+    """The outputs it computes, which another process may be computing."""
+    done: Callable[[], bool]
+    outcome: Callable[[], str]
+    """A phrase about the result."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}, seed {self.seed}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def busy(self) -> bool:
+        """Whether another process is at it."""
+        return any(storage.is_locked(stage) for stage in self.stages)
+
+    def last_words(self) -> str:
+        """The last line of its log, which names the error that ended it."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1][-300:].removeprefix("error: ") if lines else "it said nothing"
+
+
+def run(cells: list[Cell], jobs: int) -> list[str]:
+    """Train the cells that are not done, some at a time; one that fails leaves the others be.
+
+    Args:
+        cells: in the order in which they are begun.
+        jobs: how many at a time.
+
+    Returns:
+        A line for each that failed. Of a row that cannot be run with its settings a warning tells instead,
+        and its other cells are not begun.
+
+    Raises:
+        StoppedError: this process was asked to stop, and has stopped the others, which keep their work.
+    """
+    from llmrec.checkpoint import stop_requests
+    from llmrec.progress import progress
+
+    work = Work(remaining=[cell for cell in cells if not cell.done()])
+    done = len(cells) - len(work.remaining)
+    logger.info("compare: %d cells, %d to run, %d at a time", len(cells), len(work.remaining), jobs)
+    with (
+        stop_requests() as stop,
+        progress(None, "compare", total=len(cells), unit="cell", initial=done) as bar,
+    ):
+        try:
+            while work.remaining and not stop.asked:
+                work.see_what_ended()
+                for cell in work.take_done():
+                    done += 1
+                    bar.update()
+                    outcome = cell.outcome()
+                    logger.info("compare: %s: %s; %d of %d done", cell.name, outcome, done, len(cells))
+                work.begin(jobs)
+                if work.remaining:
+                    time.sleep(WAIT_SECONDS)
+        finally:
+            work.stop()
+    if stop.asked:
+        raise StoppedError(
+            f"stopped with {done} of {len(cells)} cells done; the same command goes on from there"
+        )
+    return work.failed
+
+
+@dataclass(kw_only=True)
+class Work:
+    """What is left to do, and who is at it."""
+
+    remaining: list[Cell]
+    """Neither done nor given up"""
+    running: dict[int, tuple[Cell, subprocess.Popen]] = field(default_factory=dict)
+    """Processes of ours, by the number that says which share of the machine they have"""
+    failed: list[str] = field(default_factory=list)
+    impossible: set[str] = field(default_factory=set)
+    """Rows that cannot be run"""
+
+    def see_what_ended(self) -> None:
+        """Take leave of processes that have ended, and give up cells that they say will never be done."""
+        for job, (cell, process) in list(self.running.items()):
+            if process.poll() is None:
+                continue
+            del self.running[job]
+            if process.returncode == BUSY or cell.done():
+                continue
+            reason = cell.last_words()
+            if process.returncode != IMPOSSIBLE:
+                self.remaining.remove(cell)
+                self.failed.append(f"{cell.name}: {reason} ({cell.log})")
+                logger.warning("compare: %s failed: %s", cell.name, reason)
+            elif cell.row not in self.impossible:
+                self.impossible.add(cell.row)
+                logger.warning("%s cannot be run with these settings: %s", cell.row, reason)
+        self.remaining = [
+            cell for cell in self.remaining if cell.row not in self.impossible or self.is_ours(cell)
+        ]
+
+    def take_done(self) -> list[Cell]:
+        """Cells that are done now, by processes of ours or of other comparisons."""
+        found = [cell for cell in self.remaining if not self.is_ours(cell) and cell.done()]
+        for cell in found:
+            self.remaining.remove(cell)
+        return found
+
+    def begin(self, jobs: int) -> None:
+        """Start cells that nobody is at until `jobs` run."""
+        for cell in self.remaining:
+            if len(self.running) >= jobs:
+                return
+            if not self.is_ours(cell) and not cell.busy():
+                job = min(set(range(jobs)) - self.running.keys())
+                self.running[job] = cell, start(cell, share(job, jobs))
+
+    def stop(self) -> None:
+        """End what is running. It keeps its work when asked to stop, as this process does."""
+        for _, process in self.running.values():
+            process.terminate()
+        for _, process in self.running.values():
+            process.wait()
+
+    def is_ours(self, cell: Cell) -> bool:
+        """Whether a process of ours is at a cell."""
+        return any(cell is one for one, _ in self.running.values())
+
+
+def start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen:
+    """Begin a cell. An interrupt from the keyboard is for the process that began it, to hand on."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with cell.log.open("w") as log:
+        return subprocess.Popen(  # noqa: S603 (our own module, with paths)
+            [sys.executable, "-m", *cell.command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | environment,
+            start_new_session=True,
+        )
+
+
+def end_cell(work: Callable[[], None], impossible: tuple[type[LlmrecError], ...] = ()) -> int:
+    """Do the work of a cell, in its process.
+
+    Args:
+        work: what there is to do.
+        impossible: errors that say that its row cannot be run.
+
+    Returns:
+        How the process is to end. An error's message is the last line of the log.
+    """
+    try:
+        work()
+    except LlmrecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, BusyError):
+            return BUSY
+        return IMPOSSIBLE if isinstance(error, impossible) else FAILED
+    return 0
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,7 @@ from llmrec.manifest import (
     write_manifest,
 )
 from llmrec.stages import STAGES, Stage, in_order
-from llmrec.storage import locked, writing
+from llmrec.storage import locked, unfinished, writing
 
 logger = logging.getLogger("llmrec")
 
@@ -164,12 +164,12 @@ def compute(
     logger.info("%s: started", function.__name__)
     machine.reset_peak_memory()
     started = time.perf_counter()
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    with locked(unfinished) if main else contextlib.nullcontext():
+    left = unfinished(folder)
+    with locked(folder) if main else contextlib.nullcontext():
         if folder.exists() and distributed.world_size() == 1:
             return  # another process finished it just now
         fixed = wanted | {"config": without_incidental(wanted["config"], config)}
-        token = _unfinished.set((unfinished, fixed))
+        token = _unfinished.set((left, fixed))
         try:
             with writing(folder):
                 result = function(config, *inputs)
@@ -189,7 +189,7 @@ def compute(
                 flush(folder.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(left, ignore_errors=True)
     logger.info("%s: finished in %.1f s, %s", function.__name__, seconds, folder)
 
 

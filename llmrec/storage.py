@@ -56,27 +56,53 @@ def writing(folder: Path, advice: Mapping[int, str] = UNWRITABLE) -> Iterator[No
         ) from None
 
 
+def unfinished(stage: Path) -> Path:
+    """Where a stage that is being computed keeps its lock, and what is left for the run after a stop."""
+    return stage.with_name(f".{stage.name}.unfinished")
+
+
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(stage: Path) -> Iterator[None]:
     """Keep other processes from computing the same stage; the lock goes with this process, however it ends.
 
     Raises:
         BusyError: another process holds it.
         StorageError: the folder may not be written.
     """
-    stage = folder.name.removeprefix(".").removesuffix(".unfinished")
-    with writing(folder.with_name(stage), NO_FOLDER):
+    folder = unfinished(stage)
+    with writing(stage, NO_FOLDER):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(handle):
             raise BusyError(
-                f"another process is computing {stage} in {folder.parent}; wait for it, or use another"
-            ) from None
-        yield
+                f"another process is computing {stage.name} in {stage.parent}; wait for it, or use another"
+            )
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.glob("*")] == [LOCK]:
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(handle)
-        if [path.name for path in folder.glob("*")] == [LOCK]:
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_locked(stage: Path) -> bool:
+    """Whether a process is computing a stage now."""
+    try:
+        handle = os.open(unfinished(stage) / LOCK, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not lock(handle)
+    finally:
+        os.close(handle)
+
+
+def lock(handle: int) -> bool:
+    """Whether the open file could be locked; closing it gives the lock back."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

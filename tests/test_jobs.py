@@ -1,17 +1,163 @@
-"""What each of several trainings side by side gets of the machine."""
+"""Cells of comparisons: what each gets of the machine, and what becomes of those that fail or are busy."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 
-from llmrec import jobs
+from llmrec import jobs, storage
+from llmrec.errors import BusyError, DataError, TrainingError
+
+CELL = """
+import pathlib, sys, time
+folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]
+(folder / "begun").open("a").write("x")
+if what == "stay":
+    time.sleep(60)
+if what == "busy" and len((folder / "begun").read_text()) < 3:
+    sys.exit({BUSY})
+if what in ("fail", "refuse"):
+    print("going on", flush=True)
+    print("error: it did not work", file=sys.stderr)
+    sys.exit({FAILED} if what == "fail" else {IMPOSSIBLE})
+if what != "nothing":
+    (folder / "result").write_text("0.5")
+"""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
+def cell(tmp_path, monkeypatch):
+    """Makes a cell whose process does what is asked, without importing anything of ours."""
+    (tmp_path / "toy_cell.py").write_text(CELL.format(**vars(jobs)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(jobs, "WAIT_SECONDS", 0.02)
+
+    def made(row: str, what: str, seed: int = 0) -> jobs.Cell:
+        folder = tmp_path / row / f"seed{seed}"
+        return jobs.Cell(
+            row=row,
+            seed=seed,
+            folder=folder,
+            command=["toy_cell", str(folder), what],
+            stages=(folder / "finetune", folder / "evaluate"),
+            done=(folder / "result").exists,
+            outcome=lambda: f"recall@10 {(folder / 'result').read_text()}",
+        )
+
+    return made
+
+
+def begun(cell: jobs.Cell) -> int:
+    """How often a process was started for it."""
+    file = cell.folder / "begun"
+    return len(file.read_text()) if file.exists() else 0
+
+
+def test_cells_that_fail_are_named_and_leave_the_others_be(cell, caplog):
+    caplog.set_level("INFO")
+    cells = [cell("good", "work"), cell("bad", "fail"), cell("empty", "nothing"), cell("good", "work", 1)]
+    failed = jobs.run(cells, 2)
+    assert failed == [
+        f"bad, seed 0: it did not work ({cells[1].log})", f"empty, seed 0: it said nothing ({cells[2].log})",
+    ]  # fmt: skip
+    assert "compare: good, seed 0: recall@10 0.5; 1 of 4 done" in caplog.text and "2 of 4 done" in caplog.text
+    assert jobs.run([cells[0], cells[3]], 2) == [] and [begun(one) for one in cells] == [1] * 4
+
+
+def test_a_row_that_cannot_be_run_is_begun_once_and_is_no_failure(cell, caplog):
+    cells = [cell("refused", "refuse", seed) for seed in range(3)]
+    good = cell("good", "work")
+    assert jobs.run([*cells, good], 1) == [] and good.done()
+    assert caplog.text.count("refused cannot be run with these settings: it did not work") == 1
+    assert [begun(one) for one in cells] == [1, 0, 0]
+
+
+def test_a_cell_that_another_process_took_first_is_tried_again(cell):
+    taken, good = cell("taken", "busy"), cell("good", "work")
+    assert jobs.run([taken, good], 1) == [] and (begun(taken), begun(good)) == (3, 1)
+
+
+def test_cells_that_others_are_at_are_left_to_them_and_taken_up_if_they_stop(cell, monkeypatch):
+    """One is finished by another process, the other is left unfinished."""
+    theirs, left, good = cell("theirs", "work"), cell("left", "work"), cell("good", "work")
+    looks, held = [], [storage.locked(one.stages[1]) for one in (theirs, left)]
+    for lock in held:
+        lock.__enter__()
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 40:
+            assert good.done() and not begun(theirs) and not begun(left)
+            (theirs.folder / "result").write_text("0.25")
+            for lock in held:
+                lock.__exit__(None, None, None)
+        wait(seconds)
+
+    wait = time.sleep
+    monkeypatch.setattr(jobs.time, "sleep", sleep)
+    assert jobs.run([theirs, left, good], 3) == []
+    assert (begun(theirs), begun(left), begun(good)) == (0, 1, 1)
+
+
+def test_a_comparison_that_is_asked_to_stop_stops_its_cells(cell, tmp_path):
+    """SIGTERM, as schedulers send it, and Ctrl-C, which cells hear of from their comparison alone."""
+    script = """
+import sys
+from pathlib import Path
+from llmrec import console, jobs
+jobs.WAIT_SECONDS = 0.02
+folder = Path(sys.argv[1])
+cells = [
+    jobs.Cell(
+        row=name, seed=0, folder=folder / name, command=["toy_cell", str(folder / name), what], stages=(),
+        done=(folder / name / "result").exists, outcome=lambda: "fine",
+    )
+    for name, what in (("a", "work"), ("b", "stay"), ("c", "stay"))
+]
+sys.exit(console.guarded(lambda: jobs.run(cells, 2)))
+"""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        folder = tmp_path / number.name
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(folder)], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        while not (folder / "c" / "begun").exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130 and "stopped with 1 of 3 cells done; the same command" in said, said
+        left = [one for one in psutil.process_iter(["cmdline"]) if str(folder) in str(one.info["cmdline"])]
+        assert not left
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (None, 0),
+        (TrainingError("it went wrong"), jobs.IMPOSSIBLE),
+        (DataError("it went wrong"), jobs.FAILED),
+        (BusyError("it went wrong"), jobs.BUSY),
+    ],
+)
+def test_a_cell_ends_with_its_reason(error, code, capsys):
+    def work() -> None:
+        if error is not None:
+            raise error
+
+    assert jobs.end_cell(work, (TrainingError,)) == code
+    assert capsys.readouterr().err == ("error: it went wrong\n" if error else "")
+
+
+@pytest.fixture
 def no_settings(monkeypatch):
     for name in ("LLMREC_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
@@ -22,7 +168,7 @@ def on(number: int, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
 
 
-def test_without_a_gpu_the_cores_are_shared(monkeypatch):
+def test_without_a_gpu_the_cores_are_shared(no_settings, monkeypatch):
     on(0, monkeypatch)
     assert jobs.default() == 12
     assert jobs.share(3, 4) == {"LLMREC_NUM_THREADS": "3", "OMP_NUM_THREADS": "3"}
@@ -31,7 +177,7 @@ def test_without_a_gpu_the_cores_are_shared(monkeypatch):
     assert jobs.share(0, 20)["OMP_NUM_THREADS"] == "2"
 
 
-def test_each_job_gets_a_gpu_of_its_own(monkeypatch):
+def test_each_job_gets_a_gpu_of_its_own(no_settings, monkeypatch):
     on(3, monkeypatch)
     assert jobs.default() == 3
     assert [jobs.share(job, 5)["CUDA_VISIBLE_DEVICES"] for job in range(5)] == ["0", "1", "2", "0", "1"]
@@ -39,7 +185,7 @@ def test_each_job_gets_a_gpu_of_its_own(monkeypatch):
     assert [jobs.share(job, 3)["CUDA_VISIBLE_DEVICES"] for job in range(3)] == ["4", "GPU-a", "7"]
 
 
-def test_one_gpu_is_left_as_it_is(monkeypatch):
+def test_one_gpu_is_left_as_it_is(no_settings, monkeypatch):
     on(1, monkeypatch)
     assert jobs.default() == 1 and "CUDA_VISIBLE_DEVICES" not in jobs.share(0, 2)
 

@@ -218,14 +218,15 @@ def test_the_output_of_another_stage_is_refused(tmp_path):
 def test_two_processes_cannot_compute_one_stage(tmp_path):
     import multiprocessing
 
-    folder = tmp_path / ".stage.unfinished"
-    with storage.locked(folder):
+    stage = tmp_path / "stage"
+    assert not storage.is_locked(stage)
+    with storage.locked(stage):
         context = multiprocessing.get_context("fork")
         results = context.Queue()
 
         def other() -> None:
             try:
-                with storage.locked(folder):
+                with storage.locked(stage):
                     results.put("held it too")
             except StaleArtifactError as error:
                 results.put(str(error))
@@ -234,6 +235,9 @@ def test_two_processes_cannot_compute_one_stage(tmp_path):
         child.start()
         assert "another process is computing stage in" in results.get(timeout=30)
         child.join()
-    assert not folder.exists(), "a lock alone leaves nothing behind"
-    with storage.locked(folder):
+        assert storage.is_locked(stage), "and asking does not take it"
+        assert storage.is_locked(stage)
+    assert list(tmp_path.iterdir()) == [], "a lock alone leaves nothing behind"
+    assert not storage.is_locked(stage)
+    with storage.locked(stage):
         pass

@@ -1,19 +1,15 @@
 """Sequence models side by side: each row trained with several seeds on one data set, one table.
 
 A cell is one row with one seed: a folder with the output of train_collab and the ranks of the test
-targets. Every cell runs in a process of its own, so that its seconds and memory are its own; finished
-cells are kept, so the same command goes on where it stopped.
+targets. Every cell runs in a process of its own (`llmrec.jobs`), so that its seconds and memory are its own;
+finished cells are kept, so the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import logging
 import os
-import queue
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +22,7 @@ from llmrec import jobs as side_by_side
 from llmrec.artifacts import ContentEmbeddings, Interactions
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.config import as_dict, changed_settings, from_dict
-from llmrec.errors import ConfigError, LlmrecError
+from llmrec.errors import ConfigError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import per_user, summarise
 from llmrec.files import read_json, read_jsonl, write_json
@@ -61,58 +57,27 @@ def run_cells(
     Returns:
         One line per failed cell.
     """
-    cells = list(cells_of(rows, seeds, root))
     data = load(Interactions, data_folder)
-    for name, seed, folder, config in cells:
+    found = []
+    for name, seed, folder, config in cells_of(rows, seeds, root):
         prepare_cell(folder, config, f"{name}, seed {seed}")
         check_data(folder, data)
-    waiting = [cell for cell in cells if not (cell[2] / "metrics.json").exists()]
-    logger.info("compare: %d cells, %d to run, %d at a time", len(cells), len(waiting), jobs)
-    failed, started = [], time.perf_counter()
-    processes: set[subprocess.Popen] = set()
-    free: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for job in range(jobs):
-        free.put(job)
+        inputs = [data_folder, *([content_folder] if content_folder and config.content else [])]
+        found.append(cell_to_run(name, seed, folder, inputs))
+    return side_by_side.run(found, jobs)
 
-    def run_one(folder: Path, inputs: list[Path]) -> str | None:
-        job = free.get()
-        try:
-            return run_cell_process(folder, inputs, side_by_side.share(job, jobs), processes)
-        finally:
-            free.put(job)
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = {
-            pool.submit(
-                run_one,
-                folder,
-                [data_folder, *([content_folder] if content_folder and config.content else [])],
-            ): (name, seed, folder)
-            for name, seed, folder, config in waiting
-        }
-        try:
-            for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
-                name, seed, folder = futures[future]
-                error = future.result()
-                if error:
-                    failed.append(f"{name}, seed {seed}: {error}")
-                left = (time.perf_counter() - started) / done * (len(waiting) - done)
-                logger.info(
-                    "compare: %s, seed %d: %s; %d of %d done, about %.0f min left",
-                    name,
-                    seed,
-                    error or outcome(folder),
-                    done,
-                    len(waiting),
-                    left / 60,
-                )
-        except KeyboardInterrupt as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(processes):
-                process.terminate()
-            error.args = ("finished cells are kept; the same command goes on from there",)
-            raise
-    return failed
+def cell_to_run(name: str, seed: int, folder: Path, inputs: list[Path]) -> side_by_side.Cell:
+    """A cell for `llmrec.jobs.run`."""
+    return side_by_side.Cell(
+        row=name,
+        seed=seed,
+        folder=folder,
+        command=["llmrec.collab.compare", str(folder), *map(str, inputs)],
+        stages=(folder / "train_collab",),
+        done=lambda: (folder / "metrics.json").exists(),
+        outcome=lambda: outcome(folder),
+    )
 
 
 def cells_of(
@@ -152,24 +117,6 @@ def check_data(folder: Path, data: Interactions) -> None:
         return
     if stage_manifest(folder / "train_collab")["inputs"]["prepare_data"] != fingerprint(data):
         raise ConfigError(f"{folder} was trained on other data; use another --run-dir, or delete it")
-
-
-def run_cell_process(
-    folder: Path, inputs: list[Path], share: dict[str, str], processes: set[subprocess.Popen]
-) -> str | None:
-    """Run one cell in a fresh process; its log goes to the cell's folder. The error's last line, or None."""
-    command = [sys.executable, "-m", "llmrec.collab.compare", str(folder), *map(str, inputs)]
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(  # noqa: S603 (our own module, with paths)
-            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | share
-        )
-        processes.add(process)
-        code = process.wait()
-        processes.discard(process)
-    if code == 0:
-        return None
-    lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-    return f"failed ({lines[-1][-300:] if lines else f'exit code {code}'}); see {folder / 'log.txt'}"
 
 
 def run_cell(folder: Path, data_folder: Path, content_folder: Path | None = None) -> None:
@@ -331,7 +278,7 @@ def group_slices(groups: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def main(arguments: list[str]) -> None:
-    """One cell; started by `run_cell_process`."""
+    """One cell, in a process of its own; see `cell_to_run`."""
     from llmrec.console import set_up_logging
 
     set_up_logging()
@@ -339,7 +286,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except LlmrecError as error:
-        raise SystemExit(f"error: {error}") from None
+    sys.exit(side_by_side.end_cell(lambda: main(sys.argv[1:])))

@@ -18,7 +18,7 @@ from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError, MissingArtifactError, TrainingError
 from llmrec.evaluation.tables import difference_cells, mean_and_spread, spread_text
-from llmrec.finetune.compare_cells import ROWS, prepare, run_cells, run_side_by_side
+from llmrec.finetune.compare_cells import ROWS, cells_to_run, prepare, run_cells
 from llmrec.recipe import Recipe, apply_overrides, recipe_of
 
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20")
@@ -90,7 +90,7 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
         refit = Path(options.refit) if options.refit else None
         work = (prepare(chosen, root, refit), options.rows, options.seeds, root, out, refit)
         if at_a_time > 1:
-            failed = run_side_by_side(*work, jobs=at_a_time)
+            failed = jobs.run(cells_to_run(*work), at_a_time)
         else:
             run_cells(*work)
     if not distributed.is_main():
@@ -102,7 +102,7 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
         (out / "table.md").write_text(text + "\n", encoding="utf-8")
         write_json(out / "table.json", found)
     if failed:
-        raise TrainingError(f"{len(failed)} of {at_a_time} processes failed: {'; '.join(failed)}")
+        raise TrainingError(f"{len(failed)} cells failed: {'; '.join(failed)}")
 
 
 def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:

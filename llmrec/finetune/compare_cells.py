@@ -1,14 +1,13 @@
 """The cells of a comparison of methods: one row with one seed each, fine-tuned and ranked.
 
 A cell is a pair of stage folders, skipped once it is there. Processes that are given the same cells share
-them: each takes those that no other one is at.
+them: each takes those that no other one is at. `llmrec.jobs` runs several at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-import os
-import subprocess
 import sys
 import time
 from collections import deque
@@ -16,16 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmrec import jobs as side_by_side
+from llmrec import jobs
 from llmrec.config import as_dict, from_dict
-from llmrec.errors import (
-    BusyError,
-    ConfigError,
-    LlmrecError,
-    MissingArtifactError,
-    StoppedError,
-    TrainingError,
-)
+from llmrec.errors import BusyError, ConfigError, MissingArtifactError, TrainingError
 from llmrec.files import read_json, write_json
 from llmrec.finetune.config import FREQUENCY_FIELDS, METHOD_FIELDS, FinetuneConfig
 from llmrec.recipe import Recipe, refit_stage, refuse_what_cannot_finish, statuses
@@ -35,8 +27,11 @@ logger = logging.getLogger("llmrec")
 WAIT_SECONDS = 2.0
 """Between looks at what other processes have finished."""
 
-REQUEST = "cells.json"
-IMPOSSIBLE = "cannot be run with these settings"
+REQUEST = "cell.json"
+"""Its name in the folder of a cell that a process of its own runs."""
+
+IMPOSSIBLE = (ConfigError, MissingArtifactError, TrainingError)
+"""What says that a row cannot be run: it stays missing in the table, and the others are worth having."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +105,8 @@ def run_cells(
         refit: see `prepare`.
     """
     from llmrec import machine
-    from llmrec.finished import load
-    from llmrec.stages import STAGES
 
-    inputs = tuple(load(STAGES[name].artifact_class(), root / name) for name in STAGES["finetune"].inputs)
+    inputs = inputs_of(root)
     waiting = deque((name, seed) for seed in seeds for name in rows)
     impossible: set[str] = set()
     busy: set[tuple[str, int]] = set()
@@ -122,28 +115,29 @@ def run_cells(
         if name in impossible:
             continue
         try:
-            run_cell(recipe, ROWS[name], seed, inputs, out, out / name / f"seed{seed}", refit)
+            run_cell(recipe, name, seed, inputs, out, refit)
         except BusyError:
             waiting.append(cell)
             busy.add(cell)
             if busy.issuperset(waiting):
                 time.sleep(WAIT_SECONDS)
-        except (ConfigError, MissingArtifactError, TrainingError) as error:
-            # It stays missing in the table; the other rows are worth having.
-            logger.warning("%s %s: %s", name, IMPOSSIBLE, error)
+        except IMPOSSIBLE as error:
+            logger.warning("%s cannot be run with these settings: %s", name, error)
             impossible.add(name)
         if name in impossible:
             machine.make_room()
 
 
+def inputs_of(root: Path) -> tuple[Any, ...]:
+    """What all cells are made from, loaded."""
+    from llmrec.finished import load
+    from llmrec.stages import STAGES
+
+    return tuple(load(STAGES[name].artifact_class(), root / name) for name in STAGES["finetune"].inputs)
+
+
 def run_cell(
-    recipe: Recipe,
-    row: Row,
-    seed: int,
-    inputs: tuple[Any, ...],
-    out: Path,
-    folder: Path,
-    refit: Path | None,
+    recipe: Recipe, name: str, seed: int, inputs: tuple[Any, ...], out: Path, refit: Path | None
 ) -> None:
     """One cell, in its folder.
 
@@ -153,100 +147,73 @@ def run_cell(
     from llmrec.pipeline import run_stage
     from llmrec.stages import STAGES
 
+    row, folder = ROWS[name], folder_of(out, name, seed)
     if row.ids:
         ids_config = replace(recipe.learn_semantic_ids, **row.ids)
-        ids_folder = out / "learn_semantic_ids" / "_".join(row.ids.values())
-        ids = run_stage(STAGES["learn_semantic_ids"], ids_config, inputs[:3], ids_folder)
+        ids = run_stage(STAGES["learn_semantic_ids"], ids_config, inputs[:3], ids_folder(out, row))
         inputs = (*inputs[:3], ids)
     config = replace(settings_of(recipe.finetune, row), seed=seed)
     if refit is not None:
-        before = refit / "methods" / folder.parent.name / folder.name / "finetune"
-        config = refit_stage("finetune", config, before)
+        config = refit_stage("finetune", config, folder_of(refit / "methods", name, seed) / "finetune")
     adapter = run_stage(STAGES["finetune"], config, inputs, folder / "finetune")
     run_stage(STAGES["evaluate"], recipe.evaluate, (*inputs, adapter), folder / "evaluate")
 
 
-def run_side_by_side(
-    recipe: Recipe,
-    rows: list[str],
-    seeds: list[int],
-    root: Path,
-    out: Path,
-    refit: Path | None,
-    jobs: int,
-) -> list[str]:
-    """`run_cells` by several processes, each with its share of the machine; what they say goes to files.
-
-    Returns:
-        A line for each of them that failed; the others went on with its cells.
+def cells_to_run(
+    recipe: Recipe, rows: list[str], seeds: list[int], root: Path, out: Path, refit: Path | None
+) -> list[jobs.Cell]:
+    """What `run_cells` does, as cells for `llmrec.jobs.run`; arguments as there.
 
     Raises:
-        StoppedError: this process was asked to stop, and has stopped them.
+        StaleArtifactError: a finished cell was made with other settings or data.
     """
-    from llmrec.checkpoint import stop_requests
-    from llmrec.progress import progress
+    inputs = inputs_of(root)
+    for name, seed in itertools.product(rows, seeds):
+        if finished(folder_of(out, name, seed)):
+            run_cell(recipe, name, seed, inputs, out, refit)  # looks at them, and finds nothing to do
+    return [cell_to_run(recipe, name, seed, root, out, refit) for seed in seeds for name in rows]
 
-    cells = [(name, seed) for seed in seeds for name in rows]
-    out.mkdir(parents=True, exist_ok=True)
-    request: dict[str, Any] = {"recipe": as_dict(recipe), "rows": rows, "seeds": seeds}
+
+def cell_to_run(recipe: Recipe, name: str, seed: int, root: Path, out: Path, refit: Path | None) -> jobs.Cell:
+    """One cell, and a file with all that its process has to know."""
+    folder = folder_of(out, name, seed)
+    stages = [folder / "finetune", folder / "evaluate"]
+    if ROWS[name].ids:
+        stages.append(ids_folder(out, ROWS[name]))
+    request: dict[str, Any] = {"recipe": as_dict(recipe), "row": name, "seed": seed}
     request |= {"root": str(root), "out": str(out), "refit": None if refit is None else str(refit)}
-    write_json(out / REQUEST, request)
-    seen = {cell for cell in cells if finished(out, *cell)}
-    logger.info("compare: %d cells, %d to run, %d at a time", len(cells), len(cells) - len(seen), jobs)
-    command = [sys.executable, "-m", "llmrec.finetune.compare_cells", str(out / REQUEST)]
-    logs = [out / f"job{job}.log" for job in range(jobs)]
-    processes = []
-    try:
-        for job, log in enumerate(logs):
-            with log.open("w") as file:
-                environment = os.environ | side_by_side.share(job, jobs)
-                process = subprocess.Popen(  # noqa: S603 (our own module, with a path)
-                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                )
-            processes.append(process)
-        with (
-            stop_requests() as stop,
-            progress(None, "compare", total=len(cells), unit="cell", initial=len(seen)) as bar,
-        ):
-            running = True
-            while running and not stop.asked:
-                running = any(process.poll() is None for process in processes)
-                for cell in [cell for cell in cells if cell not in seen and finished(out, *cell)]:
-                    seen.add(cell)
-                    bar.update()
-                    logger.info("compare: %s; %d of %d done", outcome(out, *cell), len(seen), len(cells))
-                if running:
-                    time.sleep(WAIT_SECONDS)
-    finally:
-        # They keep their work when asked to stop, as this process does.
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
-    if stop.asked:
-        raise StoppedError(
-            f"stopped with {len(seen)} of {len(cells)} cells done; the same command goes on from there"
-        )
-    said = [log.read_text(errors="replace").strip().splitlines() or ["nothing said"] for log in logs]
-    # Lines begin with the time of day.
-    for line in sorted({line.partition(" ")[2] for lines in said for line in lines if IMPOSSIBLE in line}):
-        logger.warning("%s", line)
-    return [
-        f"{log}: {lines[-1][-300:]}"
-        for process, log, lines in zip(processes, logs, said)
-        if process.returncode
-    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / REQUEST, request)
+    return jobs.Cell(
+        row=name,
+        seed=seed,
+        folder=folder,
+        command=["llmrec.finetune.compare_cells", str(folder / REQUEST)],
+        stages=tuple(stages),
+        done=lambda: finished(folder),
+        outcome=lambda: outcome(folder),
+    )
 
 
-def finished(out: Path, name: str, seed: int) -> bool:
+def folder_of(out: Path, name: str, seed: int) -> Path:
+    """Where a cell goes."""
+    return out / name / f"seed{seed}"
+
+
+def ids_folder(out: Path, row: Row) -> Path:
+    """Where semantic IDs go that rows with these settings share."""
+    return out / "learn_semantic_ids" / "_".join(row.ids.values())
+
+
+def finished(folder: Path) -> bool:
     """Whether a cell is done."""
-    return (out / name / f"seed{seed}" / "evaluate").is_dir()
+    return (folder / "evaluate").is_dir()
 
 
-def outcome(out: Path, name: str, seed: int) -> str:
+def outcome(folder: Path) -> str:
     """One phrase about a finished cell."""
-    found = read_json(out / name / f"seed{seed}" / "evaluate" / "metrics.json")["rows"]["mme_sid"]
-    return f"{name}, seed {seed}: recall@10 {found['recall@10']:.4f}, ndcg@10 {found['ndcg@10']:.4f}"
+    found = read_json(folder / "evaluate" / "metrics.json")["rows"]["mme_sid"]
+    return f"recall@10 {found['recall@10']:.4f}, ndcg@10 {found['ndcg@10']:.4f}"
 
 
 def settings_of(base: FinetuneConfig, row: Row) -> FinetuneConfig:
@@ -267,24 +234,16 @@ def settings_of(base: FinetuneConfig, row: Row) -> FinetuneConfig:
 
 
 def main(arguments: list[str]) -> None:
-    """The share of one process; started by `run_side_by_side`."""
+    """One cell, in a process of its own; see `cell_to_run`."""
     from llmrec.console import set_up_logging
 
     set_up_logging()
     request = read_json(Path(arguments[0]))
-    refit = request["refit"]
-    run_cells(
-        from_dict(Recipe, request["recipe"]),
-        request["rows"],
-        request["seeds"],
-        Path(request["root"]),
-        Path(request["out"]),
-        None if refit is None else Path(refit),
-    )
+    root, out = Path(request["root"]), Path(request["out"])
+    refit = Path(request["refit"]) if request["refit"] else None
+    recipe = from_dict(Recipe, request["recipe"])
+    run_cell(recipe, request["row"], request["seed"], inputs_of(root), out, refit)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except LlmrecError as error:
-        raise SystemExit(f"error: {error}") from None
+    sys.exit(jobs.end_cell(lambda: main(sys.argv[1:]), IMPOSSIBLE))
