@@ -6,8 +6,9 @@
 
 layout: the same model and weights trained by our data path and by that of RecBole-style code (one row per
 target, every row padded to max_history, 2,048 shuffled rows a batch taken from host arrays, all logits
-at once), alternating. epochs: seconds per epoch of every model, or of a comparison's rows, from some steps of
-real data. lengths: forward and backward on random histories of 50, 200 and 1,000 items.
+at once), alternating; beside them the softmax alone, which no data path makes cheaper. epochs: seconds per
+epoch of every model, or of a comparison's rows, from some steps of real data. lengths: forward and backward
+on random histories of 50, 200 and 1,000 items.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import itertools
 import runpy
 import statistics
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from llmrec.collab.provider import PROVIDERS
 from llmrec.collab.rows import TrainingRows
 from llmrec.collab.train import Sums, train_step, training_rows
 from llmrec.data.batches import Batch
+from llmrec.item_softmax import item_cross_entropy
 
 LENGTHS = (50, 200, 1000)
 
@@ -80,6 +83,15 @@ def padded_step(
     return len(target)
 
 
+def softmax_step(model: nn.Module, number: int) -> int:
+    """Value and gradients of the loss over all items for some random queries, as in our own steps."""
+    items = model.item.weight.detach().requires_grad_()
+    query = torch.randn(number, items.shape[1], device=items.device, requires_grad=True)
+    target = torch.randint(1, len(items), (number,), device=items.device)
+    item_cross_entropy(query, items, target).backward()
+    return number
+
+
 def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
     """Targets per second of both data paths, in alternating rounds."""
     model = make(options.provider, data.num_items)
@@ -90,32 +102,43 @@ def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
     rows = TrainingRows.of(data.sequences("train"), model.max_history, "positions", distributed.device())
     padded, targets = prefix_rows(data, model.max_history)
     rng = np.random.default_rng(0)
-    rates: dict[str, list[float]] = {"ours": [], "per prefix": []}
+    rates: dict[str, list[float]] = {"ours": [], "per prefix": [], "softmax alone": []}
+
+    def measure(name: str, steps: Iterable[Callable[[], int]], *, keep: bool) -> None:
+        wait()
+        started = time.perf_counter()
+        number = sum(step() for step in steps)
+        wait()
+        if keep:
+            rates[name].append(number / (time.perf_counter() - started))
+
     for turn in range(options.rounds + 1):
-        steps = rows.steps("users", 256, rng)
-        wait()
-        started, number = time.perf_counter(), 0
-        for step in steps[: options.steps]:
-            number += train_step(model, ours, 5.0, rows.batches(step), Sums())
-        wait()
-        fast = number / (time.perf_counter() - started)
+        steps = rows.steps("users", 256, rng)[: options.steps]
         order = rng.permutation(len(targets))
-        batches = np.array_split(order, max(len(order) // 2048, 1))
-        started, number = time.perf_counter(), 0
-        for batch in batches[: max(1, options.steps // 8)]:
-            number += padded_step(per_prefix, theirs, padded[batch], targets[batch])
-        wait()
-        slow = number / (time.perf_counter() - started)
-        if turn:  # the first round warms up
-            rates["ours"].append(fast)
-            rates["per prefix"].append(slow)
+        batches = np.array_split(order, max(len(order) // 2048, 1))[: max(1, options.steps // 8)]
+        sizes = [int((batch.target != 0).sum()) for step in steps for batch in rows.batches(step)]
+        keep = turn > 0  # the first round warms up
+        measure(
+            "ours",
+            (lambda step=step: train_step(model, ours, 5.0, rows.batches(step), Sums()) for step in steps),
+            keep=keep,
+        )
+        measure(
+            "per prefix",
+            (
+                lambda batch=batch: padded_step(per_prefix, theirs, padded[batch], targets[batch])
+                for batch in batches
+            ),
+            keep=keep,
+        )
+        measure("softmax alone", (lambda size=size: softmax_step(model, size) for size in sizes), keep=keep)
     for name, values in rates.items():
-        print(f"{name:12} {statistics.median(values):12,.0f} targets per second")
-    ratios = [fast / slow for fast, slow in zip(rates["ours"], rates["per prefix"])]
-    print(
-        f"ours / per prefix: median {statistics.median(ratios):.2f}, min {min(ratios):.2f}, "
-        f"max {max(ratios):.2f} over {options.rounds} rounds; {options.provider}, {len(targets):,} targets"
-    )
+        print(f"{name:14}{statistics.median(values):12,.0f} targets per second")
+    for name in ("ours", "softmax alone"):
+        ratios = [fast / slow for fast, slow in zip(rates[name], rates["per prefix"])]
+        spread = f"min {min(ratios):.2f}, max {max(ratios):.2f}"
+        print(f"{name} / per prefix: median {statistics.median(ratios):.2f}, {spread}")
+    print(f"{options.rounds} rounds; {options.provider}, {len(targets):,} targets")
 
 
 def rows_timed(options: argparse.Namespace) -> dict[str, TrainCollabConfig]:

@@ -49,7 +49,8 @@ def test_both_layouts_hold_the_same_targets(tool):
 def test_layouts_are_compared_as_a_ratio(tool, folder, capsys):
     tool.main(["layout", "--prepare-data", str(folder), "--steps", "1", "--rounds", "1"])
     text = capsys.readouterr().out
-    assert re.search(r"ours / per prefix: median \d+\.\d\d, min", text)
+    for name in ("ours", "softmax alone"):
+        assert re.search(rf"{name} / per prefix: median \d+\.\d\d, min", text)
     with pytest.raises(SystemExit, match="mind is not a causal model"):
         tool.main(["layout", "--prepare-data", str(folder), "--provider", "mind"])
 
