@@ -604,7 +604,8 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     tokens = {name: int(rows[name]["tokens"].replace(",", "")) for name in ("mme_sid", "e4srec", "concat")}
     assert tokens["concat"] > tokens["mme_sid"] == tokens["e4srec"]  # three tokens an item
     assert int(rows["e4srec"]["rank"]) <= tiny().train_collab.sasrec.embed_dim + 1  # Eq. 7
-    assert (tmp_path / "learn_semantic_ids" / "mmd_gradient").is_dir()
+    own = json.loads((tmp_path / "learn_semantic_ids" / "se_sid_mmd" / "manifest.json").read_text())["config"]
+    assert (own["modalities"], own["reconstruction"], own["alignment"]) == (["collab"], "mmd", "none")
     assert json.loads((tmp_path / "table.json").read_text())[1]["row"] == "e4srec"
     with pytest.raises(SystemExit):
         compare.main(tiny, [*command, "--rows", "me", "mme_sid", "--summarise"])
@@ -740,3 +741,53 @@ def test_every_row_of_the_comparison_is_a_valid_setting():
             assert (made.fusion_temperature == 1.0) == (
                 base.fusion_temperature == 1.0 and made.fusion_used == "frequency"
             ), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "e4srec"},
+        {"method": "me", "me_mode": "sum"},
+        {"method": "concat", "concat_mode": "feature"},
+        {"method": "ctrl_mm", "ctrl_weight": 0.5},
+        {"method": "ctrl_mm", "ctrl_stage": "two", "ctrl_epochs": 3},
+        {"random_codes": True},
+    ],
+)
+def test_a_row_is_what_its_name_says_whatever_the_recipe_is(changes):
+    from llmrec.finetune.compare_cells import ROWS, settings_of
+
+    for name, row in ROWS.items():
+        made, plain = (settings_of(base, row) for base in (FinetuneConfig(**changes), FinetuneConfig()))
+        own = {key: value for key, value in changes.items() if key in ("ctrl_weight", "ctrl_epochs")}
+        if own and name not in ("ctrl_mm", "ctrl_mm_two"):
+            own = {}
+        for key in ("ctrl_weight", "ctrl_epochs"):
+            if getattr(made, key) != getattr(plain, key):
+                assert own[key] == getattr(made, key)
+                made = dataclasses.replace(made, **{key: getattr(plain, key)})
+        assert made == plain, name
+
+
+@pytest.mark.parametrize("fusion", ["equal", "sum"])
+def test_rows_that_fuse_alike_differ_in_one_thing(fusion):
+    from llmrec.finetune.compare_cells import ROWS, settings_of
+
+    base = FinetuneConfig(fusion=fusion)
+    assert {settings_of(base, ROWS[name]).fusion_used for name in ("mme_sid", "mme_random")} == {fusion}
+    assert settings_of(base, ROWS["e4srec"]).fusion_used == "target"
+
+
+def test_a_rows_own_semantic_ids_read_no_other_modality():
+    from llmrec.finetune.compare_cells import ROWS, ids_settings
+
+    bases = [
+        LearnSemanticIdsConfig(alignment_weight=0.5, alignment_temperature=0.2, ema_decay=0.9),
+        LearnSemanticIdsConfig(reconstruction="mmd+mse", mmd_weight=2.0, mse_weight=3.0, num_codes=64),
+        LearnSemanticIdsConfig(alignment="mmd", mmd_estimator="unbiased"),
+    ]
+    for base in bases:
+        for name, kind in (("se_sid_mmd", "mmd"), ("se_sid_mse", "mse")):
+            made = ids_settings(base, ROWS[name])
+            assert (made.modalities, made.alignment, made.reconstruction) == (("collab",), "none", kind)
+            assert made.num_codes == base.num_codes

@@ -19,8 +19,9 @@ from llmrec import jobs
 from llmrec.config import as_dict, from_dict
 from llmrec.errors import BusyError, ConfigError, MissingArtifactError, TrainingError
 from llmrec.files import read_json, write_json
-from llmrec.finetune.config import FREQUENCY_FIELDS, METHOD_FIELDS, FinetuneConfig
+from llmrec.finetune.config import FREQUENCY_FIELDS, FUSIONS, METHOD_FIELDS, FinetuneConfig
 from llmrec.recipe import Recipe, refit_stage, refuse_what_cannot_finish, statuses
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 
 logger = logging.getLogger("llmrec")
 
@@ -36,36 +37,43 @@ IMPOSSIBLE = (ConfigError, MissingArtifactError, TrainingError)
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a row of the table changes."""
+    """What a row of the table sets, whatever the recipe has there; the rest is the recipe's."""
 
-    finetune: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any]
+    meaning: str
     ids: dict[str, Any] = field(default_factory=dict)
-    """Settings of learn_semantic_ids; such rows share semantic IDs of their own"""
-    meaning: str = ""
+    """Settings of learn_semantic_ids, for semantic IDs of the row's own"""
 
 
-MMD = {"reconstruction": "mmd", "codebook_update": "gradient"}
-MSE = {"reconstruction": "mse", "codebook_update": "gradient"}
+MME_SID = {"method": "mme_sid", "random_codes": False}
+SE_SID = {"method": "se_sid", "random_codes": False}
+COLLAB_ALONE = {"modalities": ("collab",), "alignment": "none", "codebook_update": "gradient"}
 
 ROWS: dict[str, Row] = {
-    "mme_sid": Row(meaning="MME-SID"),
+    "mme_sid": Row(finetune=MME_SID, meaning="MME-SID"),
     "e4srec": Row(finetune={"method": "e4srec"}, meaning="E4SRec"),
-    "me": Row(finetune={"method": "me"}, meaning="ME, concatenated"),
+    "me": Row(finetune={"method": "me", "me_mode": "concat"}, meaning="ME, concatenated"),
     "me_sum": Row(finetune={"method": "me", "me_mode": "sum"}, meaning="ME, added"),
-    "concat": Row(finetune={"method": "concat"}, meaning="Concat, a token per modality"),
+    "concat": Row(
+        finetune={"method": "concat", "concat_mode": "sequence"}, meaning="Concat, a token per modality"
+    ),
     "concat_feature": Row(
         finetune={"method": "concat", "concat_mode": "feature"}, meaning="Concat, one shared token"
     ),
     "concat_mlp": Row(finetune={"method": "concat_mlp"}, meaning="Concat&MLP"),
-    "ctrl_mm": Row(finetune={"method": "ctrl_mm"}, meaning="CTRL-MM, joint"),
+    "ctrl_mm": Row(finetune={"method": "ctrl_mm", "ctrl_stage": "joint"}, meaning="CTRL-MM, joint"),
     "ctrl_mm_two": Row(finetune={"method": "ctrl_mm", "ctrl_stage": "two"}, meaning="CTRL-MM, two stages"),
-    "se_sid": Row(finetune={"method": "se_sid"}, meaning="SE-SID, the recipe's semantic IDs"),
-    "se_sid_mmd": Row(finetune={"method": "se_sid"}, ids=MMD, meaning="SE-SID-MMD"),
-    "se_sid_mse": Row(finetune={"method": "se_sid"}, ids=MSE, meaning="SE-SID-MSE"),
-    "mme_sid_random": Row(finetune={"random_codes": True}, meaning="MME-SID-random"),
+    "se_sid": Row(finetune=SE_SID, meaning="SE-SID, the recipe's semantic IDs (learned beside the others)"),
+    "se_sid_mmd": Row(
+        finetune=SE_SID, ids={**COLLAB_ALONE, "reconstruction": "mmd"}, meaning="SE-SID-MMD, codes of its own"
+    ),
+    "se_sid_mse": Row(
+        finetune=SE_SID, ids={**COLLAB_ALONE, "reconstruction": "mse"}, meaning="SE-SID-MSE, codes of its own"
+    ),
+    "mme_sid_random": Row(finetune={**MME_SID, "random_codes": True}, meaning="MME-SID-random"),
     "se_random": Row(finetune={"method": "se_random"}, meaning="SE-random"),
     "mme_random": Row(finetune={"method": "mme_random"}, meaning="MME-random"),
-    "no_fusion": Row(finetune={"fusion": "equal"}, meaning="MME-SID without fusion"),
+    "no_fusion": Row(finetune={**MME_SID, "fusion": "equal"}, meaning="MME-SID without fusion"),
 }
 """Rows by name; the first is what the others are held to."""
 
@@ -149,8 +157,8 @@ def run_cell(
 
     row, folder = ROWS[name], folder_of(out, name, seed)
     if row.ids:
-        ids_config = replace(recipe.learn_semantic_ids, **row.ids)
-        ids = run_stage(STAGES["learn_semantic_ids"], ids_config, inputs[:3], ids_folder(out, row))
+        ids_config = ids_settings(recipe.learn_semantic_ids, row)
+        ids = run_stage(STAGES["learn_semantic_ids"], ids_config, inputs[:3], ids_folder(out, name))
         inputs = (*inputs[:3], ids)
     config = replace(settings_of(recipe.finetune, row), seed=seed)
     if refit is not None:
@@ -179,7 +187,7 @@ def cell_to_run(recipe: Recipe, name: str, seed: int, root: Path, out: Path, ref
     folder = folder_of(out, name, seed)
     stages = [folder / "finetune", folder / "evaluate"]
     if ROWS[name].ids:
-        stages.append(ids_folder(out, ROWS[name]))
+        stages.append(ids_folder(out, name))
     request: dict[str, Any] = {"recipe": as_dict(recipe), "row": name, "seed": seed}
     request |= {"root": str(root), "out": str(out), "refit": None if refit is None else str(refit)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,9 +208,9 @@ def folder_of(out: Path, name: str, seed: int) -> Path:
     return out / name / f"seed{seed}"
 
 
-def ids_folder(out: Path, row: Row) -> Path:
-    """Where semantic IDs go that rows with these settings share."""
-    return out / "learn_semantic_ids" / "_".join(row.ids.values())
+def ids_folder(out: Path, name: str) -> Path:
+    """Where a row's own semantic IDs go, which all its seeds share."""
+    return out / "learn_semantic_ids" / name
 
 
 def finished(folder: Path) -> bool:
@@ -219,18 +227,30 @@ def outcome(folder: Path) -> str:
 def settings_of(base: FinetuneConfig, row: Row) -> FinetuneConfig:
     """A recipe's settings for one row, without those that its method does not have."""
     defaults = {name: spec.default for name, spec in FinetuneConfig.__dataclass_fields__.items()}
-    method = row.finetune.get("method", base.method)
+    method = row.finetune["method"]
     changes: dict[str, Any] = {
         name: defaults[name] for name, methods in METHOD_FIELDS.items() if method not in methods
     }
-    if method != base.method:
+    if FUSIONS[method] != FUSIONS[base.method]:
         changes["fusion"] = defaults["fusion"]
     changes |= row.finetune
-    changes["method"] = method
+    if changes.get("ctrl_stage") == "two":
+        changes["ctrl_weight"] = defaults["ctrl_weight"]
+    elif method == "ctrl_mm":
+        changes["ctrl_epochs"] = defaults["ctrl_epochs"]
     probe = FinetuneConfig(method=method, fusion=changes.get("fusion", base.fusion))
     if probe.fusion_used != "frequency":
         changes |= {name: defaults[name] for name in FREQUENCY_FIELDS}
     return replace(base, **changes)
+
+
+def ids_settings(base: LearnSemanticIdsConfig, row: Row) -> LearnSemanticIdsConfig:
+    """A recipe's settings for the semantic IDs of one row, without those that have no effect there."""
+    idle = ["alignment_weight", "alignment_temperature", "ema_decay"]
+    idle += ["mse_weight"] if row.ids["reconstruction"] == "mmd" else ["mmd_weight", "mmd_estimator"]
+    fields = LearnSemanticIdsConfig.__dataclass_fields__
+    changes: dict[str, Any] = {name: fields[name].default for name in idle}
+    return replace(base, **changes, **row.ids)
 
 
 def main(arguments: list[str]) -> None:

@@ -20,7 +20,7 @@ from llmrec.finetune import base_model, build
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.optimizer_states import States, read_states, whole, write_master, write_states
-from llmrec.finetune.packing import PackedRows
+from llmrec.finetune.passes import Pass
 from llmrec.finetune.scoring import scorer_of
 
 
@@ -72,17 +72,18 @@ class Engine:
         if can_record(config, model):
             model.record_base()
 
-    def forward_backward(self, groups: list[PackedRows], scale: float, *, last: bool) -> Tensor:
+    def forward_backward(self, given: Pass, scale: float, *, last: bool) -> Tensor:
         """Add the gradients of scale * loss; the loss. The last call of a step shares them over processes."""
+        arguments = given.groups, given.weight, given.pairs, given.targets
         if self.fsdp:
             self.model.set_requires_gradient_sync(last)
-            loss = self.wrapped("loss", groups)
+            loss = self.wrapped("loss", *arguments)
             (loss * scale).backward()
             return loss.detach()
         self.accelerator.gradient_state._set_sync_gradients(last)
         hold = contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)
         with hold:
-            loss = self.wrapped("loss", groups)
+            loss = self.wrapped("loss", *arguments)
             # With DeepSpeed the last backward pass also clips and updates.
             self.accelerator.backward(loss * scale)
         return loss.detach()

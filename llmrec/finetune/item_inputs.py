@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmrec.config import given
 from llmrec.semantic_ids.losses import info_nce
 
 # The published concatenation is collaborative, image, text.
@@ -167,6 +168,11 @@ class ItemTokens(nn.Module):
         self.mixer = mixer
         self.tokens_per_item = len(parts) if isinstance(mixer, OneTokenEach) else 1
         self.alignment_temperature = alignment_temperature
+        self.both_known: list[Tensor] = []
+        if alignment_temperature is not None:
+            tables = [part.vectors for part in self.parts.values() if isinstance(part, ProjectedVectors)]
+            known = [table.any(dim=1) if table.is_meta else table.any(dim=1).cpu() for table in tables]
+            self.both_known = [known[0] & one for one in known[1:]]
 
     @property
     def projections(self) -> nn.ModuleDict:
@@ -183,13 +189,23 @@ class ItemTokens(nn.Module):
         """Tokens (..., H), or (..., P, H), of item ids; padding gets some vector that must be masked."""
         return self.mixer([part(item) for part in self.parts.values()])
 
-    def alignment(self, item: Tensor) -> Tensor:
-        """InfoNCE of the first part with each other one over items (n,), scalar; 0 if there is none.
+    def pairs(self, item: Tensor) -> list[Tensor]:
+        """For each pair of parts that `alignment` compares, those of the items (n,) that have both vectors:
+        all that lack one would have the same. On the host."""
+        return [item[both[item]] for both in self.both_known]
 
-        One direction, other items of the batch as negatives (CTRL-MM; MME-SID Eq. 11 reads the same way).
+    def alignment(self, pairs: list[Tensor]) -> Tensor:
+        """InfoNCE of the first part with each other one, scalar; 0 if there is none.
+
+        One direction, other items as negatives (CTRL-MM; MME-SID Eq. 11 reads the same way).
+
+        Args:
+            pairs: as `pairs` gave them, on the device.
         """
-        if self.alignment_temperature is None or len(item) < 2:
-            return next(self.parameters()).new_zeros(())
-        first, *others = (part(item) for part in self.parts.values())
-        pairs = [info_nce(first, other, self.alignment_temperature) for other in others]
-        return torch.stack(pairs).sum()
+        first, *others = self.parts.values()
+        found = [
+            info_nce(first(item), other(item), given(self.alignment_temperature))
+            for item, other in zip(pairs, others)
+            if len(item) > 1
+        ]
+        return torch.stack(found).sum() if found else next(self.parameters()).new_zeros(())

@@ -94,11 +94,23 @@ class MMESID(nn.Module):
         with autocast(self.instruction.device, precision):
             return getattr(self, what)(*arguments)
 
-    def loss(self, groups: list[PackedRows]) -> Tensor:
+    def loss(
+        self,
+        groups: list[PackedRows],
+        weight: float = 1.0,
+        pairs: list[Tensor] | None = None,
+        targets: float = 0.0,
+    ) -> Tensor:
         """Sum over the groups' targets of the loss over the catalogue; shape ().
 
-        Groups are rows of similar length. Each distinct item is turned into a token once, and the
-        catalogue is scored once, for all of them.
+        Each distinct item is turned into a token once, and the catalogue is scored once, for all groups.
+
+        Args:
+            groups: rows of similar length.
+            weight: of the sum.
+            pairs: items whose vectors are to be aligned (see `ItemTokens.pairs`), in one pass of a step and
+                for all of it: negatives must not depend on how a step is cut.
+            targets: what the alignment loss, a mean, is multiplied by beside its weight.
         """
         device = self.instruction.device
         # Rows may lie on the host, where sizes are read off without waiting for a GPU.
@@ -120,9 +132,16 @@ class MMESID(nn.Module):
             with machine.tf32(device, self.precision == "bf16"):
                 queries, keys = self.item_scores.factors(readout)
                 loss = kind(queries, keys, target, skip_row_0=self.mask_pad)
-        if self.alignment_weight and self.item_tokens.alignment_temperature is not None:
-            loss = loss + self.alignment_weight * len(target) * self.item_tokens.alignment(items)
+        loss = weight * loss
+        if pairs is not None:
+            aligned = self.item_tokens.alignment([sent(pair, device) for pair in pairs])
+            loss = loss + self.alignment_weight * targets * aligned
         return loss
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the loss of a step has a part that pulls an item's vectors together."""
+        return self.alignment_weight > 0 and self.item_tokens.alignment_temperature is not None
 
     def hidden(
         self,

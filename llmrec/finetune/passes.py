@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from llmrec import distributed
 from llmrec.artifacts import Interactions, Targets
@@ -11,6 +14,16 @@ from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.packing import PackedRows, count_tokens, group_rows, pack
 from llmrec.finetune.steps import micro_batches, row_lengths, sampled_items, share_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One forward pass: the arguments of `MMESID.loss`."""
+
+    groups: list[PackedRows]
+    weight: float
+    pairs: list[Tensor] | None = None
+    targets: float = 0.0
 
 
 class Passes:
@@ -28,8 +41,8 @@ class Passes:
         self.item = torch.from_numpy(data.item)
         self.num_items = data.num_items
 
-    def of(self, targets: Targets, step: int) -> list[tuple[list[PackedRows], float]]:
-        """The passes of one step and their weights.
+    def of(self, targets: Targets, step: int) -> list[Pass]:
+        """The passes of one step.
 
         Wrappers that share parameters need as many passes in every process; those that are missing are
         filled with rows of weight 0.
@@ -58,9 +71,17 @@ class Passes:
             sampled = None if negative is None else negative[chosen]
             return pack(self.item, targets.take(chosen), row[chosen], sampled)
 
-        mine = [([packed(own[group]) for group in groups], 1.0) for groups in passes[distributed.rank()]]
+        mine = [Pass([packed(own[group]) for group in groups], 1.0) for groups in passes[distributed.rank()]]
         missing = max(map(len, passes)) - len(mine)
-        return mine + [([packed(np.array([0]))], 0.0)] * missing
+        mine += [Pass([packed(np.array([0]))], 0.0)] * missing
+        if model.aligns:
+            # Of all items of the step, in every process: negatives do not depend on who has which rows.
+            shown = [self.item[start:stop] for start, stop in windows(targets, row)]
+            pairs = model.item_tokens.pairs(torch.unique(torch.cat(shown)))
+            mine[0] = dataclasses.replace(
+                mine[0], pairs=pairs, targets=len(targets) / distributed.world_size()
+            )
+        return mine
 
     def tokens(self, targets: Targets) -> int:
         """Tokens that a step over these targets costs, of all processes, without padding."""
@@ -73,3 +94,9 @@ class Passes:
             min_slots=self.model.min_slots,
             tokens_per_item=self.model.item_tokens.tokens_per_item,
         )
+
+
+def windows(targets: Targets, row: np.ndarray) -> list[tuple[int, int]]:
+    """Where each row's history lies, the longest of its targets'."""
+    first = np.flatnonzero(np.diff(row, prepend=-1))
+    return list(zip(targets.start[first].tolist(), np.maximum.reduceat(targets.stop, first).tolist()))

@@ -22,6 +22,7 @@ from llmrec.artifacts import (
 )
 from llmrec.checkpoint import checkpoints_here
 from llmrec.config import from_dict
+from llmrec.data.batches import sent
 from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.finetune import analysis, base_model, build
 from llmrec.finetune.adapter import Adapter
@@ -156,10 +157,13 @@ def align_first(config: FinetuneConfig, model: MMESID, num_items: int) -> None:
     rng = np.random.default_rng(config.seed)
     device = model.instruction.device
     for _ in progress(range(config.ctrl_epochs), "align", unit="epoch"):
-        order = torch.from_numpy(rng.permutation(num_items) + 1).to(device)
-        for items in order.split(ALIGN_ITEMS):
-            loss = model.item_tokens.alignment(items)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+        order = torch.from_numpy(rng.permutation(num_items) + 1)
+        # Blocks of nearly the same size: an item alone would have no negatives.
+        for items in order.tensor_split(-(-num_items // ALIGN_ITEMS)):
+            pairs = [sent(pair, device) for pair in model.item_tokens.pairs(items)]
+            loss = model.item_tokens.alignment(pairs)
+            if loss.requires_grad:
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
     logger.info("finetune: alignment before fine-tuning, loss %.4f", float(loss.detach()))

@@ -173,11 +173,10 @@ class Trainer:
             group["lr"] = self.learning_rate(step)
         total = torch.zeros((), device=self.device)
         passes = self.passes.of(targets, step)
-        for number, (groups, weight) in enumerate(passes, start=1):
-            # The step's loss is the mean over its targets; gradients are averaged over processes.
-            scale = weight * distributed.world_size() / len(targets)
-            loss = self.engine.forward_backward(groups, scale, last=number == len(passes))
-            total += weight * loss
+        # The step's loss is the mean over its targets; gradients are averaged over processes.
+        scale = distributed.world_size() / len(targets)
+        for number, given in enumerate(passes, start=1):
+            total += self.engine.forward_backward(given, scale, last=number == len(passes))
         if distributed.world_size() > 1:
             total = self.engine.accelerator.reduce(total, "sum")
         return total, self.passes.tokens(targets), self.engine.step(total)

@@ -48,6 +48,12 @@ def prompts(net, item, targets) -> torch.Tensor:
     return torch.stack(outputs)
 
 
+def alignment(net, shown: torch.Tensor) -> torch.Tensor:
+    """CTRL-MM's InfoNCE of the collaborative vectors with both others, by hand."""
+    first, *others = (F.normalize(part(shown), dim=1) for part in net.item_tokens.parts.values())
+    return sum(F.cross_entropy(first @ other.T / 0.1, torch.arange(len(shown))) for other in others)
+
+
 def compare(net, settings) -> None:
     """Read-outs, loss and every gradient against single prompts."""
     item, targets = random_users([1, 2, 3, 5])
@@ -56,13 +62,16 @@ def compare(net, settings) -> None:
     loss = F.cross_entropy(
         full_scores(net, expected_hidden), torch.from_numpy(targets.item) - 1, reduction="sum"
     )
+    pairs = None
     if settings.get("method") == "ctrl_mm":
-        loss = loss + 0.1 * len(targets) * net.item_tokens.alignment(torch.unique(rows.items))
+        shown = torch.cat([item[start:stop] for start, stop in zip(targets.start, targets.stop)]).unique()
+        loss = loss + 0.1 * len(targets) * alignment(net, shown)
+        pairs = net.item_tokens.pairs(shown)
     expected = gradients(net, loss)
     torch.testing.assert_close(
         net.hidden(rows, net.item_tokens(torch.arange(NUM_ITEMS + 1))), expected_hidden, **EXACT
     )
-    found_loss = net.loss([rows])
+    found_loss = net.loss([rows], 1.0, pairs, len(targets))
     torch.testing.assert_close(found_loss, loss, **EXACT)
     found = gradients(net, found_loss)
     assert found.keys() == expected.keys() and found

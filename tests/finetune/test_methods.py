@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from test_packing import EXACT, NUM_ITEMS, full_scores, plain_prompts, random_users
 from tiny_mme_sid import WIDTH, model
+from worlds import cycle
 
+from llmrec import distributed
 from llmrec.errors import ConfigError
 from llmrec.finetune.build import parameter_counts
 from llmrec.finetune.config import FinetuneConfig
-from llmrec.finetune.methods import modalities_of
+from llmrec.finetune.methods import item_tokens, modalities_of
 from llmrec.finetune.packing import count_tokens, group_rows, pack
+from llmrec.finetune.passes import Passes
 from llmrec.semantic_ids.diagnostics import spectrum
 
 METHODS = [
@@ -103,6 +106,68 @@ def test_scores_of_a_single_modality_add_the_collaborative_term():
     torch.testing.assert_close(hidden @ net.item_scores.folded().T, expected)
 
 
+def align(net, items: torch.Tensor) -> torch.Tensor:
+    return net.item_tokens.alignment(net.item_tokens.pairs(items))
+
+
+def test_items_without_a_vector_are_nobodys_negatives():
+    """They, and padding, would all have the same vector."""
+    frozen = {name: torch.randn(9, dim) for name, dim in (("collab", 5), ("image", 6), ("text", 7))}
+    for table in frozen.values():
+        table[0] = 0
+    whole = item_tokens(FinetuneConfig(method="ctrl_mm"), dict(frozen), {}, {}, WIDTH)
+    frozen["image"] = frozen["image"].clone()
+    frozen["image"][[2, 5]] = 0
+    holes = item_tokens(FinetuneConfig(method="ctrl_mm"), frozen, {}, {}, WIDTH)
+    whole.load_state_dict(holes.state_dict())
+    items = torch.arange(9)
+    assert [pair.tolist() for pair in whole.pairs(items)] == [list(range(1, 9))] * 2
+    assert [pair.tolist() for pair in holes.pairs(items)] == [[1, 3, 4, 6, 7, 8], list(range(1, 9))]
+    image, text = holes.pairs(items)
+    torch.testing.assert_close(
+        holes.alignment([image, text]),
+        whole.alignment([image, image[:0]]) + whole.alignment([text[:0], text]),
+    )
+    assert float(holes.alignment(holes.pairs(torch.tensor([0, 2])))) == 0
+
+
+def test_an_alignment_of_a_step_does_not_depend_on_who_computes_what(monkeypatch):
+    """The gradient of all processes and passes together is that of one pass."""
+    net = build({"method": "ctrl_mm"})
+    data = cycle(num_users=7, num_items=NUM_ITEMS)
+    targets = data.targets("train")
+
+    def gradient(tokens: int, world: int) -> dict[str, torch.Tensor]:
+        net.zero_grad()
+        config = FinetuneConfig(method="ctrl_mm", micro_batch_tokens=tokens)
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
+        for rank in range(world):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            passes = Passes(config, data, net).of(targets, 0)
+            assert (len(passes) > 1) == (tokens < 1000)
+            for one in passes:
+                net.loss(one.groups, one.weight, one.pairs, one.targets).backward()
+        return {name: value.grad.clone() for name, value in net.named_parameters() if value.grad is not None}
+
+    expected = gradient(10_000, 1)
+    for tokens, world in ((60, 1), (10_000, 2), (60, 3)):
+        for name, value in gradient(tokens, world).items():
+            torch.testing.assert_close(value, expected[name], **EXACT)
+
+
+def test_every_block_of_items_has_negatives_before_fine_tuning(monkeypatch):
+    from llmrec.finetune import train
+
+    monkeypatch.setattr(train, "ALIGN_ITEMS", NUM_ITEMS - 1)
+    two = build({"method": "ctrl_mm", "ctrl_stage": "two"})
+    sizes: list[int] = []
+    whole = two.item_tokens.pairs
+    two.item_tokens.pairs = lambda items: sizes.append(len(items)) or whole(items)
+    config = FinetuneConfig(method="ctrl_mm", ctrl_stage="two", ctrl_epochs=1)
+    train.align_first(config, two, NUM_ITEMS)
+    assert sorted(sizes) == [NUM_ITEMS // 2, NUM_ITEMS - NUM_ITEMS // 2]
+
+
 def test_the_alignment_is_info_nce_of_pairs_and_is_trained_first_or_along():
     net = build({"method": "ctrl_mm"})
     a, image, text = (part(ITEMS) for part in net.item_tokens.parts.values())
@@ -110,15 +175,16 @@ def test_the_alignment_is_info_nce_of_pairs_and_is_trained_first_or_along():
     for other in (image, text):
         cosine = F.normalize(a, dim=1) @ F.normalize(other, dim=1).T
         expected = expected + F.cross_entropy(cosine / 0.1, torch.arange(NUM_ITEMS))
-    torch.testing.assert_close(net.item_tokens.alignment(ITEMS), expected)
-    assert float(build({"method": "concat_mlp"}).item_tokens.alignment(ITEMS)) == 0
+    torch.testing.assert_close(align(net, ITEMS), expected)
+    assert net.aligns and not build({"method": "concat_mlp"}).aligns
     two = build({"method": "ctrl_mm", "ctrl_stage": "two"})
     from llmrec.finetune.train import align_first
 
-    before = float(two.item_tokens.alignment(ITEMS))
+    assert not two.aligns
+    before = float(align(two, ITEMS))
     config = FinetuneConfig(method="ctrl_mm", ctrl_stage="two", learning_rate=1e-2)
     align_first(config, two, NUM_ITEMS)
-    assert float(two.item_tokens.alignment(ITEMS)) < before - 0.1
+    assert float(align(two, ITEMS)) < before - 0.1
     item, targets = random_users([3])
     rows = pack(item, targets, group_rows(targets, "packed"))
     plain = F.cross_entropy(
