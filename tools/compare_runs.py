@@ -5,7 +5,7 @@
 Every argument is NAME=FOLDER or NAME=FOLDER:METHOD (mme_sid unless said otherwise), FOLDER a finished run or
 the output of evaluate. Several folders under one name are seeds. All must have ranked the same targets. The
 first name is what the others are compared with; ± is the standard deviation over seeds, intervals and p
-(Wilcoxon, corrected by Holm) are over users, of the mean over seeds.
+(paired t-test, corrected by Holm) are over users, of the mean over seeds.
 """
 
 from __future__ import annotations

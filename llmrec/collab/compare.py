@@ -176,7 +176,7 @@ def summarise_cells(
     """Everything the table and the page show, from the cells that are finished.
 
     A row's metric of a user is its mean over seeds. Differences to the reference row are tested user by
-    user (Wilcoxon, bootstrap interval) on these means, and p is corrected for the number of rows by Holm's
+    user (t-test, bootstrap interval) on these means, and p is corrected for the number of rows by Holm's
     method; the spread over seeds stands beside them.
     """
     targets = data.targets("test")
@@ -254,8 +254,8 @@ def add_differences(
             for metric in ("recall@10", MAIN)
         }
     for metric in ("recall@10", MAIN):
-        tested = [name for name in others if found[name]["difference"][metric]["wilcoxon_p"] is not None]
-        corrected = analysis.holm([found[name]["difference"][metric]["wilcoxon_p"] for name in tested])
+        tested = [name for name in others if found[name]["difference"][metric]["p_value"] is not None]
+        corrected = analysis.holm([found[name]["difference"][metric]["p_value"] for name in tested])
         for name, p in zip(tested, corrected):
             found[name]["difference"][metric]["holm_p"] = p
 

@@ -54,7 +54,7 @@ def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str,
         Rows with ``name``, ``runs``, ``trained_on`` (blank for what is not trained, or where a run does not
         say), mean and spread over the runs by metric (``sd`` is None
         for one run), and for all but the first the mean difference of ndcg@10, its 95 % interval over users,
-        and Wilcoxon's p, corrected for the number of rows (Holm).
+        and p of a paired t-test, corrected for the number of rows (Holm).
 
     Raises:
         ArtifactMismatchError: runs on other items, users, targets or under another protocol.
@@ -89,8 +89,8 @@ def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str,
         if name != names[0]:
             row |= analysis.difference_of(means[name] - means[names[0]], samples=samples, seed=0)
         rows.append(row)
-    tested = [row for row in rows if row.get("wilcoxon_p") is not None]
-    for row, p in zip(tested, analysis.holm([row["wilcoxon_p"] for row in tested])):
+    tested = [row for row in rows if row.get("p_value") is not None]
+    for row, p in zip(tested, analysis.holm([row["p_value"] for row in tested])):
         row["p"] = p
     return rows
 

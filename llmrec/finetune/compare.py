@@ -143,7 +143,7 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
     """One entry per row, and after them the collaborative provider and popularity, for scale.
 
     The difference to the first row is of ndcg@10, user by user, of means over the seeds both have; p is
-    Wilcoxon's, corrected for the number of rows (Holm).
+    that of a paired t-test, corrected for the number of rows (Holm).
     """
     import numpy as np
 
@@ -181,8 +181,8 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
                 np.mean([users[row][seed] for seed in common], axis=0) for row in (entry["row"], reference)
             )
             entry |= difference_of(ours - theirs, samples=2000, seed=0)
-    tested = [entry for entry in table if entry.get("wilcoxon_p") is not None]
-    for entry, p in zip(tested, holm([entry["wilcoxon_p"] for entry in tested])):
+    tested = [entry for entry in table if entry.get("p_value") is not None]
+    for entry, p in zip(tested, holm([entry["p_value"] for entry in tested])):
         entry["p"] = p
     return table
 

@@ -11,6 +11,7 @@ from worlds import interactions
 from llmrec.errors import ConfigError
 from llmrec.evaluation import analysis, evaluate, report
 from llmrec.evaluation.config import EvaluateConfig
+from llmrec.evaluation.metrics import ndcg_at_k
 from llmrec.evaluation.rank import Ranking
 from llmrec.evaluation.table import format_table
 
@@ -50,9 +51,22 @@ def test_paired_differences_find_what_is_there_and_nothing_else():
     better = np.where(rng.random(2000) < 0.4, 0.0, 50.0)
     found = analysis.paired(better, second, samples=500, seed=0)["recall@10"]
     assert found["difference"] == pytest.approx((better < 10).mean() - (second < 10).mean())
-    assert found["low"] < 0.1 < found["high"] and found["low"] > 0 and found["wilcoxon_p"] < 1e-6
+    assert found["low"] < 0.1 < found["high"] and found["low"] > 0 and found["p_value"] < 1e-6
     same = analysis.paired(second, second, samples=50, seed=0)["ndcg@10"]
-    assert same["difference"] == same["low"] == same["high"] == 0 and same["wilcoxon_p"] is None
+    assert same["difference"] == same["low"] == same["high"] == 0 and same["p_value"] is None
+
+
+def test_a_mean_of_runs_and_a_single_one_that_are_equally_good_seldom_differ():
+    """In about 5 of 100 comparisons at p < 0.05, and then the interval leaves 0 out too."""
+    rng = np.random.default_rng(0)
+    alarms, agree = [], []
+    for _ in range(150):
+        place = rng.normal(4.5, 2, 8000) + rng.normal(0, 1, (4, 8000))
+        runs = ndcg_at_k(np.floor(np.exp(np.maximum(place, 0))), 10)
+        found = analysis.difference_of(runs[:3].mean(axis=0) - runs[3], samples=100, seed=0)
+        alarms.append(found["p_value"] < 0.05)
+        agree.append(alarms[-1] == (not found["low"] <= 0 <= found["high"]))
+    assert 0.02 <= np.mean(alarms) <= 0.08 and np.mean(agree) > 0.9
 
 
 def metrics_of(data, rankings, config=None):
