@@ -9,7 +9,7 @@ optimiser states. Rough: activations, and time, which assumes what an H200 reach
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
+from llmrec.collab.config import TrainCollabConfig
+from llmrec.collab.provider import PROVIDERS
+from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError, LlmrecError
 from llmrec.finetune import base_model, build
 from llmrec.finetune.config import FinetuneConfig
@@ -105,13 +108,14 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
 
         refuse_unreachable(recipe)
         data = prepare_data(recipe.prepare_data)
-    widths, bounds = vector_widths(recipe, run_dir)
+    widths, bounds = vector_widths(recipe, run_dir, data)
     names = modalities_of(config, tuple(widths))
     prompt = base_model.load_prompt(config)
     base = meta_base(config, prompt)
     model = meta_model(recipe, config, base, prompt, {name: widths[name] for name in names}, data)
     targets = training_targets(config, data)
-    shared = model.share_instruction
+    # On a GPU rows stand in a stream unless told otherwise, with one instruction for all.
+    shared = model.share_instruction or (config.share_instruction and config.rows == "auto")
     options: dict[str, Any] = {
         "instruction": len(prompt.instruction),
         "response": len(prompt.response),
@@ -195,16 +199,16 @@ def stage_of(run_dir: Path | None, artifact: Any) -> Any:
     return load(artifact, folder) if folder is not None and (folder / MANIFEST).is_file() else None
 
 
-def vector_widths(recipe: Recipe, run_dir: Path | None) -> tuple[dict[str, int], dict[str, int]]:
+def vector_widths(
+    recipe: Recipe, run_dir: Path | None, data: Interactions
+) -> tuple[dict[str, int], dict[str, int]]:
     """Width of the item vectors by modality: as they are in the run folder, else as the settings say; and
     those of them that are only the most there can be."""
     ids = stage_of(run_dir, SemanticIds)
     if ids is not None and ids.model:
         return dict(ids.model["dims"]), {}
     collab, content = stage_of(run_dir, CollabEmbeddings), stage_of(run_dir, ContentEmbeddings)
-    settings = recipe.train_collab
-    own = getattr(settings, settings.provider, None)
-    widths = {"collab": collab.vectors.shape[1] if collab else getattr(own, "embed_dim", 64)}
+    widths = {"collab": collab.vectors.shape[1] if collab else collab_width(recipe.train_collab, data)}
     bounds = {}
     if content is not None:
         widths |= {name: table.shape[1] for name, table in content.vectors.items()}
@@ -212,21 +216,34 @@ def vector_widths(recipe: Recipe, run_dir: Path | None) -> tuple[dict[str, int],
         for name in ("text", "image"):
             encoder = getattr(recipe.encode_items, name)
             if encoder.encoder != "none":
-                widths[name] = encoder_width(encoder)
+                widths[name] = encoder_width(encoder, data, name)
             if encoder.encoder in BOUNDED:
                 bounds[name] = widths[name]
     chosen = recipe.learn_semantic_ids.modalities
     return {name: width for name, width in widths.items() if chosen is None or name in chosen}, bounds
 
 
-def encoder_width(encoder: Any) -> int:
+def collab_width(config: TrainCollabConfig, data: Interactions) -> int:
+    """Width of the item vectors that a sequence model hands on, or that a file has."""
+    if config.provider == "precomputed":
+        return read_vectors(str(config.vectors), data.raw_ids, "train_collab.vectors")[0].shape[1]
+    own = getattr(config, config.provider)
+    if config.content:  # known to the model only with the content
+        return own.embed_dim
+    return PROVIDERS[config.provider](num_items=1, **asdict(own)).item_embeddings().shape[1]
+
+
+def encoder_width(encoder: Any, data: Interactions, name: str) -> int:
     """Width of an encoder's vectors.
 
     Raises:
         ConfigError: it is not known without the encoder's files.
+        LlmrecError: a file of vectors cannot be used.
     """
     if encoder.encoder == "llm2clip":
         return 1280
+    if encoder.encoder == "precomputed":
+        return read_vectors(encoder.path, data.raw_ids, f"{name} vectors")[0].shape[1]
     if encoder.encoder in BOUNDED:
         return encoder.dim
     if encoder.encoder == "openclip":
@@ -348,6 +365,7 @@ def bytes_used(
     return {
         "frozen weights": float(kept),
         "trained weights, gradients, AdamW": (8.0 + states) * trained,
+        "best weights so far": 4.0 * trained * (config.select == "valid"),
         "item vectors": 4.0 * (counts["items"] + 1) * sum(widths.values()),
         "item matrix and its gradients (rough)": ITEM_MATRICES
         * 4.0

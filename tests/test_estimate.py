@@ -6,17 +6,31 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
 from tiny import tokenizer
 from tiny_recipe import tiny
+from worlds import cycle
 
 from llmrec import cli, doctor
+from llmrec.collab.config import TrainCollabConfig
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import ConfigError
-from llmrec.estimate import GPUS, MOVED, distinct_items, estimate, fitting, scaled, shown
+from llmrec.estimate import (
+    GPUS,
+    MOVED,
+    collab_width,
+    distinct_items,
+    encoder_width,
+    estimate,
+    fitting,
+    scaled,
+    shown,
+)  # fmt: skip
 from llmrec.finetune import base_model
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.pipeline import RunDir
@@ -96,6 +110,31 @@ def test_the_published_size_is_counted_without_building_it(tmp_path):
     assert beside == pytest.approx(0.026, rel=0.1)
 
 
+def test_widths_of_item_vectors_are_those_that_are_handed_on(tmp_path):
+    data = cycle()
+    assert collab_width(TrainCollabConfig(provider="svae"), data) == 150  # its output table, as published
+    assert collab_width(TrainCollabConfig(provider="gru4rec"), data) == 64
+    table = pa.table({"item_id": data.raw_ids, "vector": [[0.5] * 128] * data.num_items})
+    pq.write_table(table, tmp_path / "own.parquet")
+    config = TrainCollabConfig(provider="precomputed", vectors=str(tmp_path / "own.parquet"))
+    assert collab_width(config, data) == 128
+    own = TextEncoderConfig(encoder="precomputed", path=str(tmp_path / "own.parquet"))
+    assert encoder_width(own, data, "text") == 128
+
+
+def test_what_settings_cost_is_counted(finished):
+    def with_settings(**changes):
+        config = dataclasses.replace(tiny().finetune, **changes)
+        return estimate(dataclasses.replace(tiny(), finetune=config), finished)
+
+    plain, best, single = with_settings(), with_settings(select="valid"), with_settings(layout="per_prefix")
+    trained = plain.parameters["trainable"]
+    assert best.total_memory - plain.total_memory == 4 * trained
+    # On a GPU one instruction serves all prompts of a pass, however many there are.
+    assert plain.counts["tokens"] < single.counts["tokens"] < single.counts["tokens_per_prefix"]
+    assert with_settings(method="ctrl_mm", fusion_temperature=1e-3).parameters["trainable"] < trained
+
+
 @pytest.mark.real_data
 def test_the_official_preset_costs_what_the_published_code_counts(real_data, tmp_path):
     """150,041 targets in 9,378 steps, 17 + 4 prompt tokens, 439.3 M trained parameters."""
@@ -166,7 +205,9 @@ def test_the_command_prints_and_says_what_is_wrong(tmp_path, capsys, finished):
         (["estimate", str(file), "--run-dir", str(tmp_path / "none")], 2, "none: no such folder"),
         (["estimate", str(file), "--run-dir", str(finished)], 2, "prepare_data was made with"),
         (["estimate", str(file), "--set", "encode_items.text.encoder=precomputed",
-          "encode_items.text.path=x.parquet"], 2, "is not known before they exist"),
+          "encode_items.text.path=x.parquet"], 2, "x.parquet does not exist; check the path"),
+        (["estimate", str(file), "--set", "encode_items.text.encoder=huggingface",
+          f"encode_items.text.model={tmp_path}"], 2, "is not known before they exist"),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as left:
             cli.main(arguments)

@@ -13,6 +13,7 @@ import sys
 import typing
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -28,7 +29,16 @@ from llmrec.errors import ConfigError
 from llmrec.files import read_json
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.preflight import in_the_way
-from llmrec.recipe import TO_DO, UNCERTAIN, Recipe, apply_overrides, main, statuses
+from llmrec.recipe import (
+    TO_DO,
+    UNCERTAIN,
+    Recipe,
+    apply_overrides,
+    main,
+    recipe_of,
+    statuses,
+    with_preset,
+)  # fmt: skip
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stages import STAGES, in_order
 
@@ -105,6 +115,21 @@ def test_a_preset_is_where_changes_begin(finished, tmp_path, capsys):
     assert left.value.code == 0, capsys.readouterr().err
     config = json.loads((tmp_path / "ids" / "manifest.json").read_text())["config"]
     assert (config["reconstruction"], config["rq_reduce"], config["epochs"]) == ("mmd", "sum", 1)
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+@pytest.mark.parametrize("name", ["mme_sid_beauty", "mme_sid_toys", "mme_sid_sports"])
+def test_a_preset_keeps_what_the_paper_sets_for_a_data_set(name, preset):
+    made = recipe_of(ROOT / "recipes" / f"{name}.py")
+    found = with_preset(made, preset)
+    fields = ["learning_rate", "warmup_steps"]
+    if name != "mme_sid_beauty" or preset == "paper":  # the published script, for Beauty, has 4
+        fields.append("epochs")
+    assert [getattr(found.finetune, field) for field in fields] == [
+        getattr(made.finetune, field) for field in fields
+    ]
+    assert found.learn_semantic_ids.num_codes == made.learn_semantic_ids.num_codes
+    assert found.finetune.prompt != made.finetune.prompt or preset == "paper"
 
 
 def test_output_of_another_form_is_refused_by_name(finished, tmp_path, capsys):
@@ -610,6 +635,33 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main(tiny, [*command, "--rows", "me", "mme_sid", "--summarise"])
     assert "missing" in capsys.readouterr().out
+
+
+def test_a_table_of_methods_needs_no_more_than_the_ranks():
+    """Whatever cut-offs the evaluations were asked for."""
+    from llmrec.evaluation.metrics import ndcg_at_k
+    from llmrec.finetune import compare
+
+    def cell(seed: int) -> dict:
+        rng = np.random.default_rng(seed)
+        ranks = {name: np.floor(rng.exponential(12, 50)) for name in ("mme_sid", "popularity")}
+        rows = {name: {"recall@10": float((rank < 10).mean())} for name, rank in ranks.items()}
+        costs = {"seconds": 1.0, "memory": 1, "metrics": {"parameters": {"trainable": 1}, "tokens": 1}}
+        labels = {"popularity": "popularity"}
+        return {
+            "seed": seed,
+            "rows": rows,
+            "ranks": ranks,
+            "labels": labels,
+            "analysis": {},
+            "trained_on": {},
+        } | costs
+
+    cells = [cell(0), cell(1)]
+    table = compare.summarise({"mme_sid": cells, "me": []}, [0, 1])
+    wanted = np.mean([ndcg_at_k(one["ranks"]["mme_sid"], 20).mean() for one in cells])
+    assert table[0]["ndcg@20"]["mean"] == pytest.approx(wanted)
+    assert "missing" in compare.markdown(table)
 
 
 def test_a_comparison_is_refitted_with_the_epochs_that_each_cell_chose(tmp_path, capsys):

@@ -178,7 +178,8 @@ def ratios(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def trained_on(collab: CollabEmbeddings, adapter: Adapter, rankings: dict[str, Ranking]) -> dict[str, str]:
     """What each trained method learned from: 'train', or 'train and valid'."""
-    ours = collab.knows_valid or adapter.settings["config"]["include_valid"]
+    settings = adapter.settings["config"]
+    ours = collab.knows_valid or settings["include_valid"] or settings["count_valid"]
     found = {"mme_sid": ours, collab.provider: collab.knows_valid}
     return {name: "train and valid" if also else "train" for name, also in found.items() if name in rankings}
 

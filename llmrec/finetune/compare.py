@@ -149,13 +149,14 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
 
     from llmrec.evaluation.analysis import difference_of, holm
     from llmrec.evaluation.metrics import ndcg_at_k
+    from llmrec.evaluation.metrics import summarise as means_of
 
     table, users = [], {}
     reference = next(iter(cells))
     for name, found in cells.items():
         entry: dict[str, Any] = {"row": name, "seeds": len(found), "of": len(seeds)}
         if found:
-            values = [cell["rows"]["mme_sid"] for cell in found]
+            values = [means_of(cell["ranks"]["mme_sid"]) for cell in found]
             users[name] = {cell["seed"]: ndcg_at_k(cell["ranks"]["mme_sid"], 10) for cell in found}
             entry |= {metric: mean_and_spread([value[metric] for value in values]) for metric in METRICS}
             entry |= {
@@ -171,7 +172,8 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
     if some is not None:
         for name in [*(key for key in some["rows"] if key in PROVIDER_FIELDS), "popularity"]:
             users[name] = {seed: ndcg_at_k(some["ranks"][name], 10) for seed in seeds}
-            own = {metric: mean_and_spread([some["rows"][name][metric]]) for metric in METRICS}
+            of_it = means_of(some["ranks"][name])
+            own = {metric: mean_and_spread([of_it[metric]]) for metric in METRICS}
             entry = {"row": name, "label": some["labels"][name], "seeds": 1, "of": 1, **own}
             table.append(entry | {"trained_on": some["trained_on"].get(name, "")})
     for entry in table:

@@ -152,7 +152,8 @@ class FinetuneConfig:
     """Leave out targets that nothing was seen before."""
 
     count_valid: bool = False
-    """Count validation items too where items are weighed by frequency."""
+    """Count validation items too where items are weighed by frequency; nothing can be validated then, as with
+    include_valid."""
 
     loss: Literal["ce", "bce_full", "bce_sampled"] = "ce"
     """Cross-entropy over the catalogue; binary cross-entropy summed over the catalogue; or binary
@@ -295,6 +296,11 @@ class FinetuneConfig:
             not self.include_valid or self.eval_every_epochs == 0,
             "finetune.include_valid trains on the validation items, so they can measure nothing; set "
             f"finetune.eval_every_epochs=0, got {self.eval_every_epochs}",
+        )
+        require(
+            not self.count_valid or self.eval_every_epochs == 0,
+            "finetune.count_valid tells the model how often validation items occur, so they can measure "
+            f"nothing; set finetune.eval_every_epochs=0, got {self.eval_every_epochs}",
         )
         require(
             not self.pad_quirk or self.readout == "response",
