@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -24,15 +24,25 @@ def save_arrays(path: Path, catalog: str, **arrays: np.ndarray) -> None:
 
 def load_arrays(path: Path, catalog: str) -> dict[str, np.ndarray]:
     """Read every array of a safetensors file made for this catalogue."""
+    return load_tensors(path, "np", catalog)
+
+
+def load_tensors(path: Path, framework: Literal["np", "pt"], catalog: str | None = None) -> dict[str, Any]:
+    """Read every tensor of a safetensors file, as arrays or torch's.
+
+    Raises:
+        MissingArtifactError: it cannot be read.
+        ArtifactMismatchError: it was made for another catalogue than is expected.
+    """
     try:
-        with safe_open(path, framework="np") as handle:
+        with safe_open(path, framework=framework) as handle:
             found = (handle.metadata() or {}).get("catalog")
-            arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, FileNotFoundError) as error:
         raise MissingArtifactError(f"{path} cannot be read ({error}); recompute its stage") from None
-    if found != catalog:
+    if catalog is not None and found != catalog:
         raise ArtifactMismatchError(f"{path} belongs to catalogue {str(found)[:12]}, expected {catalog[:12]}")
-    return arrays
+    return tensors
 
 
 def write_json(path: Path, content: Any) -> None:

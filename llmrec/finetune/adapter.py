@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmrec.errors import ArtifactMismatchError, MissingArtifactError
-from llmrec.files import read_json, read_jsonl, write_json, write_jsonl
+from llmrec.files import load_tensors, read_json, read_jsonl, write_json, write_jsonl
 
 PER_ITEM = ("target_table", "table", "train_count")
 """Last parts of the names of those heads that have one row per item."""
@@ -76,17 +74,17 @@ class Adapter:
         catalog = settings.pop("catalog")
         optional: dict[str, Any] = {}
         if (folder / "adapter_config.json").exists():
-            optional["lora"] = _load_tensors(folder / "adapter_model.safetensors")
+            optional["lora"] = load_tensors(folder / "adapter_model.safetensors", "pt")
             optional["lora_config"] = read_json(folder / "adapter_config.json")
         if (folder / "scaling.safetensors").exists():
-            optional["scaling"] = _load_tensors(folder / "scaling.safetensors", catalog)
+            optional["scaling"] = load_tensors(folder / "scaling.safetensors", "pt", catalog)
         if (folder / "base").exists():
-            optional["base"] = _load_tensors(folder / "base" / "model.safetensors")
+            optional["base"] = load_tensors(folder / "base" / "model.safetensors", "pt")
             optional["base_config"] = read_json(folder / "base" / "config.json")
         return cls(
             catalog=catalog,
             settings=settings,
-            heads=_load_tensors(folder / "heads.safetensors", catalog),
+            heads=load_tensors(folder / "heads.safetensors", "pt", catalog),
             metrics=read_json(folder / "metrics.json"),
             log=read_jsonl(folder / "log.jsonl"),
             analysis=read_json(folder / "analysis.json"),
@@ -97,15 +95,3 @@ class Adapter:
 def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, path, metadata=metadata)
-
-
-def _load_tensors(path: Path, catalog: str | None = None) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            found = (handle.metadata() or {}).get("catalog")
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, FileNotFoundError) as error:
-        raise MissingArtifactError(f"{path} cannot be read ({error}); recompute finetune") from None
-    if catalog is not None and found != catalog:
-        raise ArtifactMismatchError(f"{path} belongs to catalogue {str(found)[:12]}, expected {catalog[:12]}")
-    return tensors
