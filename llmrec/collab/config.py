@@ -74,7 +74,9 @@ class TrainCollabConfig:
 
     layout: Literal["auto", "prefixes"] = "auto"
     """How histories become training rows. auto: every user once, where the model allows it; prefixes: one
-    row per target, as most published code does, far slower and equal in the limit (no dropout)."""
+    row per target, as most published code does, far slower. Both have the same loss where that is ce and
+    nothing is random (Fuxi-MME's balance apart, which counts every item that a row shows); models whose
+    loss needs a user's targets in one row refuse prefixes."""
 
     windows: Literal["auto", "last", "all"] = "auto"
     """Targets of users with more than max_history items. last: the last max_history; all: every one, from
@@ -160,6 +162,8 @@ class TrainCollabConfig:
             "train_collab.include_valid learns from validation items, so they cannot choose the epoch; set "
             f"train_collab.select=last and train_collab.epochs, got select={self.select!r}",
         )
+        if self.layout == "prefixes":
+            self._refuse_prefixes_of_another_loss()
         self._refuse_settings_without_effect()
 
     def incidental_fields(self) -> tuple[str, ...]:
@@ -178,6 +182,29 @@ class TrainCollabConfig:
     def idle_fields(self) -> list[str]:
         """Settings of the models that are not trained; they hold defaults and are not written down."""
         return [name for name in PROVIDER_FIELDS if name != self.provider]
+
+    def _refuse_prefixes_of_another_loss(self) -> None:
+        """With a row per target these models would learn something else, not the same in another order."""
+        must = "train_collab.layout must be auto with"
+        require(
+            self.provider != "bert4rec",
+            f"{must} provider='bert4rec' (it fills in masked items of whole rows), got prefixes",
+        )
+        require(
+            self.provider != "gmvae" or self.gmvae.prior == "standard",
+            f"{must} gmvae.prior='mixture' (interests are made of whole rows and ranked by each row's last "
+            "target), got prefixes",
+        )
+        if self.provider == "svae":
+            require(
+                self.svae.num_next == 1,
+                f"{must} svae.num_next={self.svae.num_next} (its rows have one target each), got prefixes",
+            )
+            require(
+                self.svae.kl_scope == "target",
+                f"{must} svae.kl_scope='user' (it averages a user's divergences, and a row has one), got "
+                "prefixes; or set svae.kl_scope=target",
+            )
 
     def _refuse_settings_without_effect(self) -> None:
         """A setting that cannot change the result is a mistake of whoever set it."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmrec.collab.losses import Loss, last_of
+from llmrec.collab.losses import Loss, Pooled, last_of, ratio
 from llmrec.collab.noise import Diffusion, step_features
 from llmrec.data.batches import Batch
 from llmrec.item_softmax import item_cross_entropy
@@ -221,10 +221,13 @@ class Denoiser(Protocol):
         """The clean target vector (B, D) from the history's vectors and a noisy one (B, D) at steps (B,)."""
 
 
-def diffusion_loss(model: Denoiser, batch: Batch) -> Loss:
+def diffusion_loss(model: Denoiser, batch: Batch, *, skip_row_0: bool = True) -> Loss:
     """Recover each row's target from a random step, and name it by inner product with all items.
 
     The released code draws steps uniformly too (its loss-aware sampler is never fed).
+
+    Args:
+        skip_row_0: False lets the padding row compete as if it were an item, as the released codes do.
     """
     kept = (batch.target != 0).any(1)
     history = batch.item[kept]
@@ -236,12 +239,12 @@ def diffusion_loss(model: Denoiser, batch: Batch) -> Loss:
     step = torch.randint(model.diffusion.num_steps, (number,), device=target.device)
     noisy = model.diffusion.forward_to(clean, step, model.diffusion.draw(clean))
     found = model.estimate(model.embed(history), history, noisy, step)
-    total = item_cross_entropy(found, model.item.weight, target)
+    total = item_cross_entropy(found, model.item.weight, target, skip_row_0=skip_row_0)
     with torch.no_grad():
         likeness = F.cosine_similarity(found, clean)
         quarter = F.one_hot(step * 4 // model.diffusion.num_steps, 4).to(likeness.dtype)
-        means = (quarter * likeness[:, None]).sum(0) / quarter.sum(0).clamp(min=1)
-    return Loss(total=total, num_targets=number, parts={"target_cosine_by_noise": means * number})
+        by_noise = Pooled(((quarter * likeness[:, None]).sum(0), quarter.sum(0)), ratio)
+    return Loss(total=total, num_targets=number, parts={"target_cosine_by_noise": by_noise})
 
 
 def diffusion_scores(model: Denoiser, history: Tensor, reverse_steps: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmrec.collab.losses import Loss, last_of, next_item_loss
+from llmrec.collab.losses import Loss, Pooled, last_of, next_item_loss, ratio
 from llmrec.data.batches import Batch
 
 NUM_BUCKETS = 129
@@ -28,14 +28,18 @@ class Context:
     """bool (B, T), positions that hold an item"""
     bucket: Tensor | None
     """int64 (B, T, T), bucket of the time between two items; None without the channel of time"""
-    channel_rms: list[Tensor] = field(default_factory=list)
-    """Of every block: root mean square of each channel's output, (C,), detached"""
+    channel_squares: list[Tensor] = field(default_factory=list)
+    """Of every block: mean square of each channel's output at each position, (B, T, C), detached"""
     routing: list = field(default_factory=list)
     """Of every mixture of experts: see `llmrec.collab.moe.Routing`"""
 
-    def report(self) -> dict[str, Tensor]:
-        """Strengths of the channels, block by block."""
-        return {f"channel_rms_{block}": rms for block, rms in enumerate(self.channel_rms, start=1)}
+    def report(self, at: Tensor) -> dict[str, Pooled]:
+        """Strengths of the channels, block by block: root mean squares, (C,), over the positions where at,
+        bool (B, T), is true."""
+        return {
+            f"channel_rms_{block}": Pooled(((squares * at[..., None]).sum((0, 1)), at.sum()), root_mean)
+            for block, squares in enumerate(self.channel_squares, start=1)
+        }
 
 
 class Fuxi(nn.Module):
@@ -112,7 +116,7 @@ class Fuxi(nn.Module):
             num_negatives=self.num_negatives,
             temperature=self.temperature,
         )
-        parts = {name: value * found.num_targets for name, value in context.report().items()}
+        parts = context.report(batch.target != 0)
         return Loss(total=found.total, num_targets=found.num_targets, parts=parts)
 
     def score(self, history: Tensor, time: Tensor | None = None) -> Tensor:
@@ -167,6 +171,11 @@ def run_blocks(blocks: nn.ModuleList, hidden: Tensor, context: Context) -> Tenso
 def unit(vectors: Tensor) -> Tensor:
     """Rows of length 1; zero rows stay zero."""
     return F.normalize(vectors, dim=-1, eps=1e-6)
+
+
+def root_mean(squares: Tensor, count: Tensor) -> Tensor:
+    """Root mean square, from a sum of squares."""
+    return ratio(squares, count).sqrt()
 
 
 def rms_norm(hidden: Tensor) -> Tensor:
@@ -251,8 +260,7 @@ class FuxiBlock(nn.Module):
             found.append(similar.tril() @ value)
         mixed = torch.cat([part.transpose(1, 2).flatten(2) for part in found], dim=-1)
         with torch.no_grad():
-            share = mixed.square().unflatten(-1, (number, width)).mean(-1) * context.valid[..., None]
-            context.channel_rms.append((share.sum((0, 1)) / context.valid.sum().clamp(min=1)).sqrt())
+            context.channel_squares.append(mixed.square().unflatten(-1, (number, width)).mean(-1))
         return gate * rms_norm(mixed)
 
 

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmrec.collab.layers import mean_cosine
+from llmrec.collab.losses import Pooled, ratio
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:
@@ -109,6 +112,20 @@ class Interests(nn.Module):
             intensity=intensity,
             assignment=assignment,
         )
+
+    def report(self, items: Tensor, valid: Tensor) -> dict[str, Pooled]:
+        """Share of the items in each hyper-category, (K,), and the mean cosine of a row's soft interests, 1
+        if hyper-categories collapsed. Hard interests, half of the means once they begin, are left out.
+
+        For evaluation mode: the random assignment of training makes interests differ where nothing else does.
+        """
+        assignment = self.assign(items, valid)
+        soft = torch.einsum("btk,btd->bkd", assignment, items)  # a cosine needs no mean
+        rows = valid.any(1).sum()
+        return {
+            "category_use": Pooled((assignment.sum((0, 1)), valid.sum()), ratio),
+            "interest_overlap": Pooled((mean_cosine(soft) * len(soft), rows), ratio),
+        }
 
     def assign(self, items: Tensor, valid: Tensor) -> Tensor:
         """Soft assignment of items to hyper-categories, (B, T, K); random by Gumbel noise in training."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,6 +50,19 @@ def init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         with torch.no_grad():
             module.weight[module.padding_idx] = 0
+
+
+@contextmanager
+def noise_free(model: nn.Module) -> Iterator[None]:
+    """Inside, the model drops and draws nothing and records no gradients, so that a figure to log costs no
+    random number of the training around it."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()

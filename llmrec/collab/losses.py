@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,34 @@ from llmrec.data.batches import Batch
 from llmrec.item_softmax import item_cross_entropy
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """A figure of all passes together that is no mean over targets: sums of a pass, and what is made of them.
+
+    Passes are added up first, so the figure does not depend on how rows are cut into passes.
+    """
+
+    sums: tuple[Tensor, ...]
+    """Of one pass or of several, detached"""
+    make: Callable[..., Tensor]
+    """The figure, a scalar or (K,), from the sums"""
+
+    def __add__(self, other: Pooled) -> Pooled:
+        return Pooled(tuple(one + more for one, more in zip(self.sums, other.sums, strict=True)), self.make)
+
+    def double(self) -> Pooled:
+        """The same in float64."""
+        return Pooled(tuple(value.double() for value in self.sums), self.make)
+
+    def figure(self) -> Tensor:
+        return self.make(*self.sums)
+
+
+def ratio(total: Tensor, count: Tensor) -> Tensor:
+    """total / count, 0 where nothing was counted; for `Pooled`."""
+    return total / count.clamp(min=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loss:
     """What one forward pass costs, summed over the items it predicted."""
@@ -20,9 +49,10 @@ class Loss:
     """Scalar to differentiate: a sum over targets; a term of the whole batch enters times num_targets."""
     num_targets: int
     """Items predicted; 0 for a batch without any."""
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    parts: Mapping[str, Tensor | Pooled] = field(default_factory=dict)
     """Detached quantities to log, summed over targets: scalars, or vectors (K,) with one entry per expert,
-    interest or weight. If `total` holds more than the prediction loss, ``prediction_loss`` is that alone."""
+    interest or weight; or `Pooled` ones, which carry what they are divided by. If `total` holds more than the
+    prediction loss, ``prediction_loss`` is that alone."""
 
 
 def next_item_loss(

@@ -138,8 +138,8 @@ class SigmaMamba(nn.Module):
         parts = {}
         for place, layer in enumerate(self.layers, start=1):
             suffix = f"_{place}" if len(self.layers) > 1 else ""
-            for name, value in layer.mixer.report().items():
-                parts[name + suffix] = value * found.num_targets
+            for name, value in layer.mixer.report(batch.target != 0).items():
+                parts[name + suffix] = value
         return Loss(total=found.total, num_targets=found.num_targets, parts=parts)
 
     def score(self, history: Tensor) -> Tensor:
@@ -229,6 +229,7 @@ class GatedMamba(nn.Module):
             self.mixing_query, self.mixing_key = (
                 nn.Linear(embed_dim, embed_dim, bias=False) for _ in range(2)
             )
+        # Of the last pass, detached: each gate's mean over channels, (B, T), and the weights.
         self.gate_means: dict[str, Tensor] = {}
         self.mixed_by: Tensor | None = None
 
@@ -268,7 +269,7 @@ class GatedMamba(nn.Module):
         if self.mixing_out is None:  # there is only one
             return next(path for path in paths if path is not None)
         weights = self.weights(hidden, paths)
-        self.mixed_by = weights.detach().flatten(0, -2).mean(0) if weights.ndim > 1 else weights.detach()
+        self.mixed_by = weights.detach()
         each = zip(weights.unbind(-1), paths)
         return self.mixing_out(sum(weight[..., None] * path for weight, path in each if path is not None))
 
@@ -285,7 +286,7 @@ class GatedMamba(nn.Module):
         else:
             gate = F.silu(self.gates["silu"](u)) + torch.sigmoid(self.gates["sigmoid"](u))
         gate = self.dropout(gate)
-        self.gate_means[dense] = gate.detach().mean()
+        self.gate_means[dense] = gate.detach().mean(-1)
         return mixed * (1 + gate), gate
 
     def recurrent(self, hidden: Tensor) -> Tensor:
@@ -295,7 +296,15 @@ class GatedMamba(nn.Module):
         local = self.conv(F.pad(hidden.transpose(1, 2), around)).transpose(1, 2)
         return self.gru(local)[0]
 
-    def report(self) -> dict[str, Tensor]:
-        """Mixing weights and gate of each direction at the last pass, their means, detached."""
-        found = {} if self.mixed_by is None else {"mixing_weights": self.mixed_by}
-        return found | {f"{name.split('_')[0]}_gate": mean for name, mean in self.gate_means.items()}
+    def report(self, at: Tensor) -> dict[str, Tensor]:
+        """Mixing weights, (3,), and each direction's gate of the last pass, summed over the positions where
+        at, bool (B, T), is true; what the pass padded behind them is left out."""
+        length = at.shape[1]
+        found = {}
+        if self.mixed_by is not None and self.mixed_by.ndim == 1:
+            found["mixing_weights"] = self.mixed_by * at.sum()
+        elif self.mixed_by is not None:
+            found["mixing_weights"] = (self.mixed_by[:, :length] * at[..., None]).sum((0, 1))
+        for name, gate in self.gate_means.items():
+            found[f"{name.split('_')[0]}_gate"] = (gate[:, :length] * at).sum()
+        return found

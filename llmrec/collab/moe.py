@@ -29,7 +29,7 @@ from llmrec.collab.fuxi import (
     run_blocks,
     unit,
 )
-from llmrec.collab.losses import Loss, last_of, next_item_loss
+from llmrec.collab.losses import Loss, Pooled, last_of, next_item_loss
 from llmrec.data.batches import Batch
 
 
@@ -132,7 +132,8 @@ class FuxiMME(nn.Module):
             temperature=self.temperature,
         )
         number = found.num_targets
-        parts = {name: value * number for name, value in context.report().items()}
+        at = (batch.target != 0).repeat_interleave(self.num_tables, 0)
+        parts: dict[str, Tensor | Pooled] = dict(context.report(at))
         if self.num_tables > 1:
             parts["table_similarity"] = table_similarity(self.item.weight, self.num_tables) * number
         total = found.total

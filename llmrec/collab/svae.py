@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec.collab.gmvae import gaussian_kl, latent_report
+from llmrec.collab.layers import noise_free
 from llmrec.collab.losses import Loss, last_of
 from llmrec.data.batches import Batch
 from llmrec.item_softmax import item_cross_entropy
@@ -102,9 +103,11 @@ class SVAE(nn.Module):
         kl = each.sum()
         weight = min(self.kl_cap, batch.step / self.kl_steps)
         penalty = kl if self.kl_scope == "target" else (each.sum(1) / at.sum(1).clamp(min=1)).sum()
-        report = latent_report(mean[at], spread[at])
-        parts = {"prediction_loss": total.detach(), "kl": kl.detach()}
-        parts |= {name: value * number for name, value in report.items()}
+        with noise_free(self):
+            steady = self.encode(batch.item)[0] if self.dropout.p else mean
+            sampled = 2 * spread if self.variance == "released" else spread
+            parts = latent_report(steady[at], sampled[at])
+        parts |= {"prediction_loss": total.detach(), "kl": kl.detach()}
         return Loss(total=total + weight * penalty, num_targets=number, parts=parts)
 
     def score(self, history: Tensor) -> Tensor:

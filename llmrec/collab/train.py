@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -31,7 +30,7 @@ from llmrec.artifacts import (
 from llmrec.checkpoint import EpochCheckpoints, stop_requests
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.content import principal_components
-from llmrec.collab.losses import Loss
+from llmrec.collab.losses import Loss, Pooled
 from llmrec.collab.provider import PROVIDERS, scorer_of
 from llmrec.collab.rows import TrainingRows
 from llmrec.data.batches import Batch
@@ -281,7 +280,7 @@ def train_epoch(
         before: optimiser steps of the epochs before.
 
     Returns:
-        ``train_loss``, the mean loss per target; ``parts``, the means of what the model reports, if any; the
+        ``train_loss``, the mean loss per target; ``parts``, what the model reports, if anything; the
         number of ``steps``; and ``gradient_norm`` and ``largest_gradient_norm``, before clipping.
     """
     model.train()
@@ -306,12 +305,13 @@ class Sums:
     """Running sums of losses and of the parts that models report, left on the device until read."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, Any] = defaultdict(float)
+        self.parts: dict[str, Any] = {}
         self.norms: list[Tensor] = []
 
     def add(self, loss: Loss) -> None:
-        for name, value in {"train_loss": loss.total.detach(), **loss.parts}.items():
-            self.parts[name] = self.parts[name] + value.detach().double()
+        for name, part in {"train_loss": loss.total.detach(), **loss.parts}.items():
+            added = part.double()
+            self.parts[name] = self.parts[name] + added if name in self.parts else added
 
     def gradients(self) -> dict[str, float]:
         """The mean and the largest norm of the steps' gradients."""
@@ -319,8 +319,11 @@ class Sums:
         return {"gradient_norm": float(norms.mean()), "largest_gradient_norm": float(norms.max())}
 
     def over(self, num_targets: int) -> dict[str, Any]:
-        """The means per target: ``train_loss`` and, if there are any, ``parts``."""
-        means = {name: (value / num_targets).tolist() for name, value in self.parts.items()}
+        """The means per target: ``train_loss`` and, if there are any, ``parts``, with the pooled figures."""
+        means = {
+            name: (part.figure() if isinstance(part, Pooled) else part / num_targets).tolist()
+            for name, part in self.parts.items()
+        }
         loss = {"train_loss": means.pop("train_loss")}
         return {**loss, "parts": means} if means else loss
 

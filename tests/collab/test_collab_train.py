@@ -19,6 +19,7 @@ from llmrec.artifacts import SPLIT_CODES, CollabEmbeddings, Interactions
 from llmrec.collab import rows as rows_module
 from llmrec.collab import train
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
+from llmrec.collab.losses import Loss, Pooled, ratio
 from llmrec.collab.provider import load_provider, provider_scorer
 from llmrec.collab.rows import TrainingRows
 from llmrec.collab.sasrec import SASRec
@@ -269,6 +270,15 @@ def test_the_parts_a_model_reports_are_logged_as_means_per_target(monkeypatch):
     monkeypatch.setitem(train.PROVIDERS, "sasrec", Talking)
     collab = train_collab(tiny(epochs=2, select="last"), cycle())
     assert [row["parts"] for row in collab.log] == [{"two": 2.0, "pair": [1.0, 3.0]}] * 2
+
+
+def test_pooled_figures_are_made_of_the_sums_of_all_passes():
+    sums = train.Sums()
+    for total, count in ((6.0, 2.0), (0.0, 0.0), (1.0, 1.0)):
+        figure = Pooled((torch.tensor(total), torch.tensor(count)), ratio)
+        sums.add(Loss(total=torch.tensor(1.0), num_targets=5, parts={"figure": figure}))
+    sums.add(Loss(total=torch.tensor(1.0), num_targets=5))
+    assert sums.over(20) == {"train_loss": 0.2, "parts": {"figure": pytest.approx(7 / 3)}}
 
 
 def test_nothing_to_learn_from_is_an_error_of_the_data():

@@ -16,6 +16,7 @@ from worlds import cycle, interactions, two_communities
 from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings, Interactions
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
+from llmrec.collab.losses import Pooled
 from llmrec.collab.provider import PROVIDERS, load_provider, provider_scorer
 from llmrec.collab.train import train_collab
 from llmrec.data.batches import Batch
@@ -182,6 +183,9 @@ def test_what_is_logged_is_small_detached_and_finite(name):
         loss = model.loss(batch_of([[3, 5, 7, 11, 2, 4], [2, 8, 6, 0, 0, 0]], model.layout))
     assert loss.total.ndim == 0
     for part in loss.parts.values():
+        if isinstance(part, Pooled):
+            assert not any(value.requires_grad for value in part.sums)
+            part = part.figure()
         assert part.ndim <= 1 and part.numel() <= 64
         assert not part.requires_grad
         assert part.isfinite().all()

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_sasrec import batch
 
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.diffurec import DiffuRec
 from llmrec.collab.diffusion import DiffuRecSys
 from llmrec.collab.noise import Diffusion, betas, step_features
+from llmrec.collab.train import Sums
 
 SMALL = {
     "num_items": 30,
@@ -185,6 +187,36 @@ def test_the_released_variant_sees_padding_and_the_corrected_one_does_not():
             model.item.weight[0] += 5
         assert bool((before != model.score(history)[:, 1:]).any()) == sees
         assert not model.item_embeddings()[0].any()
+
+
+@pytest.mark.parametrize(("variant", "first"), [("released", 0), ("corrected", 1)])
+def test_row_0_is_in_the_softmax_of_the_released_variant_alone(variant, first, monkeypatch):
+    torch.manual_seed(0)
+    model = DiffuRecSys(**SYS | {"variant": variant})
+    with torch.no_grad():
+        model.item.weight[0] = 1.0
+    found = torch.randn(2, 8)
+    monkeypatch.setattr(model, "estimate", lambda *_: found)
+    logits = found @ model.item.weight[first:].T
+    expected = F.cross_entropy(logits, torch.tensor([4, 7]) - first, reduction="sum")
+    torch.testing.assert_close(model.loss(rows_of([1, 2, 3, 4], [5, 6, 7])).total, expected)
+
+
+def test_likeness_is_a_mean_over_the_rows_that_drew_such_a_step(monkeypatch):
+    torch.manual_seed(0)
+    model = DiffuRec(**ONE)
+    found = torch.randn(3, 8)
+    clean = model.item.weight[torch.tensor([4, 7, 9])]
+    sums = Sums()
+    # Of eight steps the first two are a quarter; the second pass has none of them.
+    for steps, rows in (([0, 1], slice(0, 2)), ([7], slice(2, 3))):
+        histories = [[1, 2, 3, 4], [5, 6, 7], [8, 9]][rows]
+        monkeypatch.setattr(torch, "randint", lambda *_, drawn=steps, **__: torch.tensor(drawn))
+        monkeypatch.setattr(model, "estimate", lambda *_, rows=rows: found[rows])
+        sums.add(model.loss(rows_of(*histories)))
+    likeness = F.cosine_similarity(found, clean).tolist()
+    expected = [(likeness[0] + likeness[1]) / 2, 0, 0, likeness[2]]
+    assert sums.over(3)["parts"]["target_cosine_by_noise"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_scores_average_over_starts_and_distance_ranks_by_distance():

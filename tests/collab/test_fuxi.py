@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from llmrec.collab.fuxi import Channels, Fuxi, context_of, fuxi_block, rms_norm, run_blocks
 from llmrec.collab.moe import Experts, FuxiMME, Routing, table_similarity
+from llmrec.collab.train import Sums
 
 SIZES = {
     "num_items": 30,
@@ -81,6 +83,29 @@ def test_a_block_equals_a_loop_over_positions():
             out = second.inner_out(F.silu(second.gate(inner)) * second.inner(inner)) + first
             torch.testing.assert_close(found[row, i], out, rtol=1e-9, atol=1e-9)
     assert not found[1, 2:].any()
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["fuxi", "moe"])
+def test_strengths_of_channels_are_of_the_targets_however_rows_are_padded_and_cut(mixed):
+    torch.manual_seed(0)
+    model = FuxiMME(**SIZES | MIXTURE).eval() if mixed else Fuxi(**SIZES).eval()
+    rows = batch([1, 2, 3, 4, 5], [6, 7, 8, 0, 0], [9, 8, 0, 0, 0])
+    rows = replace(rows, target=rows.target * torch.tensor([[0, 1, 0, 1]]) + rows.target * (rows.target == 8))
+    one, several = Sums(), Sums()
+    one.add(model.loss(rows))
+    for row in range(3):
+        single = {
+            name: F.pad(getattr(rows, name)[row : row + 1], (0, row)) for name in ("item", "target", "time")
+        }
+        several.add(model.loss(replace(rows, **single)))
+    number = int((rows.target != 0).sum())
+    found, apart = one.over(number)["parts"], several.over(number)["parts"]
+    for name in ("channel_rms_1", "channel_rms_2"):
+        assert found[name] == pytest.approx(apart[name], rel=1e-5)
+    if not mixed:
+        context = model.encode(rows.item, rows.time)[1]
+        squares = torch.stack(context.channel_squares)[:, rows.target != 0]
+        assert found["channel_rms_1"] == pytest.approx(squares[0].mean(0).sqrt().tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("seconds", "bucket"), [(0, 0), (1, 0), (2, 2), (86_400, 37), (10**18, 128)])

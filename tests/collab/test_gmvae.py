@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import providers_beauty
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,13 @@ from test_sasrec import batch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from llmrec.collab import gmvae as module
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.gmvae import GMVAE, gaussian_kl, latent_report, mixture_kl
 from llmrec.collab.interests import Interests, Prior
 from llmrec.collab.layers import mean_cosine
-from llmrec.collab.train import item_groups
+from llmrec.collab.losses import Loss
+from llmrec.collab.train import Sums, item_groups
+from llmrec.data.batches import Batch
 
 SIZES = vars(TrainCollabConfig().gmvae) | {
     "num_items": 30,
@@ -31,6 +33,24 @@ SIZES = vars(TrainCollabConfig().gmvae) | {
 def model(**settings) -> GMVAE:
     torch.manual_seed(0)
     return GMVAE(**SIZES | settings)
+
+
+def logged(*losses: Loss) -> dict[str, float | list[float]]:
+    """What the trainer makes of the parts of some passes."""
+    sums = Sums()
+    for loss in losses:
+        sums.add(loss)
+    return sums.over(sum(loss.num_targets for loss in losses))["parts"]
+
+
+def rows_of(number: int, length: int) -> Batch:
+    """Random rows, the same every time."""
+    items = torch.randint(1, 31, (number, length), generator=torch.Generator().manual_seed(0))
+    return batch(*items.tolist())
+
+
+def part(rows: Batch, which: slice) -> Batch:
+    return replace(rows, item=rows.item[which], target=rows.target[which], time=rows.time[which])
 
 
 def mixture(number: int, width: int = 4) -> tuple[Tensor, Tensor, Prior]:
@@ -206,24 +226,93 @@ def test_scores_use_the_mean_and_the_release_adds_a_deviation():
 
 def test_collapse_is_seen_in_what_is_reported():
     same = torch.zeros(50, 6)
-    assert float(latent_report(same, same)["active_units"]) == 0
+    assert float(latent_report(same, same)["active_units"].figure()) == 0
     varied = torch.randn(50, 6) * torch.tensor([1.0, 1, 1, 0, 0, 0])
     found = latent_report(varied, same - 2)
-    assert float(found["active_units"]) == 0.5
-    assert float(found["posterior_std"]) == pytest.approx(0.3679, abs=1e-4)
+    assert float(found["active_units"].figure()) == 0.5
+    assert float(found["posterior_std"]) / 50 == pytest.approx(0.3679, abs=1e-4)
     assert float(mean_cosine(torch.ones(3, 4, 5))) == pytest.approx(1)
     assert float(mean_cosine(torch.eye(4)[None].expand(3, 4, 4))) == pytest.approx(0)
 
 
-def test_all_negatives_of_the_batch_stand_against_a_rows_target(monkeypatch):
+@pytest.mark.parametrize("temporal", [0, 1], ids=["soft", "hard"])
+def test_collapsed_interests_are_seen_through_the_noise_of_training(temporal):
+    figures = {}
+    for name, prototypes in (("apart", torch.eye(8)[:3]), ("collapsed", torch.ones(3, 8))):
+        gm = model(temporal_from_epoch=temporal).train()
+        with torch.no_grad():
+            gm.interests.prototype.weight.copy_(prototypes)
+        figures[name] = logged(gm.loss(rows_of(20, 9)))
+    assert figures["collapsed"]["interest_overlap"] == pytest.approx(1, abs=1e-4)
+    assert figures["collapsed"]["category_use"] == pytest.approx([1 / 3] * 3, abs=1e-4)
+    assert figures["apart"]["interest_overlap"] < 0.7
+
+
+def test_means_that_do_not_depend_on_the_input_are_inactive_whatever_dropout_does():
+    gm = model(dropout_rate=0.5).train()
+    with torch.no_grad():
+        gm.item.weight[1:] = torch.randn(8)
+        gm.position.weight.zero_()
+    assert logged(gm.loss(rows_of(20, 9)))["active_units"] == 0
+    with torch.no_grad():
+        gm.item.weight[1:] = torch.randn(30, 8)
+    assert logged(gm.loss(rows_of(20, 9)))["active_units"] > 0.5
+
+
+def test_active_units_are_those_of_all_passes():
+    """What varies between passes alone varies."""
+    level = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    passes = [latent_report(row.expand(50, 2), torch.zeros(50, 2))["active_units"] for row in level]
+    assert [float(found.figure()) for found in passes] == [0, 0, 0]
+    assert float(sum(passes[1:], passes[0]).figure()) == 0.5
+
+
+def test_what_is_logged_costs_no_random_number(monkeypatch):
+    ends, totals = [], []
+    for reports in (True, False):
+        gm = model(temporal_from_epoch=1).train()
+        if not reports:
+            monkeypatch.setattr(gm, "report", lambda *_: {})
+        total = gm.loss(rows_of(20, 9)).total
+        total.backward()
+        totals.append((total.detach(), gm.item.weight.grad))
+        ends.append(torch.get_rng_state())
+        assert all(module.training for module in gm.modules())
+    assert torch.equal(*ends)
+    assert torch.equal(totals[0][0], totals[1][0]) and torch.equal(totals[0][1], totals[1][1])
+
+
+def test_interests_are_ranked_against_as_many_items_however_rows_are_cut():
+    """The mean over draws of one pass of six rows, and of three passes of two."""
+    gm = model(interest_negatives=16).eval()
+    with torch.no_grad():
+        gm.item.weight[1:] = 0.2 * torch.randn(30, 8)
+    rows = rows_of(6, 5)
+
+    def ranking(passes: list[Batch]) -> float:
+        found = [
+            gm.interest_loss(one, gm.prior_of(one), 0.0)[1]["interest_ranking"].detach()
+            for _ in range(300)
+            for one in passes
+        ]
+        return float(torch.stack(found).mean())
+
+    torch.manual_seed(0)
+    whole = ranking([rows])
+    cut = ranking([part(rows, slice(start, start + 2)) for start in (0, 2, 4)])
+    # The means' errors are 0.03; with one negative a row they differ by 2.
+    assert cut == pytest.approx(whole, abs=0.15)
+
+
+def test_all_negatives_stand_against_a_rows_target_but_that_target_itself(monkeypatch):
     gm = model().eval()
     rows = batch([1, 2, 3, 4], [5, 6, 7, 0])
-    monkeypatch.setattr(module, "draw_unseen", lambda *_: torch.tensor([[20], [21]]))
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor([20, 21, 7]))
     prior = gm.prior_of(rows)
     _, parts = gm.interest_loss(rows, prior, 0.0)
     expected = 0.0
-    for row, target in ((0, 4), (1, 7)):
-        best = [float((prior.mean[row, 0] @ gm.item.weight[item]).max()) for item in (target, 20, 21)]
+    for row, candidates in ((0, (4, 20, 21, 7)), (1, (7, 20, 21))):
+        best = [float((prior.mean[row, 0] @ gm.item.weight[item]).max()) for item in candidates]
         expected -= float(torch.log_softmax(torch.tensor(best) / 0.1, 0)[0]) / 2
     assert float(parts["interest_ranking"]) == pytest.approx(expected, rel=1e-4)
 
@@ -245,3 +334,11 @@ def test_items_belong_to_the_hyper_category_they_point_to():
         assert group["items"] == order.tolist()
         assert group["weights"] == pytest.approx(weights[order, k].tolist(), abs=1e-4)
     assert item_groups(model(prior="gaussian")) == {}
+
+
+def test_the_row_of_one_gaussian_reaches_full_weight_while_it_trains():
+    config = providers_beauty.rows()["gmvae-1"]
+    assert config.gmvae.num_interests == 1
+    assert config.gmvae.kl_weight * config.gmvae.kl_cap == 1
+    steps_per_epoch = 22_363 / config.batch_size
+    assert config.gmvae.kl_steps < 20 * steps_per_epoch

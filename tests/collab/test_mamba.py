@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from test_sasrec import batch
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
@@ -139,7 +142,9 @@ def test_weights_of_each_position_equal_a_plain_loop():
                 torch.stack(logits).softmax(0).tolist(), abs=1e-6
             )
     mixed = attention(hidden, None)
-    assert mixed.shape == hidden.shape and attention.report()["mixing_weights"].sum() == pytest.approx(1.0)
+    report = attention.report(torch.ones(hidden.shape[:2], dtype=torch.bool))
+    assert mixed.shape == hidden.shape
+    assert report["mixing_weights"].sum() == pytest.approx(hidden.shape[0] * hidden.shape[1])
 
 
 def test_kept_items_may_grow_with_the_history():
@@ -169,6 +174,49 @@ def test_the_gate_follows_its_formula_in_both_variants():
             expected = silu(u) * torch.sigmoid(silu(u)) + torch.sigmoid(sigmoid(u))
         torch.testing.assert_close(other, expected)
         torch.testing.assert_close(second, block.mamba(hidden.flip(1)) * (1 + expected))
+
+
+LAYOUTS = {
+    "one pass": {},
+    "prefixes": {"kept_items": 0},
+    "two layers": {"num_layers": 2},
+    "released": {"variant": "released"},
+    "gated": {"mixing": "gated"},
+    "attention": {"mixing": "attention", "kept_items": 0},
+    "one direction": {"flip": "none"},
+}
+
+
+@pytest.mark.parametrize("settings", LAYOUTS.values(), ids=LAYOUTS)
+def test_gates_and_weights_are_logged_of_the_targets_whatever_is_padded(settings):
+    torch.manual_seed(0)
+    model = SigmaMamba(**SMALL | {"max_history": 50} | settings).eval()
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    rows = batch([1, 2, 3, 4], [5, 6, 7, 0])
+    if model.layout == "prefixes":
+        rows = replace(rows, target=torch.tensor([[0, 0, 4], [0, 7, 0]]))
+    found = model.loss(rows).parts
+    assert any(name.startswith("forward_gate") for name in found)
+    wide = {name: F.pad(getattr(rows, name), (0, 47)) for name in ("item", "target", "time")}
+    for name, value in model.loss(replace(rows, **wide)).parts.items():
+        torch.testing.assert_close(value, found[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"kept_items": 0}, {"variant": "released"}], ids=str)
+def test_of_a_prefix_the_gate_at_its_end_is_logged(settings):
+    torch.manual_seed(0)
+    model = SigmaMamba(**SMALL, **settings).eval()
+    rows = replace(batch([1, 2, 3, 4]), target=torch.tensor([[0, 0, 4]]))
+    block, item = model.layers[0].mixer, F.pad(rows.item, (0, 9))
+    hidden = model.norm(model.item(item if model.released else rows.item))
+    order = model.flipped_order(item if model.released else rows.item)
+    turned = hidden.gather(1, order[..., None].expand_as(hidden))
+    _, gate = block.gated(block.mamba(hidden), hidden, "forward_dense", None)
+    _, other = block.gated(block.mamba(turned), turned, "flipped_dense", gate)
+    found = model.loss(rows).parts
+    assert float(found["forward_gate"]) == pytest.approx(float(gate[0, 2].mean()), abs=1e-6)
+    assert float(found["flipped_gate"]) == pytest.approx(float(other[0, 2].mean()), abs=1e-6)
 
 
 @pytest.mark.parametrize("kept", [{"kept_items": n} for n in (1, 2, 5, 20)] + [{"kept_rate": 0.4}])

@@ -61,6 +61,36 @@ def test_sampling_reads_the_second_output_as_told(monkeypatch):
         torch.testing.assert_close(svae.loss(rows).parts["prediction_loss"], expected.detach())
 
 
+def test_the_deviation_that_is_logged_is_the_one_that_is_sampled():
+    rows = batch([1, 2, 3], [4, 5, 0])
+    for variance, factor in (("consistent", 0.5), ("released", 1.0)):
+        svae = model(variance=variance).train()
+        spread = svae.encode(rows.item)[1][rows.target != 0]
+        found = svae.loss(rows)
+        expected = torch.exp(factor * spread).mean().detach()
+        torch.testing.assert_close(found.parts["posterior_std"] / found.num_targets, expected)
+
+
+def test_means_that_do_not_depend_on_the_input_are_inactive_whatever_dropout_does():
+    rows = batch(*[[item, item + 1] for item in range(1, 21)])
+    for vary in (False, True):
+        svae = model(dropout_rate=0.5).train()
+        with torch.no_grad():
+            svae.item.weight[1:] = 3 * torch.randn(30 if vary else 1, 8)
+        assert bool(svae.loss(rows).parts["active_units"].figure()) == vary
+
+
+@pytest.mark.parametrize(("scope", "same"), [("target", True), ("user", False)])
+def test_a_row_per_target_has_the_same_loss_if_every_target_counts_in_full(scope, same):
+    svae = model(kl_scope=scope).eval()
+    whole = svae.loss(replace(batch([1, 2, 3, 4, 5]), step=2)).total
+    prefixes = batch(*[[1, 2, 3, 4, 5][:end] + [0] * (5 - end) for end in range(2, 6)])
+    last = (prefixes.target != 0).sum(1, keepdim=True) - 1
+    target = prefixes.target * (torch.arange(4) == last)
+    apart = svae.loss(replace(prefixes, target=target, step=2)).total
+    assert torch.allclose(whole, apart) == same
+
+
 def test_item_vectors_come_from_the_chosen_table():
     assert model().item_embeddings().shape == (31, 10)
     assert model(vectors="input").item_embeddings().shape == (31, 8)

@@ -38,7 +38,8 @@ class DiffusionConfig:
     """Steps walked back when scoring, the last ones; 1 is a single pass."""
 
     valid_reverse_steps: int = 1
-    """Steps walked back when validation items are ranked to choose the epoch."""
+    """Steps walked back when validation items are ranked to choose the epoch. With cross-attention a single
+    one asks the history with pure noise; see the head of llmrec/collab/diffusion.py for what that costs."""
 
     eval_samples: int = 1
     """Fixed start vectors that scores are averaged over."""
@@ -62,8 +63,9 @@ class DiffusionConfig:
     """Standard deviation of the initial item vectors (published code: 1, with hundreds of epochs)."""
 
     variant: Literal["corrected", "released"] = "corrected"
-    """corrected: blocks follow each other, attention over places, padding hidden; released: as the published
-    code computes, where only the last block counts."""
+    """corrected: blocks follow each other, attention over places, padding hidden; released: trained as the
+    published code is, where only the last block counts and row 0 is in the softmax. Scores of both take the
+    mean strength and noise drawn once."""
 
     max_history: int = 50
     """Most recent items the model sees, in items (200 suits MovieLens-1M)."""

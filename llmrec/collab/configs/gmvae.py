@@ -40,7 +40,7 @@ class GmvaeConfig:
     looser bound; or one sample."""
 
     kl_weight: float = 1e-4
-    """Lambda, weight of the divergence from the prior."""
+    """Lambda, weight of the divergence from the prior; annealing multiplies it, by kl_cap in the end."""
 
     kl_cap: float = 0.2
     """Most of the weight that annealing gives to divergences."""
@@ -50,6 +50,10 @@ class GmvaeConfig:
 
     interest_weight: float = 1e-3
     """Weight of the interest loss; times max(1, 200 - epoch), as released."""
+
+    interest_negatives: int = 256
+    """Random items that a row's interests tell its last target from, drawn once for all rows of a forward
+    pass (published: one for each row of a batch of 256, shared by all)."""
 
     orthogonal_weight: float = 1.0
     """Weight of the term that keeps hyper-categories apart, inside the interest loss; 0 switches it off."""
@@ -77,9 +81,8 @@ class GmvaeConfig:
     """Negatives per position for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
-        check_at_least_one(
-            "gmvae", self, "embed_dim num_interests num_heads kl_steps max_history num_negatives"
-        )
+        counts = "embed_dim num_interests num_heads kl_steps interest_negatives max_history num_negatives"
+        check_at_least_one("gmvae", self, counts)
         check_dropout("gmvae", self)
         check_heads("gmvae", self)
         check_negatives("gmvae", self)
@@ -94,6 +97,7 @@ class GmvaeConfig:
         if self.prior == "standard":
             idle = [*("num_interests", "prior_scope", "kl", "interest_weight", "orthogonal_weight")]
             idle += ["assignment_temperature", "gumbel_temperature", "temporal_from_epoch"]
+            idle += ["interest_negatives"]
             for name in idle:
                 require(
                     getattr(self, name) == getattr(GmvaeConfig, name),
