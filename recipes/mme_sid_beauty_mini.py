@@ -3,9 +3,9 @@
 Run:       accelerate launch recipes/mme_sid_beauty_mini.py --set prepare_data.interactions=interactions.csv \
                prepare_data.items=items.csv encode_items.text.model=sentence-transformers/all-MiniLM-L6-v2
 Takes:     37 minutes on one core of a busy 2-core machine
-Results:   recall@10 0.0984 +- 0.0010, ndcg@10 0.0588 +- 0.0004 over 3 seeds; the SASRec whose vectors it reads,
-           which knows the titles, 0.0998, 0.0590; SASRec (ce) on ids alone 0.0930, 0.0565 (ties in the order
-           of the file; README of this folder)
+Results:   recall@10 0.0984 +- 0.0010, ndcg@10 0.0588 +- 0.0004 over 3 seeds; the SASRec whose vectors it
+           reads, which knows the titles, 0.0998, 0.0590; SASRec (ce) on ids alone 0.0930, 0.0565 (ties in the
+           order of the file; README of this folder)
 Differs from recipes/mme_sid_beauty.py: SASRec knows the titles too; the base is `mini`, trained in full, so
 the prompt is one of ours, and it is read out at the last item; no GELU after the item MLP (as in Eq. 13), and
 a target table that starts small; titles by MiniLM; the fusion temperature is 1, since at 1e-3 the gate picks

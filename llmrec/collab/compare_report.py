@@ -82,7 +82,8 @@ def notes(results: dict[str, Any]) -> list[str]:
     return [
         f"{results['num_users']:,} users, {results['num_items']:,} items, split {results['split']}; every "
         "item is ranked, items of the history left out unless 'seen kept'. ± is the standard deviation over "
-        "seeds; intervals (95 %) and p (paired t-test, corrected by Holm) are over users, of the mean over seeds.",
+        "seeds; intervals (95 %) and p (paired t-test, corrected by Holm) are over users, of the mean over "
+        "seeds.",
         *how_epochs_were_chosen(results["rows"]),
         f"Machine: {results['machine']}; {results['jobs']} trained at a time. Command: {results['command']}",
     ]
