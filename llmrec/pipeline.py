@@ -161,13 +161,13 @@ def compute(
     main = distributed.is_main()
     if not main and not distributed.runs_everywhere(function):
         return
-    logger.info("%s: started", function.__name__)
-    machine.reset_peak_memory()
-    started = time.perf_counter()
     left = unfinished(folder)
     with locked(folder) if main else contextlib.nullcontext():
         if folder.exists() and distributed.world_size() == 1:
             return  # another process finished it just now
+        logger.info("%s: started", function.__name__)
+        machine.reset_peak_memory()
+        started = time.perf_counter()
         fixed = wanted | {"config": without_incidental(wanted["config"], config)}
         token = _unfinished.set((left, fixed))
         try:
