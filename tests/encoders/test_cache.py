@@ -161,7 +161,7 @@ def test_two_processes_share_the_work_and_give_equal_vectors(tmp_path):
         f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
         "import pyarrow as pa, tiny, llmrec.pipeline as pipeline\n"
         "from llmrec.encoders.config import *; from llmrec.encoders.encode import encode_items\n"
-        "finished.fingerprint = lambda artifact: {}\n"
+        "pipeline.fingerprint = lambda artifact: {}\n"
         f"root = Path({str(tmp_path / 'images')!r})\n"
         f"data = tiny.catalogue(tiny.TEXTS, root, image_path=pa.array({names!r}))\n"
         f"text = TextEncoderConfig(encoder='huggingface', model={model!r}, batch_size=2)\n"
