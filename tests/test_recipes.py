@@ -748,7 +748,8 @@ def test_a_cell_that_fails_is_named_below_what_the_others_finished(finished, tmp
         compare.main(tiny, [*command, "mme_sid", "me", "--jobs", "2"])
     captured = capsys.readouterr()
     assert left.value.code == 2 and "`mme_sid` | 1 of 1 | 0." in captured.out
-    assert "1 cells failed: me, seed 0: " in captured.err and "was made with epochs=1 (now 2)" in captured.err
+    assert "1 of 2 cells failed: me, seed 0: " in captured.err
+    assert "was made with epochs=1 (now 2)" in captured.err
 
 
 def test_cells_of_other_processes_are_waited_for_and_those_they_leave_taken(monkeypatch):

@@ -86,7 +86,8 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
     print(text)
     print(f"report: {root / 'report.html'}")
     if failed:
-        raise TrainingError(f"{len(failed)} cells failed: {'; '.join(failed)}")
+        cells = len(rows) * len(options.seeds)
+        raise TrainingError(f"{len(failed)} of {cells} cells failed: {'; '.join(failed)}")
 
 
 def parser(

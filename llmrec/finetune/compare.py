@@ -102,7 +102,7 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
         (out / "table.md").write_text(text + "\n", encoding="utf-8")
         write_json(out / "table.json", found)
     if failed:
-        raise TrainingError(f"{len(failed)} cells failed: {'; '.join(failed)}")
+        raise TrainingError(f"{len(failed)} of {cells} cells failed: {'; '.join(failed)}")
 
 
 def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:

@@ -102,7 +102,7 @@ class FinetuneConfig:
     """method=ctrl_mm: align while fine-tuning, or first of all (CTRL's own way)."""
 
     ctrl_epochs: int = 20
-    """ctrl_stage=two: passes over the items before fine-tuning, 1,024 items a step."""
+    """ctrl_stage=two: passes over the items before fine-tuning, at most 1,024 items a step."""
 
     project_codes: bool = False
     """Put a linear map between code embeddings and the model; needed if code_dim differs from H."""
