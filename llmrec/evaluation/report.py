@@ -15,6 +15,7 @@ from llmrec.config import as_dict
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import METRICS
 from llmrec.evaluation.rank import Ranking
+from llmrec.evaluation.tables import p_text
 from llmrec.finished import peak_memory_of
 from llmrec.pages import COLOURS, drawing, environment, legend_above, svg, thumbnail
 
@@ -62,6 +63,7 @@ def render(
             metrics=metrics,
             about=about([manifest_if_stored(artifact) for artifact in artifacts]),
             label=label,
+            p_text=p_text,
             columns=[f"{metric}@{k}" for metric in METRICS for k in config.ks],
             best=best_values(metrics["rows"]),
             charts=charts,

@@ -23,6 +23,9 @@ def difference_cells(row: dict[str, Any]) -> list[str]:
     """A row's difference (`analysis.difference_of`) with its interval, and its p; blank without one."""
     if "difference" not in row:
         return ["", ""]
-    p = row.get("p")
-    shown = "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
-    return [f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})", shown]
+    return [f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})", p_text(row.get("p"))]
+
+
+def p_text(p: float | None) -> str:
+    """A p-value as tables show it, where the smallest round to 0; blank without one."""
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"

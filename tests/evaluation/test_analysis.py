@@ -112,7 +112,10 @@ def test_the_page_escapes_titles_and_shows_examples():
     targets = data.targets("test")
     rankings = {"mme_sid": ranking([0, 1, 2], [[3, 2], [2, 1], [1, 3]]), "popularity": ranking([2, 2, 2])}
     metrics = metrics_of(data, rankings)
+    for test, p in zip(metrics["paired"]["mme_sid - popularity"].values(), (0.0, None)):
+        test["p_value"] = p
     page = report.render(metrics, data, targets, rankings, [data], EvaluateConfig())
+    assert "<td>&lt; 0.001</td>" in page and "<td>-</td>" in page
     assert "<script>alert" not in page and "&lt;script&gt;" in page
     assert "Salt &amp; Pepper" in page and "日本茶" in page
     assert (
