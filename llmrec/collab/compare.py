@@ -19,12 +19,14 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from llmrec import jobs as side_by_side
-from llmrec.artifacts import ContentEmbeddings, Interactions
+from llmrec import storage
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.config import as_dict, changed_settings, from_dict
 from llmrec.errors import ConfigError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import per_user, summarise
+from llmrec.evaluation.tables import mean_and_spread
 from llmrec.files import read_json, read_jsonl, write_json
 from llmrec.finished import checked_file, fingerprint, load, peak_memory_of, stage_manifest
 from llmrec.pipeline import run_stage
@@ -34,6 +36,8 @@ logger = logging.getLogger("llmrec")
 KS = (5, 10, 20)
 MAIN = "ndcg@10"
 """Metric of the significance test and of the order of rows."""
+RANKING = "ranking"
+"""What a cell does after train_collab, as its lock names it."""
 
 
 def run_cells(
@@ -74,7 +78,7 @@ def cell_to_run(name: str, seed: int, folder: Path, inputs: list[Path]) -> side_
         seed=seed,
         folder=folder,
         command=["llmrec.collab.compare", str(folder), *map(str, inputs)],
-        stages=(folder / "train_collab",),
+        stages=(folder / "train_collab", folder / RANKING),
         done=lambda: (folder / "metrics.json").exists(),
         outcome=lambda: outcome(folder),
     )
@@ -120,15 +124,27 @@ def check_data(folder: Path, data: Interactions) -> None:
 
 
 def run_cell(folder: Path, data_folder: Path, content_folder: Path | None = None) -> None:
-    """Train the cell's model, rank the test targets, and write the ranks, then metrics.json."""
-    from llmrec.collab.provider import provider_scorer
+    """Train the cell's model, rank the test targets, and write the ranks, then metrics.json.
+
+    Raises:
+        BusyError: another process is at it.
+    """
     from llmrec.collab.train import train_collab
-    from llmrec.evaluation.rank import rank_users
 
     data = load(Interactions, data_folder)
     config = from_dict(TrainCollabConfig, read_json(folder / "config.json"))
     content = () if content_folder is None else (load(ContentEmbeddings, content_folder),)
     collab = run_stage(train_collab, config, (data, *content), folder / "train_collab")
+    with storage.locked(folder / RANKING):
+        if not (folder / "metrics.json").exists():
+            rank_cell(folder, collab, data)
+
+
+def rank_cell(folder: Path, collab: CollabEmbeddings, data: Interactions) -> None:
+    """Rank the test targets by a cell's trained model, and write the ranks, then metrics.json."""
+    from llmrec.collab.provider import provider_scorer
+    from llmrec.evaluation.rank import rank_users
+
     ranking = rank_users(provider_scorer(collab), data, data.targets("test"))
     ranks = {"rank": ranking.rank, "rank_seen_kept": ranking.rank_seen_kept}
     save_file(ranks, folder / "ranks.safetensors")
@@ -224,15 +240,8 @@ def summarise_cells(
 
 def row_figures(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over seeds (None for one seed) of a row's metrics, and its costs."""
-
-    def over_seeds(values: list[float]) -> dict[str, float | None]:
-        return {
-            "mean": float(np.mean(values)),
-            "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        }
-
     figures: dict[str, Any] = {
-        split: {name: over_seeds([cell[split][name] for cell in cells]) for name in cells[0][split]}
+        split: {name: mean_and_spread([cell[split][name] for cell in cells]) for name in cells[0][split]}
         for split in ("test", "test_seen_kept", "valid")
     }
     for name in ("seconds_per_epoch", "targets_per_second", "epochs", "best_epoch", "seconds"):

@@ -10,6 +10,7 @@ import numpy as np
 
 from llmrec import __version__
 from llmrec.evaluation.report import part_curves
+from llmrec.evaluation.tables import p_text, spread_text
 from llmrec.pages import drawing, environment, legend_above, svg
 
 COLUMNS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr@10")
@@ -21,21 +22,15 @@ def label(name: str, row: dict[str, Any]) -> str:
     return name if loss is None or loss in name else f"{name} ({loss})"
 
 
-def spread(figure: dict[str, float | None]) -> str:
-    """Mean and standard deviation over seeds."""
-    if figure["std"] is None:
-        return f"{figure['mean']:.4f}"
-    return f"{figure['mean']:.4f} ± {figure['std']:.4f}"
-
-
 def difference(row: dict[str, Any], metric: str) -> str:
     """Difference to the reference with its interval and corrected p."""
     found = row.get("difference", {}).get(metric)
     if found is None:
         return ""
-    p = found.get("holm_p")
-    shown = "" if p is None else ", p < 0.001" if p < 0.001 else f", p = {p:.3f}"
-    return f"{found['difference']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f}{shown})"
+    inside = f"{found['low']:+.4f} to {found['high']:+.4f}"
+    if p := p_text(found.get("holm_p")):
+        inside += f", p {p}"
+    return f"{found['difference']:+.4f} ({inside})"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -54,10 +49,10 @@ def markdown(results: dict[str, Any]) -> str:
                 [
                     label(name, row),
                     f"{row['num_seeds']} of {row['num_wanted']}",
-                    spread(row["test"]["recall@10"]),
-                    spread(row["test"]["ndcg@10"]),
-                    spread(row["test_seen_kept"]["recall@10"]),
-                    spread(row["test_seen_kept"]["ndcg@10"]),
+                    spread_text(row["test"]["recall@10"]),
+                    spread_text(row["test"]["ndcg@10"]),
+                    spread_text(row["test_seen_kept"]["recall@10"]),
+                    spread_text(row["test_seen_kept"]["ndcg@10"]),
                     difference(row, "ndcg@10"),
                     f"{row['num_parameters']:,}",
                     f"{row['seconds_per_epoch']:.1f}",
@@ -141,7 +136,7 @@ def page(results: dict[str, Any]) -> str:
             rows=ordered(results["rows"]),
             columns=COLUMNS,
             label=label,
-            spread=spread,
+            spread=spread_text,
             difference=difference,
             reference=results["reference"],
             charts=charts,
@@ -161,7 +156,7 @@ def quality_chart(rows: dict[str, Any]) -> str:
         axes.errorbar(
             [found["mean"] for found in figures],
             place + offset,
-            xerr=[found["std"] or 0 for found in figures],
+            xerr=[found["sd"] or 0 for found in figures],
             fmt="o",
             markersize=4,
             label=metric,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from llmrec.artifacts import Interactions
 from llmrec.collab import compare_cli
-from llmrec.collab.compare import prepare_cell, run_cells, summarise_cells
+from llmrec.collab.compare import cell_to_run, prepare_cell, run_cell, run_cells, summarise_cells
 from llmrec.collab.compare_cli import by_stage, chosen_rows, every_provider
 from llmrec.collab.compare_report import how_epochs_were_chosen, label, markdown, page
 from llmrec.collab.config import TrainCollabConfig
@@ -20,10 +21,11 @@ from llmrec.collab.configs.gru4rec import GRU4RecConfig
 from llmrec.collab.configs.sasrec import SASRecConfig
 from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
 from llmrec.data.prepare import prepare_data
-from llmrec.errors import ConfigError
+from llmrec.errors import BusyError, ConfigError
 from llmrec.evaluation.analysis import holm
 from llmrec.finished import load
 from llmrec.pipeline import run_stage
+from llmrec.storage import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKET = SampleMarketConfig(num_users=120, num_items=96, num_interests=8, max_length=10)
@@ -72,7 +74,7 @@ def test_figures_are_means_over_seeds_of_what_the_cells_wrote(finished):
     values = [cell["test"]["ndcg@10"] for cell in cells]
     row = results["rows"]["sasrec"]
     assert row["test"]["ndcg@10"]["mean"] == pytest.approx(np.mean(values))
-    assert row["test"]["ndcg@10"]["std"] == pytest.approx(np.std(values, ddof=1))
+    assert row["test"]["ndcg@10"]["sd"] == pytest.approx(np.std(values, ddof=1))
     assert values[0] != values[1]
     length = row["slices"]["history length"]
     counts = results["slices"]["history length"]
@@ -93,6 +95,23 @@ def test_finished_cells_are_not_run_again_and_changed_ones_refused(finished, mon
     changed = {"sasrec": TrainCollabConfig(sasrec=SASRecConfig(embed_dim=8, inner_dim=16), epochs=3)}
     with pytest.raises(ConfigError, match=r"seed0 \(sasrec, seed 0\) was made with epochs=2 \(now 3\)"):
         run_cells(changed, [0], root / "prepare_data", root, jobs=1)
+
+
+def test_a_cell_that_another_process_ranks_is_left_to_it(finished, tmp_path):
+    root, _, _ = finished
+    folder = tmp_path / "cell"
+    shutil.copytree(root / "cells" / "sasrec" / "seed0", folder)
+    written = (folder / "metrics.json").read_bytes()
+    (folder / "metrics.json").unlink()
+    cell = cell_to_run("sasrec", 0, folder, [root / "prepare_data"])
+    with locked(folder / "ranking"):
+        assert cell.busy() and not cell.done()
+        with pytest.raises(BusyError, match="another process is computing ranking"):
+            run_cell(folder, root / "prepare_data")
+        assert not cell.done()
+    assert not cell.busy()
+    run_cell(folder, root / "prepare_data")
+    assert cell.done() and (folder / "metrics.json").read_bytes() == written
 
 
 def test_cells_of_other_data_are_refused(finished, tmp_path):
