@@ -21,7 +21,7 @@ class EvaluateConfig:
     """Users scored at once."""
 
     top_k: int = 20
-    """Best items kept per user and method in rankings.parquet."""
+    """Best items kept per user and method in rankings.parquet; coverage is that of ten."""
 
     head_rate: float = 0.1
     """Share of items, the most popular in the train split, that count as head."""
@@ -48,9 +48,9 @@ class EvaluateConfig:
             f"evaluate.ks must be different numbers of at least 1, got {self.ks}",
         )
         require(10 in self.ks, f"evaluate.ks must hold 10, which tables and tests use, got {self.ks}")
-        for name in ("batch_size", "top_k", "bootstrap_samples"):
+        for name, least in (("batch_size", 1), ("top_k", 10), ("bootstrap_samples", 1)):
             value = getattr(self, name)
-            require(value >= 1, f"evaluate.{name} must be at least 1, got {value}")
+            require(value >= least, f"evaluate.{name} must be at least {least}, got {value}")
         require(self.num_examples >= 0, f"evaluate.num_examples must be >= 0, got {self.num_examples}")
         for name in ("head_rate", "mid_rate"):
             value = getattr(self, name)

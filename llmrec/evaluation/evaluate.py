@@ -25,8 +25,13 @@ from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import summarise
 from llmrec.evaluation.rank import Ranking, Scorer, rank_targets, rank_users, top_items
 from llmrec.finetune.adapter import Adapter
+from llmrec.finetune.config import FUSIONS, FinetuneConfig
 
 logger = logging.getLogger("llmrec")
+
+TRAIN, BOTH = "train", "train and valid"
+MAKE_ANOTHER_METHOD = ("loss", "random_codes", "fusion", "me_mode", "concat_mode", "ctrl_stage")
+"""Settings of finetune that are part of a method's name, where they are not the usual ones."""
 
 UNEQUAL = (
     "Not all methods learned from the same items, and the validation items are worth much: set "
@@ -65,7 +70,7 @@ def evaluate(
     metrics["labels"] = {name: shown.get(name, name) for name in rankings}
     metrics["repeated_targets"] = repeated_targets(data, targets)
     metrics["notes"] = notes(metrics["trained_on"], metrics["labels"])
-    if metrics["repeated_targets"]:
+    if metrics["repeated_targets"] and config.mask_seen:
         metrics["notes"].append(
             f"{metrics['repeated_targets']:.1%} of the targets were in the user's history already. They stay "
             "candidates where other items of the history do not, which makes them easy to find; with "
@@ -177,11 +182,13 @@ def ratios(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def trained_on(collab: CollabEmbeddings, adapter: Adapter, rankings: dict[str, Ranking]) -> dict[str, str]:
-    """What each trained method learned from: 'train', or 'train and valid'."""
+    """What each trained method learned from: 'train', 'train and valid', or 'unknown' where collaborative
+    vectors come from a file."""
     settings = adapter.settings["config"]
-    ours = collab.knows_valid or settings["include_valid"] or settings["count_valid"]
-    found = {"mme_sid": ours, collab.provider: collab.knows_valid}
-    return {name: "train and valid" if also else "train" for name, also in found.items() if name in rankings}
+    vectors = "unknown" if "trained_on" not in collab.metrics else TRAIN
+    vectors = BOTH if collab.knows_valid else vectors
+    ours = BOTH if settings["include_valid"] or settings["count_valid"] else vectors
+    return {name: on for name, on in {"mme_sid": ours, collab.provider: vectors}.items() if name in rankings}
 
 
 def repeated_targets(data: Interactions, targets: Targets) -> float:
@@ -194,9 +201,17 @@ def repeated_targets(data: Interactions, targets: Targets) -> float:
 
 
 def labels(collab: CollabEmbeddings, adapter: Adapter, names: list[str]) -> dict[str, str]:
-    """Names as tables show them; what was fine-tuned goes by its method, and a model's loss, and the content
-    it knows, are part of its name."""
-    shown = {name: name for name in names} | {"mme_sid": adapter.settings["config"]["method"]}
+    """Names as tables show them; what was fine-tuned goes by its method and what makes it another one, and a
+    model's loss, and the content it knows, are part of its name."""
+    settings = adapter.settings["config"]
+    usual = vars(FinetuneConfig()) | {"fusion": FUSIONS[settings["method"]]}
+    others = [
+        f"{name}={settings[name]}"
+        for name in MAKE_ANOTHER_METHOD
+        if settings.get(name, "auto") not in (usual[name], "auto")
+    ]
+    method = settings["method"] + (f" ({', '.join(others)})" if others else "")
+    shown = {name: name for name in names} | {"mme_sid": method}
     if collab.provider in shown and "loss" in collab.model:
         parts = [collab.model["loss"], *collab.model.get("content", ())]
         shown[collab.provider] = f"{collab.provider} ({', '.join(parts)})"
@@ -204,12 +219,17 @@ def labels(collab: CollabEmbeddings, adapter: Adapter, names: list[str]) -> dict
 
 
 def notes(trained_on: dict[str, str], labels: dict[str, str]) -> list[str]:
-    """Sentences on who learned from validation items; none if nobody did."""
-    more = [labels[name] for name, splits in trained_on.items() if splits != "train"]
-    if not more:
-        return []
-    sentence = f"{' and '.join(more)} learned from train and validation items."
-    return [sentence, *([UNEQUAL] if len(more) < len(trained_on) else [])]
+    """Sentences on who learned from validation items, or from nobody knows what; none if nobody did."""
+    found = [
+        f"{labels[name]} reads collaborative vectors from a file; what they were learned from is not known "
+        "here, and if it was test items, its figures mean nothing."
+        for name, splits in trained_on.items()
+        if splits == "unknown"
+    ]
+    if more := [labels[name] for name, splits in trained_on.items() if splits == BOTH]:
+        found.append(f"{' and '.join(more)} learned from train and validation items.")
+        found += [UNEQUAL] if len(more) < len(trained_on) else []
+    return found
 
 
 def pick_examples(targets: Targets, number: int, seed: int) -> np.ndarray:

@@ -282,6 +282,7 @@ def examples(
 
     shown = []
     for place in pick_examples(targets, config.num_examples, config.seed):
+        rank = float(first.rank[place]) + 1  # that of a tie lies between places
         history = data.item[targets.start[place] : targets.stop[place]]
         shown.append(
             {
@@ -289,7 +290,8 @@ def examples(
                 "length": len(history),
                 "history": [card(item) for item in history[-5:]],
                 "target": card(targets.item[place]),
-                "rank": int(np.floor(first.rank[place])) + 1,
+                "hit": rank <= 10,
+                "rank": f"{rank:,.1f}".removesuffix(".0"),
                 "top": [
                     {**card(item), "hit": item == targets.item[place]}
                     for item in first.top[place][:10]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from worlds import interactions
 
+from llmrec.config import as_dict
 from llmrec.errors import ConfigError
 from llmrec.evaluation import analysis, evaluate, report
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import ndcg_at_k
 from llmrec.evaluation.rank import Ranking
 from llmrec.evaluation.table import format_table
+from llmrec.finetune.config import FinetuneConfig
 
 
 def ranking(rank: list[float], top: list[list[int]] | None = None) -> Ranking:
@@ -56,6 +59,19 @@ def test_paired_differences_find_what_is_there_and_nothing_else():
     assert same["difference"] == same["low"] == same["high"] == 0 and same["p_value"] is None
 
 
+def test_the_interval_is_that_of_drawing_users_again_and_again():
+    rng = np.random.default_rng(1)
+    difference = ndcg_at_k(rng.integers(0, 30, 3000), 10) - ndcg_at_k(rng.integers(0, 40, 3000), 10)
+    found = analysis.difference_of(difference, samples=4000, seed=0)
+    means = [difference[rng.integers(0, 3000, 3000)].mean() for _ in range(4000)]
+    assert [found["low"], found["high"]] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=6e-4)
+
+
+def test_one_user_alone_has_a_difference_and_no_p():
+    found = analysis.difference_of(np.array([0.5]), samples=20, seed=0)
+    assert found == {"difference": 0.5, "low": 0.5, "high": 0.5, "p_value": None}
+
+
 def test_a_mean_of_runs_and_a_single_one_that_are_equally_good_seldom_differ():
     """In about 5 of 100 comparisons at p < 0.05, and then the interval leaves 0 out too."""
     rng = np.random.default_rng(0)
@@ -95,7 +111,7 @@ def test_methods_are_ranked_with_the_truth_where_it_is_known(caplog):
     truth[0, [3, 4]], truth[1, [1, 4]] = (0.9, 0.1), (0.2, 0.8)
     data = dataclasses.replace(data, true_scores=truth)
     rankings = evaluate.rank_methods(
-        EvaluateConfig(top_k=2),
+        EvaluateConfig(),
         data,
         data.targets("test"),
         [evaluate.popularity(data)],
@@ -103,7 +119,7 @@ def test_methods_are_ranked_with_the_truth_where_it_is_known(caplog):
     )
     assert "evaluate: shown, recall@10" in caplog.text
     assert rankings["best_possible"].rank.tolist() == [0, 1]
-    assert rankings["best_possible"].top.tolist() == [[3, 4], [4, 1]]
+    assert rankings["best_possible"].top[:, :2].tolist() == [[3, 4], [4, 1]]
 
 
 def test_the_page_escapes_titles_and_shows_examples():
@@ -115,6 +131,10 @@ def test_the_page_escapes_titles_and_shows_examples():
     for test, p in zip(metrics["paired"]["mme_sid - popularity"].values(), (0.0, None)):
         test["p_value"] = p
     page = report.render(metrics, data, targets, rankings, [data], EvaluateConfig())
+    assert page.count('class="hit">rank') == 3
+    near = rankings | {"mme_sid": ranking([0, 9.5, 12345], [[3, 2], [2, 1], [1, 3]])}
+    shown = report.render(metrics, data, targets, near, [data], EvaluateConfig())
+    assert shown.count('class="hit">rank') == 1 and "rank 10.5<" in shown and "rank 12,346<" in shown
     assert "<td>&lt; 0.001</td>" in page and "<td>-</td>" in page
     assert "<script>alert" not in page and "&lt;script&gt;" in page
     assert "Salt &amp; Pepper" in page and "日本茶" in page
@@ -130,7 +150,7 @@ def test_the_page_escapes_titles_and_shows_examples():
         ({"ks": (5, 20)}, "must hold 10"),
         ({"ks": (10, 10)}, "different numbers"),
         ({"head_rate": 0.7}, "must be below 1"),
-        ({"top_k": 0}, "at least 1"),
+        ({"top_k": 9}, "at least 10, got 9"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -147,3 +167,54 @@ def test_what_a_model_reports_about_itself_is_drawn_one_panel_a_quantity():
     assert len(with_vector) == 2
     assert "kl" in with_vector[0] and with_vector[1].count("<path") > with_vector[0].count("<path")
     assert report.part_curves([{"epoch": 1, "train_loss": 1.0}]) == report.part_curves([]) == []
+
+
+def tuned(**settings) -> SimpleNamespace:
+    """As much of an adapter as names ask for."""
+    return SimpleNamespace(settings={"config": as_dict(FinetuneConfig(**settings))})
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ({}, "mme_sid"),
+        ({"fusion": "frequency"}, "mme_sid"),
+        ({"fusion": "equal", "random_codes": True}, "mme_sid (random_codes=True, fusion=equal)"),
+        ({"loss": "bce_full"}, "mme_sid (loss=bce_full)"),
+        ({"method": "e4srec"}, "e4srec"),
+        ({"method": "me", "me_mode": "sum"}, "me (me_mode=sum)"),
+    ],
+)
+def test_what_makes_a_method_another_one_is_part_of_its_name(settings, label):
+    collab = SimpleNamespace(provider="sasrec", model={"loss": "ce"}, metrics={}, knows_valid=False)
+    assert evaluate.labels(collab, tuned(**settings), ["mme_sid", "sasrec"]) == {
+        "mme_sid": label,
+        "sasrec": "sasrec (ce)",
+    }
+
+
+def test_tables_say_who_learned_from_what_and_of_whom_it_is_not_known():
+    ours = {"mme_sid": None, "sasrec": None, "popularity": None}
+
+    def learned(metrics: dict, **settings) -> dict[str, str]:
+        knows = "valid" in metrics.get("trained_on", ())
+        collab = SimpleNamespace(provider="sasrec", metrics=metrics, knows_valid=knows)
+        return evaluate.trained_on(collab, tuned(**settings), ours)
+
+    names = {"mme_sid": "mme_sid", "sasrec": "sasrec (ce)"}
+    found = learned({"trained_on": ["train"]})
+    assert found == {"mme_sid": "train", "sasrec": "train"} and evaluate.notes(found, names) == []
+    found = learned({"trained_on": ["train", "valid"]})
+    assert found == dict.fromkeys(names, "train and valid")
+    assert evaluate.notes(found, names) == [
+        "mme_sid and sasrec (ce) learned from train and validation items."
+    ]
+    found = learned({"trained_on": ["train"]}, include_valid=True, eval_every_epochs=0)
+    assert found == {"mme_sid": "train and valid", "sasrec": "train"}
+    assert evaluate.notes(found, names)[1] == evaluate.UNEQUAL
+    found = {"mme_sid": learned({})["mme_sid"]}
+    assert found == {"mme_sid": "unknown"}
+    (said,) = evaluate.notes(found, names)
+    assert said.startswith(
+        "mme_sid reads collaborative vectors from a file; what they were learned from is not"
+    )
