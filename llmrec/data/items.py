@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from llmrec.config import given
 from llmrec.data.config import PrepareDataConfig
-from llmrec.data.pictures import PictureLimits, fetch_pictures
+from llmrec.data.pictures import Picture, PictureLimits, fetch_pictures
 from llmrec.data.sources import Log, file_row, id_column, read_table, text_column
 from llmrec.errors import DataError
 
@@ -29,7 +29,7 @@ class ItemFile:
         self.path = Path(config.items) if config.items is not None else None
         self.title, self.texts, self.image = config.title_column, config.text_columns, config.image_column
         self.url, self.folder, self.offline = config.image_url_column, config.image_folder, config.offline
-        self.fetched: dict[str, str | None] = {}
+        self.fetched: dict[str, Picture] = {}
         self.columns: dict[str, pa.ChunkedArray] = {}
         if self.path is None:
             return
@@ -101,12 +101,14 @@ class ItemFile:
         new = [(item, url) for item, url in wanted if url not in self.fetched]
         if new:
             found = fetch_pictures(new, Path(given(self.folder)), PICTURE_LIMITS, offline=self.offline)
-            self.fetched |= {picture.url: picture.path for picture in found}
+            self.fetched |= {picture.url: picture for picture in found}
         place = {item: self.fetched[url] for item, url in wanted}
-        images = [place.get(item) for item in raw_ids]
+        images = [place[item].path if item in place else None for item in raw_ids]
+        status = [picture.status for picture in place.values()]
         counts = {
             "items_without_picture_address": len(images) - len(wanted),
-            "pictures_not_fetched": len(wanted) - sum(image is not None for image in images),
+            "pictures_not_fetched": len(status) - status.count("ok"),
+            "pictures_that_may_come": status.count("failed") + status.count("offline"),
         }
         return images, counts
 

@@ -1,7 +1,8 @@
 """Pictures of items, fetched from the addresses in an items file; one file per address, one status per item.
 
 A picture is named after its address, checked before it gets that name, and never fetched twice. What failed
-for good stands in status.parquet and is not asked for again; what may pass is tried again on the next run.
+for good stands in status.parquet and is not asked for again; what may pass is tried again whenever
+prepare_data is computed.
 """
 
 from __future__ import annotations

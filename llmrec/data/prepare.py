@@ -94,6 +94,8 @@ class Rows:
     """Raw item ids in order"""
     dropped: dict[str, int] = field(default_factory=dict)
     """Interactions left out, by reason"""
+    incomplete: dict[str, int] = field(default_factory=dict)
+    """Items left out for what they lack, and how many lacked what"""
 
     def keep(self, chosen: np.ndarray, reason: str) -> None:
         """Keep a bool mask of rows, and only the users and items that still occur."""
@@ -160,12 +162,14 @@ def drop_items(config: PrepareDataConfig, rows: Rows, item_file: ItemFile) -> No
             )
         rows.keep(~excluded[rows.item], "excluded_item")
     if config.incomplete_items == "drop":
-        table, _ = item_file.table(rows.items)
+        table, counts = item_file.table(rows.items)
         incomplete = np.zeros(len(rows.items), dtype=bool)
         if config.title_column is not None:
             incomplete |= np.array(table["title"].to_pylist()) == ""
         if item_file.root is not None:
             incomplete |= table["image_path"].is_null().to_numpy()
+        counts.pop("items_without_interactions", None)
+        rows.incomplete = {"items": int(incomplete.sum()), "of_items": len(incomplete)} | counts
         rows.keep(~incomplete[rows.item], "incomplete_item")
     if len(rows.user) < before:
         count = np.bincount(rows.user, minlength=len(rows.users))
@@ -228,6 +232,8 @@ def assemble(
     train_count = np.bincount(rows.item[split == splits.TRAIN], minlength=len(rows.items))
     items, counts = item_file.table(rows.items)
     summary |= {"dropped": rows.dropped, **counts, **summarise(rows.offset, split, train_count)}
+    if rows.incomplete:
+        summary["incomplete_items"] = rows.incomplete
     summary["warnings"] = unexpected + warnings_of(summary)
     log_summary(summary)
     return Interactions(
@@ -243,12 +249,14 @@ def assemble(
 
 
 def times_are_positions(log: Log) -> bool:
-    """Whether every user's timestamps count up by one from one common start."""
-    count = np.bincount(log.user)
+    """Whether every user's timestamps count up by one from one common start, rows that stand twice aside."""
+    once = first_of_duplicates(log.user, log.item, log.timestamp)
+    user, timestamp = log.user[once], log.timestamp[once]
+    count = np.bincount(user)
     earliest = np.full(len(count), np.iinfo(np.int64).max)
     latest = np.full(len(count), np.iinfo(np.int64).min)
-    np.minimum.at(earliest, log.user, log.timestamp)
-    np.maximum.at(latest, log.user, log.timestamp)
+    np.minimum.at(earliest, user, timestamp)
+    np.maximum.at(latest, user, timestamp)
     same_start = (earliest == earliest[0]).all()
     return bool(same_start and (latest - earliest + 1 == count).all() and count.max() > 1)
 

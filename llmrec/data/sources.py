@@ -143,13 +143,13 @@ def read_table(path: Path, columns: list[str]) -> pa.Table:
         DataError: missing or empty file, a missing column, not UTF-8, rows of a wrong length.
     """
     if is_hub(path):
-        return read_hub(str(path), list(dict.fromkeys(columns)))
+        return plain_texts(read_hub(str(path), list(dict.fromkeys(columns))))
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
         if path.suffix.lower() == ".parquet":
             _check_columns(path, pq.read_schema(path).names, columns)
-            table = pq.read_table(path, columns=list(dict.fromkeys(columns)))
+            table = plain_texts(pq.read_table(path, columns=list(dict.fromkeys(columns))))
         elif kind_of(path) in DELIMITERS:
             table = _read_csv(path, columns)
         elif kind_of(path) in RAW_READERS:
@@ -166,6 +166,17 @@ def read_table(path: Path, columns: list[str]) -> pa.Table:
         raise DataError(f"{path} cannot be read as {kind_of(path)[1:]}: {reason}") from None
     if table.num_rows == 0:
         raise DataError(f"{path} has no rows of data; expected at least one")
+    return table
+
+
+def plain_texts(table: pa.Table) -> pa.Table:
+    """A table whose texts have one type, of the several that they have in parquet files."""
+    for place, field in enumerate(table.schema):
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_string(kind):
+            table = table.set_column(place, field.name, table[place].cast(pa.string()))
+        elif pa.types.is_dictionary(field.type):
+            table = table.set_column(place, field.name, table[place].cast(kind))
     return table
 
 

@@ -54,7 +54,7 @@ def warnings_of(summary: dict[str, Any]) -> list[str]:
     found = []
     if "ties" in summary and (sentence := ties.warning(summary["ties"])):
         found.append(sentence)
-    if summary.get("train_after_test_rate"):
+    if summary.get("train_after_test_rate") or summary.get("leaking_user_rate"):
         found.append(
             "Leave-one-out lets a model train on the future of other users: "
             f"{summary['train_after_test_rate']:.1%} of train interactions are later than the median test "
@@ -67,6 +67,17 @@ def warnings_of(summary: dict[str, Any]) -> list[str]:
         found.append(f"The pictures of {lost} of {summary['num_items']} items are named but do not exist.")
     if lost := summary.get("items_without_picture_path"):
         found.append(f"{lost} of {summary['num_items']} items name no picture.")
+    if lost := summary.get("pictures_not_fetched"):
+        found.append(f"The pictures of {lost} of {summary['num_items']} items could not be fetched.")
+    left_out = summary.get("incomplete_items", {})
+    if number := left_out.get("items"):
+        found.append(f"{number} of {left_out['of_items']} items are left out, lacking a title or picture.")
+    if may := max(one.get("pictures_that_may_come", 0) for one in (summary, left_out)):
+        found.append(
+            f"{may} pictures were not to be had now but may come (status.parquet beside them says why). They "
+            "are asked for again once prepare_data is computed again: delete its folder and what was made "
+            "from it."
+        )
     return found
 
 

@@ -186,6 +186,22 @@ def test_items_bring_titles_texts_and_pictures(tmp_path):
     assert "The pictures of 1 of 4 items are named but do not exist." in summary["warnings"]
 
 
+def test_items_left_out_for_what_they_lack_are_counted(tmp_path):
+    log = "".join(f"u{user},{item},{item}\n" for user in range(3) for item in range(6))
+    items = "item_id,title,image\n" + "".join(
+        f"{item},{'' if item == 2 else 'x'},p{item}.png\n" for item in range(6)
+    )
+    for item in range(5):
+        (tmp_path / f"p{item}.png").write_bytes(b"x")
+    head = "user_id,item_id,timestamp\n"
+    data = prepare(tmp_path, head + log, items, image_column="image", incomplete_items="drop")
+    assert data.num_items == 4
+    left_out = data.summary["incomplete_items"]
+    assert left_out["items"] == 2 and left_out["of_items"] == 6
+    assert left_out["items_without_title"] == 1 and left_out["missing_picture_files"] == 1
+    assert "2 of 6 items are left out, lacking a title or picture." in data.summary["warnings"]
+
+
 def test_an_items_file_may_have_no_titles(tmp_path):
     data = prepare(tmp_path, SMALL, "item_id\n7\n8\n9\n10\n", title_column=None)
     assert data.titles == [""] * 4
@@ -335,3 +351,45 @@ def test_the_summary_names_the_files_by_hash(tmp_path):
     assert files["interactions"]["name"] == "log.csv"
     assert files["interactions"]["bytes"] == len(SMALL)
     assert len(files["interactions"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_texts_of_parquet_files_may_have_any_of_their_types(kind, tmp_path):
+    (tmp_path / "log.csv").write_text(SMALL)
+    wanted = prepare(tmp_path, SMALL)
+
+    def typed(values: list[str]) -> pa.Array:
+        made = pa.array(values)
+        return made.dictionary_encode() if kind == "dictionary" else made.cast(getattr(pa, kind)())
+
+    rows = [line.split(",") for line in SMALL.split()[1:]]
+    table = {
+        "user_id": typed([user for user, _, _ in rows]),
+        "item_id": typed([item for _, item, _ in rows]),
+        "timestamp": typed([f"2011-10-18T00:00:{int(time):02d}Z" for _, _, time in rows]),
+    }
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    found = prepare_data(
+        PrepareDataConfig(source="table", interactions=str(tmp_path / "log.parquet"), k_core=0)
+    )
+    assert histories(found) == histories(wanted)
+    assert found.timestamp.min() == 1318896001
+
+
+def test_positions_in_place_of_times_are_seen_though_a_row_stands_twice(tmp_path):
+    log = "user_id,item_id,timestamp\n" + "".join(
+        f"u{u},i{(u + t) % 5},{t}\n" for u in range(4) for t in range(4)
+    )
+    for text in (log, log + "u0,i0,0\n"):
+        data = prepare(tmp_path, text)
+        assert data.summary["times_are_positions"] and "train_after_test_rate" not in data.summary
+
+
+def test_a_leak_is_told_though_the_median_test_item_is_the_latest(tmp_path):
+    times = [(0, 1, 2), (3, 90, 91), (4, 92, 93)]
+    log = "".join(
+        f"u{user},i{place},{time}\n" for user, row in enumerate(times) for place, time in enumerate(row)
+    )
+    data = prepare(tmp_path, "user_id,item_id,timestamp\n" + log)
+    assert data.summary["train_after_test_rate"] == 0 and data.summary["leaking_user_rate"] == 1 / 3
+    assert any("33.3% of the users have a test item older" in text for text in data.summary["warnings"])
