@@ -26,7 +26,7 @@ from llmrec.errors import ConfigError, LlmrecError
 from llmrec.finetune import base_model, build
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.lora import add_lora
-from llmrec.finetune.methods import modalities_of
+from llmrec.finetune.modalities import modalities_of
 from llmrec.finetune.packing import count_tokens
 from llmrec.finetune.steps import steps_of_epoch, train_counts, training_targets
 from llmrec.finished import load
@@ -112,7 +112,8 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
     names = modalities_of(config, tuple(widths))
     prompt = base_model.load_prompt(config)
     base = meta_base(config, prompt)
-    model = meta_model(recipe, config, base, prompt, {name: widths[name] for name in names}, data)
+    held = {name: widths[name] for name in names}
+    model = meta_model(recipe, config, base, prompt, held, data)
     targets = training_targets(config, data)
     # On a GPU rows stand in a stream unless told otherwise, with one instruction for all.
     shared = model.share_instruction or (config.share_instruction and config.rows == "auto")
@@ -143,7 +144,7 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
     }
     parameters = build.parameter_counts(model)
     flops = operations(model, counts, parameters)
-    memory = bytes_used(config, model, widths, counts)
+    memory = bytes_used(config, model, held, counts)
     # AdamW reads weight, gradient and both moments, and writes all but the gradient: 7 numbers of 4 bytes.
     moved = None
     plain = (config.quantize, config.optimizer, config.checkpoint_activations) == ("none", "adamw", False)

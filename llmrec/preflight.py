@@ -15,8 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmrec.config import given
-from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError
 from llmrec.recipe import Recipe
 from llmrec.stages import STAGES
@@ -46,6 +44,7 @@ def in_the_way(recipe: Recipe, stages: Iterable[str] = tuple(STAGES)) -> Iterato
         yield from contents(recipe)
     if "finetune" in stages:
         yield from fine_tuning(recipe)
+    yield from modalities(recipe, stages)
 
 
 def data_files(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
@@ -54,15 +53,18 @@ def data_files(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
         if stage not in stages:
             continue
         config = getattr(recipe, stage)
-        for name, path in getattr(config, "source_files", dict)().items():
+        named = {path.name for path in recipe.prepare_data.named_files()}
+        for name, path in config.source_files().items():
+            if name in named:
+                continue
             where = f"{stage}.{name}={path}"
             if path.startswith("hub:") or Path(path).exists():
                 yield Finding("ok", where)
             else:
                 yield Finding("problem", f"{where}: no such file", f"put it there, or set {stage}.{name}")
     prepare = recipe.prepare_data
-    if prepare.source == "amazon_2014" and "prepare_data" in stages:
-        for path in named_files(prepare):
+    if "prepare_data" in stages:
+        for path in prepare.named_files():
             if path.is_file():
                 yield Finding("ok", str(path))
             elif prepare.offline:
@@ -70,13 +72,6 @@ def data_files(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
                 yield Finding("problem", f"{path} is absent, and prepare_data.offline=true", advice)
             else:
                 yield Finding("note", f"{path} is absent", "fetched by the run")
-
-
-def named_files(prepare: PrepareDataConfig) -> list[Path]:
-    """The files of a category by name, whether they are there or not."""
-    from llmrec.data.named import file_names
-
-    return [Path(given(prepare.folder)) / name for name in file_names(given(prepare.category))]
 
 
 def to_fetch(recipe: Recipe) -> tuple[list[str], list[str]]:
@@ -88,7 +83,7 @@ def to_fetch(recipe: Recipe) -> tuple[list[str], list[str]]:
 
     addresses = [*prepare.mirrors, f"https://{AMAZON_2014}"]
     hosts = [urllib.parse.urlsplit(address).hostname or address for address in addresses]
-    absent = [path.name for path in named_files(prepare) if not path.is_file()]
+    absent = [path.name for path in prepare.named_files() if not path.is_file()]
     return absent, list(dict.fromkeys(hosts))
 
 
@@ -220,3 +215,34 @@ def fine_tuning(recipe: Recipe) -> Iterator[Finding]:
             f"{config.mini.hidden_size}",
             "make them equal, or set finetune.project_codes=true",
         )
+    if recipe.train_collab.include_valid and config.eval_every_epochs:
+        yield Finding(
+            "problem",
+            "train_collab.include_valid=true makes the collaborative vectors from validation items, so these "
+            "can measure nothing in finetune",
+            "set finetune.eval_every_epochs=0 and finetune.select=last, or leave it out",
+        )
+
+
+def modalities(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
+    """Whether there will be the vectors that stages ask for."""
+    from llmrec.finetune.modalities import modalities_of
+
+    encode, ids = recipe.encode_items, recipe.learn_semantic_ids
+    made = [name for name in ("text", "image") if getattr(encode, name).encoder != "none"]
+    model = recipe.train_collab.provider
+    asked = {
+        f"train_collab.{model}.content": ("train_collab", recipe.train_collab.content, made),
+        "learn_semantic_ids.modalities": ("learn_semantic_ids", ids.modalities or (), ["collab", *made]),
+    }
+    for setting, (stage, names, there) in asked.items():
+        absent = [name for name in names if name not in there]
+        if stage in stages and absent:
+            advice = " and ".join(f"set encode_items.{name}.encoder" for name in absent)
+            what = f"{setting}={','.join(names)}: there will be no {' and no '.join(absent)} vectors"
+            yield Finding("problem", what, f"{advice}, or leave it out")
+    if "finetune" in stages:
+        try:
+            modalities_of(recipe.finetune, ids.modalities or ("collab", *made))
+        except ConfigError as error:
+            yield Finding("problem", str(error), "set finetune.method, or what encode_items encodes")

@@ -8,13 +8,15 @@ import pytest
 from tiny_recipe import tiny
 
 from llmrec import cli, pipeline, preflight
+from llmrec.config import override
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import ConfigError
 from llmrec.estimate import estimate
-from llmrec.finetune.config import MiniConfig
+from llmrec.finetune.config import FinetuneConfig, MiniConfig
 from llmrec.preflight import in_the_way
 from llmrec.recipe import Recipe, main
+from llmrec.stages import STAGES
 
 NO_MODELS = (
     "/nosuch/model",
@@ -131,3 +133,40 @@ def test_a_name_that_nobody_answers_for_is_not_waited_for(monkeypatch):
 def test_data_that_are_absent_and_may_not_be_fetched_are_a_problem(tmp_path):
     found = problems(beauty(tmp_path, offline=True), "prepare_data")
     assert len(found) == 2 and all("is absent, and prepare_data.offline=true" in one for one in found)
+
+
+NONE = ["encode_items.text.encoder=none"]
+OTHER_METHOD = [f"finetune.fusion_temperature={FinetuneConfig().fusion_temperature}"]
+NOTHING = [*NONE, "encode_items.image.encoder=none"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["train_collab.include_valid=true", "train_collab.select=last"],
+            "train_collab.include_valid=true makes the collaborative vectors from validation items",
+        ),
+        (
+            [*NONE, "train_collab.sasrec.content=text"],
+            "train_collab.sasrec.content=text: there will be no text vectors",
+        ),
+        (
+            [*NONE, "learn_semantic_ids.modalities=collab,text"],
+            "learn_semantic_ids.modalities=collab,text: there will be no text vectors",
+        ),
+        (
+            [*NOTHING, *OTHER_METHOD, "finetune.method=concat"],
+            "puts modalities together and needs at least two, got collab",
+        ),
+        (
+            [*OTHER_METHOD, "learn_semantic_ids.modalities=text", "finetune.method=e4srec"],
+            "needs collaborative vectors",
+        ),
+    ],
+)
+def test_stages_that_do_not_go_together_are_told_before_the_first_one(settings, said):
+    recipe = override(tiny(), dict(setting.split("=") for setting in settings))
+    found = problems(recipe, *STAGES)
+    assert len(found) == 1 and said in found[0]
+    assert problems(tiny(), *STAGES) == []

@@ -16,7 +16,8 @@ from llmrec.finetune.base_model import head_width, set_up_base, stream_and_flex
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.fusion import EqualWeights, FrequencyGate, ItemScores
 from llmrec.finetune.item_inputs import CodeSums, OwnTable, ProjectedVectors
-from llmrec.finetune.methods import WITH_CODES, item_tokens, modalities_of
+from llmrec.finetune.methods import WITH_CODES, item_tokens
+from llmrec.finetune.modalities import modalities_of
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.prompt import Prompt
 

@@ -365,6 +365,10 @@ class FinetuneConfig:
         """Settings that change how this is computed, but beyond rounding nothing of what."""
         return CHANGE_NO_RESULT
 
+    def source_files(self) -> dict[str, str]:
+        """The users' own files that the result depends on, by setting."""
+        return {"prompt": self.prompt} if self.prompt.endswith(".toml") else {}
+
     @property
     def fusion_used(self) -> str:
         """What fusion='auto' stands for."""

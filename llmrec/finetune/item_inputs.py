@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from llmrec.config import given
 from llmrec.semantic_ids.losses import info_nce
 
-# The published concatenation is collaborative, image, text.
-MODALITY_ORDER = ("collab", "image", "text")
-
 
 class ProjectedVectors(nn.Module):
     """a(i) = W E[i] + b, from frozen item vectors.

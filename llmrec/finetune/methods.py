@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.item_inputs import (
-    MODALITY_ORDER,
     CodeSums,
     ItemTokens,
     LinearMix,
@@ -36,32 +35,8 @@ from llmrec.finetune.item_inputs import (
     SumOfParts,
 )
 
-COLLAB_ONLY = ("e4srec", "me", "se_sid", "se_random")
-"""Methods that know the collaborative modality alone."""
-
 WITH_CODES = ("mme_sid", "se_sid")
 """Methods that read semantic IDs."""
-
-
-def modalities_of(config: FinetuneConfig, available: tuple[str, ...]) -> tuple[str, ...]:
-    """The modalities a method uses, in the published order.
-
-    Raises:
-        ConfigError: the method needs one that is not there.
-    """
-    names = tuple(name for name in MODALITY_ORDER if name in available)
-    if config.method in COLLAB_ONLY:
-        names = tuple(name for name in names if name == "collab")
-        if not names:
-            raise ConfigError(
-                f"finetune.method={config.method!r} needs collaborative vectors with semantic IDs"
-            )
-    if config.method in ("concat", "concat_mlp", "ctrl_mm") and len(names) < 2:
-        raise ConfigError(
-            f"finetune.method={config.method!r} puts modalities together and needs at least two, got "
-            f"{', '.join(names)}; encode texts or pictures, or use finetune.method=e4srec"
-        )
-    return names
 
 
 def item_tokens(

@@ -14,7 +14,8 @@ from llmrec import distributed
 from llmrec.errors import ConfigError
 from llmrec.finetune.build import parameter_counts
 from llmrec.finetune.config import FinetuneConfig
-from llmrec.finetune.methods import item_tokens, modalities_of
+from llmrec.finetune.methods import item_tokens
+from llmrec.finetune.modalities import modalities_of
 from llmrec.finetune.packing import count_tokens, group_rows, pack
 from llmrec.finetune.passes import Passes
 from llmrec.semantic_ids.diagnostics import spectrum
