@@ -146,6 +146,20 @@ class Interactions:
         path = self.items["image_path"][item_id - 1].as_py()
         return self.image_root / path if path and self.image_root else None
 
+    def pictures_digest(self) -> str | None:
+        """Hash of names and sizes of the items' picture files; None if there are none, or some are gone."""
+        paths = [path for path in self.items["image_path"].to_pylist() if path]
+        if not paths or self.image_root is None:
+            return None
+        digest = hashlib.sha256()
+        for path in paths:
+            try:
+                size = (self.image_root / path).stat().st_size
+            except FileNotFoundError:
+                return None
+            digest.update(f"{path}\0{size}\0".encode())
+        return digest.hexdigest()
+
     def sequences(self, *splits: Split) -> Sequences:
         """The interactions of these splits alone, by user and time."""
         keep = np.isin(self.split, [SPLIT_CODES[split] for split in splits])

@@ -99,7 +99,11 @@ def manifest_of(artifact: Any) -> dict[str, Any]:
 def fingerprint(artifact: Any) -> str:
     """Hash of the files an artefact was loaded from, the same for equal runs: a stage that is computed again
     and comes out as before leaves what was made from it valid."""
-    manifest = manifest_of(artifact)
+    return fingerprint_of(manifest_of(artifact))
+
+
+def fingerprint_of(manifest: dict[str, Any]) -> str:
+    """`fingerprint`, from an artefact's manifest."""
     contents = manifest.get("contents", {})
     hashes = {name: contents.get(name, entry["sha256"]) for name, entry in manifest["files"].items()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

@@ -24,6 +24,7 @@ from llmrec import __version__, distributed, machine
 from llmrec.artifacts import Report
 from llmrec.config import as_dict, changed_settings, without_incidental
 from llmrec.contents import content_digests
+from llmrec.encoders.config import PICTURES
 from llmrec.errors import (
     ArtifactMismatchError,
     MissingArtifactError,
@@ -183,7 +184,9 @@ def compute(
                 scratch.mkdir(parents=True)
                 result.save(scratch)
                 seconds = time.perf_counter() - started
-                seal(scratch, wanted, seconds)
+                # Files that the stage has fetched belong to it too.
+                sources = source_hashes(config, wanted["sources"])
+                seal(scratch, wanted | {"sources": sources}, seconds)
                 flush_all(scratch)
                 os.replace(scratch, folder)
                 flush(folder.parent)
@@ -216,29 +219,38 @@ _unfinished: contextvars.ContextVar[tuple[Path, dict[str, Any]] | None] = contex
 
 def describe_stage(name: str, config: Any, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """What makes a stage's output what it is: name, config and the files it was made from."""
+    digests: Callable[..., dict[str, str]] = getattr(config, "source_digests", lambda *_: {})
     return {
         "schema": SCHEMA_VERSION,
         "stage": name,
         "config": as_dict(config),
-        "sources": source_hashes(config),
+        "sources": source_hashes(config) | digests(*inputs),
         "inputs": {artifact.stage: fingerprint(artifact) for artifact in inputs},
     }
 
 
-def source_hashes(config: Any) -> dict[str, str]:
+def source_hashes(config: Any, known: dict[str, str] | None = None) -> dict[str, str]:
     """Hashes of the users' own files that a config names in ``source_files``, by setting.
 
     Files that are gone are left out: what was made from them may still be used.
+
+    Args:
+        config: a stage's settings.
+        known: hashes that need not be worked out again.
     """
     files: dict[str, str] = getattr(config, "source_files", dict)()
-    return {name: sha256(Path(path)) for name, path in files.items() if Path(path).is_file()}
+    found = dict(known or {})
+    for name, path in files.items():
+        if name not in found and Path(path).is_file():
+            found[name] = sha256(Path(path))
+    return found
 
 
 def changed_sources(manifest: dict[str, Any], sources: dict[str, str]) -> list[str]:
     """Phrases naming the users' files whose content is no longer what a stage was made from."""
     before = manifest.get("sources") or {}
     return [
-        f"other content of the {name} file"
+        f"other {name}" if name == PICTURES else f"other content of the {name} file"
         for name, digest in sources.items()
         if before.get(name, digest) != digest
     ]

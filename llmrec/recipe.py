@@ -296,7 +296,7 @@ def refuse_what_cannot_finish(recipe: Recipe, stages: dict[str, str]) -> None:
 
 def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
     """Of each stage: done, `TO_DO`, `UNCERTAIN`, or made with other settings."""
-    from llmrec.finished import stage_manifest
+    from llmrec.finished import fingerprint_of, stage_manifest
     from llmrec.manifest import MANIFEST
     from llmrec.pipeline import changed_sources, source_hashes
 
@@ -313,6 +313,12 @@ def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
         elif changes := [
             *changed_settings((manifest := stage_manifest(folder))["config"], config),
             *changed_sources(manifest, source_hashes(config)),
+            *(
+                f"another {other}"
+                for other in stage.made_from(config)
+                if found.get(other) == "done"
+                and manifest["inputs"].get(other) != fingerprint_of(stage_manifest(root / other))
+            ),
         ]:
             status = f"was made with {', '.join(changes)}; use another --run-dir or delete the folder"
         elif new.intersection(stage.made_from(config)):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from tiny_recipe import tiny
 
-from llmrec import cli
+from llmrec import cli, pipeline
 from llmrec.artifacts import ContentEmbeddings, Interactions
 from llmrec.collab.config import PROVIDER_FIELDS, SASRecConfig, TrainCollabConfig
 from llmrec.config import flatten
@@ -283,6 +283,16 @@ def test_only_what_a_stage_was_made_from_makes_it_uncertain(finished, tmp_path):
     found = statuses(tiny(), tmp_path / "run", None)
     assert (found["train_collab"], found["prepare_data"], found["encode_items"]) == (TO_DO, "done", "done")
     assert {found[name] for name in ("learn_semantic_ids", "finetune", "evaluate")} == {UNCERTAIN}
+
+
+def test_what_was_made_from_another_output_is_told_before_anything_is_computed(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "train_collab")
+    other = dataclasses.replace(tiny(), train_collab=dataclasses.replace(tiny().train_collab, seed=1))
+    pipeline.run(other, pipeline.RunDir(tmp_path / "run"), until="train_collab")
+    found = statuses(other, tmp_path / "run", None)
+    assert (found["train_collab"], found["encode_items"]) == ("done", "done")
+    assert found["learn_semantic_ids"].startswith("was made with another train_collab; ")
 
 
 def test_a_finished_stage_needs_nothing_any_more():

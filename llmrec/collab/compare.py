@@ -62,10 +62,11 @@ def run_cells(
         One line per failed cell.
     """
     data = load(Interactions, data_folder)
+    content = None if content_folder is None else load(ContentEmbeddings, content_folder)
     found = []
     for name, seed, folder, config in cells_of(rows, seeds, root):
         prepare_cell(folder, config, f"{name}, seed {seed}")
-        check_data(folder, data)
+        check_made_from(folder, data, content if config.content else None)
         inputs = [data_folder, *([content_folder] if content_folder and config.content else [])]
         found.append(cell_to_run(name, seed, folder, inputs))
     return side_by_side.run(found, jobs)
@@ -111,16 +112,21 @@ def prepare_cell(folder: Path, config: TrainCollabConfig, what: str) -> None:
     write_json(file, as_dict(config))
 
 
-def check_data(folder: Path, data: Interactions) -> None:
-    """Refuse a finished cell of other data: users of two data sets do not pair.
+def check_made_from(folder: Path, data: Interactions, content: ContentEmbeddings | None = None) -> None:
+    """Refuse a finished cell of other data, whose users would not pair, or of other texts and pictures.
 
     Raises:
-        ConfigError: it was trained on other data.
+        ConfigError: it was trained on others.
     """
     if not (folder / "metrics.json").exists():
         return
-    if stage_manifest(folder / "train_collab")["inputs"]["prepare_data"] != fingerprint(data):
+    made_from = stage_manifest(folder / "train_collab")["inputs"]
+    if made_from["prepare_data"] != fingerprint(data):
         raise ConfigError(f"{folder} was trained on other data; use another --run-dir, or delete it")
+    if content is not None and made_from.get("encode_items") != fingerprint(content):
+        raise ConfigError(
+            f"{folder} was trained with other text or image vectors; use another --run-dir, or delete it"
+        )
 
 
 def run_cell(folder: Path, data_folder: Path, content_folder: Path | None = None) -> None:
@@ -204,7 +210,7 @@ def summarise_cells(
         cells = [root / "cells" / name / f"seed{seed}" for seed in seeds]
         done = [cell for cell in cells if (cell / "metrics.json").exists()]
         for cell in done:
-            check_data(cell, data)
+            check_made_from(cell, data)
         config = rows[name]
         found[name] = {"num_seeds": len(done), "num_wanted": len(seeds)}
         found[name] |= {"select": config.select, "include_valid": config.include_valid}

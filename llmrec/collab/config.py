@@ -19,6 +19,7 @@ from llmrec.collab.configs.moe import MoeConfig
 from llmrec.collab.configs.sasrec import SASRecConfig
 from llmrec.collab.configs.svae import SvaeConfig
 from llmrec.config import require
+from llmrec.encoders.config import vector_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ class TrainCollabConfig:
 
     def source_files(self) -> dict[str, str]:
         """The users' own files that the result depends on, by setting."""
-        return {} if self.vectors is None else {"vectors": self.vectors}
+        return vector_files("vectors", self.vectors)
 
     def idle_fields(self) -> list[str]:
         """Settings of the models that are not trained; they hold defaults and are not written down."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from llmrec.config import require
+from llmrec.config import given, require
 
 OWN_COLUMNS = ("raw_id", "title", "train_count", "image_path")
 """Columns of items.parquet that text columns must not be named like."""
@@ -226,7 +227,16 @@ class PrepareDataConfig:
             "items": self.items,
             "exclude_items": self.exclude_items,
         }
-        return {name: path for name, path in named.items() if path is not None}
+        found = {name: path for name, path in named.items() if path is not None}
+        return found | {path.name: str(path) for path in self.named_files()}
+
+    def named_files(self) -> list[Path]:
+        """The files of a category by name, whether they are there or not."""
+        if self.source != "amazon_2014":
+            return []
+        from llmrec.data.named import file_names
+
+        return [Path(given(self.folder)) / name for name in file_names(given(self.category))]
 
     @property
     def least_interactions(self) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
+from llmrec.artifacts import Interactions
 from llmrec.config import require
 
+PICTURES = "pictures"
 PILLOW_PIXELS = 89_478_485
 """Pillow warns of a decompression bomb beyond this (its MAX_IMAGE_PIXELS)."""
 
@@ -204,8 +207,27 @@ class EncodeItemsConfig:
 
     def source_files(self) -> dict[str, str]:
         """The users' own files that the result depends on, by setting."""
-        named = {"text.path": self.text.path, "image.path": self.image.path}
-        return {name: path for name, path in named.items() if path is not None}
+        return vector_files("text.path", self.text.path) | vector_files("image.path", self.image.path)
+
+    def source_digests(self, data: Interactions) -> dict[str, str]:
+        """Hashes of further files of the users' that the result depends on, which the inputs name."""
+        if self.image.encoder in ("none", "precomputed") or (digest := data.pictures_digest()) is None:
+            return {}
+        return {PICTURES: digest}
+
+
+def vector_files(setting: str, path: str | None) -> dict[str, str]:
+    """A file of ready-made vectors and, where it is there, the file beside it that names its rows."""
+    if path is None:
+        return {}
+    beside = ids_beside(Path(path))
+    named = path.endswith(".safetensors") and beside.is_file()
+    return {setting: path} | ({f"{setting} ids": str(beside)} if named else {})
+
+
+def ids_beside(vectors: Path) -> Path:
+    """Where the raw ids of a tensor file's rows stand; see `llmrec.encoders.precomputed`."""
+    return vectors.with_suffix(".ids.json")
 
 
 def check_encoder(config: Any, name: str, effective: dict[str, set[str]]) -> None:

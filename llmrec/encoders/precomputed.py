@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from llmrec.artifacts import catalog_of
+from llmrec.encoders.config import ids_beside
 from llmrec.errors import ArtifactMismatchError, DataError
 
 logger = logging.getLogger("llmrec")
@@ -172,7 +173,7 @@ def _order_rows(
             )
         _check_rows(vectors, len(raw_ids), file, what)
         return vectors, missing
-    beside = file.with_suffix(".ids.json")
+    beside = ids_beside(file)
     if beside.is_file():
         ids = _read_ids(beside, what)
         _check_rows(vectors, len(ids), file, what)

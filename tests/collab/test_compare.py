@@ -11,16 +11,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmrec.artifacts import Interactions
+from llmrec.artifacts import ContentEmbeddings, Interactions
 from llmrec.collab import compare_cli
-from llmrec.collab.compare import cell_to_run, prepare_cell, run_cell, run_cells, summarise_cells
+from llmrec.collab.compare import (
+    cell_to_run,
+    check_made_from,
+    prepare_cell,
+    run_cell,
+    run_cells,
+    summarise_cells,
+)
 from llmrec.collab.compare_cli import by_stage, chosen_rows, every_provider
 from llmrec.collab.compare_report import how_epochs_were_chosen, label, markdown, page
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.configs.gru4rec import GRU4RecConfig
 from llmrec.collab.configs.sasrec import SASRecConfig
+from llmrec.collab.train import train_collab
 from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
 from llmrec.data.prepare import prepare_data
+from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
+from llmrec.encoders.encode import encode_items
 from llmrec.errors import BusyError, ConfigError
 from llmrec.evaluation.analysis import holm
 from llmrec.finished import load
@@ -123,6 +133,25 @@ def test_cells_of_other_data_are_refused(finished, tmp_path):
         run_cells(only, [0], tmp_path / "prepare_data", root, jobs=1)
     with pytest.raises(ConfigError, match=r"seed0 was trained on other data"):
         summarise_cells(only, [0], other, root, reference="sasrec", samples=50)
+
+
+def test_cells_with_other_texts_are_refused(finished, tmp_path):
+    root, _, _ = finished
+    folder = tmp_path / "cell"
+    shutil.copytree(root / "cells" / "sasrec" / "seed0", folder)
+    data = load(Interactions, root / "prepare_data")
+
+    def encoded(name: str, dim: int) -> ContentEmbeddings:
+        config = EncodeItemsConfig(text=TextEncoderConfig(dim=dim), image=ImageEncoderConfig(encoder="none"))
+        return run_stage(encode_items, config, (data,), tmp_path / name)
+
+    shutil.rmtree(folder / "train_collab")
+    content = encoded("first", 4)
+    config = TrainCollabConfig(sasrec=SASRecConfig(embed_dim=8, inner_dim=16, content=("text",)), epochs=1)
+    run_stage(train_collab, config, (data, content), folder / "train_collab")
+    check_made_from(folder, data, content)
+    with pytest.raises(ConfigError, match="cell was trained with other text or image vectors"):
+        check_made_from(folder, data, encoded("second", 5))
 
 
 def test_the_table_and_the_page_show_what_is_there_and_what_is_missing(finished):

@@ -16,7 +16,9 @@ from llmrec.data import items, named
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.pictures import PictureLimits
 from llmrec.data.prepare import prepare_data
-from llmrec.errors import ConfigError, DataError
+from llmrec.errors import ConfigError, DataError, StaleArtifactError
+from llmrec.pipeline import RunDir
+from llmrec.stages import STAGES
 
 ITEMS = [f"B{number:03d}" for number in range(20)]
 FEW = ["B001", "B003", "B005", "B002", "B004"]
@@ -86,6 +88,18 @@ def test_a_category_by_name_is_fetched_once_and_read_as_it_is(server, tmp_path):
         prepare_data(config(server, tmp_path / "elsewhere", offline=True))
 
 
+def test_files_of_a_category_belong_to_what_was_made_from_them_though_they_were_fetched(server, tmp_path):
+    run = RunDir(tmp_path / "run")
+    asked = config(server, tmp_path)
+    run.stage(STAGES["prepare_data"], asked)
+    run.stage(STAGES["prepare_data"], asked)
+    reviews = tmp_path / "reviews_Beauty_5.json.gz"
+    fewer = gzip.decompress(reviews.read_bytes()).splitlines()[12:]
+    reviews.write_bytes(gzip.compress(b"\n".join(fewer)))
+    with pytest.raises(StaleArtifactError, match=r"other content of the reviews_Beauty_5\.json\.gz file"):
+        run.stage(STAGES["prepare_data"], asked)
+
+
 def test_expected_counts_do_not_warn(server, tmp_path, monkeypatch):
     exact = dataclasses.replace(named.CATEGORIES["beauty"], classic=(30, 20, 346))
     monkeypatch.setitem(named.CATEGORIES, "beauty", exact)
@@ -98,6 +112,8 @@ def test_pictures_are_fetched_for_the_items_that_stay(server, tmp_path):
     assert made.items["image_path"].null_count == 2
     assert made.image_file(1).read_bytes() == png()
     assert made.summary["items_without_picture_address"] == 1 and made.summary["pictures_not_fetched"] == 1
+    assert made.summary["pictures_that_may_come"] == 0
+    assert "The pictures of 1 of 20 items could not be fetched." in made.summary["warnings"]
     status = pq.read_table(tmp_path / "pictures" / "status.parquet")
     assert sorted(set(status["status"].to_pylist())) == ["ok", "refused"] and status.num_rows == 19
 
@@ -108,6 +124,20 @@ def test_incomplete_items_go_and_then_users_with_too_few_left(server, tmp_path):
     assert set(ITEMS) - set(made.raw_ids) == {"B003", "B005", "B007"}
     assert made.num_users == 28 and np.diff(made.offset).min() >= 5
     assert made.summary["dropped"]["short_user"] == 6
+    assert made.summary["incomplete_items"] == {
+        **{"items": 3, "of_items": 20, "items_without_title": 1},
+        **{"items_without_picture_address": 1, "pictures_not_fetched": 1, "pictures_that_may_come": 0},
+    }
+
+
+def test_pictures_that_may_come_are_told_since_they_decide_which_items_stay(server, tmp_path):
+    prepare_data(config(server, tmp_path))  # the tables alone
+    offline = {"image_folder": str(tmp_path / "pictures"), "offline": True}
+    kept = prepare_data(config(server, tmp_path, **offline))
+    assert kept.summary["pictures_that_may_come"] == 19
+    with pytest.raises(DataError, match="no interaction is left"):
+        prepare_data(config(server, tmp_path, **offline, incomplete_items="drop"))
+    assert any("19 pictures were not to be had now but may come" in text for text in kept.summary["warnings"])
 
 
 def test_excluded_items_must_exist(server, tmp_path):

@@ -1,0 +1,108 @@
+"""Files of the users' that a stage reads besides its inputs: what was made from others is not used again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from llmrec.artifacts import Interactions
+from llmrec.collab.config import TrainCollabConfig
+from llmrec.data.config import PrepareDataConfig
+from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
+from llmrec.errors import StaleArtifactError
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.pipeline import RunDir, source_hashes
+from llmrec.stages import STAGES
+
+IDS = [f"i{number}" for number in range(8)]
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> RunDir:
+    """Interactions with eight items, of which six have a picture; and where a run goes."""
+    rng = np.random.default_rng(0)
+    rows = [
+        f"u{user},{item},{time}\n" for user in range(12) for time, item in enumerate(rng.permutation(IDS))
+    ]
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n" + "".join(rows))
+    (tmp_path / "items.csv").write_text(
+        "item_id,title,image\n" + "".join(f"{item},Thing {item},{item}.png\n" for item in IDS)
+    )
+    for number, item in enumerate(IDS[:6]):
+        draw(tmp_path / f"{item}.png", number)
+    return RunDir(tmp_path / "run")
+
+
+def draw(path: Path, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((16 + seed, 16)).save(path)
+
+
+def prepared(run: RunDir) -> Interactions:
+    folder = run.root.parent
+    table = {"interactions": str(folder / "log.csv"), "items": str(folder / "items.csv")}
+    config = PrepareDataConfig(source="table", image_column="image", **table)
+    return run.stage(STAGES["prepare_data"], config)
+
+
+def test_other_pictures_are_noticed_and_absent_ones_let_be(shop):
+    data = prepared(shop)
+    config = EncodeItemsConfig(text=TextEncoderConfig(encoder="none"), image=ImageEncoderConfig(dim=4))
+    made = shop.stage(STAGES["encode_items"], config, data)
+    assert made.missing["image"].sum() == 2
+    assert shop.stage(STAGES["encode_items"], config, data).vectors["image"].shape == (9, 4)
+    first = shop.root.parent / "i0.png"
+    before = first.read_bytes()
+    draw(first, 9)
+    with pytest.raises(StaleArtifactError, match="encode_items was made with other pictures"):
+        shop.stage(STAGES["encode_items"], config, data)
+    first.write_bytes(before)
+    assert np.array_equal(
+        shop.stage(STAGES["encode_items"], config, data).vectors["image"], made.vectors["image"]
+    )
+    first.unlink()
+    shop.stage(STAGES["encode_items"], config, data)
+
+
+def test_texts_alone_do_not_ask_for_pictures(shop):
+    data = prepared(shop)
+    config = EncodeItemsConfig(text=TextEncoderConfig(dim=4), image=ImageEncoderConfig(encoder="none"))
+    shop.stage(STAGES["encode_items"], config, data)
+    draw(shop.root.parent / "i0.png", 9)
+    shop.stage(STAGES["encode_items"], config, data)
+
+
+def test_other_ids_beside_ready_made_vectors_are_noticed(shop):
+    folder = shop.root.parent
+    vectors = np.zeros((9, 4), np.float32)
+    vectors[1:] = np.random.default_rng(0).normal(size=(8, 4))
+    save_file({"vectors": vectors}, folder / "v.safetensors")
+    (folder / "v.ids.json").write_text(json.dumps(IDS))
+    data = prepared(shop)
+    config = TrainCollabConfig(provider="precomputed", vectors=str(folder / "v.safetensors"))
+    shop.stage(STAGES["train_collab"], config, data)
+    shop.stage(STAGES["train_collab"], config, data)
+    (folder / "v.ids.json").write_text(json.dumps(IDS[::-1]))
+    with pytest.raises(StaleArtifactError, match="other content of the vectors ids file"):
+        shop.stage(STAGES["train_collab"], config, data)
+    encode = EncodeItemsConfig(
+        text=TextEncoderConfig(encoder="precomputed", path=str(folder / "v.safetensors")),
+        image=ImageEncoderConfig(encoder="none"),
+    )
+    assert list(source_hashes(encode)) == ["text.path", "text.path ids"]
+
+
+def test_the_text_of_a_prompt_of_ones_own_is_part_of_what_was_tuned(tmp_path):
+    prompt = tmp_path / "mine.toml"
+    prompt.write_text('source = "me"\ntext = "user likes {history} next"\n')
+    config = FinetuneConfig(prompt=str(prompt))
+    before = source_hashes(config)
+    assert list(before) == ["prompt"]
+    prompt.write_text('source = "me"\ntext = "and then {history} next"\n')
+    assert source_hashes(config) != before
+    assert source_hashes(FinetuneConfig()) == {}
