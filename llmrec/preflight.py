@@ -42,6 +42,13 @@ def in_the_way(recipe: Recipe, stages: Iterable[str] = tuple(STAGES)) -> Iterato
     yield from models(recipe, stages)
     if "encode_items" in stages:
         yield from contents(recipe)
+    constrained = recipe.learn_semantic_ids.init == "kmeans_constrained"
+    if constrained and "learn_semantic_ids" in stages and not importlib.util.find_spec("k_means_constrained"):
+        yield Finding(
+            "problem",
+            "learn_semantic_ids.init=kmeans_constrained: its library is not installed",
+            "run `pip install 'llmrec[constrained]'`, or set learn_semantic_ids.init=kmeans",
+        )
     if "finetune" in stages:
         yield from fine_tuning(recipe)
     yield from modalities(recipe, stages)
@@ -118,7 +125,8 @@ def models(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
             default = TEXT_MODEL if name == "text" else CLIP_MODEL
             wanted.append((f"encode_items.{name}.model", encoder.model or default, encoder.revision))
             if name == "text":
-                wanted.append(("encode_items.text.adapter", encoder.adapter or CLIP_MODEL, None))
+                adapter = encoder.adapter or CLIP_MODEL
+                wanted.append(("encode_items.text.adapter", adapter, encoder.adapter_revision))
     for where, model, revision in wanted:
         yield model_finding(where, model, revision)
 

@@ -94,10 +94,11 @@ class ItemEncoders:
         return self._finish("image", vectors, present, items)
 
     def _as_recorded(self, kind: Any, name: str) -> Any:
-        """The encoder's settings, at the commit that the catalogue's vectors were made with."""
+        """The encoder's settings, at the commits that the catalogue's vectors were made with."""
         about = self._about(name)
         config = from_dict(kind, about["settings"])
-        return replace(config, revision=about["revision"]) if about.get("revision") else config
+        commits = {of: about[of] for of in ("revision", "adapter_revision") if about.get(of)}
+        return replace(config, **commits)
 
     def _finish(
         self, modality: str, vectors: np.ndarray, present: np.ndarray, items: pa.Table

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from llmrec.artifacts import Interactions
 from llmrec.config import require
+
+if TYPE_CHECKING:
+    from llmrec.artifacts import Interactions
 
 PICTURES = "pictures"
 PILLOW_PIXELS = 89_478_485
@@ -25,7 +27,7 @@ TEXT_FIELDS: dict[str, set[str]] = {
         *("model", "pretrained", "columns", "template", "batch_size", "dtype", "normalise", "missing"),
     },
     "llm2clip": {
-        *("model", "revision", "adapter", "columns", "template", "max_tokens"),
+        *("model", "revision", "adapter", "adapter_revision", "columns", "template", "max_tokens"),
         *("batch_size", "dtype", "normalise", "missing"),
     },
 }
@@ -67,6 +69,9 @@ class TextEncoderConfig:
     adapter: str | None = None
     """llm2clip: Hub id or local folder of the CLIP with the text adapter; none: the paper's
     (microsoft/LLM2CLIP-Openai-L-14-336)."""
+
+    adapter_revision: str | None = None
+    """llm2clip: commit or branch of the adapter's CLIP on the Hub; none: the newest."""
 
     revision: str | None = None
     """huggingface, llm2clip: commit or branch of the model on the Hub; none: the newest."""

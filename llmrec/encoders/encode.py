@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,12 @@ def encode_text(config: TextEncoderConfig, data: Interactions) -> Encoded:
         )
     chosen = [text for text, there in zip(texts, present) if there]
     encoder = text_encoder(config, chosen)
-    vectors = encode_texts(encoder, chosen, config.batch_size, cache_of(encoder, config.encoder))
-    about = {"columns": columns, "template": config.template, **encoder.describe()}
     fitted: dict[str, np.ndarray] = getattr(encoder, "fitted", dict)()
+    # What is fitted to texts gives one text other vectors among others.
+    among = hashlib.sha256("\0".join(chosen).encode()).hexdigest() if fitted else ""
+    cache = cache_of(encoder, config, seed=config.seed, among=among)
+    vectors = encode_texts(encoder, chosen, config.batch_size, cache)
+    about = {"columns": columns, "template": config.template, **encoder.describe()}
     return assemble("text", config, data, vectors, present, about, fitted)
 
 
@@ -102,8 +106,8 @@ def encode_image(config: ImageEncoderConfig, data: Interactions) -> Encoded:
         assert file is not None
         return sha256(file) if file.is_file() else hashlib.sha256(str(file).encode()).hexdigest()
 
-    # A smaller limit makes pictures unreadable whose vectors are known.
-    cache = cache_of(encoder, config.encoder, max_pixels=config.max_pixels)
+    # A smaller limit makes pictures unreadable whose vectors are known; on_error decides if the run goes on.
+    cache = cache_of(encoder, config, max_pixels=config.max_pixels, on_error=config.on_error)
     vectors, readable = encode_pictures(encoder, sources, read, config.batch_size, cache, key)
     broken = int((~readable).sum())
     if broken == len(sources):
@@ -124,9 +128,20 @@ def encode_image(config: ImageEncoderConfig, data: Interactions) -> Encoded:
     return assemble("image", config, data, vectors, named, about, fitted)
 
 
-def cache_of(encoder: Encoder, name: str, **limits: int) -> VectorCache:
-    """What was encoded before the stage was stopped, in this run, within the same limits."""
-    return VectorCache(resume_folder(), {"encoder": name, **encoder.describe(), **limits})
+def cache_of(
+    encoder: Encoder, config: TextEncoderConfig | ImageEncoderConfig, **limits: int | str
+) -> VectorCache:
+    """What was encoded before the stage was stopped, in this run, by the same weights and within the same
+    limits."""
+    about = {"encoder": config.encoder, **encoder.describe(), **limits}
+    return VectorCache(resume_folder(), about | {"files": weight_files(config)})
+
+
+def weight_files(config: TextEncoderConfig | ImageEncoderConfig) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of change of the weights of models in local folders."""
+    folders = [Path(name) for name in (config.model, getattr(config, "adapter", None)) if name]
+    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.safetensors"))]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def text_encoder(config: TextEncoderConfig, texts: list[str]) -> Encoder:
@@ -152,6 +167,7 @@ def text_encoder(config: TextEncoderConfig, texts: list[str]) -> Encoder:
             config.model or llm2clip.TEXT_MODEL,
             adapter=config.adapter or llm2clip.CLIP_MODEL,
             revision=config.revision,
+            adapter_revision=config.adapter_revision,
             max_tokens=config.max_tokens,
             dtype=config.dtype,
         )

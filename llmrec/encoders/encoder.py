@@ -67,7 +67,7 @@ def encode_pictures(
     cache: VectorCache | None = None,
     key: Callable[[Any], str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of pictures, which are read and prepared by threads ahead of the encoder.
+    """Vectors of pictures, which are read and prepared by threads ahead of the encoder; equal ones once.
 
     Args:
         encoder: what turns prepared pictures into vectors.
@@ -85,6 +85,7 @@ def encode_pictures(
         keys = [hashlib.sha256(str(index).encode()).hexdigest() for index in range(len(sources))]
     else:
         keys = list(map_ahead(key, sources, ahead=1000))
+    different = list(dict(zip(keys, sources)).items())
     width = None
     absent: list[str] = []
 
@@ -92,26 +93,25 @@ def encode_pictures(
         picture = read(source)
         return None if picture is None else encoder.prepare([picture])[0]
 
-    blocks = [
-        range(start, min(start + batch_size, len(sources))) for start in range(0, len(sources), batch_size)
-    ]
+    blocks = [different[start : start + batch_size] for start in range(0, len(different), batch_size)]
     mine = [
         block
         for number, block in enumerate(blocks)
         if number % distributed.world_size() == distributed.rank()
-        and not all(keys[index] in cache for index in block)
+        and not all(name in cache for name, _ in block)
     ]
     with progress(None, "encode pictures", total=sum(map(len, mine)), unit="picture") as bar:
-        loaded = map_ahead(load, [sources[index] for block in mine for index in block], ahead=2 * batch_size)
+        loaded = map_ahead(load, [source for block in mine for _, source in block], ahead=2 * batch_size)
         for block in mine:
-            prepared = {index: next(loaded) for index in block}
+            prepared = {name: next(loaded) for name, _ in block}
             bar.update(len(block))
-            there = [index for index in block if prepared[index] is not None]
-            absent += [keys[index] for index in block if prepared[index] is None]
+            there = {name: picture for name, picture in prepared.items() if picture is not None}
+            absent += [name for name in prepared if name not in there]
             if there:
-                vectors = encoder.encode([prepared[index] for index in there])
+                vectors = encoder.encode(list(there.values()))
                 width = vectors.shape[1]
-                cache.add([keys[index] for index in there], vectors)
+                # NaN stands for a picture that cannot be read; an encoder's own is told by `finish`.
+                cache.add(list(there), np.where(np.isnan(vectors), np.float32(np.inf), vectors))
         next(loaded, None)
     if width is not None and absent:  # a picture that cannot be read is remembered as such
         cache.add(absent, np.full((len(absent), width), np.nan, np.float32))
@@ -135,6 +135,7 @@ def share(cache: VectorCache) -> None:
             )
         distributed.wait()
         cache.read()
+        distributed.wait()  # the folder goes with the stage
 
 
 def map_ahead(function: Callable[[Any], Any], sources: list[Any], *, ahead: int) -> Iterator[Any]:

@@ -58,10 +58,18 @@ class TextEncoder:
         revision: commit or branch of the language model on the Hub.
         max_tokens: longest text with its wrapping, in tokens; None: 512.
         dtype: number format of the language model, see `loading.dtype_of`; the adapter is float32.
+        adapter_revision: commit or branch of that CLIP on the Hub.
     """
 
     def __init__(
-        self, model: str, *, adapter: str, revision: str | None, max_tokens: int | None, dtype: str
+        self,
+        model: str,
+        *,
+        adapter: str,
+        revision: str | None,
+        max_tokens: int | None,
+        dtype: str,
+        adapter_revision: str | None = None,
     ) -> None:
         where = "encode_items.text"
         self.name, self.adapter_name = model, adapter
@@ -76,8 +84,9 @@ class TextEncoder:
             )
         self.model = load_llama(model, revision, dtype, where)
         self.revision = revision_of(self.model, revision)
-        self.adapter = load_adapter(adapter, where).to(self.device)
-        self.adapter_revision = commit_of(fetch(adapter, "config.json", None, f"{where}.adapter"))
+        self.adapter = load_adapter(adapter, adapter_revision, where).to(self.device)
+        settings = fetch(adapter, "config.json", adapter_revision, f"{where}.adapter")
+        self.adapter_revision = commit_of(settings)
         width = self.model.config.hidden_size
         if self.adapter.width != width:
             raise ConfigError(
@@ -256,14 +265,14 @@ def load_llama(model: str, revision: str | None, dtype: str, where: str) -> Llam
     return found.eval().requires_grad_(False).to(device)
 
 
-def load_adapter(model: str, where: str) -> TextAdapter:
+def load_adapter(model: str, revision: str | None, where: str) -> TextAdapter:
     """The text adapter of a published CLIP, float32.
 
     Raises:
         ConfigError: it cannot be loaded.
         DataError: weights are missing, left over, or of another shape.
     """
-    weights = read_weights(model, None, f"{where}.adapter", part="text_adapter.adaptor.")
+    weights = read_weights(model, revision, f"{where}.adapter", part="text_adapter.adaptor.")
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     try:
         made = TextAdapter(shapes)

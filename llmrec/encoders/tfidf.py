@@ -46,6 +46,7 @@ class TfidfEncoder:
         sizes = self.svd.singular_values_
         rank = max(1, int((sizes > 1e-6 * sizes[0]).sum()))
         self.components = self.svd.components_[:rank]
+        self.directions = directions_of(self.components)
         self.explained = float(np.nan_to_num(self.svd.explained_variance_ratio_[:rank], nan=1.0).sum())
         if rank < dim:
             logger.warning(
@@ -57,7 +58,7 @@ class TfidfEncoder:
         return inputs
 
     def encode(self, batch: list[str]) -> np.ndarray:
-        return (self.vectorizer.transform(batch) @ self.components.T).astype(np.float32)
+        return (self.vectorizer.transform(batch) @ self.directions).astype(np.float32)
 
     def fitted(self) -> dict[str, np.ndarray]:
         """What `FittedTfidf` needs: terms (UTF-8, one a line), their weights, and directions."""
@@ -76,6 +77,11 @@ class TfidfEncoder:
         }
 
 
+def directions_of(components: np.ndarray) -> np.ndarray:
+    """Components (D, terms) as columns that lie together: scipy would copy them for every batch."""
+    return np.ascontiguousarray(components.T)
+
+
 class FittedTfidf:
     """A `TfidfEncoder` that was fitted before, for texts of new items.
 
@@ -87,14 +93,14 @@ class FittedTfidf:
         terms = arrays["terms"].tobytes().decode().split("\n")
         self.vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=WORD, vocabulary=terms)
         self.vectorizer.idf_ = arrays["idf"]
-        self.components = arrays["components"]
+        self.directions = directions_of(arrays["components"])
 
     def prepare(self, inputs: list[str]) -> list[str]:
         return inputs
 
     def encode(self, batch: list[str]) -> np.ndarray:
         """float32 (B, D); a text without a known word gives zeros."""
-        return (self.vectorizer.transform(batch) @ self.components.T).astype(np.float32)
+        return (self.vectorizer.transform(batch) @ self.directions).astype(np.float32)
 
     def describe(self) -> dict[str, Any]:
         return {"num_terms": len(self.vectorizer.vocabulary)}

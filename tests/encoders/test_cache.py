@@ -1,6 +1,8 @@
 """Encoding that is stopped goes on, and processes share it, with equal vectors."""
 
+import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +12,14 @@ import pyarrow as pa
 import pytest
 import tiny
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from llmrec.encoders import cache as module
 from llmrec.encoders.cache import VectorCache
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
-from llmrec.encoders.encode import encode_image, encode_items
-from llmrec.encoders.encoder import encode_pictures, encode_texts
+from llmrec.encoders.encode import encode_image, encode_items, encode_text
+from llmrec.encoders.encoder import encode_pictures, encode_texts, finish
+from llmrec.errors import DataError
 from llmrec.pipeline import run_stage
 
 KEYS = [f"{number:064x}" for number in range(10)]
@@ -93,6 +96,74 @@ def test_pictures_go_on_and_broken_ones_are_remembered(tmp_path, monkeypatch):
     reads.clear()
     again, present = run(Stops(at=1))
     assert reads == [] and np.array_equal(again, first) and not present[3]
+
+
+def test_equal_pictures_are_encoded_once(tmp_path):
+    encoder = Stops(at=99)
+    keys = [KEYS[number % 2] for number in range(7)]
+    cache = VectorCache(tmp_path, {})
+    vectors, present = encode_pictures(encoder, list(range(7)), str, 3, cache, lambda number: keys[number])
+    assert encoder.batches == [["0", "1"]] or encoder.batches == [["6", "5"]]
+    assert present.all() and len(vectors) == 7 and len(cache) == 2
+
+
+class Overflows(Stops):
+    """An encoder whose numbers are too large for its format at some pictures."""
+
+    def encode(self, batch):
+        return np.array([[np.nan] * 2 if number % 3 == 0 else [1.0, number] for number in batch], np.float32)
+
+
+@pytest.mark.parametrize("numbers", [range(1, 7), range(3, 4)])
+def test_an_encoder_that_gives_no_numbers_is_told_from_a_picture_that_cannot_be_read(numbers):
+    vectors, present = encode_pictures(Overflows(at=99), list(numbers), int, 2)
+    assert present.all() and len(vectors) == len(numbers)
+    with pytest.raises(DataError, match=r"gave NaN or infinity for \d items, the first is 'i3'; try dtype"):
+        finish(
+            vectors, present, normalise=False, missing="mean", what="image",
+            raw_ids=[f"i{number}" for number in numbers],
+        )  # fmt: skip
+
+
+def unfinished(tmp_path, monkeypatch):
+    """Stop-proof vectors of a run, each written at once."""
+    monkeypatch.setattr(module, "PART_ROWS", 1)
+    monkeypatch.setattr("llmrec.encoders.encode.resume_folder", lambda: tmp_path / "unfinished")
+
+
+def test_vectors_of_another_fit_are_not_taken(tmp_path, monkeypatch):
+    config = TextEncoderConfig(dim=4)
+    other = [*tiny.TEXTS[:-1], "drill hammer soap soap"]
+    expected = encode_text(config, tiny.catalogue(other))[0]
+    unfinished(tmp_path, monkeypatch)
+    encode_text(config, tiny.catalogue(tiny.TEXTS))
+    assert np.array_equal(encode_text(config, tiny.catalogue(other))[0], expected)
+
+
+def test_vectors_of_other_weights_in_the_same_folder_are_not_taken(tmp_path, monkeypatch):
+    folder = tiny.bert(tmp_path / "model")
+    config = TextEncoderConfig(encoder="huggingface", model=folder)
+    data = tiny.catalogue(tiny.TEXTS)
+    unfinished(tmp_path, monkeypatch)
+    before = encode_text(config, data)[0]
+    file = Path(folder) / "model.safetensors"
+    weights = {name: array[::-1].copy() for name, array in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    after = encode_text(config, data)[0]
+    assert not np.allclose(before, after)
+    shutil.rmtree(tmp_path / "unfinished")
+    assert np.array_equal(encode_text(config, data)[0], after)
+
+
+def test_what_to_do_with_broken_pictures_is_asked_again(tmp_path, monkeypatch):
+    names = tiny.pictures(tmp_path / "images", 4)
+    (tmp_path / "images" / names[1]).write_bytes(b"no picture")
+    data = tiny.catalogue(tiny.TEXTS[:4], tmp_path / "images", image_path=pa.array(names))
+    unfinished(tmp_path, monkeypatch)
+    config = ImageEncoderConfig(encoder="classical", dim=2, on_error="missing")
+    assert encode_image(config, data)[1].tolist() == [False, False, True, False, False]
+    with pytest.raises(DataError, match="on_error=missing"):
+        encode_image(dataclasses.replace(config, on_error="error"), data)
 
 
 def settings(folder):

@@ -55,7 +55,7 @@ def test_settings_can_be_overridden_stored_and_shown():
     assert config.image.encoder == "none" and config.text.columns == ("title", "brand")
     assert from_dict(EncodeItemsConfig, as_dict(config)) == config
     shown = {path: meaning for path, _, _, meaning in describe(EncodeItemsConfig)}
-    assert len(shown) == 30 and all(shown.values())
+    assert len(shown) == 31 and all(shown.values())
 
 
 def test_one_setting_takes_a_modality_out_of_a_recipe():

@@ -13,6 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from llmrec.encoders import llm2clip
+from llmrec.encoders.again import ItemEncoders
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encode import encode_items
 from llmrec.encoders.llm2clip import ImageEncoder, TextEncoder, commit_of, wrapping
@@ -115,6 +117,27 @@ def test_texts_equal_the_formula_one_at_a_time(tmp_path, bias):
     about = made.encoders["text"]
     assert about["width"] == 12 and about["adapter"] == adapter
     assert about["wrapping"].replace(" ", "") == "".join(CHAT[:2]) + "user" + CHAT[2] + "{text}" + CHAT[3]
+
+
+def test_both_models_are_read_at_their_commits_and_again_for_new_items(tmp_path, monkeypatch):
+    llm, adapter = language_model(tmp_path / "llm"), clip(tmp_path / "clip")
+    asked = []
+    plain = llm2clip.read_weights
+
+    def read_weights(model, revision, where, **parts):
+        asked.append((where, revision))
+        return plain(model, revision, where, **parts)
+
+    monkeypatch.setattr(llm2clip, "read_weights", read_weights)
+    monkeypatch.setattr(llm2clip, "commit_of", lambda path: "b" * 40)
+    config = TextEncoderConfig(encoder="llm2clip", model=llm, adapter=adapter, adapter_revision="main")
+    made = encode_items(EncodeItemsConfig(text=config, image=OFF), tiny.catalogue(tiny.TEXTS))
+    assert asked == [("encode_items.text.adapter", "main")]
+    assert made.encoders["text"]["adapter_revision"] == "b" * 40
+    items = tiny.catalogue(tiny.TEXTS[:2]).items
+    vectors, _ = ItemEncoders(made).text(items)
+    assert asked[1:] == [("encode_items.text.adapter", "b" * 40)]
+    np.testing.assert_allclose(vectors, made.vectors["text"][1:3], atol=1e-5)
 
 
 def test_every_token_sees_those_after_it(tmp_path):
