@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrec.config import require
+from llmrec.errors import ConfigError
 
 MIN_SINKHORN_EPS = 0.003
 """Below, exp(1 / eps) leaves the range of float64."""
@@ -196,6 +197,8 @@ class LearnSemanticIdsConfig:
             f"{self.num_codes}; about a tenth of it suits, such as "
             f"learn_semantic_ids.num_codes={max(2, 2 ** round(math.log2(max(count, 20) / 10)))}",
         )
+        if self.init == "kmeans_constrained":
+            size_bounds(min(count + self.include_pad, self.kmeans_rows), self.num_codes)
 
     def _refuse_settings_without_effect(self) -> None:
         """A setting that cannot change the result is a mistake of whoever set it."""
@@ -320,3 +323,25 @@ PRESETS: dict[str, LearnSemanticIdsConfig] = {
 }
 """default: what keeps distances best (README); paper: MME-SID section 4.2 as printed, and the published code
 where the paper says nothing; official: the published code."""
+
+
+def size_bounds(num_rows: int, num_clusters: int) -> tuple[int, int]:
+    """Smallest and largest cluster of the published initialisation: min(n / 2K, 50), and four times that.
+
+    Raises:
+        ConfigError: so many rows do not fit in clusters of these sizes.
+    """
+    least = min(num_rows // (2 * num_clusters), 50)
+    most = 4 * least
+    if num_clusters * least <= num_rows <= num_clusters * most:
+        return least, most
+    if least == 0:
+        reason = f"at least 2 items for each of {num_clusters} codes, and there are {num_rows}"
+        advice = f"at most {num_rows // 2}"
+    else:
+        reason = f"clusters of {least} to {most} items, which {num_clusters} codes and {num_rows} items"
+        reason, advice = f"{reason} do not allow", f"at least {-(-num_rows // most)}"
+    raise ConfigError(
+        f"learn_semantic_ids.init='kmeans_constrained' needs {reason}; use init=kmeans, or "
+        f"learn_semantic_ids.num_codes of {advice}"
+    )

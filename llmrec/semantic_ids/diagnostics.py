@@ -6,7 +6,7 @@ takes; ours come from the train split alone, so that no figure depends on held-o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,9 @@ MAX_QUERIES = 1000
 
 MAX_COMPARISONS = 200_000_000
 """Fewer items are asked in a catalogue so large that all comparisons would be more, but at least 100."""
+
+MAX_PAIRS = 4_000_000
+"""Most pairs of samples that are compared at once for the tau of single users."""
 
 BLOCK = 1 << 14
 """Items whose vectors are held at once."""
@@ -234,12 +237,13 @@ def neighbour_overlap(coded: Coded, seed: int, *, k: int = 10) -> dict[str, Any]
 
 def nearest_items(table: Table, items: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
     """The k items nearest to each query, itself left out, int64 (q, k)."""
-    asked = torch.from_numpy(np.ascontiguousarray(table(queries)))
+    centre = table(queries).mean(axis=0)  # far from the origin, distances would drown in rounding
+    asked = torch.from_numpy(table(queries) - centre)
     best = torch.full((len(queries), k), torch.inf)
     place = torch.zeros((len(queries), k), dtype=torch.int64)
     own = torch.from_numpy(queries)[:, None]
     for block in np.array_split(items, max(1, -(-len(items) // BLOCK))):
-        rows, names = torch.from_numpy(table(block)), torch.from_numpy(block)
+        rows, names = torch.from_numpy(table(block) - centre), torch.from_numpy(block)
         near = squared_distances(asked, rows).masked_fill_(names == own, torch.inf)
         near = torch.cat([best, near], dim=1)
         best, found = near.topk(k, dim=1, largest=False)
@@ -259,14 +263,34 @@ def tau_per_user(coded: Coded, pairs: Pairs, seed: int) -> dict[str, float | Non
     history, target, user = (part[both] for part in pairs)
     reference = distances(coded.table("source"), history, target)
     found: dict[str, float | None] = {}
-    bounds = np.flatnonzero(np.diff(user)) + 1
-    truth = np.split(reference, bounds)
+    start = np.concatenate([[0], np.flatnonzero(np.diff(user)) + 1])
+    length = np.diff(np.concatenate([start, [len(user)]]))
     for name in ("latent", "decoded"):
-        ours = np.split(distances(coded.table(name), history, target), bounds)
-        taus = [kendall_tau(x, y)[0] for x, y in zip(truth, ours) if len(x) > 1]
-        defined = [tau for tau in taus if tau is not None]
-        found[name] = float(np.mean(defined)) if defined else None
+        ours = distances(coded.table(name), history, target)
+        taus = [
+            tau_of_rows(reference[rows], ours[rows])
+            for size in np.unique(length[length > 1])
+            for rows in blocks_of(start[length == size], int(size))
+        ]
+        defined = np.concatenate([tau[~np.isnan(tau)] for tau in taus] or [[]])
+        found[name] = float(defined.mean()) if len(defined) else None
     return found
+
+
+def blocks_of(start: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Indices (u, size) of runs of samples, in blocks of as many as may be paired at once."""
+    number = max(1, MAX_PAIRS // (size * size))
+    for first in range(0, len(start), number):
+        yield start[first : first + number, None] + np.arange(size)
+
+
+def tau_of_rows(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Kendall's tau-b of each row of samples (u, n), by comparing all pairs; NaN where it is undefined."""
+    first, second = np.triu_indices(x.shape[1], 1)
+    by_x, by_y = (np.sign(values[:, first] - values[:, second]) for values in (x, y))
+    untied = (by_x != 0).sum(axis=1) * (by_y != 0).sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return (by_x * by_y).sum(axis=1) / np.sqrt(untied)
 
 
 def spectrum(table: Table, items: np.ndarray) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmrec.errors import ConfigError
+from llmrec.semantic_ids.config import size_bounds
 from llmrec.semantic_ids.quantizer import ResidualQuantizer, squared_distances
 
 BLOCK_ROWS = 1 << 14
@@ -80,23 +81,6 @@ def kmeans(
     if len(tried) == 1:
         return tried[0]
     return min(tried, key=lambda centres: float(nearest(rows, centres)[0].double().sum()))
-
-
-def size_bounds(num_rows: int, num_clusters: int) -> tuple[int, int]:
-    """Smallest and largest cluster of the published initialisation: min(n / 2K, 50), and four times that.
-
-    Raises:
-        ConfigError: so many rows do not fit in clusters of these sizes.
-    """
-    least = min(num_rows // (2 * num_clusters), 50)
-    most = 4 * least
-    if not num_clusters * least <= num_rows <= num_clusters * most:
-        raise ConfigError(
-            f"learn_semantic_ids.init='kmeans_constrained' needs clusters of {least} to {most} items, which "
-            f"{num_clusters} codes and {num_rows} items do not allow; use init=kmeans, or "
-            f"learn_semantic_ids.num_codes of at least {-(-num_rows // 200)}"
-        )
-    return least, most
 
 
 def constrained(

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from llmrec.semantic_ids.precision import full_precision
+
 
 def mmd(x: Tensor, y: Tensor, *, estimator: Literal["tllib", "unbiased"] = "tllib") -> Tensor:
     """Squared maximum mean discrepancy of two samples of equal size under a Gaussian kernel.
@@ -35,7 +37,7 @@ def mmd(x: Tensor, y: Tensor, *, estimator: Literal["tllib", "unbiased"] = "tlli
         Scalar. Gradients are computed with the value; it cannot be differentiated twice.
     """
     assert x.shape == y.shape and len(x) >= 2, (x.shape, y.shape)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         value = _Mmd.apply(x, y, torch.is_grad_enabled())
     return value + 2 / (len(x) - 1) if estimator == "tllib" else value
 
@@ -128,6 +130,6 @@ def info_nce(anchor: Tensor, other: Tensor, temperature: float) -> Tensor:
     Returns:
         Mean over the batch, scalar.
     """
-    with torch.autocast(anchor.device.type, enabled=False):
+    with full_precision(anchor.device):
         cosine = F.normalize(anchor, dim=-1) @ F.normalize(other, dim=-1).T
     return F.cross_entropy(cosine / temperature, torch.arange(len(anchor), device=anchor.device))

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from llmrec.config import given
 from llmrec.semantic_ids.losses import info_nce, mmd
+from llmrec.semantic_ids.precision import full_precision
 from llmrec.semantic_ids.quantizer import Quantized, ResidualQuantizer
 
 
@@ -175,14 +176,10 @@ class ModalityAutoencoder(nn.Module):
     def forward(self, vectors: Tensor) -> Encoded:
         """Item vectors (B, D_m) as given, to codes and back."""
         source = self.scaling(vectors)
-        latent = self.encoder(source)
-        if torch.is_autocast_enabled(vectors.device.type):
-            latent = latent.float()
-            with torch.autocast(vectors.device.type, enabled=False):
-                quantized = self.quantizer(latent)
-            return Encoded(source, quantized, self.decoder(quantized.vectors).float())
-        quantized = self.quantizer(latent)
-        return Encoded(source, quantized, self.decoder(quantized.vectors))
+        latent = self.encoder(source).to(source.dtype)
+        with full_precision(vectors.device):
+            quantized = self.quantizer(latent)
+        return Encoded(source, quantized, self.decoder(quantized.vectors).to(source.dtype))
 
     def encode(self, vectors: Tensor) -> Tensor:
         """Latent vectors (B, D)."""

@@ -26,6 +26,10 @@ class Quantized:
     """(B, L, D), what each level was given to code; no gradient"""
 
 
+LEAST_SIZE = 1e-6
+"""Rows that a code's running mean stands for, below which it stays where it was."""
+
+
 class ResidualQuantizer(nn.Module):
     """L codebooks of K code embeddings.
 
@@ -109,7 +113,9 @@ class ResidualQuantizer(nn.Module):
             new = 1 - given(self.ema_decay)
             self.size[level].lerp_(member.sum(dim=1), new)
             self.total[level].lerp_(member @ residuals[:, level], new)
-        self.codebooks.copy_(self.total / self.size.clamp_min(torch.finfo(self.size.dtype).tiny)[..., None])
+        # What has got nothing for long has no mean left that could be told from rounding.
+        live = (self.size > LEAST_SIZE)[..., None]
+        self.codebooks.copy_(torch.where(live, self.total / self.size[..., None], self.codebooks))
 
     @torch.no_grad()
     def place(self, level: int, codes: Tensor | slice, vectors: Tensor) -> None:
@@ -157,7 +163,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def restart(self, used: Tensor, residuals: Tensor, generator: torch.Generator) -> None:
-        """Move unused codes to the residuals of random rows of their level.
+        """Move unused codes to the residuals of random rows of their level, as far as there are rows.
 
         Args:
             used: bool (L, K), on the CPU.
@@ -165,9 +171,9 @@ class ResidualQuantizer(nn.Module):
             generator: on the CPU, chooses the rows.
         """
         for level, alive in enumerate(used):
-            dead = (~alive).nonzero()[:, 0]
+            dead = (~alive).nonzero()[: len(residuals), 0]
             if len(dead):
-                rows = torch.randint(len(residuals), (len(dead),), generator=generator)
+                rows = torch.randperm(len(residuals), generator=generator)[: len(dead)]
                 self.place(level, dead.to(self.codebooks.device), residuals[rows.to(residuals.device), level])
 
 

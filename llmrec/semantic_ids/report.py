@@ -300,8 +300,9 @@ def training_chart(log: list[dict[str, Any]]) -> str:
     figure, axes = plt.subplots(figsize=(6.8, 2.4))
     styles = ("-", "--", ":", "-.")
     for colour, name in zip(COLOURS, rows[0]["parts"]):
-        for style, part in zip(styles, rows[0]["parts"][name]):
-            values = [row["parts"][name][part] for row in rows]
+        # An epoch may have had no batch with two vectors of a modality that few items have.
+        for style, part in zip(styles, dict.fromkeys(part for row in rows for part in row["parts"][name])):
+            values = [row["parts"][name].get(part, np.nan) for row in rows]
             epochs = [row["epoch"] for row in rows]
             axes.plot(epochs, values, style, color=colour, label=f"{name}: {part}")
     axes.set_xlabel("epoch")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from llmrec.progress import progress
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.kmeans import init_codebooks
 from llmrec.semantic_ids.mm_rqvae import MMRQVAE
+from llmrec.semantic_ids.precision import matrix_precision
 
 logger = logging.getLogger("llmrec")
 
@@ -134,7 +134,9 @@ def fit(model: MMRQVAE, config: LearnSemanticIdsConfig, items: TrainingItems) ->
     ):
         for epoch in range(done + 1, config.epochs + 1):
             with matrix_precision(config.precision, items.device):
-                loss, parts, used = train_epoch(model, optimizer, config, items, rng, restarts)
+                # What is restarted after the last epoch nothing would train.
+                dead = restarts if config.restart_dead_codes and epoch < config.epochs else None
+                loss, parts, used = train_epoch(model, optimizer, config, items, rng, dead)
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"learn_semantic_ids: the loss became {loss} in epoch {epoch}; lower "
@@ -158,9 +160,12 @@ def train_epoch(
     config: LearnSemanticIdsConfig,
     items: TrainingItems,
     rng: np.random.Generator,
-    restarts: torch.Generator,
+    restarts: torch.Generator | None,
 ) -> tuple[float, dict[str, dict[str, float]], dict[str, list[float]]]:
     """One pass over all items in a new order.
+
+    Args:
+        restarts: chooses where dead codes are put after it; None: they stay.
 
     Returns:
         Mean loss per batch; its parts by modality; share of codes used per level, by modality.
@@ -188,7 +193,7 @@ def train_epoch(
                 parts[name].setdefault(part, []).append(value.detach())
     none = torch.zeros(0, config.num_levels, dtype=torch.int64, device=items.device)
     used = {name: code_usage(torch.cat([none, *found]), config.num_codes) for name, found in codes.items()}
-    if config.restart_dead_codes:
+    if restarts is not None:
         for name, found in residuals.items():
             model.autoencoders[name].quantizer.restart(used[name], found, restarts)
     mean_parts = {
@@ -216,16 +221,3 @@ def describe_usage(used: Mapping[str, list[float]], config: LearnSemanticIdsConf
         f"{name} {' '.join(str(round((1 - share) * config.num_codes)) for share in found)}"
         for name, found in used.items()
     )
-
-
-@contextlib.contextmanager
-def matrix_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Number format of matrix products inside: float32, tf32 (CUDA alone), or bfloat16 by autocast."""
-    before = torch.get_float32_matmul_precision()
-    if precision == "tf32":
-        torch.set_float32_matmul_precision("high")
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)

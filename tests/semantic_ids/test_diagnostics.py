@@ -5,6 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy.stats import kendalltau
 from worlds import interactions
 
 from llmrec.semantic_ids import diagnostics
@@ -20,6 +21,7 @@ from llmrec.semantic_ids.diagnostics import (
     nearest_items,
     neighbour_overlap,
     reconstruction_error,
+    tau_per_user,
 )
 
 
@@ -52,6 +54,32 @@ def test_tau_of_equal_and_of_opposite_orders():
 @pytest.mark.parametrize("x", [np.zeros(0), np.ones(1), np.ones(7)])
 def test_tau_is_undefined_where_everything_is_tied(x):
     assert kendall_tau(x, np.arange(float(len(x)))) == (None, None)
+
+
+@pytest.mark.parametrize("values", [1000, 3, 1])
+def test_tau_of_single_users_is_that_of_scipy(values, monkeypatch):
+    monkeypatch.setattr(diagnostics, "MAX_PAIRS", 30)
+    rng = np.random.default_rng(0)
+    length = np.array([1, 4, 2, 3, 4, 1, 9, 3, 2])
+    user = np.repeat(np.arange(len(length)), length)
+    source, ours = rng.integers(0, values, (2, 41, 1)).astype(np.float32)
+    history, target = rng.integers(1, 41, (2, len(user)))
+    found = tau_per_user(coded(source, ours, latent=source), Pairs(history, target, user), seed=0)
+    truth = np.abs(source[history, 0] - source[target, 0])
+    other = np.abs(ours[history, 0] - ours[target, 0])
+    expected = [
+        kendalltau(truth[user == one], other[user == one]).statistic for one in np.flatnonzero(length > 1)
+    ]
+    if values == 1:
+        assert found == {"latent": None, "decoded": None}
+    else:
+        assert found["decoded"] == pytest.approx(np.nanmean(expected), abs=1e-12)
+        assert found["latent"] == pytest.approx(1)
+
+
+def test_neighbours_do_not_depend_on_where_the_origin_is():
+    source = np.random.default_rng(0).normal(size=(301, 4)).astype(np.float32)
+    assert neighbour_overlap(coded(source, source + 3000, latent=source), seed=0)["decoded"] > 0.95
 
 
 def test_samples_pair_the_last_train_item_with_those_before_it():

@@ -8,6 +8,7 @@ import torch
 from sklearn.cluster import KMeans
 
 from llmrec.errors import ConfigError
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig, size_bounds
 from llmrec.semantic_ids.kmeans import (
     init_codebooks,
     kmeans,
@@ -15,7 +16,6 @@ from llmrec.semantic_ids.kmeans import (
     nearest,
     plus_plus,
     relocated,
-    size_bounds,
 )
 from llmrec.semantic_ids.quantizer import ResidualQuantizer, squared_distances
 
@@ -123,6 +123,26 @@ def test_blocks_change_no_label_and_no_centre(monkeypatch):
     torch.testing.assert_close(lloyd(rows, rows[:9].clone(), 4), whole, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("items", "codes", "said"),
+    [
+        (80, 64, r"at least 2 items for each of 64 codes, and there are 80; .*num_codes of at most 40"),
+        (60_000, 256, r"clusters of 50 to 200 items, which 256 codes and 60000 items do not .* at least 300"),
+        (5000, 4, r"needs clusters of 50 to 200 items, which 4 codes and 5000 items do not allow"),
+    ],
+)
+def test_sizes_that_no_clusters_can_have_are_told_as_soon_as_the_items_are_known(items, codes, said):
+    with pytest.raises(ConfigError, match=said):
+        size_bounds(items, codes)
+    config = LearnSemanticIdsConfig(init="kmeans_constrained", num_codes=codes, kmeans_rows=10**6)
+    with pytest.raises(ConfigError, match=said):
+        config.check_items(items)
+    with pytest.raises(ConfigError) as caught:
+        size_bounds(items, codes)
+    size_bounds(items, int(str(caught.value).rsplit(" ", 1)[1]))  # what is advised works
+    LearnSemanticIdsConfig(num_codes=codes).check_items(items)
+
+
 def test_bounded_clusters_keep_the_published_bounds():
     pytest.importorskip("k_means_constrained")
     assert size_bounds(12_087, 256) == (23, 92)
@@ -135,5 +155,3 @@ def test_bounded_clusters_keep_the_published_bounds():
     plain = kmeans(rows, 8, 10, torch.Generator().manual_seed(0))
     assert torch.bincount(nearest(rows, plain)[1]).max() >= 60
     assert centres.shape == (8, 6) and centres.isfinite().all()
-    with pytest.raises(ConfigError, match=r"needs clusters of 50 to 200 items, which 4 codes and 5000 items"):
-        size_bounds(5000, 4)

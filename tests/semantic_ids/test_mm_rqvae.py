@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from llmrec.semantic_ids.losses import info_nce, mmd
 from llmrec.semantic_ids.mm_rqvae import MMRQVAE, Scaling, mlp
+from llmrec.semantic_ids.precision import matrix_precision
+from llmrec.semantic_ids.quantizer import ResidualQuantizer, squared_distances
 
 SETTINGS = {
     "quantizer": {"num_levels": 2, "num_codes": 4, "sinkhorn_iterations": 20},
@@ -149,14 +151,32 @@ def test_without_hidden_layers_the_vectors_themselves_are_quantised():
         assert torch.equal(found.decoded, found.quantized.vectors)
 
 
-def test_half_precision_touches_neither_codes_nor_distances():
-    made, rows = model().eval(), batch()
-    made.autoencoders["text"].encoder = torch.nn.Identity()
-    made.autoencoders["text"].quantizer = made.autoencoders["text"].quantizer.__class__(2, 4, 5)
-    plain = made.autoencoders["text"].quantizer(rows["text"])
-    with torch.autocast("cpu", torch.bfloat16):
-        quantizer = made.autoencoders["text"].quantizer
-        made.autoencoders["text"].decoder = torch.nn.Identity()
-        found = made.autoencoders["text"](rows["text"])
-    assert torch.equal(quantizer(rows["text"]).codes, found.quantized.codes)
-    assert torch.equal(plain.loss, found.quantized.loss) and found.decoded.dtype == torch.float32
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_lower_precision_touches_neither_codes_nor_distances(precision, monkeypatch):
+    """bfloat16 distances give most of so many rows another code."""
+    made = model({"text": 5}).eval()
+    autoencoder = made.autoencoders["text"]
+    autoencoder.encoder = autoencoder.decoder = torch.nn.Identity()
+    quantizer = autoencoder.quantizer = ResidualQuantizer(2, 64, 5)
+    rows = batch(500)["text"]
+    plain = quantizer(rows)
+    wrong = squared_distances(rows.bfloat16(), quantizer.codebooks[0].bfloat16()).argmin(dim=1)
+    assert (wrong != plain.codes[:, 0]).sum() > 50
+    allowed = []
+
+    def watched(*tensors):
+        allowed.append(torch.get_float32_matmul_precision())
+        return squared_distances(*tensors)
+
+    monkeypatch.setattr("llmrec.semantic_ids.quantizer.squared_distances", watched)
+    with matrix_precision(precision, rows.device):
+        within = torch.get_float32_matmul_precision()
+        found = autoencoder(rows)
+        loss, same = mmd(rows, found.decoded), info_nce(rows, found.decoded, 0.1)
+    assert within == ("high" if precision == "tf32" else torch.get_float32_matmul_precision())
+    assert set(allowed) == {"highest"}
+    assert torch.equal(plain.codes, found.quantized.codes) and found.decoded.dtype == torch.float32
+    assert torch.equal(plain.loss, found.quantized.loss)
+    assert torch.equal(loss, mmd(rows, found.decoded)) and torch.equal(
+        same, info_nce(rows, found.decoded, 0.1)
+    )

@@ -239,3 +239,27 @@ def test_restart_moves_dead_codes_to_residuals_and_leaves_the_others():
     assert torch.equal(made.codebooks[used], before[used])
     for code in (2, 4):
         assert (made.codebooks[1, code] == residuals[:, 1]).all(dim=1).any()
+
+
+def test_dead_codes_take_a_row_each_as_far_as_there_are_any():
+    made = quantizer(levels=1, codes=8)
+    used = torch.zeros(1, 8, dtype=torch.bool)
+    before = made.codebooks.detach().clone()
+    residuals = latents(rows=6)[:, None]
+    made.restart(used, residuals, torch.Generator().manual_seed(0))
+    placed = made.codebooks.detach()[0]
+    assert len(placed[:6].unique(dim=0)) == 6 and torch.equal(placed[6:], before[0, 6:])
+    for row in residuals[:, 0]:
+        assert (placed[:6] == row).all(dim=1).any()
+
+
+def test_a_code_that_gets_nothing_stays_however_long():
+    made = ResidualQuantizer(1, 2, 3, sinkhorn="none", codebook_update="ema", ema_decay=0.5).train()
+    made.place(0, slice(None), torch.tensor([[0.0, 0.0, 0.0], [50.0, 50.0, 50.0]]))
+    rows = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    for _ in range(400):
+        made(rows)
+    assert torch.allclose(made.codebooks[0, 1], torch.tensor(50.0), atol=0.1)
+    assert torch.allclose(made.codebooks[0, 0], rows.mean(dim=0), atol=1e-5)
+    made(torch.full((16, 3), 40.0))  # and it follows again as soon as it gets something
+    assert torch.allclose(made.codebooks[0, 1], torch.tensor(40.0), atol=0.1)

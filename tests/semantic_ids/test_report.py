@@ -21,7 +21,13 @@ from llmrec.semantic_ids.diagnostics import (
     tau_per_user,
 )
 from llmrec.semantic_ids.learn import learn_semantic_ids
-from llmrec.semantic_ids.report import SemanticIdsReport, findings, report_semantic_ids, settings_of
+from llmrec.semantic_ids.report import (
+    SemanticIdsReport,
+    findings,
+    report_semantic_ids,
+    settings_of,
+    training_chart,
+)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(50, 8), (6, 20)])
@@ -150,6 +156,15 @@ def test_the_settings_are_those_the_codes_were_learned_with(world):
     stored = dataclasses.replace(ids)
     object.__setattr__(stored, "_manifest", {"config": as_dict(config)})
     assert settings_of(stored) == as_dict(config) and settings_of(ids) == {}
+
+
+def test_epochs_without_a_batch_of_a_modality_leave_a_gap_in_the_chart():
+    def row(epoch: int, **parts: float) -> dict:
+        return {"epoch": epoch, "parts": {"collab": {"mse": 1.0 / epoch}, "image": parts}}
+
+    whole = training_chart([row(1, mse=2.0), row(2), row(3, mse=1.0)])
+    assert whole.startswith("<svg") and whole.count("image: mse") == 1
+    assert training_chart([row(1), row(2, mse=2.0)]).count("image: mse") == 1
 
 
 def test_bad_settings_are_named():
