@@ -13,7 +13,9 @@ from typing import Any, cast
 import jinja2
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 from cycler import cycler
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from llmrec.encoders.pictures import to_rgb
@@ -61,6 +63,19 @@ def environment(folder: Path) -> jinja2.Environment:
 def legend_above(axes: Any) -> None:
     """The legend in a line above the plot, where it hides nothing."""
     axes.legend(frameon=False, fontsize=8, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+
+
+def epochs_along(axes: Any, **text: Any) -> None:
+    """Epochs, which are whole numbers, along the horizontal axis."""
+    axes.set_xlabel("epoch", **text)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+
+
+def line_colours(number: int) -> list[Any]:
+    """Colours of so many lines: ours as far as they reach, else from dark to light."""
+    if number <= len(COLOURS):
+        return list(COLOURS[:number])
+    return list(plt.get_cmap("viridis")(np.linspace(0, 0.92, number)))
 
 
 def svg(figure_: Any) -> str:

@@ -11,9 +11,11 @@ import numpy as np
 from llmrec import __version__
 from llmrec.evaluation.report import part_curves
 from llmrec.evaluation.tables import p_text, spread_text
-from llmrec.pages import drawing, environment, legend_above, svg
+from llmrec.pages import drawing, environment, epochs_along, legend_above, line_colours, svg
 
-COLUMNS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr@10")
+COLUMNS = ("recall@10", "ndcg@10")
+MORE_COLUMNS = ("recall@5", "recall@20", "ndcg@5", "ndcg@20", "mrr@10")
+"""What stands behind the difference to the reference, where a narrow window does not reach."""
 
 
 def label(name: str, row: dict[str, Any]) -> str:
@@ -135,6 +137,7 @@ def page(results: dict[str, Any]) -> str:
         .render(
             rows=ordered(results["rows"]),
             columns=COLUMNS,
+            more_columns=MORE_COLUMNS,
             label=label,
             spread=spread_text,
             difference=difference,
@@ -191,7 +194,7 @@ def slice_chart(rows: dict[str, Any], what: str, parts: dict[str, int]) -> str:
     """recall@10 of every row in each slice of users; SVG."""
     figure, axes = plt.subplots(figsize=(6, 2.8))
     place = np.arange(len(parts))
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.92, len(rows)))
+    colours = line_colours(len(rows))
     for number, (name, row) in enumerate(rows.items()):
         values = [row["slices"][what][part]["recall@10"] for part in parts]
         axes.plot(place, values, marker="o", markersize=3, color=colours[number], label=label(name, row))
@@ -205,7 +208,7 @@ def slice_chart(rows: dict[str, Any], what: str, parts: dict[str, int]) -> str:
 def validation_chart(rows: dict[str, Any]) -> str:
     """Validation ndcg@10 over epochs, first seed of every row; SVG."""
     figure, axes = plt.subplots(figsize=(6, 2.8))
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.92, len(rows)))
+    colours = line_colours(len(rows))
     for number, (name, row) in enumerate(rows.items()):
         shown = [entry for entry in row["log"] if "valid_ndcg@10" in entry]
         axes.plot(
@@ -214,7 +217,7 @@ def validation_chart(rows: dict[str, Any]) -> str:
             color=colours[number],
             label=label(name, row),
         )
-    axes.set_xlabel("epoch")
+    epochs_along(axes)
     axes.set_ylabel("valid ndcg@10")
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return svg(figure)

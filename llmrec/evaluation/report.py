@@ -17,7 +17,16 @@ from llmrec.evaluation.metrics import METRICS
 from llmrec.evaluation.rank import Ranking
 from llmrec.evaluation.tables import p_text
 from llmrec.finished import peak_memory_of
-from llmrec.pages import COLOURS, drawing, environment, legend_above, svg, thumbnail
+from llmrec.pages import (
+    COLOURS,
+    drawing,
+    environment,
+    epochs_along,
+    legend_above,
+    line_colours,
+    svg,
+    thumbnail,
+)
 
 
 def render(
@@ -169,8 +178,8 @@ def part_curve(name: str, rows: list[dict[str, Any]]) -> str:
     values = np.array([row["parts"][name] for row in rows], dtype=float)
     lines = axes.plot([row["epoch"] for row in rows], values, marker=dots(rows))
     if len(lines) > 1:
-        for number, line in enumerate(lines):
-            line.set_color(plt.get_cmap("viridis")(number / len(lines)))
+        for line, colour in zip(lines, line_colours(len(lines))):
+            line.set_color(colour)
         axes.legend(
             lines,
             [str(place + 1) for place in range(len(lines))],
@@ -180,7 +189,7 @@ def part_curve(name: str, rows: list[dict[str, Any]]) -> str:
             loc="best",
         )
     axes.set_title(name.replace("_", " "), fontsize=8)
-    axes.set_xlabel("epoch", fontsize=8)
+    epochs_along(axes, fontsize=8)
     axes.tick_params(labelsize=7)
     return svg(figure_)
 
@@ -199,7 +208,7 @@ def fusion_curve(adapter: Any) -> str:
             markersize=3,
             label=source,
         )
-    axes.set_xlabel("epoch")
+    epochs_along(axes)
     axes.set_ylabel("mean weight")
     axes.set_ylim(0, 1)
     legend_above(axes)

@@ -24,7 +24,7 @@ from llmrec.artifacts import (
 )
 from llmrec.files import read_json, write_json
 from llmrec.finished import manifest_of
-from llmrec.pages import COLOURS, drawing, environment, legend_above, svg, thumbnail
+from llmrec.pages import COLOURS, drawing, environment, epochs_along, legend_above, svg, thumbnail
 from llmrec.semantic_ids.assign import Rebuilt, frozen, load_quantizer
 from llmrec.semantic_ids.config import ReportSemanticIdsConfig
 from llmrec.semantic_ids.diagnostics import (
@@ -305,7 +305,7 @@ def training_chart(log: list[dict[str, Any]]) -> str:
             values = [row["parts"][name].get(part, np.nan) for row in rows]
             epochs = [row["epoch"] for row in rows]
             axes.plot(epochs, values, style, color=colour, label=f"{name}: {part}")
-    axes.set_xlabel("epoch")
+    epochs_along(axes)
     axes.set_ylabel("loss, unweighted")
     axes.set_yscale("log")
     legend_above(axes)
