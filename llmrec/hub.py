@@ -7,6 +7,7 @@ interactions, no pictures, no local paths, no tokens.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -32,6 +33,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session
 
 from llmrec import __version__
 from llmrec.errors import ConfigError, LlmrecError, MissingArtifactError
@@ -121,7 +123,7 @@ def push(
             # It takes the table of items for a dataset.
             warnings.filterwarnings("ignore", message=".*commit a data file")
             commit = api.create_commit(found.repo_id, [*operations, *stale], commit_message=message)
-    except (HfHubHTTPError, HFValidationError, OSError, RuntimeError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError, RuntimeError, unanswered()) as error:
         raise HubError(explained(error, repo)) from None
     return Pushed(repo=found.repo_id, url=str(found), revision=commit.oid)
 
@@ -157,8 +159,16 @@ def download(repo: str, *, revision: str | None = None, cache_dir: str | Path | 
         raise MissingArtifactError(
             f"{name} is not on the Hub, or not for you to see; check the name, or log in with `hf auth login`"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, unanswered()) as error:
         raise HubError(explained(error, repo)) from None
+
+
+def unanswered() -> type[Exception]:
+    """What huggingface_hub lets through where no answer comes: an error of its HTTP client, which is httpx in
+    release 1 and httpx2 in release 2."""
+    client = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    found: type[Exception] = client.HTTPError
+    return found
 
 
 def listing(folder: Path) -> list[tuple[str, int]]:
@@ -259,6 +269,8 @@ def explained(error: Exception, repo: str) -> str:
         413: "a file is too large for this Hub",
         429: "too many requests; wait a few minutes and push again, what was uploaded is kept",
     }.get(status or 0, "push again later, what was uploaded is kept")
+    if status is None:
+        advice = f"see whether this machine reaches it, and whether its address is right; {advice}"
     reason = SECRETS.sub("<token>", " ".join(str(error).split()))[:300]
     return f"{repo}: the Hub said {status or 'nothing'} ({reason}); {advice}"
 

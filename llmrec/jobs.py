@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llmrec import storage
 from llmrec.errors import BusyError, LlmrecError, StoppedError
@@ -205,6 +206,23 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=positive, help="cells trained at a time (one a GPU, or without any one a core)"
     )
+
+
+class Different(argparse.Action):
+    """Values of which no two are equal: one run counted twice would be a spread of nothing."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentError(self, f"must differ, got {' '.join(map(str, values))}")
+        setattr(namespace, self.dest, values)
+
+
+def add_seeds(parser: argparse.ArgumentParser) -> None:
+    """``--seeds``, of a command that compares over several."""
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, action=Different, default=[0, 1, 2], metavar="SEED",
+        help="of every row (0 1 2)",
+    )  # fmt: skip
 
 
 def positive(text: str) -> int:

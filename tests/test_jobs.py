@@ -198,3 +198,15 @@ def test_jobs_are_counted(bad, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--jobs", bad])
     assert "--jobs: must be a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_one_run_is_not_counted_twice(capsys):
+    parser = argparse.ArgumentParser()
+    jobs.add_seeds(parser)
+    assert parser.parse_args([]).seeds == [0, 1, 2] and parser.parse_args(["--seeds", "3", "1"]).seeds == [
+        3,
+        1,
+    ]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--seeds", "0", "0"])
+    assert "argument --seeds: must differ, got 0 0" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import logging
 import time
 from pathlib import Path
 
+from llmrec import jobs
 from llmrec.console import guarded
 from llmrec.recipe import apply_overrides
 
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--row", nargs="+", action="append", required=True, metavar="NAME [FIELD=VALUE]",
         help="a name and settings of learn_semantic_ids; may be repeated",
     )  # fmt: skip
-    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    jobs.add_seeds(made)
     made.add_argument("--out", metavar="FILE", help="write every figure of every cell as JSON here")
     return made
 

@@ -58,6 +58,8 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
     from llmrec.pipeline import run_stage
 
     root = Path(options.run_dir or Path("runs") / name)
+    if options.summarise and not root.is_dir():
+        raise ConfigError(f"{root}: there is no such folder, so nothing to summarise; give --run-dir")
     folder = Path(options.prepare_data) if options.prepare_data else root / "prepare_data"
     if options.prepare_data:
         data = load(Interactions, folder)
@@ -76,7 +78,7 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
     results |= {
         "machine": machine.describe(),
         "jobs": at_a_time,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", *sys.argv]),
         "failed": failed,
     }
     write_json(root / "results.json", results)
@@ -111,7 +113,7 @@ def parser(
     made.add_argument(
         "--rows", nargs="+", default=list(rows), metavar="NAME", help=f"of {', '.join(rows)} (all)"
     )
-    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    jobs.add_seeds(made)
     jobs.add_argument(made)
     made.add_argument("--reference", default="sasrec", help="row that others are compared with (sasrec)")
     made.add_argument(

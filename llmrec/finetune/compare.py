@@ -51,7 +51,7 @@ def parser(names_recipe: bool, description: str | None) -> argparse.ArgumentPars
     made.add_argument("--run-dir", metavar="DIR", help="where the recipe's stages are (runs/NAME)")
     made.add_argument("--out", metavar="DIR", help="where cells and tables go (RUN_DIR/methods)")
     made.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
-    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    jobs.add_seeds(made)
     made.add_argument(
         "--refit",
         metavar="DIR",
@@ -73,8 +73,6 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
     else:
         name, made = Path(recipe.__code__.co_filename).stem, recipe()
     chosen = apply_overrides(made, options.set)
-    if len(set(options.seeds)) < len(options.seeds):
-        raise ConfigError(f"--seeds must differ, got {', '.join(map(str, options.seeds))}")
     set_up_logging()
     root = Path(options.run_dir or Path("runs") / (f"{name}_refit" if options.refit else name))
     out = Path(options.out or root / "methods")

@@ -40,6 +40,7 @@ from llmrec.files import read_json, write_json
 from llmrec.finetune.adapter import Adapter
 from llmrec.finished import load, manifest_of
 from llmrec.manifest import DamagedError, check_files, describe_files, read_manifest, reading, write_manifest
+from llmrec.storage import NO_FOLDER, writing
 
 FORM = 2
 MANIFEST = "package.json"
@@ -152,25 +153,30 @@ def file_name(path: str) -> str:
 
 
 def save(package: Package, out: Path, *, renamed: dict[str, str] | None = None) -> Path:
-    """Write a package: all of it or nothing."""
+    """Write a package: all of it or nothing.
+
+    Raises:
+        StorageError: the disk is full, or may not be written.
+    """
     from llmrec.hub import card
 
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        scratch.mkdir(parents=True)
-        package.adapter.save(scratch)
-        for artifact in (package.collab, package.content, package.ids):
-            (scratch / artifact.stage).mkdir()
-            artifact.save(scratch / artifact.stage)
-        pq.write_table(package.items, scratch / "items.parquet")
-        write_json(scratch / "data.json", package.data)
-        write_json(scratch / "evaluation.json", package.evaluation)
-        for path in scratch.rglob("*.json"):
-            write_json(path, rename(read_json(path), renamed or {}))
-        (scratch / CARD).write_text(card(package_at(scratch)), encoding="utf-8")
-        seal(scratch)
-        os.replace(scratch, out)
+        with writing(out, NO_FOLDER):
+            scratch.mkdir(parents=True)
+            package.adapter.save(scratch)
+            for artifact in (package.collab, package.content, package.ids):
+                (scratch / artifact.stage).mkdir()
+                artifact.save(scratch / artifact.stage)
+            pq.write_table(package.items, scratch / "items.parquet")
+            write_json(scratch / "data.json", package.data)
+            write_json(scratch / "evaluation.json", package.evaluation)
+            for path in scratch.rglob("*.json"):
+                write_json(path, rename(read_json(path), renamed or {}))
+            (scratch / CARD).write_text(card(package_at(scratch)), encoding="utf-8")
+            seal(scratch)
+            os.replace(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return out

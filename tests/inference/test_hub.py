@@ -242,3 +242,13 @@ def test_the_command_lists_pushes_and_renames(packaged, finished, hub, tmp_path,
         assert left.value.code == 2 and "OLD=NEW" in capsys.readouterr().err
     files = hub.repos["ann/cli"]["commits"][-1][1]
     assert json.loads(files["package.json"])["schema"] == 2
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "nonsense"])
+def test_a_hub_that_does_not_answer_is_a_sentence(endpoint, packaged, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["push_to_hub", str(packaged), "--repo", "ann/tiny", "--endpoint", endpoint])
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and "Traceback" not in err
+    assert "ann/tiny: the Hub said nothing" in err and "whether its address is right" in err

@@ -14,7 +14,13 @@ import torch
 
 from llmrec import hub
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
-from llmrec.errors import ConfigError, DataError, MissingArtifactError, StaleArtifactError
+from llmrec.errors import (
+    ConfigError,
+    DataError,
+    MissingArtifactError,
+    StaleArtifactError,
+    StorageError,
+)
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.scoring import load_scorer
 from llmrec.finished import load
@@ -179,6 +185,9 @@ def test_the_card_says_who_learned_from_validation_items(packaged):
 
 
 def test_packaging_refuses_what_exists_and_what_is_unfinished(packaged, finished, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="file/package cannot be written"):
+        package_run(finished, tmp_path / "file" / "package")
     with pytest.raises(ConfigError, match="exists; give another folder"):
         package_run(finished, packaged)
     shutil.copytree(finished, tmp_path / "run")
