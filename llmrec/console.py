@@ -18,6 +18,7 @@ from llmrec.errors import LlmrecError, StoppedError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+CLOSED_PIPE = 141
 
 HIDDEN = "[hidden]"
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
@@ -39,11 +40,13 @@ def guarded(command: Callable[[], None]) -> int:
     What an interrupted command keeps it says in its KeyboardInterrupt, see `pipeline.run_stage`.
 
     Returns:
-        0 done, 2 something the user gave cannot work, 130 interrupted or asked to stop.
+        0 done, 2 something the user gave cannot work, 130 interrupted or asked to stop, 141 nobody reads the
+        output any more.
     """
     sys.excepthook = show_traceback
     try:
         command()
+        sys.stdout.flush()
     except StoppedError as error:
         say(str(error))
         return INTERRUPTED
@@ -62,6 +65,10 @@ def guarded(command: Callable[[], None]) -> int:
     except KeyboardInterrupt as error:
         say(f"interrupted: {error}" if str(error) else "interrupted")
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has what they wanted; Python's own last flush would fail as well.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
     return 0
 
 

@@ -33,7 +33,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from llmrec import __version__
 from llmrec.errors import ConfigError, LlmrecError, MissingArtifactError
@@ -161,6 +161,19 @@ def download(repo: str, *, revision: str | None = None, cache_dir: str | Path | 
         ) from None
     except (HfHubHTTPError, OSError, unanswered()) as error:
         raise HubError(explained(error, repo)) from None
+
+
+def check_name(repo: str) -> None:
+    """Refuse a name that no repository can have.
+
+    Raises:
+        ConfigError: says what is wrong with it.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{repo!r} is no name of a repository: {reason}") from None
 
 
 def unanswered() -> type[Exception]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import importlib.metadata
 import logging
 import os
@@ -256,6 +257,22 @@ def changed_sources(manifest: dict[str, Any], sources: dict[str, str]) -> list[s
     ]
 
 
+def changes_of(manifest: dict[str, Any], config: Any, sources: dict[str, str]) -> list[str]:
+    """Phrases naming files and settings that are not those a stage was made with; a file that has moved, and
+    is the same, is."""
+    before = copy.deepcopy(manifest["config"])
+    now = as_dict(config)
+    made_from = manifest.get("sources") or {}
+    for name in sources:
+        *groups, field = name.split(".")
+        old, new = before, now
+        for group in groups:
+            old, new = old.get(group) or {}, new.get(group) or {}
+        if made_from.get(name) == sources[name] and field in old and field in new:
+            old[field] = new[field]
+    return [*changed_sources(manifest, sources), *changed_settings(before, config)]
+
+
 def check_folder(folder: Path, wanted: dict[str, Any], config: Any) -> str:
     """'done' or 'absent'; raises if the folder holds anything else.
 
@@ -269,10 +286,9 @@ def check_folder(folder: Path, wanted: dict[str, Any], config: Any) -> str:
             "another folder, or move it away"
         )
     manifest = stage_manifest(folder)
-    changes = changed_sources(manifest, wanted["sources"])
+    changes = changes_of(manifest, config, wanted["sources"])
     if manifest["stage"] != wanted["stage"]:
         changes.append(f"stage={manifest['stage']} (now {wanted['stage']})")
-    changes += changed_settings(manifest["config"], config)
     old, new = manifest["inputs"], wanted["inputs"]
     changes += [f"another {name}" for name in new if old.get(name) != new[name]]
     changes += [f"{name}, which is not given now" for name in old if name not in new]

@@ -20,7 +20,7 @@ from llmrec.config import changed_settings, flatten, override
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
-from llmrec.errors import ConfigError
+from llmrec.errors import ConfigError, StaleArtifactError
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.finetune.config import FREQUENCY_FIELDS, FUSIONS, METHOD_FIELDS, FinetuneConfig
 from llmrec.finetune.config import PRESETS as FINETUNE_PRESETS
@@ -78,12 +78,19 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
     if options.dry_run:
         stages = statuses(chosen, root, options.until)
         print("\n".join(f"{stage:20s} {status}" for stage, status in stages.items()))
+        refuse_what_is_stale(root, stages)
         refuse_what_cannot_finish(chosen, stages)
         return
     set_up_logging()
     if options.push_to_hub and options.until not in (None, "evaluate"):
         raise ConfigError(f"--push-to-hub pushes a finished run, which --until {options.until} does not make")
-    refuse_what_cannot_finish(chosen, statuses(chosen, root, options.until))
+    if options.push_to_hub:
+        from llmrec.hub import check_name
+
+        check_name(options.push_to_hub)
+    stages = statuses(chosen, root, options.until)
+    refuse_what_is_stale(root, stages)
+    refuse_what_cannot_finish(chosen, stages)
     from llmrec.pipeline import RunDir, run
 
     report = run(chosen, RunDir(root), until=options.until)
@@ -276,6 +283,21 @@ def without_what_goes(recipe: Recipe, pairs: dict[str, str]) -> Recipe:
     return replace(recipe, train_collab=collab, finetune=replace(finetune, **changes))
 
 
+def refuse_what_is_stale(root: Path, stages: dict[str, str]) -> None:
+    """Say now which finished stages a run would refuse once it gets there.
+
+    Args:
+        root: the run folder.
+        stages: what `statuses` says of them.
+
+    Raises:
+        StaleArtifactError: names the first.
+    """
+    for name, status in stages.items():
+        if status not in ("done", TO_DO, UNCERTAIN):
+            raise StaleArtifactError(f"{root / name} {status}")
+
+
 def refuse_what_cannot_finish(recipe: Recipe, stages: dict[str, str]) -> None:
     """Say now what a stage would stumble over hours later.
 
@@ -295,10 +317,10 @@ def refuse_what_cannot_finish(recipe: Recipe, stages: dict[str, str]) -> None:
 
 
 def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
-    """Of each stage: done, `TO_DO`, `UNCERTAIN`, or made with other settings."""
+    """Of each stage: done, `TO_DO`, `UNCERTAIN`, or why what is there cannot be used."""
     from llmrec.finished import fingerprint_of, stage_manifest
     from llmrec.manifest import MANIFEST
-    from llmrec.pipeline import changed_sources, source_hashes
+    from llmrec.pipeline import changes_of, source_hashes
 
     found: dict[str, str] = {}
     new = {name for name in STAGES if not (root / name).exists()}
@@ -306,13 +328,12 @@ def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
         name = stage.name
         folder = root / name
         config = getattr(recipe, name)
-        if name in new:
+        if not folder.exists():
             status = TO_DO
         elif not (folder / MANIFEST).exists():
             status = "is not a finished stage; use another --run-dir, or move it away"
         elif changes := [
-            *changed_settings((manifest := stage_manifest(folder))["config"], config),
-            *changed_sources(manifest, source_hashes(config)),
+            *changes_of(manifest := stage_manifest(folder), config, source_hashes(config)),
             *(
                 f"another {other}"
                 for other in stage.made_from(config)
@@ -326,6 +347,8 @@ def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
         else:
             status = "done"
         found[name] = status
+        if status != "done":
+            new.add(name)  # what is made from it is not known to fit
         if name == until:
             break
     return found

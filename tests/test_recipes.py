@@ -295,6 +295,17 @@ def test_what_was_made_from_another_output_is_told_before_anything_is_computed(f
     assert found["learn_semantic_ids"].startswith("was made with another train_collab; ")
 
 
+def test_a_stale_stage_is_told_before_another_one_is_computed(finished, tmp_path, capsys):
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    shutil.rmtree(root / "encode_items")
+    for more in ([], ["--dry-run"]):
+        code, out, err = run(["--run-dir", str(root), *more, "--set", "finetune.epochs=3"], capsys)
+        assert code == 2 and "finetune was made with epochs=2 (now 3)" in err
+        assert not (root / "encode_items").exists()
+    assert [line.split(maxsplit=1)[1] for line in out.splitlines()][2:4] == [TO_DO, UNCERTAIN]
+
+
 def test_a_finished_stage_needs_nothing_any_more():
     """Files and models of stages that are done may be gone."""
     changed = dataclasses.replace(tiny(), finetune=dataclasses.replace(tiny().finetune, prompt="gone.toml"))

@@ -106,3 +106,19 @@ def test_the_text_of_a_prompt_of_ones_own_is_part_of_what_was_tuned(tmp_path):
     prompt.write_text('source = "me"\ntext = "and then {history} next"\n')
     assert source_hashes(config) != before
     assert source_hashes(FinetuneConfig()) == {}
+
+
+def test_files_that_have_moved_are_the_same_files(shop, tmp_path):
+    data = prepared(shop)
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    for name in ("log.csv", "items.csv", *(f"{item}.png" for item in IDS[:6])):
+        (tmp_path / name).rename(other / name)
+    table = {"interactions": str(other / "log.csv"), "items": str(other / "items.csv")}
+    config = PrepareDataConfig(source="table", image_column="image", **table)
+    again = shop.stage(STAGES["prepare_data"], config)
+    assert np.array_equal(again.item, data.item)
+    with (other / "log.csv").open("a") as log:
+        log.write("u0,i0,99\n")
+    with pytest.raises(StaleArtifactError, match="other content of the interactions file"):
+        shop.stage(STAGES["prepare_data"], config)

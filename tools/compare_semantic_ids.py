@@ -17,6 +17,7 @@ from pathlib import Path
 
 from llmrec import jobs
 from llmrec.console import guarded
+from llmrec.errors import ConfigError
 from llmrec.recipe import apply_overrides
 
 FIGURES = {
@@ -65,6 +66,8 @@ def compare(options: argparse.Namespace) -> None:
     logging.getLogger("llmrec").setLevel(logging.WARNING)
     base = LearnSemanticIdsConfig(modalities=(options.modality,), min_utilisation=0.0)
     rows = {name: apply_overrides(base, settings) for name, *settings in options.row}
+    if len(rows) < len(options.row):
+        raise ConfigError("--row: two rows have one name; give each its own")
     inputs = [
         load(kind, Path(getattr(options, kind.stage)))
         for kind in (Interactions, CollabEmbeddings, ContentEmbeddings)

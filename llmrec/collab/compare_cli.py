@@ -49,6 +49,9 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
     options = parser(rows, data_config, name, description).parse_args()
     of_data, of_rows = by_stage(options.set, data_config is not None)
     rows = chosen_rows(rows, options.rows, of_rows)
+    reference = options.reference or ("sasrec" if "sasrec" in rows else next(iter(rows)))
+    if reference not in rows:
+        raise ConfigError(f"--reference must be among the rows ({', '.join(rows)}), got {reference!r}")
     set_up_logging()
     from llmrec import machine
     from llmrec.collab.compare import run_cells, summarise_cells
@@ -74,7 +77,7 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
         if wanting := [name for name, row in rows.items() if row.content and content is None]:
             raise ConfigError(f"--encode-items: {', '.join(wanting)} need the output folder of encode_items")
         failed = run_cells(rows, options.seeds, folder, root, at_a_time, content)
-    results = summarise_cells(rows, options.seeds, data, root, reference=options.reference)
+    results = summarise_cells(rows, options.seeds, data, root, reference=reference)
     results |= {
         "machine": machine.describe(),
         "jobs": at_a_time,
@@ -115,7 +118,9 @@ def parser(
     )
     jobs.add_seeds(made)
     jobs.add_argument(made)
-    made.add_argument("--reference", default="sasrec", help="row that others are compared with (sasrec)")
+    made.add_argument(
+        "--reference", metavar="NAME", help="row that others are compared with (sasrec, or the first row)"
+    )
     made.add_argument(
         "--set",
         metavar="STAGE.FIELD=VALUE",

@@ -63,6 +63,9 @@ def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str,
     names = list(dict.fromkeys(entry.name for entry in entries))
     if len(names) < 2:
         raise ConfigError("give at least two names to compare")
+    for entry in entries:
+        if entries.count(entry) > 1:
+            raise ConfigError(f"{entry.name}={entry.folder} is given twice; a run counts once")
     first: Report | None = None
     users: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in names}
     learned: dict[str, set[str]] = {name: set() for name in names}

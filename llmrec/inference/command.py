@@ -109,9 +109,10 @@ def push_to_hub(options: argparse.Namespace) -> None:
     """Push a package; a run folder is packaged first."""
     import tempfile
 
-    from llmrec.hub import listing, push, refuse_private
+    from llmrec.hub import check_name, listing, push, refuse_private
     from llmrec.inference.package import MANIFEST, check, package_run
 
+    check_name(options.repo)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(options.source)
         if not (folder / MANIFEST).is_file():
@@ -206,7 +207,7 @@ def read_histories(options: argparse.Namespace) -> Iterator[tuple[str, list[str]
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         try:
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8-sig") as lines:
                 yield from parse_lines(lines, str(path))
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error}); convert it") from None

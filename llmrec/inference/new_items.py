@@ -28,7 +28,12 @@ BLOCK = 1 << 22
 
 
 def extended(
-    package: Package, items: pa.Table, content: dict[str, np.ndarray], *, neighbours: int = 10
+    package: Package,
+    items: pa.Table,
+    content: dict[str, np.ndarray],
+    *,
+    present: dict[str, np.ndarray] | None = None,
+    neighbours: int = 10,
 ) -> Package:
     """The package with more items at the end of its catalogue.
 
@@ -36,10 +41,12 @@ def extended(
         package: what was trained.
         items: one row per new item: raw_id, and the text columns that are known.
         content: vectors float32 (n, D_m) of the new items by content modality.
+        present: which of them say something of their item, bool (n,) by modality; None: those that are not
+            zero. The others do not count where neighbours are sought.
         neighbours: items nearest by content whose mean stands in for what training would have given.
 
     Raises:
-        DataError: ids that are taken, doubled or empty.
+        DataError: ids that are taken, doubled or empty, or an item of which nothing is known.
         ConfigError: there is no content modality to go by.
     """
     check_ids(package, items)
@@ -47,7 +54,16 @@ def extended(
         raise DataError(f"neighbours must be at least 1, got {neighbours}")
     if not content:
         raise ConfigError("new items need text or image vectors, and this catalogue has neither")
-    near = nearest(package, content, neighbours)
+    if present is None:
+        present = {name: np.asarray(rows.any(axis=1)) for name, rows in content.items()}
+    known = np.any([present[name] for name in content], axis=0)
+    if not known.all():
+        name = items["raw_id"][int(np.argmin(known))].as_py()
+        raise DataError(
+            f"new items: of {name!r} and {(~known).sum() - 1} more nothing is known that says what they are "
+            f"like; this recommender goes by {' and '.join(content)}"
+        )
+    near = nearest(package, content, present, neighbours)
     collab_rows = mean_of(package.collab.vectors, near)
     names = [*package.items["raw_id"].to_pylist(), *items["raw_id"].to_pylist()]
     catalog = hashlib.sha256("\n".join(names).encode()).hexdigest()
@@ -74,12 +90,12 @@ def extended(
             package.content,
             catalog=catalog,
             vectors={
-                name: np.concatenate([known, content[name]])
-                for name, known in package.content.vectors.items()
+                name: np.concatenate([table, content[name]])
+                for name, table in package.content.vectors.items()
             },
             missing={
-                name: np.concatenate([known, np.zeros(len(items), dtype=bool)])
-                for name, known in package.content.missing.items()
+                name: np.concatenate([missing, ~present[name]])
+                for name, missing in package.content.missing.items()
             },
         ),
         ids=dataclasses.replace(
@@ -109,8 +125,10 @@ def check_ids(package: Package, items: pa.Table) -> None:
         raise DataError("new items: an id is given twice")
 
 
-def nearest(package: Package, content: dict[str, np.ndarray], neighbours: int) -> np.ndarray:
-    """Trained items nearest by mean cosine over the content modalities, int64 (n, k).
+def nearest(
+    package: Package, content: dict[str, np.ndarray], present: dict[str, np.ndarray], neighbours: int
+) -> np.ndarray:
+    """Trained items nearest by mean cosine over the content modalities that are known, int64 (n, k).
 
     Items that were never trained lend nothing, unless there are no others.
     """
@@ -122,8 +140,9 @@ def nearest(package: Package, content: dict[str, np.ndarray], neighbours: int) -
     for name, rows in content.items():
         table = package.content.vectors[name][trained].astype(np.float64)
         centre = table.mean(axis=0)
-        known.append(unit(table - centre))
-        new.append(unit(rows - centre))
+        # What stands for a missing vector lies near the centre, in whatever direction rounding has it.
+        known.append(unit(table - centre) * ~package.content.missing[name][trained][:, None])
+        new.append(unit(rows - centre) * present[name][:, None])
     known_rows, new_rows = np.concatenate(known, axis=1), np.concatenate(new, axis=1)
     found = []
     size = max(1, BLOCK // len(trained))

@@ -106,8 +106,7 @@ class Recommender:
             MissingArtifactError: a file is missing or damaged, or the repository does not exist.
         """
         folder = Path(source)
-        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device={device!r}: there is no GPU that torch can use here; leave it out")
+        device = None if device is None else usable(device)
         if not folder.is_dir():
             from llmrec.hub import download
 
@@ -169,7 +168,7 @@ class Recommender:
             UnknownItemError: an id is not in the catalogue.
             DataError: something is not a list of ids, or another argument cannot be.
         """
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
             raise DataError(f"k must be a whole number of at least 1, got {k!r}")
         if unknown not in ("error", "skip"):
             raise DataError(f"unknown must be 'error' or 'skip', got {unknown!r}")
@@ -213,7 +212,8 @@ class Recommender:
             neighbours: see `new_items.extended`.
 
         Raises:
-            DataError: ids that are taken, doubled or no text; a picture that cannot be read.
+            DataError: ids that are taken, doubled or no text; a picture that cannot be read; an item of which
+                neither a text nor a picture is known.
             ConfigError: the catalogue's vectors came from a file and none are given.
         """
         from llmrec.encoders.again import ItemEncoders
@@ -239,15 +239,16 @@ class Recommender:
                 "trained without pictures", named, len(items),
             )  # fmt: skip
         encoders = ItemEncoders(self.package.content)
+        present = {name: np.asarray(rows.any(axis=1)) for name, rows in content.items()}
         for name in self.package.content.vectors:
             if name in content:
                 continue
             if name == "text":
-                content[name], _ = encoders.text(table)
+                content[name], present[name] = encoders.text(table)
             else:
-                content[name], _ = encoders.image(table, pictures)
+                content[name], present[name] = encoders.image(table, pictures)
         before = self.package
-        self.package = extended(before, table, content, neighbours=neighbours)
+        self.package = extended(before, table, content, present=present, neighbours=neighbours)
         del self.scores, self.graph  # the model that is made anew needs their room
         whole = False
         try:
@@ -257,6 +258,20 @@ class Recommender:
             if not whole:
                 self.package = before
                 self._load()
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the package, with the items that were added, into a new folder; `from_pretrained` reads it.
+
+        Raises:
+            ConfigError: the folder exists.
+            StorageError: it cannot be written.
+        """
+        from llmrec.inference.package import save
+
+        out = Path(folder)
+        if out.exists():
+            raise ConfigError(f"{out} exists; give another folder, or delete it")
+        return save(self.package, out)
 
     def _groups(self, rows: list[np.ndarray]) -> list[np.ndarray]:
         """Which histories go through the model together."""
@@ -279,6 +294,8 @@ class Recommender:
         self, history: Sequence[str], unknown: str, where: str, place: int | None = None
     ) -> np.ndarray:
         """Item ids int64 of raw ids."""
+        if isinstance(history, np.ndarray) and history.ndim == 1:
+            history = history.tolist()
         if isinstance(history, str) or not isinstance(history, Sequence):
             raise DataError(f"{where} must be a list of item ids, got {history!r:.80}")
         numbers = [self.number.get(name) if isinstance(name, str) else None for name in history]
@@ -402,6 +419,27 @@ def graph_of(rows: np.ndarray) -> Any:
     graph.hnsw.efConstruction = 200
     graph.add(np.ascontiguousarray(rows, dtype=np.float32))
     return graph
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ConfigError: there is none of that name that torch can use here.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={str(device)!r}: expected cpu, cuda or a GPU by its number such as cuda:1")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={str(device)!r}: there is no GPU that torch can use here; leave it out"
+            if not torch.cuda.device_count()
+            else f"device={str(device)!r}: torch sees {torch.cuda.device_count()} GPUs here, counted from 0"
+        )
+    return found
 
 
 def default_device() -> torch.device:

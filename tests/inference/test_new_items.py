@@ -14,7 +14,7 @@ from tiny_recipe import tiny
 from llmrec.artifacts import Interactions
 from llmrec.errors import ConfigError, DataError
 from llmrec.finished import load
-from llmrec.inference.new_items import extended
+from llmrec.inference.new_items import extended, nearest
 from llmrec.inference.package import load_package, package_run
 from llmrec.inference.recommender import Recommender
 from llmrec.recipe import main
@@ -152,7 +152,9 @@ def test_a_picture_that_nothing_looks_at_is_told(finished, tmp_path, caplog):
     caplog.clear()
     recommender.add_items([{"item_id": "a", "title": "Red drum", "image": None}])
     assert not caplog.records
-    recommender.add_items([{"item_id": "b", "title": "Red drum", "image": "b.png"}, {"item_id": "c"}])
+    recommender.add_items(
+        [{"item_id": "b", "title": "Red drum", "image": "b.png"}, {"item_id": "c", "title": "Kettle"}]
+    )
     assert "1 of 2 items come with a picture, which is not used" in caplog.text
     assert recommender.raw_ids[-3:] == ["a", "b", "c"]
 
@@ -160,3 +162,51 @@ def test_a_picture_that_nothing_looks_at_is_told(finished, tmp_path, caplog):
 def test_at_least_one_neighbour_is_needed(fresh):
     with pytest.raises(DataError, match="neighbours must be at least 1, got 0"):
         fresh.add_items([{"item_id": "a", "title": "x"}], neighbours=0)
+
+
+def test_what_is_not_known_of_an_item_has_no_say_in_who_is_near(packaged):
+    """The mean stands in for a missing picture, and the direction from the mean to itself is rounding."""
+    package = load_package(packaged)
+    rows = np.arange(1, 21)
+    items = pa.table({"raw_id": [f"new {row}" for row in rows]})
+    text, image = (package.content.vectors[name][rows] for name in ("text", "image"))
+    stand_in = package.content.vectors["image"][1:].mean(axis=0, dtype=np.float64).astype(np.float32)
+    nothing = np.zeros(len(rows), dtype=bool)
+    everything = ~nothing
+    known = {"text": everything, "image": nothing}
+    without = {"text": text, "image": np.repeat(stand_in[None], len(rows), axis=0)}
+    found = nearest(package, without, known, 5)
+    wanted = nearest(package, {"text": text}, {"text": everything}, 5)
+    assert [set(row) for row in found.tolist()] == [set(row) for row in wanted.tolist()]
+    made = extended(package, items, without, present=known)
+    assert (
+        made.content.missing["image"][-len(rows) :].all()
+        and not made.content.missing["text"][-len(rows) :].any()
+    )
+    both = nearest(package, {"text": text, "image": image}, {"text": everything, "image": everything}, 1)
+    trained = package.adapter.heads["train_count"].numpy()[rows] > 0
+    assert np.array_equal(both[trained, 0], rows[trained])
+    with pytest.raises(DataError, match=r"of 'new 1' and 19 more nothing is known .* goes by text and image"):
+        extended(package, items, without, present={"text": nothing, "image": nothing})
+
+
+def test_items_that_were_added_are_saved_with_the_others(packaged, tmp_path):
+    recommender = Recommender.from_pretrained(packaged)
+    recommender.add_items([{"item_id": "new", "title": "Plain red drum"}])
+    with pytest.raises(ConfigError, match="exists; give another folder"):
+        recommender.save_pretrained(packaged)
+    again = Recommender.from_pretrained(recommender.save_pretrained(tmp_path / "more"))
+    history = [np.array(recommender.raw_ids[:2])]  # arrays are lists too
+    found, same = (one.recommend(history, k=np.int64(200)) for one in (recommender, again))
+    assert found == same and any(one.item_id == "new" for one in found[0])
+    with pytest.raises(DataError, match="of 'bare' and 0 more nothing is known"):
+        again.add_items([{"item_id": "bare"}])
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("gpu", "expected cpu, cuda or a GPU"), ("meta", "expected cpu"), ("cuda:7", "no GPU")],
+)
+def test_a_device_that_is_not_there_is_named(device, said, packaged):
+    with pytest.raises(ConfigError, match=f"device='{device}': .*{said}"):
+        Recommender.from_pretrained(packaged, device=device)
