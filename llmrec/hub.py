@@ -154,13 +154,13 @@ def download(repo: str, *, revision: str | None = None, cache_dir: str | Path | 
         raise MissingArtifactError(f"{repo} is neither a folder here nor a Hub id (owner/name)") from None
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         if isinstance(error, LocalEntryNotFoundError):
-            raise HubError(explained(error, repo)) from None
+            raise HubError(explained(error, repo, pushed=False)) from None
         name = repo if revision is None else f"{repo}@{revision}"
         raise MissingArtifactError(
             f"{name} is not on the Hub, or not for you to see; check the name, or log in with `hf auth login`"
         ) from None
     except (HfHubHTTPError, OSError, unanswered()) as error:
-        raise HubError(explained(error, repo)) from None
+        raise HubError(explained(error, repo, pushed=False)) from None
 
 
 def check_name(repo: str) -> None:
@@ -271,8 +271,14 @@ def leaves(value: Any, place: str) -> Iterator[tuple[str, str]]:
         yield place, value
 
 
-def explained(error: Exception, repo: str) -> str:
-    """What went wrong and what to do, without any token."""
+def explained(error: Exception, repo: str, *, pushed: bool = True) -> str:
+    """What went wrong and what to do, without any token.
+
+    Args:
+        error: of the Hub's client.
+        repo: owner/name.
+        pushed: whether something was to be sent there, not fetched.
+    """
     status = getattr(getattr(error, "response", None), "status_code", None)
     advice = {
         401: "log in with `hf auth login`, or give a token with write access",
@@ -282,6 +288,8 @@ def explained(error: Exception, repo: str) -> str:
         413: "a file is too large for this Hub",
         429: "too many requests; wait a few minutes and push again, what was uploaded is kept",
     }.get(status or 0, "push again later, what was uploaded is kept")
+    if not pushed:
+        advice = "try again later, what was fetched is kept; or give a folder that is here"
     if status is None:
         advice = f"see whether this machine reaches it, and whether its address is right; {advice}"
     reason = SECRETS.sub("<token>", " ".join(str(error).split()))[:300]

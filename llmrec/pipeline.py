@@ -71,11 +71,11 @@ def run(recipe: Any, run_dir: RunDir, *, until: str | None = None) -> Report | N
         config = getattr(recipe, name)
         made[name] = run_dir.stage(stage, config, *(made[one] for one in stage.made_from(config)))
         if name == "prepare_data":
-            # Settings that the number of items rules out are told before anything is trained.
+            # Settings that these data rule out are told before anything is trained.
             for later in names:
-                check: Callable[[int], None] | None = getattr(getattr(recipe, later), "check_items", None)
+                check: Callable[[Any], None] | None = getattr(getattr(recipe, later), "check_data", None)
                 if check is not None:
-                    check(made[name].num_items)
+                    check(made[name])
     return made.get("evaluate")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,14 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
+from tiny_recipe import tiny
 
 from llmrec.artifacts import Interactions
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
-from llmrec.errors import StaleArtifactError
+from llmrec.errors import DataError, StaleArtifactError
 from llmrec.finetune.config import FinetuneConfig
-from llmrec.pipeline import RunDir, source_hashes
+from llmrec.pipeline import RunDir, run, source_hashes
 from llmrec.stages import STAGES
 
 IDS = [f"i{number}" for number in range(8)]
@@ -122,3 +124,19 @@ def test_files_that_have_moved_are_the_same_files(shop, tmp_path):
         log.write("u0,i0,99\n")
     with pytest.raises(StaleArtifactError, match="other content of the interactions file"):
         shop.stage(STAGES["prepare_data"], config)
+
+
+def test_data_without_a_picture_or_text_are_told_before_anything_is_trained(shop):
+    for picture in shop.root.parent.glob("*.png"):
+        picture.unlink()
+    table = {"interactions": str(shop.root.parent / "log.csv"), "items": str(shop.root.parent / "items.csv")}
+    data = PrepareDataConfig(source="table", image_column="image", **table)
+    recipe = dataclasses.replace(tiny(), prepare_data=data)
+    with pytest.raises(
+        DataError, match=r"image.encoder=classical: none of the 8 items has a picture that is"
+    ):
+        run(recipe, shop)
+    assert [path.name for path in shop.root.iterdir()] == ["prepare_data"]
+    untitled = dataclasses.replace(prepared(shop), items=prepared(shop).items.drop_columns("title"))
+    with pytest.raises(DataError, match=r"text.encoder=tfidf: none of the 8 items has a text"):
+        EncodeItemsConfig(image=ImageEncoderConfig(encoder="none")).check_data(untitled)

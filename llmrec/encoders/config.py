@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmrec.config import require
+from llmrec.errors import DataError
 
 if TYPE_CHECKING:
     from llmrec.artifacts import Interactions
+
+UNREAD = ("none", "precomputed")
+"""Encoders that read no texts or pictures."""
+
+NO_TEXT = ("raw_id", "image_path", "train_count")
+"""Columns of the items that do not describe them."""
 
 PICTURES = "pictures"
 PILLOW_PIXELS = 89_478_485
@@ -214,9 +221,27 @@ class EncodeItemsConfig:
         """The users' own files that the result depends on, by setting."""
         return vector_files("text.path", self.text.path) | vector_files("image.path", self.image.path)
 
+    def check_data(self, data: Interactions) -> None:
+        """Refuse data without a single text, or picture, for an encoder that reads them.
+
+        Raises:
+            DataError: says what is missing.
+        """
+        if self.image.encoder not in UNREAD and data.items["image_path"].null_count == data.num_items:
+            raise DataError(
+                f"encode_items.image.encoder={self.image.encoder}: none of the {data.num_items} items has a "
+                "picture that is there; see prepare_data's warnings, or set encode_items.image.encoder=none"
+            )
+        texts = [name for name in data.items.column_names if name not in NO_TEXT]
+        if self.text.encoder not in UNREAD and not any(any(data.items[name].to_pylist()) for name in texts):
+            raise DataError(
+                f"encode_items.text.encoder={self.text.encoder}: none of the {data.num_items} items has a "
+                "text; name prepare_data.title_column or text_columns, or set encode_items.text.encoder=none"
+            )
+
     def source_digests(self, data: Interactions) -> dict[str, str]:
         """Hashes of further files of the users' that the result depends on, which the inputs name."""
-        if self.image.encoder in ("none", "precomputed") or (digest := data.pictures_digest()) is None:
+        if self.image.encoder in UNREAD or (digest := data.pictures_digest()) is None:
             return {}
         return {PICTURES: digest}
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llmrec.config import require
 from llmrec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmrec.artifacts import Interactions
 
 MIN_SINKHORN_EPS = 0.003
 """Below, exp(1 / eps) leaves the range of float64."""
@@ -183,6 +186,10 @@ class LearnSemanticIdsConfig:
     def incidental_fields(self) -> tuple[str, ...]:
         """Settings that change how this is computed, but nothing of what."""
         return ("log_every_epochs", "save_every_minutes")
+
+    def check_data(self, data: Interactions) -> None:
+        """Refuse data with too few items; see `check_items`."""
+        self.check_items(data.num_items)
 
     def check_items(self, count: int, which: str = "items") -> None:
         """Refuse more codes than there are items to make them from.
