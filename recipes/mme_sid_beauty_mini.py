@@ -1,7 +1,7 @@
 """MME-SID on Amazon Beauty with a small Llama that trains on a CPU: two modalities, no pictures.
 
-Data:      interactions.csv (user_id, item_id, timestamp), items.csv (item_id, title, brand, categories), or the
-           category by name, fetched: --set prepare_data.source=amazon_2014 prepare_data.category=beauty \
+Data:      interactions.csv (user_id, item_id, timestamp), items.csv (item_id, title, brand, categories), or
+           a category by name, fetched: --set prepare_data.source=amazon_2014 prepare_data.category=beauty \
                prepare_data.folder=data/amazon_2014 prepare_data.interactions=none prepare_data.items=none \
                prepare_data.text_columns=
 Run:       accelerate launch recipes/mme_sid_beauty_mini.py --set prepare_data.interactions=interactions.csv \
