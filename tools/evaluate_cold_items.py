@@ -133,8 +133,9 @@ def table(recommender: Recommender, users: list[tuple[list[str], str]], added: i
     new = np.arange(total - added, total)
     count = package.adapter.heads["train_count"].numpy().astype(np.float64)
     rows = {name: table[new + 1] for name, table in package.content.vectors.items()}
+    known = {name: ~missing[new + 1] for name, missing in package.content.missing.items()}
     popularity = count.copy()
-    popularity[new + 1] = count[nearest(package, rows, K)].mean(axis=1)
+    popularity[new + 1] = count[nearest(package, rows, known, K)].mean(axis=1)
     scores = {
         "MME-SID, item added": recommender.score([history for history, _ in users]),
         "popularity of what is similar": np.tile(popularity[1:], (len(users), 1)),
