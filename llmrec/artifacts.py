@@ -155,7 +155,7 @@ class Interactions:
         for path in paths:
             try:
                 size = (self.image_root / path).stat().st_size
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return None
             digest.update(f"{path}\0{size}\0".encode())
         return digest.hexdigest()

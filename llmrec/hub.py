@@ -279,6 +279,9 @@ def explained(error: Exception, repo: str, *, pushed: bool = True) -> str:
         repo: owner/name.
         pushed: whether something was to be sent there, not fetched.
     """
+    again = "push again later, what was uploaded is kept"
+    if not pushed:
+        again = "try again later, what was fetched is kept; or give a folder that is here"
     status = getattr(getattr(error, "response", None), "status_code", None)
     advice = {
         401: "log in with `hf auth login`, or give a token with write access",
@@ -286,10 +289,8 @@ def explained(error: Exception, repo: str, *, pushed: bool = True) -> str:
         404: "there is no such repository, or it is not for you to see",
         409: "someone else changed it at the same moment; push again",
         413: "a file is too large for this Hub",
-        429: "too many requests; wait a few minutes and push again, what was uploaded is kept",
-    }.get(status or 0, "push again later, what was uploaded is kept")
-    if not pushed:
-        advice = "try again later, what was fetched is kept; or give a folder that is here"
+        429: "too many requests; wait a few minutes and try again, what was sent is kept",
+    }.get(status or 0, again)
     if status is None:
         advice = f"see whether this machine reaches it, and whether its address is right; {advice}"
     reason = SECRETS.sub("<token>", " ".join(str(error).split()))[:300]

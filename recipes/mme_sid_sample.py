@@ -2,7 +2,7 @@
 
 Method:    MME-SID (CIKM 2025), sections 4.2 and 4.3, at small scale
 Run:       accelerate launch recipes/mme_sid_sample.py
-Takes:     87 s on 2 cores
+Takes:     80 s on 2 cores
 Results:   recall@10 0.5750 of 0.6800 reachable (one seed; three of every method in the README of this folder)
 """
 

@@ -16,7 +16,7 @@ from llmrec import distributed
 from llmrec.artifacts import ContentEmbeddings, Interactions
 from llmrec.config import as_dict, given
 from llmrec.encoders.cache import VectorCache
-from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
+from llmrec.encoders.config import NO_TEXT, EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encoder import Encoder, encode_pictures, encode_texts, finish
 from llmrec.encoders.pictures import read_picture
 from llmrec.encoders.precomputed import read_vectors
@@ -28,9 +28,6 @@ logger = logging.getLogger("llmrec")
 
 Encoded = tuple[np.ndarray, np.ndarray, dict[str, Any], dict[str, np.ndarray]]
 """Vectors (N + 1, D), missing items (N + 1,), what made them, and what was fitted to them."""
-
-NOT_TEXT = ("raw_id", "image_path")
-"""Columns of the item table that hold text but do not describe the item."""
 
 
 @distributed.every_process
@@ -256,7 +253,7 @@ def item_texts(config: TextEncoderConfig, items: pa.Table) -> tuple[list[str], l
     available = [
         field.name
         for field in items.schema
-        if field.name not in NOT_TEXT and (types.is_string(field.type) or types.is_large_string(field.type))
+        if field.name not in NO_TEXT and (types.is_string(field.type) or types.is_large_string(field.type))
     ]
     if config.template is not None:
         columns = list(dict.fromkeys(re.findall(r"\{([^{}]+)\}", config.template)))
