@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llmrec import __version__
+from llmrec import __version__, tracking
 from llmrec.config import describe
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
@@ -48,6 +48,7 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
     settings = [assignment.removeprefix(f"{stage.name}.") for assignment in options.set]
     config = apply_overrides(stage.presets[preset] if preset else stage.config(), settings)
     set_up_logging()
+    tracking.choose(getattr(options, "track", None))
     from llmrec import finished, pipeline
 
     inputs = [
@@ -158,6 +159,8 @@ def add_arguments(made: argparse.ArgumentParser, stage: Stage) -> None:
         required=True,
         help="where to put the output; one that exists is never overwritten",
     )
+    if stage.name in tracking.STAGES:
+        tracking.add_argument(made)
     if stage.presets:
         made.add_argument(
             "--preset", choices=list(stage.presets), help="settings to begin with, changed by --set"

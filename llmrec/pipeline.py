@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmrec import __version__, distributed, machine
+from llmrec import __version__, distributed, machine, tracking
 from llmrec.artifacts import Report
 from llmrec.config import as_dict, changed_settings, without_incidental
 from llmrec.contents import content_digests
@@ -171,9 +171,11 @@ def compute(
         machine.reset_peak_memory()
         started = time.perf_counter()
         fixed = wanted | {"config": without_incidental(wanted["config"], config)}
+        name = function.__name__
+        track = tracking.Track(stage=name, folder=folder, unfinished=left, config=config)
         token = _unfinished.set((left, fixed))
         try:
-            with writing(folder):
+            with writing(folder), tracking.tracking(track) if main else contextlib.nullcontext():
                 result = function(config, *inputs)
         finally:
             _unfinished.reset(token)

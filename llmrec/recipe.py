@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from llmrec import tracking
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.config import changed_settings, flatten, override
 from llmrec.console import guarded, set_up_logging
@@ -82,6 +83,7 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
         refuse_what_cannot_finish(chosen, stages)
         return
     set_up_logging()
+    tracking.choose(options.track)
     if options.push_to_hub and options.until not in (None, "evaluate"):
         raise ConfigError(f"--push-to-hub pushes a finished run, which --until {options.until} does not make")
     if options.push_to_hub:
@@ -173,6 +175,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
         metavar="OWNER/NAME",
         help="when all is done, push the recommender to this repository of the Hub (private if it is new)",
     )
+    tracking.add_argument(made)
     made.add_argument("--print-config", action="store_true", help="print every setting and leave")
     made.add_argument("--dry-run", action="store_true", help="say what each stage would do and leave")
     return made

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mme_sid_sample import recipe as mme_sid_sample
 
+from llmrec import tracking
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.collab.configs.bert4rec import Bert4RecConfig
 from llmrec.collab.configs.diffurec import DiffurecConfig
@@ -47,12 +48,14 @@ def run_all(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--run-dir", default="runs/providers_sample", help="one folder a provider")
     parser.add_argument("--providers", nargs="+", default=PROVIDER_FIELDS, metavar="NAME")
+    tracking.add_argument(parser)
     options = parser.parse_args(arguments)
     if unknown := set(options.providers) - set(PROVIDER_FIELDS):
         raise ConfigError(
             f"--providers must be among {', '.join(PROVIDER_FIELDS)}, got {', '.join(sorted(unknown))}"
         )
     set_up_logging()
+    tracking.choose(options.track)
     from llmrec import distributed
     from llmrec.pipeline import RunDir, run
 

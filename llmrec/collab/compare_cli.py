@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from llmrec import jobs
+from llmrec import jobs, tracking
 from llmrec.artifacts import Interactions
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.config import override
@@ -53,6 +53,7 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
     if reference not in rows:
         raise ConfigError(f"--reference must be among the rows ({', '.join(rows)}), got {reference!r}")
     set_up_logging()
+    tracking.choose(options.track)
     from llmrec import machine
     from llmrec.collab.compare import run_cells, summarise_cells
     from llmrec.collab.compare_report import markdown, page
@@ -118,6 +119,7 @@ def parser(
     )
     jobs.add_seeds(made)
     jobs.add_argument(made)
+    tracking.add_argument(made)
     made.add_argument(
         "--reference", metavar="NAME", help="row that others are compared with (sasrec, or the first row)"
     )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmrec import distributed
+from llmrec import distributed, tracking
 from llmrec.artifacts import (
     CollabEmbeddings,
     ContentEmbeddings,
@@ -196,6 +196,7 @@ def fit(
     done, loop, best_state = checkpoints.resume()
     log: list[dict[str, Any]] = loop.get("log", [])
     best = loop.get("best", {"best_epoch": config.epochs})
+    tracking.begin(log)
     with stop_requests() as stop:
         for epoch in range(done + 1, config.epochs + 1):
             if finished(config, best, log):
@@ -258,6 +259,7 @@ def one_epoch(
         row |= validate(model, data, valid)
     row["seconds"] = round(time.perf_counter() - started, 3)
     log.append(row)
+    tracking.log(row, epoch)
     logger.info("train_collab: %s", describe(row, best))
     if "valid_ndcg@10" not in row or row["valid_ndcg@10"] <= best.get("valid_ndcg@10", -1.0):
         return None

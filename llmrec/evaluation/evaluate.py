@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from llmrec import distributed
+from llmrec import distributed, tracking
 from llmrec.artifacts import (
     CollabEmbeddings,
     ContentEmbeddings,
@@ -66,6 +66,8 @@ def evaluate(
     shown = labels(collab, adapter, [scorer.name for scorer in scorers])
     rankings = rank_methods(config, data, targets, scorers, shown)
     metrics = summarise_all(config, data, targets, rankings)
+    tracking.begin()
+    tracking.log(metrics["rows"], 0)
     metrics["trained_on"] = trained_on(collab, adapter, rankings)
     metrics["labels"] = {name: shown.get(name, name) for name in rankings}
     metrics["repeated_targets"] = repeated_targets(data, targets)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmrec import jobs
+from llmrec import jobs, tracking
 from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError, MissingArtifactError, TrainingError
@@ -59,6 +59,7 @@ def parser(names_recipe: bool, description: str | None) -> argparse.ArgumentPars
         "directory chose by them",
     )
     jobs.add_argument(made)
+    tracking.add_argument(made)
     made.add_argument("--summarise", action="store_true", help="train nothing, show what there is")
     made.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="STAGE.FIELD=VALUE", help="change settings"
@@ -74,6 +75,7 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
         name, made = Path(recipe.__code__.co_filename).stem, recipe()
     chosen = apply_overrides(made, options.set)
     set_up_logging()
+    tracking.choose(options.track)
     root = Path(options.run_dir or Path("runs") / (f"{name}_refit" if options.refit else name))
     out = Path(options.out or root / "methods")
     from llmrec import distributed

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llmrec import distributed, machine
+from llmrec import distributed, machine, tracking
 from llmrec.artifacts import Interactions, Targets
 from llmrec.checkpoint import Checkpoints, StopRequests, stop_requests
 from llmrec.data.batches import pad_histories
@@ -84,6 +84,7 @@ class Trainer:
         """
         self.checkpoints.require_room()
         self._resume()
+        tracking.begin(self.state.log)
         logger.info(
             "finetune: %s targets, %s steps, %s trainable parameters",
             f"{len(self.targets):,}", f"{self.num_steps:,}", f"{self.counts['trainable']:,}",
@@ -199,11 +200,16 @@ class Trainer:
             "share_of_peak": round(speed * self.flops / self.peak, 4),
             "memory_bytes": machine.peak_memory(self.device),
         }
-        self.state.log.append(row)
+        self._tell(row)
         bar.set_postfix_str(
             f"epoch {self.state.epoch}, loss {loss:.4f}, {row['tokens_per_second']:,.0f} tokens/s, "
             f"{row['share_of_peak']:.0%} of peak, {row['memory_bytes'] / 2**30:.1f} GiB"
         )
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        """Add a row to the log, and show it to those who watch."""
+        self.state.log.append(row)
+        tracking.log(row, row["step"])
 
     def _settle(self) -> None:
         """Write down the steps that were left out since the last time.
@@ -212,7 +218,8 @@ class Trainer:
             TrainingError: more than allowed; weights that come of it must not take the place of good ones.
         """
         left_out = self.bad_steps.settle()
-        self.state.log += left_out
+        for row in left_out:
+            self._tell(row)
         self.state.window.targets -= sum(row["targets"] for row in left_out)
 
     def _validate(self) -> None:
@@ -237,7 +244,7 @@ class Trainer:
             "valid_recall@10": float(recall_at_k(rank, 10).mean()),
             "fusion": fusion,
         }
-        state.log.append(row)
+        self._tell(row)
         logger.info(
             "finetune: epoch %s, valid ndcg@10 %.4f, recall@10 %.4f",
             state.epoch, ndcg, row["valid_recall@10"],

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmrec import tracking
 from llmrec.checkpoint import EpochCheckpoints, stop_requests
 from llmrec.errors import TrainingError
 from llmrec.progress import progress
@@ -128,6 +129,7 @@ def fit(model: MMRQVAE, config: LearnSemanticIdsConfig, items: TrainingItems) ->
     )
     done, loop, _ = checkpoints.resume()
     log: list[dict[str, Any]] = loop.get("log", [])
+    tracking.begin(log)
     with (
         stop_requests() as stop,
         progress(None, "learn_semantic_ids", total=config.epochs, unit="epoch", initial=done) as bar,
@@ -147,6 +149,7 @@ def fit(model: MMRQVAE, config: LearnSemanticIdsConfig, items: TrainingItems) ->
             bar.update()
             if epoch % config.log_every_epochs == 0 or epoch == config.epochs:
                 log.append({"epoch": epoch, "loss": loss, "parts": parts, "utilisation": used})
+                tracking.log(log[-1], epoch)
                 logger.info(
                     "learn_semantic_ids: epoch %d, loss %.5g, %s", epoch, loss, describe_usage(used, config)
                 )
