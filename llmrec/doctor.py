@@ -12,7 +12,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from llmrec.preflight import Finding, in_the_way, resolves, to_fetch
+from llmrec.findings import Finding
+from llmrec.network import resolves
+from llmrec.preflight import in_the_way, to_fetch
 from llmrec.recipe import Recipe
 
 LEAST_DISK = 20e9
@@ -83,7 +85,7 @@ def network(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("note", f"{what}, whose name can be resolved", "the run fetches them")
     else:
         advice = f"check the network, or put them into {recipe.prepare_data.folder} yourself"
-        yield Finding("note", f"{what}, whose name cannot be resolved from here", advice)
+        yield Finding("problem", f"{what}, whose name cannot be resolved from here", advice)
 
 
 def disk(folder: Path) -> Finding:

@@ -31,7 +31,8 @@ from llmrec.finetune.packing import count_tokens
 from llmrec.finetune.steps import steps_of_epoch, train_counts, training_targets
 from llmrec.finished import load
 from llmrec.manifest import MANIFEST
-from llmrec.preflight import resolves, to_fetch
+from llmrec.network import resolves
+from llmrec.preflight import to_fetch
 from llmrec.recipe import TO_DO, UNCERTAIN, Recipe, statuses
 
 logger = logging.getLogger("llmrec")

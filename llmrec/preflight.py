@@ -3,35 +3,22 @@ settings of one stage that cannot work with those of another."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import os
 import re
-import socket
-import threading
 import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from llmrec.errors import ConfigError
+from llmrec.findings import Finding
+from llmrec.needed_models import models
 from llmrec.recipe import Recipe
 from llmrec.stages import STAGES
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at."""
-
-    status: str
-    """ok, note, problem"""
-    what: str
-    advice: str = ""
-
-
 def in_the_way(recipe: Recipe, stages: Iterable[str] = tuple(STAGES)) -> Iterator[Finding]:
-    """What stages need, and whether it is there; takes no time and loads nothing.
+    """What stages need, and whether it is there; loads nothing, and takes seconds at most, to ask
+    the Hub for models that are not here.
 
     Args:
         recipe: the settings.
@@ -92,68 +79,6 @@ def to_fetch(recipe: Recipe) -> tuple[list[str], list[str]]:
     hosts = [urllib.parse.urlsplit(address).hostname or address for address in addresses]
     absent = [path.name for path in prepare.named_files() if not path.is_file()]
     return absent, list(dict.fromkeys(hosts))
-
-
-def resolves(host: str, seconds: float = 3.0) -> bool:
-    """Whether a name leads to an address, as far as a few seconds tell; proxies resolve names themselves."""
-    if urllib.request.getproxies():
-        return True
-    found: list[bool] = []
-
-    def look() -> None:
-        with contextlib.suppress(OSError, UnicodeError):
-            found.append(bool(socket.getaddrinfo(host, None)))
-
-    asking = threading.Thread(target=look, daemon=True)
-    asking.start()
-    asking.join(seconds)
-    return any(found)
-
-
-def models(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
-    """Models that the settings name: a folder, or in the cache of the Hub."""
-    wanted = []
-    if not recipe.finetune.is_mini and "finetune" in stages:
-        wanted.append(("finetune.base_model", recipe.finetune.base_model, recipe.finetune.revision))
-    for name in ("text", "image") if "encode_items" in stages else ():
-        encoder = getattr(recipe.encode_items, name)
-        if encoder.encoder == "huggingface":
-            wanted.append((f"encode_items.{name}.model", encoder.model, encoder.revision))
-        elif encoder.encoder == "llm2clip":
-            from llmrec.encoders.llm2clip import CLIP_MODEL, TEXT_MODEL
-
-            default = TEXT_MODEL if name == "text" else CLIP_MODEL
-            wanted.append((f"encode_items.{name}.model", encoder.model or default, encoder.revision))
-            if name == "text":
-                adapter = encoder.adapter or CLIP_MODEL
-                wanted.append(("encode_items.text.adapter", adapter, encoder.adapter_revision))
-    for where, model, revision in wanted:
-        yield model_finding(where, model, revision)
-
-
-def model_finding(where: str, model: str, revision: str | None) -> Finding:
-    """One model."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if Path(model).is_dir():
-        if any(Path(model).glob("*.safetensors")):
-            return Finding("ok", f"{where}={model}")
-        return Finding("problem", f"{where}={model} holds no .safetensors weights", "give a complete model")
-    try:
-        cached = try_to_load_from_cache(model, "config.json", revision=revision)
-    except HFValidationError:
-        what = f"{where}={model}: no such folder, and not a Hub id (owner/name)"
-        return Finding("problem", what, f"put the model there, or set {where}")
-    if isinstance(cached, str):
-        return Finding("ok", f"{where}={model}, in the Hub's cache")
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return Finding(
-            "problem", f"{where}={model} is not in the Hub's cache", f"run `hf download {model}` online"
-        )
-    return Finding(
-        "note", f"{where}={model} is not here yet", f"fetched by the run; or run `hf download {model}`"
-    )
 
 
 def contents(recipe: Recipe) -> Iterator[Finding]:

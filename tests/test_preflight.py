@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from tiny_recipe import tiny
 
-from llmrec import cli, pipeline, preflight
+from llmrec import cli, network, pipeline
 from llmrec.config import override
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
@@ -99,11 +99,11 @@ def test_data_that_must_be_fetched_are_told_with_the_host_and_whether_it_is_foun
             raise OSError("Name or service not known")
         return ["an address"]
 
-    monkeypatch.setattr(preflight.socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(preflight.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(network.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(network.urllib.request, "getproxies", dict)
     recipe = beauty(tmp_path, mirrors=("https://mirror.example/data",))
     [found] = doctor.network(recipe)
-    assert found.status == "note" and found.what == (
+    assert found.status == ("note" if known else "problem") and found.what == (
         "reviews_Beauty_5.json.gz and meta_Beauty.json.gz must be fetched from mirror.example or "
         f"snap.stanford.edu, whose name can{' be resolved' if known else 'not be resolved from here'}"
     )
@@ -122,12 +122,12 @@ def test_a_name_that_nobody_answers_for_is_not_waited_for(monkeypatch):
     import threading
 
     answered = threading.Event()
-    monkeypatch.setattr(preflight.socket, "getaddrinfo", lambda *_: answered.wait(60))
-    monkeypatch.setattr(preflight.urllib.request, "getproxies", dict)
-    assert not preflight.resolves("slow.example", seconds=0.05)
+    monkeypatch.setattr(network.socket, "getaddrinfo", lambda *_: answered.wait(60))
+    monkeypatch.setattr(network.urllib.request, "getproxies", dict)
+    assert not network.resolves("slow.example", seconds=0.05)
     answered.set()
-    monkeypatch.setattr(preflight.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
-    assert preflight.resolves("slow.example", seconds=0.05), "the proxy is asked, not the system"
+    monkeypatch.setattr(network.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
+    assert network.resolves("slow.example", seconds=0.05), "the proxy is asked, not the system"
 
 
 def test_data_that_are_absent_and_may_not_be_fetched_are_a_problem(tmp_path):

@@ -1,0 +1,108 @@
+"""Models that a recipe names: whether they are here, or can be fetched when a stage asks for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from llmrec.findings import Finding
+from llmrec.network import resolves
+from llmrec.recipe import Recipe
+
+SECONDS = 5.0
+"""How long the Hub is waited for."""
+
+
+def models(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
+    """Models that the settings name: a folder, in the cache of the Hub, or on the Hub.
+
+    Args:
+        recipe: the settings.
+        stages: those that are still to be computed.
+    """
+    for where, model, revision in named(recipe, stages):
+        yield model_finding(where, model, revision)
+
+
+def named(recipe: Recipe, stages: set[str]) -> Iterator[tuple[str, str, str | None]]:
+    """Setting, model and revision of every model that transformers loads."""
+    if not recipe.finetune.is_mini and "finetune" in stages:
+        yield "finetune.base_model", recipe.finetune.base_model, recipe.finetune.revision
+    for name in ("text", "image") if "encode_items" in stages else ():
+        encoder = getattr(recipe.encode_items, name)
+        if encoder.encoder == "huggingface":
+            yield f"encode_items.{name}.model", encoder.model, encoder.revision
+        elif encoder.encoder == "llm2clip":
+            from llmrec.encoders.llm2clip import CLIP_MODEL, TEXT_MODEL
+
+            default = TEXT_MODEL if name == "text" else CLIP_MODEL
+            yield f"encode_items.{name}.model", encoder.model or default, encoder.revision
+            if name == "text":
+                yield "encode_items.text.adapter", encoder.adapter or CLIP_MODEL, encoder.adapter_revision
+
+
+def model_finding(where: str, model: str, revision: str | None) -> Finding:
+    """One model."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(model).is_dir():
+        if any(Path(model).glob("*.safetensors")):
+            return Finding("ok", f"{where}={model}")
+        return Finding("problem", f"{where}={model} holds no .safetensors weights", "give a complete model")
+    try:
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        what = f"{where}={model}: no such folder, and not a Hub id (owner/name)"
+        return Finding("problem", what, f"put the model there, or set {where}")
+    if isinstance(cached, str):
+        return Finding("ok", f"{where}={model}, in the Hub's cache")
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return Finding(
+            "problem", f"{where}={model} is not in the Hub's cache", f"run `hf download {model}` online"
+        )
+    return on_the_hub(where, model, revision)
+
+
+def on_the_hub(where: str, model: str, revision: str | None) -> Finding:
+    """Whether the Hub has a model, and for this user; one question, which fetches nothing."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    from llmrec.hub import unanswered
+
+    what = f"{where}={model}"
+    host = urlsplit(constants.ENDPOINT).hostname or constants.ENDPOINT
+    elsewhere = f"run `hf download {model}` where there is a network, or set {where} to a folder"
+    if not resolves(host):
+        lost = f"{what} must be fetched from {host}, whose name cannot be resolved from here"
+        return Finding("problem", lost, f"check the network; {elsewhere}")
+    try:
+        get_hf_file_metadata(hf_hub_url(model, "config.json", revision=revision), timeout=SECONDS)
+    except GatedRepoError:
+        page = f"{constants.ENDPOINT}/{model}"
+        advice = f"ask for access at {page}, and log in with `hf auth login`"
+        return Finding("problem", f"{what} is not for everybody", advice)
+    except RevisionNotFoundError:
+        return Finding("problem", f"{what} has no revision {revision}", "give one that it has, or none")
+    except EntryNotFoundError:
+        return Finding("problem", f"{what} has no config.json", "give a model of the transformers library")
+    except (HfHubHTTPError, OSError, unanswered()) as error:
+        said = getattr(getattr(error, "response", None), "status_code", None) or type(error).__name__
+        if isinstance(error, RepositoryNotFoundError) or said in (401, 403):
+            hidden = f"{what} is neither a folder here nor on the Hub for you to see"
+            advice = (
+                f"check its name, log in with `hf auth login` if it is private, or set {where} to a folder"
+            )
+            return Finding("problem", hidden, advice)
+        unsure = f"{what} is not here yet, and {host} does not say whether it has it ({said})"
+        return Finding("note", unsure, f"the run will try to fetch it; {elsewhere}")
+    return Finding("note", f"{what} is not here yet", f"fetched by the run; or run `hf download {model}`")

@@ -1,0 +1,134 @@
+"""Models that are not here: what the Hub says of them is told before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from tiny_recipe import tiny
+
+from llmrec import needed_models, network
+from llmrec.recipe import main
+from llmrec.stages import STAGES
+
+ANSWERS: dict[str, tuple[int, dict[str, str]]] = {
+    "ann/there": (200, {"ETag": '"1"', "X-Repo-Commit": "0" * 40}),
+    "ann/typo": (404, {"X-Error-Code": "RepoNotFound"}),
+    "ann/hidden": (401, {}),
+    "meta-llama/gated": (403, {"X-Error-Code": "GatedRepo"}),
+    "ann/old": (404, {"X-Error-Code": "RevisionNotFound"}),
+    "ann/weights": (404, {"X-Error-Code": "EntryNotFound"}),
+    "ann/broken": (503, {}),
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers for a file of a model as the Hub does."""
+
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.asked.append(self.path)
+        status, headers = ANSWERS["/".join(self.path.split("/")[1:3])]
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": "0"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """A Hub, and what it is asked for."""
+    monkeypatch.setattr(Hub, "asked", [], raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    huggingface_hub.close_session()
+    yield Hub.asked
+    huggingface_hub.close_session()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "words"),
+    [
+        ("ann/there", "note", "is not here yet"),
+        ("ann/typo", "problem", "neither a folder here nor on the Hub for you to see"),
+        ("ann/hidden", "problem", "neither a folder here nor on the Hub for you to see"),
+        ("meta-llama/gated", "problem", "is not for everybody"),
+        ("ann/old", "problem", "has no revision v1"),
+        ("ann/weights", "problem", "has no config.json"),
+        ("ann/broken", "note", "does not say whether it has it (503)"),
+    ],
+)
+def test_what_the_hub_says_of_a_model(model, status, words, asked):
+    found = needed_models.model_finding("finetune.base_model", model, "v1")
+    assert (found.status, found.what.startswith(f"finetune.base_model={model}")) == (status, True)
+    assert words in found.what
+    assert asked == [f"/{model}/resolve/v1/config.json"]
+    if model == "meta-llama/gated":
+        assert f"{constants.ENDPOINT}/meta-llama/gated" in found.advice
+
+
+def test_a_run_does_not_begin_with_a_base_model_that_is_not_there(asked, tmp_path, capsys):
+    def misnamed():
+        made = tiny()
+        model = dataclasses.replace(made.finetune, base_model="ann/typo", mini=type(made.finetune.mini)())
+        return dataclasses.replace(made, finetune=model)
+
+    with pytest.raises(SystemExit) as left:
+        main(misnamed, ["--run-dir", str(tmp_path / "run")])
+    assert left.value.code == 2
+    assert "finetune.base_model=ann/typo is neither a folder here nor on the Hub" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    asked.clear()
+    with pytest.raises(SystemExit) as left:
+        main(misnamed, ["--run-dir", str(tmp_path / "run"), "--until", "prepare_data"])
+    assert left.value.code == 0 and asked == [], "a model that no stage will ask for is not looked for"
+
+
+def test_a_hub_whose_name_leads_nowhere_is_a_problem(monkeypatch):
+    def lost(*_: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(network.socket, "getaddrinfo", lost)
+    monkeypatch.setattr(network.urllib.request, "getproxies", dict)
+    recipe = dataclasses.replace(
+        tiny(),
+        finetune=dataclasses.replace(
+            tiny().finetune, base_model="ann/far", mini=type(tiny().finetune.mini)()
+        ),
+    )
+    (found,) = needed_models.models(recipe, set(STAGES))
+    assert found.status == "problem"
+    assert found.what == (
+        "finetune.base_model=ann/far must be fetched from huggingface.co, whose name cannot be resolved from "
+        "here"
+    )
+
+
+def test_offline_only_the_cache_counts(asked, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = needed_models.model_finding("finetune.base_model", "ann/there", None)
+    assert (found.status, asked) == ("problem", [])
+    assert "not in the Hub's cache" in found.what
