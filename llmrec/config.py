@@ -128,19 +128,25 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def changed_fields(before: Any, after: Any, prefix: str = "") -> list[str]:
-    """Sentences naming the leaves that differ between two JSON configs."""
-    found = []
+    """Sentences naming the leaves that differ between two JSON configs.
+
+    A group that only one of them has comes with the choice that asks for it, so the choice is named alone.
+    """
+    found: list[str] = []
+    groups: list[str] = []
     for name in {**before, **after}:
         old, new = before.get(name), after.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             found += changed_fields(old, new, f"{prefix}{name}.")
+        elif isinstance(old, dict) or isinstance(new, dict):
+            groups.append(f"{'other' if isinstance(old, dict) else 'no'} settings of {prefix}{name}")
         elif name not in before:
             found.append(
                 f"no {prefix}{name} yet, which an older version did not have (now {json.dumps(new)})"
             )
         elif old != new or name not in after:
             found.append(f"{prefix}{name}={json.dumps(old)} (now {json.dumps(new)})")
-    return found
+    return found or groups
 
 
 def without_incidental(values: dict[str, Any], config: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,28 @@ def what_instead(folder: Path, wanted: str) -> str:
     if folder.is_dir():
         return f" (no {MANIFEST}). Give the folder of a finished stage"
     return f" ({'a file' if folder.exists() else 'no such folder'}). Give the folder of a finished stage"
+
+
+def require_run(folder: Path, stages: Iterable[str]) -> None:
+    """Refuse a folder that is no run with these stages.
+
+    Raises:
+        MissingArtifactError: says what it is, and what to give or to do.
+    """
+    absent = [name for name in stages if not (folder / name / MANIFEST).is_file()]
+    if not absent:
+        return
+    there = [name for name in COMMANDS if (folder / name / MANIFEST).is_file()]
+    if there:
+        raise MissingArtifactError(
+            f"{folder} has no finished {', '.join(absent)}; run its recipe to the end first"
+        )
+    if (folder / MANIFEST).is_file():
+        raise MissingArtifactError(
+            f"{folder} is the output of a single stage; give the run folder, {folder.parent}"
+        )
+    what = "holds no finished stages" if folder.is_dir() else "is no folder"
+    raise MissingArtifactError(f"{folder} {what}; give a recipe's run folder, such as runs/mme_sid_sample")
 
 
 @contextlib.contextmanager

@@ -212,6 +212,10 @@ def refit(recipe: Recipe, run_dir: Path) -> Recipe:
     Raises:
         ConfigError: the run was made with other settings, or chose no epochs by validation.
     """
+    from llmrec.finished import require_run
+
+    precomputed = recipe.train_collab.provider == "precomputed"
+    require_run(run_dir, [stage for stage in REFIT if stage != "train_collab" or not precomputed])
     changed = {stage: refit_stage(stage, getattr(recipe, stage), run_dir / stage) for stage in REFIT}
     return replace(recipe, **changed)
 

@@ -156,3 +156,11 @@ def test_a_setting_of_another_group_is_hinted_at():
         with pytest.raises(ConfigError) as caught:
             apply_overrides(config, [setting])
         assert words in str(caught.value)
+
+
+def test_groups_that_come_with_a_choice_are_not_spelt_out():
+    before = {"provider": "sasrec", "sasrec": {"width": 64, "layers": 2}}
+    after = {"provider": "gru4rec", "gru4rec": {"width": 32}}
+    assert changed_fields(before, after) == ['provider="sasrec" (now "gru4rec")']
+    assert changed_fields({"a": {"b": 1}}, {}, "stage.") == ["other settings of stage.a"]
+    assert changed_fields({}, {"a": {"b": 1}}) == ["no settings of a"]

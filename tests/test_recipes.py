@@ -354,7 +354,7 @@ def test_a_refit_takes_the_epochs_that_validation_chose_and_says_what_it_learned
     code, _, error = go("--refit", first, "--set", "train_collab.learning_rate=0.5")
     assert code == 2 and "learning_rate" in error and "run with the same settings first" in error
     code, _, error = go("--refit", str(tmp_path / "nowhere"))
-    assert code == 2 and "is not the output of a finished stage" in error
+    assert code == 2 and "nowhere is no folder; give a recipe's run folder" in error
 
 
 def test_a_refit_of_one_model_alone_is_pointed_out(finished, tmp_path, capsys):

@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import errno
 import json
+import queue
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -144,7 +146,9 @@ def recommend(options: argparse.Namespace) -> None:
     """Print recommendations for histories from arguments, a file or standard input."""
     recommender = load(options, options.source)
     number = 0
-    for batch in batches(read_histories(options)):
+    histories = read_histories(options)
+    waits = not options.history and not options.file
+    for batch in as_they_come(histories) if waits else batches(histories):
         for (_, history), items in zip(batch, answers(recommender, batch, options)):
             number += 1
             print(shown(number, history, items, options.format), flush=True)
@@ -152,16 +156,16 @@ def recommend(options: argparse.Namespace) -> None:
 
 def answers(
     recommender: Any, batch: list[tuple[str, list[str]]], options: argparse.Namespace
-) -> list[list[Any]]:
+) -> Iterator[list[Any]]:
     """What is recommended for histories that come with the places they stand at.
 
     Raises:
-        DataError: an id is not in the catalogue; names the place.
+        DataError: an id is not in the catalogue; names the place, once all before it are answered.
     """
     from llmrec.inference.recommender import UnknownItemError
 
     try:
-        return recommender.recommend(
+        yield from recommender.recommend(
             [history for _, history in batch],
             options.k,
             exclude_seen=not options.keep_seen,
@@ -170,6 +174,8 @@ def answers(
         )
     except UnknownItemError as error:
         assert error.place is not None, "no candidates are given here"
+        if before := batch[: error.place]:
+            yield from answers(recommender, before, options)
         raise DataError(
             f"{batch[error.place][0]}: {error.reason}; --skip-unknown leaves such ids out"
         ) from None
@@ -246,6 +252,39 @@ def batches(histories: Iterable[tuple[str, list[str]]]) -> Iterator[list[tuple[s
             held = []
     if held:
         yield held
+
+
+def as_they_come(histories: Iterable[tuple[str, list[str]]]) -> Iterator[list[tuple[str, list[str]]]]:
+    """The same of those that are there already: who writes one to a pipe, and waits, is answered.
+
+    Raises:
+        DataError: of a line, once all before it are handed on.
+    """
+    there: queue.Queue[tuple[str, list[str]] | DataError | None] = queue.Queue(BATCH)
+
+    def read() -> None:
+        last = None
+        try:
+            for history in histories:
+                there.put(history)
+        except DataError as error:
+            last = error
+        except UnicodeDecodeError as error:
+            last = DataError(f"standard input: not UTF-8 text ({error}); convert it")
+        finally:
+            there.put(last)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        found = [there.get()]
+        while not there.empty() and len(found) < BATCH:
+            found.append(there.get())
+        if held := [one for one in found if isinstance(one, tuple)]:
+            yield held
+        if isinstance(found[-1], DataError):
+            raise found[-1]
+        if found[-1] is None:
+            return
 
 
 def serve(options: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ from llmrec.artifacts import (
 from llmrec.errors import ConfigError, MissingArtifactError
 from llmrec.files import read_json, write_json
 from llmrec.finetune.adapter import Adapter
-from llmrec.finished import load, manifest_of
+from llmrec.finished import load, manifest_of, require_run
 from llmrec.manifest import DamagedError, check_files, describe_files, read_manifest, reading, write_manifest
 from llmrec.storage import NO_FOLDER, writing
 
@@ -88,6 +88,9 @@ def package_run(run_dir: Path, out: Path, *, renamed: dict[str, str] | None = No
     if out.exists():
         raise ConfigError(f"{out} exists; give another folder, or delete it")
     kinds: tuple[Any, ...] = (Interactions, CollabEmbeddings, ContentEmbeddings, SemanticIds, Adapter)
+    if (run_dir / MANIFEST).is_file():
+        raise ConfigError(f"{run_dir} is a package already; give the run folder that it was made from")
+    require_run(run_dir, [kind.stage for kind in kinds])
     data, collab, content, ids, adapter = (load(kind, run_dir / kind.stage) for kind in kinds)
     check_same_catalog(data, collab, content, ids, adapter)
     evaluation: dict[str, Any] = {}

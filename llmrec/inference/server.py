@@ -171,13 +171,16 @@ class Limit:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         begun = time.perf_counter()
+        size = dict(scope["headers"]).get(b"content-length", b"0")
+        too_large = not size.isdigit() or int(size) > MAX_BODY
         held = 0
 
         async def limited() -> dict:
-            nonlocal held
+            nonlocal held, too_large
             message = await receive()
             held += len(message.get("body", b""))
             if held > MAX_BODY:
+                too_large = True
                 raise TooLarge
             return message
 
@@ -189,12 +192,14 @@ class Limit:
                 self.numbers.seconds.append(time.perf_counter() - begun)
             await send(message)
 
-        size = dict(scope["headers"]).get(b"content-length", b"0")
-        try:
-            if not size.isdigit() or int(size) > MAX_BODY:
-                raise TooLarge
-            await self.app(scope, limited, counted)
-        except TooLarge:
+        async def unless_too_large(message: MutableMapping[str, Any]) -> None:
+            if not too_large:  # else the framework tells of a body that it could not read
+                await counted(message)
+
+        if not too_large:
+            with contextlib.suppress(TooLarge):
+                await self.app(scope, limited, unless_too_large)
+        if too_large:
             answer = JSONResponse(
                 {"detail": f"the body is larger than {MAX_BODY:,} bytes"}, 413, {"Connection": "close"}
             )
@@ -243,11 +248,7 @@ def application(
     @app.exception_handler(RequestValidationError)
     async def misunderstood(_: Request, error: RequestValidationError) -> JSONResponse:
         """Where a request is wrong and why, in a sentence each, without sending it back."""
-        said = [
-            f"{'.'.join(map(str, one['loc'][1:])) or 'the request'}: {one['msg']}"
-            for one in error.errors()[:10]
-        ]
-        return JSONResponse({"detail": "; ".join(said)}, 422)
+        return JSONResponse({"detail": "; ".join(map(in_a_sentence, error.errors()[:10]))}, 422)
 
     @app.post("/recommend")
     async def recommend(ask: Ask) -> dict[str, Any]:
@@ -337,6 +338,16 @@ def application(
         return answer
 
     return app
+
+
+def in_a_sentence(error: dict[str, Any]) -> str:
+    """What is wrong with a request, of one of pydantic's or FastAPI's errors."""
+    _, *place = error["loc"]
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON: {error['ctx']['error']} (character {place[0]})"
+    if not place:
+        return 'the body must be JSON, as {"histories": [["ID", "ID"]]}, with Content-Type: application/json'
+    return f"{'.'.join(map(str, place))}: {error['msg']}"
 
 
 def as_json(item: Recommendation, pictures: dict[str, Path]) -> dict[str, Any]:

@@ -77,9 +77,45 @@ def test_what_is_no_package_is_refused(tmp_path, capsys):
     code, _, err = run(["recommend", str(tmp_path), "--history", "a"], capsys)
     assert code == 2 and "is not a packaged recommender" in err
     code, _, err = run(["package", str(tmp_path), "--out", str(tmp_path / "x")], capsys)
-    assert code == 2 and "prepare_data is not the output of a finished stage" in err
+    assert code == 2 and f"{tmp_path} holds no finished stages; give a recipe's run folder" in err
     code, _, err = run(["serve", str(tmp_path), "--images", str(tmp_path / "none")], capsys)
     assert code == 2 and "no such folder" in err
+
+
+def test_what_is_no_run_is_not_packaged(finished, packaged, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "x")]
+    code, _, err = run(["package", str(tmp_path / "far"), *out], capsys)
+    assert code == 2 and "far is no folder; give a recipe's run folder" in err
+    code, _, err = run(["package", str(finished / "finetune"), *out], capsys)
+    assert code == 2 and f"is the output of a single stage; give the run folder, {finished}\n" in err
+    code, _, err = run(["package", str(packaged), *out], capsys)
+    assert code == 2 and "is a package already; give the run folder that it was made from" in err
+    (tmp_path / "begun").mkdir()
+    for stage in ("prepare_data", "train_collab"):
+        (tmp_path / "begun" / stage).symlink_to(finished / stage)
+    code, _, err = run(["package", str(tmp_path / "begun"), *out], capsys)
+    assert code == 2 and "begun has no finished encode_items, learn_semantic_ids, finetune; run its" in err
+
+
+def test_who_writes_a_history_to_a_pipe_and_waits_is_answered(packaged):
+    ids = Recommender.from_pretrained(packaged).raw_ids
+    arguments = [sys.executable, "-m", "llmrec", "recommend", str(packaged), "--k", "1", "--format", "jsonl"]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for asked in ([ids[0]], [ids[1], ids[2]]):
+            process.stdin.write(",".join(asked) + "\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["history"] == asked
+        process.stdin.close()
+    assert process.returncode == 0
+
+
+def test_histories_before_a_mistake_are_answered(packaged, capsys, monkeypatch):
+    ids = Recommender.from_pretrained(packaged).raw_ids
+    for mistake in ("gone", "[1,"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{ids[0]}\n{ids[1]}\n{mistake}\n{ids[2]}\n"))
+        code, out, err = run(["recommend", str(packaged), "--format", "jsonl"], capsys)
+        assert code == 2 and "standard input, line 3: " in err
+        assert [json.loads(line)["history"] for line in out.splitlines()] == [[ids[0]], [ids[1]]]
 
 
 def test_a_number_that_is_no_port_is_refused_with_the_arguments(tmp_path, capsys):

@@ -192,7 +192,7 @@ def test_packaging_refuses_what_exists_and_what_is_unfinished(packaged, finished
         package_run(finished, packaged)
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "finetune")
-    with pytest.raises(MissingArtifactError, match="finetune is not the output of a finished stage"):
+    with pytest.raises(MissingArtifactError, match="run has no finished finetune; run its recipe"):
         package_run(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -76,8 +76,10 @@ def test_answers_are_the_recommenders(address, recommender):
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (b"{", 422, "JSON"),
-        (b"[]", 422, ""),
+        (b"{", 422, "the body is not JSON: Expecting property name"),
+        (b'{"histories": [["P01"]', 422, "Expecting ',' delimiter (character 22)"),
+        (b"[]", 422, "the body must be JSON, as"),
+        (b"", 422, "the body must be JSON, as"),
         (b"\xff\xfe", 422, ""),
         ({}, 422, "histories: Field required"),
         ({"histories": "x"}, 422, "histories: Input should be a valid list"),
@@ -122,8 +124,15 @@ def test_a_body_without_a_length_is_limited_too(address):
             yield b" " * (MAX_BODY // 8)
 
     with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadError):
-        assert httpx.post(f"{address}/recommend", content=endless()).status_code in (400, 413)
+        found = httpx.post(f"{address}/recommend", content=endless())
+        assert (found.status_code, found.json()["detail"]) == (413, "the body is larger than 1,048,576 bytes")
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+
+
+def test_a_body_of_another_type_is_told_which_it_must_be(address):
+    for header in ({}, {"Content-Type": "text/plain"}):
+        found = httpx.post(f"{address}/recommend", content=b'{"histories": [[]]}', headers=header)
+        assert found.status_code == 422 and "Content-Type: application/json" in found.json()["detail"]
 
 
 def test_items_are_searched_and_pictures_served(address, recommender):
