@@ -89,9 +89,9 @@ class PrepareDataConfig:
     """Fetch nothing: files of source=amazon_2014, and pictures, must be there or count as missing."""
 
     interactions: str | None = None
-    """File of interactions. source=table: .csv, .tsv, .parquet, one JSON object a line (.json, .jsonl, packed
-    or not: Amazon 2014, 2018 and 2023 as they are), MovieLens .dat, or hub:NAME[:CONFIG[:SPLIT]], a data set
-    on the Hub or a folder; source=sequences: text."""
+    """File of interactions. source=table: .csv, .tsv, .txt, .data, .parquet, one JSON object a line (.json,
+    .jsonl, packed or not: Amazon 2014, 2018 and 2023 as they are), RecBole's .inter, MovieLens .dat, or
+    hub:NAME[:CONFIG[:SPLIT]], a data set on the Hub or a folder; source=sequences: text."""
 
     items: str | None = None
     """File of items, of the same kinds as tables; none: items are known by their id alone."""
@@ -102,9 +102,14 @@ class PrepareDataConfig:
     item_column: str = "item_id"
     """Column of the item, in both files."""
 
-    timestamp_column: str = "timestamp"
+    timestamp_column: str | None = "timestamp"
     """Column of the time in the interactions file: whole or decimal numbers, such as Unix seconds; or ISO
-    8601 such as 2011-10-18T00:00:00Z, all with a zone or all without (UTC then)."""
+    8601 such as 2011-10-18T00:00:00Z, all with a zone or all without (UTC then); none: there is no such
+    column, and each user's rows stand in the order of time."""
+
+    column_names: tuple[str, ...] | None = None
+    """All columns of an interactions file that has no header, in order, such as
+    user_id,item_id,rating,timestamp; none: its first row names them."""
 
     rating_column: str | None = None
     """Column of the rating; goes with min_rating."""
@@ -176,7 +181,15 @@ class PrepareDataConfig:
         )
         self._refuse({"market"}, f"source={self.source!r}")
         if self.source == "sequences":
-            lacks = {"user_column", "timestamp_column", "rating_column", "min_rating", "ties", "split"}
+            lacks = {
+                "user_column",
+                "timestamp_column",
+                "column_names",
+                "rating_column",
+                "min_rating",
+                "ties",
+                "split",
+            }
             self._refuse(lacks, "source='sequences', whose lines hold no times, ratings or column names")
         if self.items is None:
             about_items = {"title_column", "text_columns", "image_column", "unknown_items"}
@@ -204,13 +217,18 @@ class PrepareDataConfig:
                 getattr(self, name) is not None,
                 f"prepare_data.{name} must be set with source='amazon_2014', got none",
             )
-        known = {"user_column", "item_column", "timestamp_column", "title_column", "text_columns"}
+        known = {"user_column", "item_column", "timestamp_column", "column_names", "title_column"}
+        known |= {"text_columns"}
         known |= {"rating_column", "image_column", "image_url_column", "unknown_items"}
         unused = {"interactions", "items", "market", *known}
         self._refuse(unused, "source='amazon_2014', whose files and columns are known")
         self._check_split()
 
     def _check_split(self) -> None:
+        require(
+            self.timestamp_column is not None or self.split == "leave_one_out",
+            f"prepare_data.split={self.split} needs times; set prepare_data.timestamp_column to their column",
+        )
         if self.split == "leave_one_out":
             self._refuse({"valid_rate", "test_rate"}, "split='leave_one_out'")
         if self.ties == "file":
@@ -258,6 +276,15 @@ class PrepareDataConfig:
             "prepare_data.rating_column and prepare_data.min_rating must be given together, got "
             f"{self.rating_column!r} and {self.min_rating}",
         )
+        if self.column_names is not None:
+            read = (self.user_column, self.item_column, self.timestamp_column, self.rating_column)
+            absent = [name for name in read if name is not None and name not in self.column_names]
+            require(
+                not absent and len(set(self.column_names)) == len(self.column_names),
+                "prepare_data.column_names must name every column once, those of user, item, time and rating "
+                f"among them; got {','.join(self.column_names)}"
+                + (f" without {', '.join(absent)}" if absent else ""),
+            )
         for name in self.text_columns:
             require(
                 name not in OWN_COLUMNS

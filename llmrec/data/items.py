@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from llmrec.config import given
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.pictures import Picture, PictureLimits, fetch_pictures
-from llmrec.data.sources import Log, file_row, id_column, read_table, text_column
+from llmrec.data.sources import Log, id_column, text_column
+from llmrec.data.table_file import TableFile
 from llmrec.errors import DataError
 
 PICTURE_LIMITS = PictureLimits()
@@ -34,8 +35,9 @@ class ItemFile:
         if self.path is None:
             return
         optional = [name for name in (self.title, *self.texts, self.image, self.url) if name is not None]
-        table = read_table(self.path, [config.item_column, *optional])
-        self.ids = id_column(table, self.path, config.item_column).combine_chunks()
+        file = TableFile(self.path)
+        table = file.read([config.item_column, *optional])
+        self.ids = id_column(table, file, config.item_column).combine_chunks()
         self.columns = {name: text_column(table, name) for name in optional}
         self._refuse_second_rows(config.item_column)
 
@@ -120,10 +122,10 @@ class ItemFile:
             second[np.unique(encoded, return_index=True)[1]] = False
             index = int(np.argmax(second))
             first = int(np.argmax(encoded == encoded[index]))
-            path = given(self.path)
+            file = TableFile(given(self.path))
             raise DataError(
-                f"{path}, row {file_row(path, index)}, column {column!r}: item "
-                f"{self.ids[index].as_py()!r} already stands in row {file_row(path, first)}; keep "
+                f"{file}, row {file.row(index)}, column {column!r}: item "
+                f"{self.ids[index].as_py()!r} already stands in row {file.row(first)}; keep "
                 f"one row per item ({second.sum()} rows too many)"
             )
 

@@ -15,8 +15,9 @@ from llmrec.data.filters import first_of_duplicates, k_core
 from llmrec.data.items import ItemFile
 from llmrec.data.named import resolve, warnings_of_counts
 from llmrec.data.sample_market import sample_market
-from llmrec.data.sources import Log, is_hub, read_log, read_sequences
+from llmrec.data.sources import Log, read_log, read_sequences
 from llmrec.data.summary import future_rate, leaking_user_rate, log_summary, summarise, warnings_of
+from llmrec.data.table_file import TableFile
 from llmrec.errors import DataError
 from llmrec.manifest import sha256
 
@@ -57,7 +58,7 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
         log = read_sequences(path)
     else:
         log = read_log(
-            path,
+            TableFile(path, config.column_names),
             user=config.user_column,
             item=config.item_column,
             timestamp=config.timestamp_column,
@@ -71,7 +72,7 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
         "read": {"users": len(log.users), "items": len(log.items), "interactions": len(log)},
     }
     if config.source == "table":
-        summary["times_are_positions"] = times_are_positions(log)
+        summary["times_are_positions"] = config.timestamp_column is None or times_are_positions(log)
     order_rows(config, rows, summary)
     split = split_rows(config, rows, summary)
     unexpected = warnings_of_counts(asked, (len(rows.users), len(rows.items), len(rows.user)))
@@ -203,6 +204,7 @@ def split_rows(config: PrepareDataConfig, rows: Rows, summary: dict[str, Any]) -
             summary["leaking_user_rate"] = leaking_user_rate(rows.timestamp, split)
         return split
     if summary["times_are_positions"]:
+        assert config.timestamp_column is not None, "which the settings refuse"
         raise DataError(
             f"{config.interactions}, column {config.timestamp_column!r}: every user's times count 0, 1, 2, "
             "... and say nothing about other users; a global-time split needs real times, so give them or "
@@ -267,7 +269,7 @@ def files_of(config: PrepareDataConfig) -> dict[str, dict[str, Any]]:
     for what in ("interactions", "items"):
         if (name := getattr(config, what)) is not None:
             path = Path(name)
-            if is_hub(path):
+            if TableFile(path).on_hub:
                 found[what] = {"name": name}
                 continue
             found[what] = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -69,15 +69,23 @@ def read_json_lines(path: Path, columns: list[str]) -> pa.Table:
     return pa.Table.from_batches(batches)
 
 
-def read_dat(path: Path, columns: list[str]) -> pa.Table:
+def read_dat(path: Path, columns: list[str], names: tuple[str, ...] | None = None) -> pa.Table:
     """Some columns of a MovieLens file: fields separated by ::, Latin-1, no header.
+
+    Args:
+        path: the file.
+        columns: those to read.
+        names: all of them, in order; None: as the file's name says.
 
     Raises:
         DataError: unknown file, unknown column, or a line with another number of fields.
     """
-    names = DAT_COLUMNS.get(path.name.lower().removesuffix(".gz").removesuffix(".dat"))
+    names = names or DAT_COLUMNS.get(path.name.lower().removesuffix(".gz").removesuffix(".dat"))
     if names is None:
-        raise DataError(f"{path}: .dat files of MovieLens are called ratings.dat, movies.dat or users.dat")
+        raise DataError(
+            f"{path}: .dat files of MovieLens are called ratings.dat, movies.dat or users.dat; name the "
+            "columns of others with prepare_data.column_names"
+        )
     for name in columns:
         if name not in names:
             raise DataError(f"{path} has no column {name!r}; a {path.name} has: {', '.join(names)}")

@@ -10,7 +10,7 @@ import pytest
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.prepare import prepare_data
 from llmrec.data.raw import as_text, read_dat, read_json_lines
-from llmrec.data.sources import read_table
+from llmrec.data.table_file import TableFile
 from llmrec.errors import DataError
 
 REVIEWS_2014 = [
@@ -44,7 +44,7 @@ def test_reviews_are_read_packed_or_not(name, tmp_path):
     write_lines(path, REVIEWS_2014)
     if name == "X.JSONL.GZ":
         path.write_bytes(gzip.compress(path.read_bytes()))
-    table = read_table(path, ["reviewerID", "asin", "overall", "unixReviewTime"])
+    table = TableFile(path).read(["reviewerID", "asin", "overall", "unixReviewTime"])
     assert table.to_pydict() == {
         "reviewerID": ["A1", "A2"],
         "asin": ["B1", "B2"],
@@ -107,14 +107,14 @@ def test_faults_are_named_with_their_row(lines, message, tmp_path):
     path = tmp_path / "items.json"
     path.write_text(lines)
     with pytest.raises(DataError, match=message):
-        read_table(path, ["asin", "title"])
+        TableFile(path).read(["asin", "title"])
 
 
 def test_a_packed_file_that_is_cut_is_refused(tmp_path):
     path = write_lines(tmp_path / "r.json.gz", [REVIEWS_2014[0] | {"n": n} for n in range(5000)])
     path.write_bytes(path.read_bytes()[:-900])
     with pytest.raises(DataError, match=r"cut or damaged after row \d+"):
-        read_table(path, ["asin"])
+        TableFile(path).read(["asin"])
 
 
 def test_movielens_files_have_no_header_and_are_latin_1(tmp_path):

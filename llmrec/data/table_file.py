@@ -1,0 +1,235 @@
+"""A file that holds a table: read by column, with rows that messages can name.
+
+Rows are those a person sees: row 1 of a CSV file is its header, blank lines count. Files without a header
+begin with row 1 of data.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from llmrec.data.hub import PREFIX, read_hub
+from llmrec.data.raw import (
+    PACKING_ERRORS,
+    is_packed,
+    kind_of,
+    lines_of,
+    open_text,
+    read_dat,
+    read_json_lines,
+)
+from llmrec.errors import DataError
+
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t"}
+ATOMIC = (".inter", ".item")
+"""RecBole's atomic files: columns are named with their type, as ``user_id:token``."""
+LOOSE = (".txt", ".data")
+"""Names that do not say what separates columns: the first of tab, comma, bar and space that is there."""
+NAMES = "prepare_data.user_column, item_column, timestamp_column, title_column and so on"
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A CSV, RecBole, JSON lines, MovieLens .dat or parquet file, or a data set on the Hub."""
+
+    path: Path
+    names: tuple[str, ...] | None = None
+    """Its columns, where it has no header that names them"""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        """Some columns; those of text files as text.
+
+        Raises:
+            DataError: missing or empty file, a missing column, not UTF-8, rows of a wrong length.
+        """
+        path, columns = self.path, list(dict.fromkeys(columns))
+        if self.names is not None and (self.on_hub or self.kind not in (*DELIMITERS, *LOOSE, ".dat")):
+            raise DataError(f"{path} names its columns itself; leave prepare_data.column_names out")
+        if self.on_hub:
+            return plain_texts(read_hub(str(path), columns))
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        try:
+            table = self._read(columns)
+        except (pa.ArrowException, OSError, UnicodeDecodeError, *PACKING_ERRORS) as error:
+            reason = str(error).splitlines()[0]
+            if is_packed(path) and not isinstance(error, PermissionError):
+                raise DataError(f"{path} is cut or damaged ({reason}); get the file again") from None
+            raise DataError(f"{path} cannot be read as {self.kind[1:]}: {reason}") from None
+        if table.num_rows == 0:
+            raise DataError(f"{path} has no rows of data; expected at least one")
+        return table
+
+    def row(self, index: int) -> int:
+        """Row in the file, as a person counts them, of the row of data at this index."""
+        path = self.path
+        if self.kind == ".parquet" or self.on_hub:
+            return index + 1
+        if self.kind not in (*DELIMITERS, *LOOSE):
+            return next(itertools.islice(lines_of(path, "latin-1"), index, None))[0]
+        before_data = 0 if self.names is not None else -1
+        with open_text(path, "utf-8-sig", newline="") as handle:
+            reader = csv.reader(handle, delimiter=self.delimiter())
+            try:
+                filled = (number for number, row in enumerate(reader, start=1) if row)
+                return next(
+                    number for place, number in enumerate(filled, start=before_data) if place == index
+                )
+            except csv.Error:  # a text longer than the csv module takes; rare, and blank lines are too
+                return index + 1 - before_data
+
+    @property
+    def kind(self) -> str:
+        """Ending of its name."""
+        return kind_of(self.path)
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether this is the address of a data set on the Hub, see `llmrec.data.hub`."""
+        return str(self.path).startswith(PREFIX)
+
+    def delimiter(self) -> str:
+        """What separates the columns of a text file."""
+        if self.kind in DELIMITERS:
+            return DELIMITERS[self.kind]
+        with open_text(self.path, "utf-8-sig") as handle:
+            first = next((line for line in handle if line.strip()), "")
+        return next((mark for mark in "\t,|" if mark in first), " ")
+
+    def _read(self, columns: list[str]) -> pa.Table:
+        if self.kind == ".parquet":
+            self._check(pq.read_schema(self.path).names, columns)
+            return plain_texts(pq.read_table(self.path, columns=columns))
+        if self.kind in (*DELIMITERS, *LOOSE):
+            return self._read_csv(columns)
+        if self.kind in (".json", ".jsonl"):
+            return read_json_lines(self.path, columns)
+        if self.kind == ".dat":
+            return read_dat(self.path, columns, self.names)
+        raise DataError(
+            f"{self.path}: unknown kind of file, expected .csv, .tsv, .txt, .data, .json or .jsonl (one "
+            "object a line), .inter or .item of RecBole, a MovieLens .dat (all of these may be packed, .gz), "
+            "or .parquet"
+        )
+
+    def _read_csv(self, columns: list[str]) -> pa.Table:
+        path, delimiter = self.path, self.delimiter()
+        try:
+            with open_text(path, "utf-8-sig", newline="") as handle:
+                first = next((row for row in csv.reader(handle, delimiter=delimiter) if row), [])
+        except UnicodeDecodeError:
+            raise not_utf8(path) from None
+        except csv.Error as error:
+            raise DataError(f"{path}, row 1: {error}") from None
+        if not first:
+            raise DataError(f"{path} is empty; expected a header line with column names")
+        raw = list(self.names or first)
+        if len(raw) != len(first):
+            raise DataError(
+                f"{path}, row 1: {len(first)} columns, but prepare_data.column_names names {len(raw)}"
+            )
+        names = [name.partition(":")[0] for name in raw] if self.kind in ATOMIC else raw
+        self._check(names, columns)
+        raw_name = dict(zip(names, raw))
+        wanted = [raw_name[name] for name in columns]
+        try:
+            table = pacsv.read_csv(
+                pa.input_stream(str(path), compression="gzip" if is_packed(path) else None),
+                read_options=pacsv.ReadOptions(column_names=None if self.names is None else raw),
+                parse_options=pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                convert_options=pacsv.ConvertOptions(
+                    column_types=dict.fromkeys(wanted, pa.string()),
+                    include_columns=wanted,
+                    strings_can_be_null=False,
+                ),
+            )
+        except pa.ArrowInvalid as error:
+            raise self._why_unreadable(delimiter, str(error)) from None
+        return table.rename_columns(columns)
+
+    def _check(self, names: list[str], wanted: list[str]) -> None:
+        path = self.path
+        for name in wanted:
+            if names.count(name) > 1:
+                raise DataError(f"{path} has {names.count(name)} columns named {name!r}; rename all but one")
+            if name in names:
+                continue
+            shown = ", ".join(names)
+            if self.names is None and any(map(is_number, names)):
+                raise DataError(
+                    f"{path} has no column {name!r}, and its first row ({shown}) looks like data. If it has "
+                    "no header, name its columns in order: prepare_data.column_names=user_id,item_id,..."
+                )
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]!r}? It" if close else "it"
+            if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+                hint = f"columns must be separated by {DELIMITERS.get(self.kind)!r}. It"
+            raise DataError(f"{path} has no column {name!r}; {hint} has: {shown}. Name it with {NAMES}")
+
+    def _why_unreadable(self, delimiter: str, reason: str) -> DataError:
+        """Read the file again, slowly, for the row that pyarrow does not name."""
+        path, where = self.path, "in the header" if self.names is None else "in the first row"
+        try:
+            with open_text(path, "utf-8-sig", newline="") as handle:
+                reader = csv.reader(handle, delimiter=delimiter)
+                width, number = None, 0
+                for number, row in enumerate(reader, start=1):
+                    if row and width is not None and len(row) != width:
+                        return DataError(
+                            f"{path}, row {number}: {len(row)} columns, expected {width} as {where}; "
+                            f'put "quotes" around values that hold a {delimiter!r}'
+                        )
+                    width = width or len(row) or None
+        except UnicodeDecodeError:
+            return not_utf8(path)
+        except csv.Error as error:
+            return DataError(f"{path}, row {number + 1}: {error}")
+        if number <= 1:
+            return DataError(f"{path} has no rows of data; expected at least one")
+        return DataError(f"{path} cannot be read as {self.kind[1:]}: {reason.splitlines()[0]}")
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number, which no column is called."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def plain_texts(table: pa.Table) -> pa.Table:
+    """A table whose texts have one type, of the several that they have in parquet files."""
+    for place, field in enumerate(table.schema):
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_string(kind):
+            table = table.set_column(place, field.name, table[place].cast(pa.string()))
+        elif pa.types.is_dictionary(field.type):
+            table = table.set_column(place, field.name, table[place].cast(kind))
+    return table
+
+
+def not_utf8(path: Path) -> DataError:
+    content = gzip.decompress(path.read_bytes()) if is_packed(path) else path.read_bytes()
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return DataError(
+                f"{path}, row {number}: byte {line[error.start]:#04x} is not UTF-8 text; save the file as "
+                "UTF-8"
+            )
+    raise AssertionError("called for a file that is UTF-8")

@@ -1,0 +1,143 @@
+"""Tables in the forms that the field has them: RecBole's files, files without a header, without times."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmrec.artifacts import Interactions
+from llmrec.data.config import PrepareDataConfig
+from llmrec.data.prepare import prepare_data
+from llmrec.data.sources import places
+from llmrec.data.table_file import TableFile
+from llmrec.errors import ConfigError, DataError
+
+ROWS = [(user, f"i{item}", 5, 100 * user + item) for user in range(3) for item in range(6)]
+
+
+def lines(mark: str, rows=ROWS, columns=(0, 1, 2, 3)) -> str:
+    return "".join(mark.join(str(row[column]) for column in columns) + "\n" for row in rows)
+
+
+def prepared(path: Path, **settings) -> Interactions:
+    return prepare_data(PrepareDataConfig(source="table", interactions=str(path), k_core=0, **settings))
+
+
+def told(data: Interactions) -> list[tuple[str, str, int]]:
+    """Raw user, raw item and time of every row."""
+    user = np.repeat(np.arange(data.num_users), np.diff(data.offset))
+    return [
+        (data.user_raw_ids[u], data.raw_ids[i - 1], int(t))
+        for u, i, t in zip(user, data.item, data.timestamp)
+    ]
+
+
+EXPECTED = [(str(user), item, time) for user, item, _, time in ROWS]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_atomic_files_of_recbole_are_read_as_they_are(ending, tmp_path):
+    head = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    content = (head + lines("\t")).encode()
+    path = tmp_path / f"shop.inter{ending}"
+    path.write_bytes(gzip.compress(content) if ending else content)
+    items = tmp_path / "shop.item"
+    items.write_text(
+        "item_id:token\ttitle:token_seq\tgenre:token_seq\n"
+        + "".join(f"i{n}\tThe {n}th\tred\n" for n in range(6))
+    )
+    data = prepared(path, items=str(items), text_columns=("genre",), rating_column="rating", min_rating=4.0)
+    assert told(data) == EXPECTED
+    assert data.titles[2] == "The 2th" and data.items["genre"].to_pylist() == ["red"] * 6
+    broken = content.replace(b"2\ti3", b"2\t", 1)
+    path.write_bytes(gzip.compress(broken) if ending else broken)
+    with pytest.raises(DataError, match=r"shop\.inter.*, row 17, column 'item_id': empty, expected an id"):
+        prepared(path)
+
+
+NAMES = ("user_id", "item_id", "rating", "timestamp")
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [
+        ("u.data", "\t"), ("u.txt", " "), ("u.txt", "|"), ("u.txt", ","), ("u.csv", ","), ("u.tsv", "\t"),
+        ("u.dat", "::"),
+    ],
+)  # fmt: skip
+def test_files_without_a_header_are_read_by_the_names_that_are_given(name, mark, tmp_path):
+    path = tmp_path / name
+    path.write_text(lines(mark))
+    assert told(prepared(path, column_names=NAMES)) == EXPECTED
+    path.write_text(lines(mark, [*ROWS[:4], ("", "i1", 5, 4), *ROWS[4:]]))
+    with pytest.raises(DataError, match=rf"{name}, row 5, column 'user_id': empty"):
+        prepared(path, column_names=NAMES)
+    path.write_text("\n" + lines(mark, [*ROWS[:4], (7, "i1", 5, "late"), *ROWS[4:]]))
+    with pytest.raises(DataError, match=rf"{name}, row 6, column 'timestamp': 'late'"):
+        prepared(path, column_names=NAMES)
+
+
+def test_a_first_row_of_data_is_pointed_out_where_names_are_missing(tmp_path):
+    path = tmp_path / "u.csv"
+    path.write_text(lines(","))
+    with pytest.raises(
+        DataError, match=r"its first row \(0, i0, 5, 0\) looks like data.*column_names=user_id"
+    ):
+        prepared(path)
+    with pytest.raises(DataError, match=r"row 1: 4 columns, but prepare_data.column_names names 3"):
+        prepared(path, column_names=("user_id", "item_id", "timestamp"))
+    path.write_text("user,item,when\n1,2,3\n")
+    with pytest.raises(DataError, match=r"u.csv has no column 'user_id'; did you mean 'user'\? It has: user"):
+        prepared(path)
+
+
+def test_without_times_the_rows_of_a_user_are_in_order(tmp_path):
+    path = tmp_path / "pairs.txt"
+    rows = [(1, 5), (2, 9), (1, 3), (1, 5), (2, 1), (2, 7), (1, 8)]
+    path.write_text(lines(" ", rows, (0, 1)))
+    settings = {"column_names": ("user_id", "item_id"), "timestamp_column": None}
+    data = prepared(path, **settings)
+    assert told(data) == [
+        *(("1", item, place) for place, item in enumerate("5358")),
+        *(("2", item, place) for place, item in enumerate("917")),
+    ]
+    assert data.summary["times_are_positions"] and data.summary["dropped"]["duplicate"] == 0
+    with pytest.raises(ConfigError, match=r"split=global_time needs times; set"):
+        prepared(path, split="global_time", **settings)
+
+
+def test_places_are_counted_for_each_user():
+    rng = np.random.default_rng(0)
+    user = rng.integers(0, 7, 200)
+    seen: dict[int, int] = {}
+    expected = []
+    for one in user.tolist():
+        expected.append(seen.get(one, 0))
+        seen[one] = expected[-1] + 1
+    assert places(user).tolist() == expected
+    assert places(user[:0]).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"column_names": ("user_id", "item_id")}, "got user_id,item_id without timestamp"),
+        ({"column_names": (*NAMES, "rating")}, "must name every column once"),
+        ({"column_names": NAMES[:3], "timestamp_column": None, "user_column": "who"}, "without who"),
+    ],
+)
+def test_names_that_cannot_be_those_of_the_columns_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        PrepareDataConfig(source="table", interactions="u.txt", **settings)
+
+
+def test_files_that_name_their_columns_take_no_other_names(tmp_path):
+    path = tmp_path / "u.jsonl"
+    path.write_text('{"user_id": 1}\n')
+    with pytest.raises(
+        DataError, match=r"u\.jsonl names its columns itself; leave prepare_data.column_names"
+    ):
+        TableFile(path, ("user_id",)).read(["user_id"])
