@@ -11,6 +11,7 @@ import ast
 import copy
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import json
@@ -40,6 +41,43 @@ WORDS = {
 """What a value of a type is, as people say it."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all configs are: their values have the types that their fields say, also where Python code made
+    them, whose mistakes would else be found by whatever stumbles over them, or never."""
+
+    def __post_init__(self) -> None:
+        """Take values as `from_dict` does, so that lists become tuples.
+
+        Raises:
+            ConfigError: a value that the field cannot have.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not field.default and not dataclasses.is_dataclass(value):
+                object.__setattr__(self, field.name, typed(type(self), field.name, value))
+
+
+def typed(cls: type, name: str, value: Any) -> Any:
+    """A value as the field of that name takes it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    hint = type_hints(cls)[name]
+    try:
+        return pydantic.TypeAdapter(hint).validate_python(value)
+    except pydantic.ValidationError:
+        wanted = in_words(hint) + _meant_choice(str(value), hint)
+        raise ConfigError(f"{cls.__name__}.{name}={value!r}: expected {wanted}") from None
+
+
+@functools.cache
+def type_hints(cls: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    return typing.get_type_hints(cls)
+
+
 def as_dict(config: Any) -> dict[str, Any]:
     """The config as plain JSON data (tuples become lists).
 
@@ -54,7 +92,7 @@ def as_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[C], data: dict[str, Any]) -> C:
     """The config that `as_dict` wrote; an unknown or missing field is an error."""
     values: dict[str, Any] = {}
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(typing.cast(Any, cls))
     for name, value in data.items():
         if name not in hints:
             raise ConfigError(f"{cls.__name__} has no field {name!r}{_nearest(name, hints)}")
@@ -62,7 +100,7 @@ def from_dict(cls: type[C], data: dict[str, Any]) -> C:
         if inner is not None and value is not None:
             values[name] = from_dict(inner, value)
         else:
-            values[name] = pydantic.TypeAdapter(hints[name]).validate_python(value)
+            values[name] = typed(cls, name, value)
     return cls(**values)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Literal
 
 import pytest
 
+from llmrec.collab.config import TrainCollabConfig
 from llmrec.config import (
+    Settings,
     as_dict,
     changed_fields,
     describe,
@@ -18,6 +20,8 @@ from llmrec.config import (
     require,
 )
 from llmrec.errors import ConfigError
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,3 +168,37 @@ def test_groups_that_come_with_a_choice_are_not_spelt_out():
     assert changed_fields(before, after) == ['provider="sasrec" (now "gru4rec")']
     assert changed_fields({"a": {"b": 1}}, {}, "stage.") == ["other settings of stage.a"]
     assert changed_fields({}, {"a": {"b": 1}}) == ["no settings of a"]
+
+
+CONFIGS = {type(config) for config in vars(Recipe()).values()} | {
+    type(group)
+    for config in vars(Recipe()).values()
+    for group in vars(config).values()
+    if is_dataclass(group)
+}
+
+
+@pytest.mark.parametrize("cls", sorted(CONFIGS, key=lambda cls: cls.__name__))
+def test_no_config_takes_a_value_of_another_type_from_python_code_either(cls):
+    for path, kind, _, _ in describe(cls):
+        if "." in path:
+            continue
+        wrong = object() if kind.startswith("str") else "no such value"
+        with pytest.raises(ConfigError, match=rf"^{cls.__name__}\.{path}=.*: expected "):
+            cls(**{path: wrong})
+    assert issubclass(cls, Settings)
+
+
+def test_a_choice_that_does_not_exist_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"expected one of .*; did you mean mme_sid\?"):
+        FinetuneConfig(method="mme_sidd")
+    with pytest.raises(ConfigError, match=r"TrainCollabConfig\.provider='sasrecc': .* did you mean sasrec\?"):
+        TrainCollabConfig(provider="sasrecc")
+
+
+def test_values_that_say_the_same_are_taken_as_from_a_command_line():
+    config = FinetuneConfig(base_model="x/y", learning_rate="1e-3", lora_targets=["q_proj"], epochs=3.0)
+    assert (config.learning_rate, config.lora_targets, config.epochs) == (1e-3, ("q_proj",), 3)
+    assert from_dict(FinetuneConfig, as_dict(config)) == config
+    with pytest.raises(ConfigError, match=r"FinetuneConfig\.loss='cee'"):
+        from_dict(FinetuneConfig, as_dict(config) | {"loss": "cee"})

@@ -18,12 +18,12 @@ from llmrec.collab.configs.mind import MindConfig
 from llmrec.collab.configs.moe import MoeConfig
 from llmrec.collab.configs.sasrec import SASRecConfig
 from llmrec.collab.configs.svae import SvaeConfig
-from llmrec.config import require
+from llmrec.config import Settings, require
 from llmrec.encoders.config import vector_files
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCollabConfig:
+class TrainCollabConfig(Settings):
     """Collaborative item vectors: a sequence model trained on item ids, or vectors from a file."""
 
     provider: Literal[
@@ -128,6 +128,7 @@ class TrainCollabConfig:
     """Seed of initial weights, user order, dropout and negatives."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("epochs", "batch_size", "eval_every_epochs", "patience"):
             value = getattr(self, name)
             require(value >= 1, f"train_collab.{name} must be at least 1, got {value}")

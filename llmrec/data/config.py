@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from llmrec.config import given, require
+from llmrec.config import Settings, given, require
 
 OWN_COLUMNS = ("raw_id", "title", "train_count", "image_path")
 """Columns of items.parquet that text columns must not be named like."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleMarketConfig:
+class SampleMarketConfig(Settings):
     """The built-in world whose true next-item probabilities are known."""
 
     num_users: int = 2000
@@ -41,6 +41,8 @@ class SampleMarketConfig:
     """Share of items that become available only in the last week."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+
         def check(name: str, condition: bool, expected: str) -> None:
             require(condition, f"prepare_data.market.{name} must {expected}, got {getattr(self, name)}")
 
@@ -69,7 +71,7 @@ class SampleMarketConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareDataConfig:
+class PrepareDataConfig(Settings):
     """Where interactions and items come from, and how they are filtered and split."""
 
     source: Literal["sample_market", "table", "sequences", "amazon_2014"] = "sample_market"
@@ -166,6 +168,7 @@ class PrepareDataConfig:
     market: SampleMarketConfig = field(default_factory=SampleMarketConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_values()
         if self.source == "sample_market":
             unused = set(self.__dataclass_fields__) - {"source", "seed", "market"}

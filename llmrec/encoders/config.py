@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmrec.config import require
+from llmrec.config import Settings, require
 from llmrec.errors import DataError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ IMAGE_FIELDS: dict[str, set[str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextEncoderConfig:
+class TextEncoderConfig(Settings):
     """How item texts become vectors."""
 
     encoder: Literal["tfidf", "huggingface", "openclip", "llm2clip", "precomputed", "none"] = "tfidf"
@@ -124,6 +124,7 @@ class TextEncoderConfig:
     """Vector of items without text: the mean of the others, or zeros."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_encoder(self, "encode_items.text", TEXT_FIELDS)
         require(
             self.columns is None or self.template is None,
@@ -145,7 +146,7 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEncoderConfig:
+class ImageEncoderConfig(Settings):
     """How item pictures become vectors."""
 
     encoder: Literal["classical", "huggingface", "openclip", "llm2clip", "precomputed", "none"] = "classical"
@@ -197,6 +198,7 @@ class ImageEncoderConfig:
     """Vector of items without a picture: the mean of the others, or zeros."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_encoder(self, "encode_items.image", IMAGE_FIELDS)
         require(
             1 <= self.max_pixels <= PILLOW_PIXELS,
@@ -206,7 +208,7 @@ class ImageEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeItemsConfig:
+class EncodeItemsConfig(Settings):
     """Content vectors of the items, one set per modality (MME-SID section 4.1)."""
 
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)

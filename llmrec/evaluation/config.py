@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmrec.config import require
+from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Ranking the whole catalogue for every user with a test item."""
 
     ks: tuple[int, ...] = (5, 10, 20)
@@ -43,6 +43,7 @@ class EvaluateConfig:
         return ("batch_size",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             bool(self.ks) and min(self.ks) >= 1 and len(set(self.ks)) == len(self.ks),
             f"evaluate.ks must be different numbers of at least 1, got {self.ks}",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llmrec.config import require
+from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiniConfig:
+class MiniConfig(Settings):
     """Size of the ``mini`` base model: a small Llama, trained in full, for CPUs and tests."""
 
     hidden_size: int = 128
@@ -25,6 +25,7 @@ class MiniConfig:
     """Width inside the feed-forward part."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.hidden_size % (2 * self.num_heads) == 0,
             "finetune.mini.hidden_size must be divisible by twice num_heads (rotary positions need an "
@@ -43,7 +44,7 @@ A stopped run may go on with others, and a finished one stands under others."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(Settings):
     """Fine-tuning a causal language model on item tokens, with LoRA (MME-SID section 4.3)."""
 
     base_model: str = "mini"
@@ -258,6 +259,7 @@ class FinetuneConfig:
     """Seed of initial weights, data order and dropout."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("epochs", "batch_size", "micro_batch_tokens", "lora_rank", "log_every_steps"):
             value = getattr(self, name)
             require(value >= 1, f"finetune.{name} must be at least 1, got {value}")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from llmrec.config import require
+from llmrec.config import Settings, require
 from llmrec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ MIN_SINKHORN_EPS = 0.003
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnSemanticIdsConfig:
+class LearnSemanticIdsConfig(Settings):
     """MM-RQ-VAE: one residual-quantised autoencoder per modality (MME-SID section 4.2)."""
 
     modalities: tuple[Literal["collab", "text", "image"], ...] | None = None
@@ -149,6 +149,7 @@ class LearnSemanticIdsConfig:
     """Seed of initial weights, initial codes, batches, restarts and the sample for Kendall's tau."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in LEAST.items():
             value = getattr(self, name)
             require(value >= least, f"learn_semantic_ids.{name} must be at least {least}, got {value}")
@@ -245,7 +246,7 @@ class LearnSemanticIdsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportSemanticIdsConfig:
+class ReportSemanticIdsConfig(Settings):
     """The page on which semantic IDs are judged."""
 
     samples: Literal["train", "test"] = "train"
@@ -262,6 +263,7 @@ class ReportSemanticIdsConfig:
     """Seed of samples and examples."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_codes", "num_items"):
             value = getattr(self, name)
             require(value >= 1, f"report_semantic_ids.{name} must be at least 1, got {value}")

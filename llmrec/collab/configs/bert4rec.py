@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrec.collab.configs.common import check_at_least_one, check_dropout, check_heads
-from llmrec.config import require
+from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bert4RecConfig:
+class Bert4RecConfig(Settings):
     """BERT4Rec: a bidirectional transformer that fills in masked items (Sun et al. 2019)."""
 
     embed_dim: int = 64
@@ -44,6 +44,7 @@ class Bert4RecConfig:
     """ce: softmax over all items, as published."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = "embed_dim num_layers num_heads inner_dim num_masks max_history"
         check_at_least_one("bert4rec", self, names)
         check_dropout("bert4rec", self)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrec.collab.configs.common import check_at_least_one, check_dropout, check_negatives
-from llmrec.config import require
+from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComirecConfig:
+class ComirecConfig(Settings):
     """ComiRec: several interest vectors per user, by attention or by routing (Cen et al. 2020)."""
 
     embed_dim: int = 64
@@ -39,6 +39,7 @@ class ComirecConfig:
     """Negatives per row for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = "embed_dim num_interests num_routings max_history num_negatives"
         check_at_least_one("comirec", self, names)
         check_dropout("comirec", self)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llmrec.collab.configs.common import check_at_least_one, check_dropout, check_heads
-from llmrec.config import require
+from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffurecConfig:
+class DiffurecConfig(Settings):
     """DiffuRec: the next item's vector recovered from noise (Li et al. 2023)."""
 
     embed_dim: int = 128
@@ -59,6 +59,7 @@ class DiffurecConfig:
     """ce: softmax over all items, as published."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_diffusion("diffurec", self)
 
 

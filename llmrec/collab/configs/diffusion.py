@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrec.collab.configs.diffurec import check_diffusion
-from llmrec.config import require
+from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
+class DiffusionConfig(Settings):
     """DiffuRecSys: DiffuRec with offset noise and cross-attention (Zolghadr et al. 2024)."""
 
     embed_dim: int = 128
@@ -74,6 +74,7 @@ class DiffusionConfig:
     """ce: softmax over all items, as published."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_diffusion("diffusion", self)
         require(self.offset >= 0, f"train_collab.diffusion.offset must be at least 0, got {self.offset}")
         require(

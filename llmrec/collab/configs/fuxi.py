@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llmrec.collab.configs.common import check_at_least_one, check_dropout, check_negatives
-from llmrec.config import require
+from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class FuxiConfig:
+class FuxiConfig(Settings):
     """FuXi-alpha: attention by content, place and time in separate channels (Ye et al. 2025)."""
 
     embed_dim: int = 64
@@ -57,6 +57,7 @@ class FuxiConfig:
     """Negatives per row for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fuxi("fuxi", self, self.embed_dim)
 
 

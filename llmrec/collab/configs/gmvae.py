@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrec.collab.configs.common import check_at_least_one, check_dropout, check_heads, check_negatives
-from llmrec.config import require
+from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class GmvaeConfig:
+class GmvaeConfig(Settings):
     """SIGMA: a sequence VAE whose prior is a mixture of a user's interests (Li et al. 2025)."""
 
     embed_dim: int = 128
@@ -81,6 +81,7 @@ class GmvaeConfig:
     """Negatives per position for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         counts = "embed_dim num_interests num_heads kl_steps interest_negatives max_history num_negatives"
         check_at_least_one("gmvae", self, counts)
         check_dropout("gmvae", self)

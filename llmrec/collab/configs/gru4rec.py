@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrec.collab.configs.common import check_at_least_one, check_dropout, check_negatives
+from llmrec.config import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRU4RecConfig:
+class GRU4RecConfig(Settings):
     """GRU4Rec: a gated recurrent network over item ids (Hidasi et al. 2016)."""
 
     embed_dim: int = 64
@@ -35,6 +36,7 @@ class GRU4RecConfig:
     """Negatives per position for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least_one("gru4rec", self, "embed_dim hidden_dim num_layers max_history num_negatives")
         check_dropout("gru4rec", self)
         check_negatives("gru4rec", self)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrec.collab.configs.common import check_at_least_one, check_dropout, check_negatives
-from llmrec.config import require
+from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class MambaConfig:
+class MambaConfig(Settings):
     """SIGMA: selective gated Mamba, which reads a history in two directions (Liu et al. 2024)."""
 
     embed_dim: int = 64
@@ -75,6 +75,7 @@ class MambaConfig:
     """Negatives per position for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = "embed_dim num_layers state_dim conv_width expand max_history num_negatives"
         check_at_least_one("mamba", self, names)
         check_dropout("mamba", self)

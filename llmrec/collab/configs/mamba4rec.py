@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrec.collab.configs.common import check_at_least_one, check_dropout, check_negatives
+from llmrec.config import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mamba4RecConfig:
+class Mamba4RecConfig(Settings):
     """Mamba4Rec: selective state-space layers over item ids (Liu et al. 2024)."""
 
     embed_dim: int = 64
@@ -45,6 +46,7 @@ class Mamba4RecConfig:
     """Negatives per position for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = "embed_dim num_layers state_dim conv_width expand max_history num_negatives"
         check_at_least_one("mamba4rec", self, names)
         check_dropout("mamba4rec", self)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrec.collab.configs.common import check_at_least_one, check_dropout, check_negatives
+from llmrec.config import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class MindConfig:
+class MindConfig(Settings):
     """MIND: several interest vectors per user by dynamic routing with one shared map (Li et al. 2019)."""
 
     embed_dim: int = 64
@@ -35,6 +36,7 @@ class MindConfig:
     """Negatives per row for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = "embed_dim num_interests num_routings max_history num_negatives"
         check_at_least_one("mind", self, names)
         check_dropout("mind", self)

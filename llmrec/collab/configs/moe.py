@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrec.collab.configs.fuxi import check_fuxi
-from llmrec.config import require
+from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoeConfig:
+class MoeConfig(Settings):
     """Fuxi-MME: several small item tables through shared FuXi blocks with experts (Pan et al. 2025)."""
 
     embed_dim: int = 64
@@ -78,6 +78,7 @@ class MoeConfig:
     """Negatives per row for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_tables", "num_experts", "top_k"):
             value = getattr(self, name)
             require(value >= 1, f"train_collab.moe.{name} must be at least 1, got {value}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llmrec.config import require
+from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class SASRecConfig:
+class SASRecConfig(Settings):
     """SASRec: a causal transformer over item ids (Kang and McAuley 2018)."""
 
     embed_dim: int = 64
@@ -45,6 +45,7 @@ class SASRecConfig:
     """Negatives per position for loss='sampled_ce', in items, outside the row's items."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive = ("embed_dim", "num_layers", "num_heads", "inner_dim", "max_history", "num_negatives")
         for name in (*positive, "content_dim"):
             value = getattr(self, name)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrec.collab.configs.common import check_at_least_one, check_dropout
-from llmrec.config import require
+from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class SvaeConfig:
+class SvaeConfig(Settings):
     """SVAE: a recurrent variational autoencoder over item ids (Sachdeva et al. 2019)."""
 
     embed_dim: int = 256
@@ -55,6 +55,7 @@ class SvaeConfig:
     """ce: softmax over all items, as published; with k targets their mean."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_at_least_one(
             "svae", self, "embed_dim hidden_dim inner_dim latent_dim num_next kl_steps max_history"
         )
