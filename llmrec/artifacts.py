@@ -141,6 +141,11 @@ class Interactions:
         """Interactions per item in the train split, int64 (N + 1,), entry 0 is 0."""
         return np.concatenate([[0], self.items["train_count"].to_numpy()]).astype(np.int64)
 
+    @property
+    def knows_times(self) -> bool:
+        """Whether timestamps are times, not the places of a user's interactions."""
+        return not self.summary.get("times_are_positions", self.summary.get("source") == "sequences")
+
     def image_file(self, item_id: int) -> Path | None:
         """Where the picture of an item lies, or None if it has none."""
         path = self.items["image_path"][item_id - 1].as_py()
@@ -174,9 +179,9 @@ class Interactions:
         Args:
             splits: which interactions are targets. A train target's history is everything before
                 it, so the first one of a user has an empty history.
-            max_history: context length in items. All kept targets of one user share one window,
-                the `max_history` items before the user's last target, so that histories of one
-                user are prefixes of each other. None: unlimited.
+            max_history: context length in items. Kept targets of one user share windows, each of the
+                `max_history` items before its last target, so that their histories are prefixes of each
+                other: a target sees 1 to `max_history` items. None: unlimited.
             max_targets: keep only the last so many targets of each user. None: all.
         """
         row = np.flatnonzero(np.isin(self.split, [SPLIT_CODES[split] for split in splits]))
@@ -189,8 +194,9 @@ class Interactions:
         start = self.offset[user]
         if max_history is not None and len(row):
             last_row = row[np.flatnonzero(last)[np.cumsum(last) - last]]
-            start = np.maximum(start, last_row - max_history)
-        return Targets(user=user, start=np.minimum(start, row), stop=row, item=self.item[row])
+            windows_later = (last_row - row) // max_history
+            start = np.maximum(start, last_row - (windows_later + 1) * max_history)
+        return Targets(user=user, start=start, stop=row, item=self.item[row])
 
     def save(self, folder: Path) -> None:
         user = np.repeat(np.arange(self.num_users), np.diff(self.offset))

@@ -125,7 +125,7 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
         "min_slots": model.min_slots,
     }
     tokens, item_tokens, largest = 0, 0, 0
-    steps = steps_of_epoch(targets, config, 1, len(prompt.response))
+    steps = steps_of_epoch(targets, config, 1, len(prompt.response), model.item_tokens.tokens_per_item)
     for chosen in steps:
         step = targets.take(chosen)
         size = count_tokens(step, layout=config.layout, shared=shared, **options)

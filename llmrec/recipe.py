@@ -36,7 +36,7 @@ REFIT: dict[str, tuple[str, dict[str, Any]]] = {
         "best_epoch",
         {"eval_every_epochs": TrainCollabConfig.eval_every_epochs, "patience": TrainCollabConfig.patience},
     ),
-    "finetune": ("epoch_kept", {"eval_every_epochs": 0}),
+    "finetune": ("epoch_kept", {"eval_every_epochs": 0, "patience": None}),
 }
 """Stages that choose an epoch by validation: its name in their metrics, and settings without validation."""
 PRESETS = tuple(FINETUNE_PRESETS)

@@ -40,7 +40,6 @@ from llmrec.finetune.model import MMESID
 from llmrec.finetune.packing import count_tokens
 from llmrec.finetune.prompt import Prompt
 from llmrec.finetune.scoring import scorer_of
-from llmrec.finetune.steps import steps_of_epoch
 from llmrec.finetune.trainer import Trainer
 
 LAYOUTS = ("packed", "per_prefix")
@@ -313,7 +312,7 @@ def measure(
     """Some steps after a round of the same that does not count, and one ranking of some users."""
     device = distributed.device()
     trainer = Trainer(config, data, model)
-    steps = steps_of_epoch(trainer.targets, config, 1, len(model.response))
+    steps = trainer.steps_of(1)
 
     timed = steps[: options.steps]
     for chosen in timed:  # so that nothing is compiled or recorded while the clock runs

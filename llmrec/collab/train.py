@@ -72,6 +72,11 @@ def train_collab(
     settings = {"num_items": data.num_items, **asdict(getattr(config, config.provider))}
     components = content_components(config, data, content)
     model: Any = PROVIDERS[config.provider](**settings)
+    if model.uses_time and not data.knows_times:
+        logger.warning(
+            "train_collab: %s reads times, and these data have places in histories in their stead; leave its "
+            "channel of time out with train_collab.%s.temporal=false", config.provider, config.provider,
+        )  # fmt: skip
     if components:
         model.content.set_content(components)
     model = model.to(distributed.device())
@@ -255,7 +260,7 @@ def one_epoch(
     before = sum(row["steps"] for row in log)
     row = {"epoch": epoch, **train_epoch(model, optimizer, config, rows, rng, epoch, before)}
     row["train_seconds"] = round(time.perf_counter() - started, 3)
-    if valid is not None and epoch % config.eval_every_epochs == 0:
+    if valid is not None and (epoch % config.eval_every_epochs == 0 or epoch == config.epochs):
         row |= validate(model, data, valid)
     row["seconds"] = round(time.perf_counter() - started, 3)
     log.append(row)

@@ -24,6 +24,9 @@ MIN_FLEX_HEAD = 16
 NOT_LOADABLE = (OSError, ValueError, StrictDataclassError)
 """What transformers raises where a model is not there, or its config.json cannot be that of a model."""
 
+MINI_POSITIONS = 1 << 20
+"""Of a base that is trained from nothing: rotary positions have no weights, so memory is the only bound."""
+
 MOST_GRAPHS = 64
 """Compiled forms of a block; beyond them torch would go on without compiling, and FlexAttention unfused."""
 
@@ -54,6 +57,7 @@ def load_base(config: FinetuneConfig, prompt: Prompt) -> nn.Module:
                 "hidden_size": config.mini.hidden_size,
                 "intermediate_size": config.mini.intermediate_size,
                 "num_attention_heads": config.mini.num_heads,
+                "max_position_embeddings": MINI_POSITIONS,
                 "bos_token_id": None,
                 "eos_token_id": None,
             }

@@ -138,7 +138,8 @@ class FinetuneConfig(Settings):
     too, random scores of items that are rarely trained stand in their way: 0.02 or less is better there."""
 
     max_history: int | None = None
-    """Most recent items shown per user, in items; none: all of them."""
+    """Most items that are shown before a target; none: all. Of longer histories every max_history targets,
+    from the last one back, share the items before the last of them, as rows of sequence models do."""
 
     max_targets: int | None = 50
     """Last so many items of a user's training history serve as targets; none: all."""
@@ -249,6 +250,10 @@ class FinetuneConfig(Settings):
     select: Literal["last", "valid"] = "last"
     """Weights to keep: of the last epoch, or of the epoch with the best validation ndcg@10."""
 
+    patience: int | None = None
+    """Stop after so many validations in a row without a better ndcg@10, with select='valid'; none: train all
+    epochs. The learning rate falls as it would over all of them."""
+
     log_every_steps: int = 20
     """Optimiser steps between rows of the log."""
 
@@ -275,19 +280,30 @@ class FinetuneConfig(Settings):
         for name in ("lora_dropout_rate", "dropout_rate"):
             value = getattr(self, name)
             require(0 <= value < 1, f"finetune.{name} must lie in [0, 1), got {value}")
-        for name in ("max_history", "max_targets"):
+        for name in ("max_history", "max_targets", "patience"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"finetune.{name} must be none or >= 1, got {value}")
         require(
             self.target_std is None or self.target_std >= 0,
             f"finetune.target_std must be none or at least 0, got {self.target_std}",
         )
-        for name in ("weight_decay", "warmup_steps", "eval_every_epochs", "bad_steps", "save_every_minutes"):
+        for name in (
+            "seed",
+            "weight_decay",
+            "warmup_steps",
+            "eval_every_epochs",
+            "bad_steps",
+            "save_every_minutes",
+        ):
             value = getattr(self, name)
             require(value >= 0, f"finetune.{name} must be at least 0, got {value}")
         require(
             self.select == "last" or self.eval_every_epochs > 0,
             "finetune.select='valid' needs finetune.eval_every_epochs >= 1, got 0",
+        )
+        require(
+            self.select == "valid" or self.patience is None,
+            "finetune.patience has no effect with select='last'; set finetune.select=valid",
         )
         self._check_combinations()
         self._refuse_settings_without_effect()

@@ -19,7 +19,21 @@ CAUSAL_LM_PREFIX = "base_model.model.model."
 
 
 def add_lora(base: nn.Module, config: FinetuneConfig) -> PeftModel:
-    """Freeze a decoder and put trainable float32 LoRA matrices on its linear layers."""
+    """Freeze a decoder and put trainable float32 LoRA matrices on its linear layers.
+
+    Raises:
+        ConfigError: it has no linear layers of a name; PEFT passes over those where others are there.
+    """
+    linear = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear)]
+    absent = [
+        name for name in config.lora_targets if not any(f".{one}".endswith(f".{name}") for one in linear)
+    ]
+    if absent:
+        there = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+        raise ConfigError(
+            f"finetune.lora_targets: {config.base_model} has no linear layers called {', '.join(absent)}, "
+            f"but {', '.join(there)}; give some of these"
+        )
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]

@@ -52,9 +52,9 @@ class RunState:
     window: Window = field(default_factory=Window)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything; of the window all but the time of its start."""
+        """Everything; of the window how long it is open in place of the time of its start."""
         window = {"loss": float(self.window.loss), "targets": self.window.targets}
-        window |= {"tokens": self.window.tokens}
+        window |= {"tokens": self.window.tokens, "seconds": time.perf_counter() - self.window.started}
         plain = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
         return plain | {"window": window}
 
@@ -62,7 +62,9 @@ class RunState:
     def from_json(cls, found: dict[str, Any]) -> RunState:
         """Inverse of `as_json`."""
         best = None if found["best"] is None else tuple(found["best"])
-        return cls(**found | {"best": best, "window": Window(**found["window"])})
+        window = dict(found["window"])
+        window["started"] = time.perf_counter() - window.pop("seconds")
+        return cls(**found | {"best": best, "window": Window(**window)})
 
 
 class RunCheckpoints:

@@ -3,6 +3,8 @@ items added later change no other item's vector."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from llmrec.errors import ArtifactMismatchError
 
 FITTED = ("standardise", "whiten")
 """Kinds of scaling that depend on the catalogue."""
+
+BLOCK_ROWS = 1 << 16
+"""Rows of a table that are worked on at a time."""
 
 SHRINKAGE = 0.01
 """whiten: added to every variance, as a share of the mean variance, so that noise is not blown up."""
@@ -39,12 +44,12 @@ def fit_scaling(vectors: dict[str, np.ndarray], how: str) -> dict[str, Tensor]:
     if how not in FITTED:
         return found
     for name, table in vectors.items():
-        rows = table[table.any(axis=1)].astype(np.float64)
-        if not len(rows):
-            rows = np.zeros((1, table.shape[1]))
-        mean = rows.mean(axis=0)
-        covariance = (rows - mean).T @ (rows - mean) / len(rows)
-        variance = float(np.trace(covariance)) / len(covariance)
+        width, full = table.shape[1], how == "whiten"
+        number = max(1, sum(len(rows) for rows in blocks(table)))
+        mean = sum((rows.sum(axis=0) for rows in blocks(table)), np.zeros(width)) / number
+        spreads = (spread_of(rows - mean, full) for rows in blocks(table))
+        covariance = sum(spreads, np.zeros((width, width) if full else width)) / number
+        variance = float(np.trace(covariance) if full else covariance.sum()) / width
         if variance == 0:
             factor = np.ones(())
         elif how == "standardise":
@@ -55,6 +60,18 @@ def fit_scaling(vectors: dict[str, np.ndarray], how: str) -> dict[str, Tensor]:
         found |= {f"{name}.mean": torch.tensor(mean, dtype=torch.float32)}
         found |= {f"{name}.factor": torch.tensor(factor, dtype=torch.float32)}
     return found
+
+
+def blocks(table: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows that are not all zero as float64, some at a time, so that the whole is never held twice."""
+    for begin in range(0, len(table), BLOCK_ROWS):
+        rows = table[begin : begin + BLOCK_ROWS]
+        yield rows[rows.any(axis=1)].astype(np.float64)
+
+
+def spread_of(centred: np.ndarray, full: bool) -> np.ndarray:
+    """Sums of products of columns (D, D), or of squares alone (D,)."""
+    return centred.T @ centred if full else np.einsum("nd,nd->d", centred, centred)
 
 
 def scale(vectors: dict[str, np.ndarray], how: str, fitted: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -81,6 +98,10 @@ def _scale(name: str, table: np.ndarray, how: str, fitted: dict[str, Tensor]) ->
         raise ArtifactMismatchError(
             f"the weights hold no scaling of {name} vectors with {table.shape[1]} numbers; recompute finetune"
         )
-    centred = table - mean.numpy()
-    scaled = centred @ factor.numpy() if factor.ndim else centred * factor.numpy()
-    return np.where(table.any(axis=1, keepdims=True), scaled, 0).astype(np.float32)
+    made = np.empty_like(table, dtype=np.float32)
+    for begin in range(0, len(table), BLOCK_ROWS):
+        rows = table[begin : begin + BLOCK_ROWS]
+        centred = rows - mean.numpy()
+        scaled = centred @ factor.numpy() if factor.ndim else centred * factor.numpy()
+        made[begin : begin + BLOCK_ROWS] = np.where(rows.any(axis=1, keepdims=True), scaled, 0)
+    return made

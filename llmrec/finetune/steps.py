@@ -6,6 +6,8 @@ the very steps it would have had, on as many processes as there are then.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from llmrec.artifacts import Interactions, Targets
@@ -43,7 +45,11 @@ def train_counts(config: FinetuneConfig, data: Interactions) -> np.ndarray:
 
 
 def epoch_steps(
-    targets: Targets, config: FinetuneConfig, generator: np.random.Generator, response: int = 1
+    targets: Targets,
+    config: FinetuneConfig,
+    generator: np.random.Generator,
+    response: int = 1,
+    tokens_per_item: int = 1,
 ) -> list[np.ndarray]:
     """Which targets each optimiser step of one epoch holds.
 
@@ -56,6 +62,7 @@ def epoch_steps(
         config: settings.
         generator: of the order.
         response: R, for batch_by='tokens'.
+        tokens_per_item: the same.
     """
     row = group_rows(targets, config.layout)
     num_rows = int(row[-1]) + 1
@@ -67,17 +74,18 @@ def epoch_steps(
         step_of_place = np.arange(num_rows) // config.batch_size
     else:
         length = np.empty(num_rows, dtype=np.int64)
-        length[place] = row_lengths(targets, row, response)
+        length[place] = row_lengths(targets, row, response, tokens_per_item)
         step_of_place = (np.cumsum(length) - length) // config.batch_size
     step = step_of_place[place[row[order]]]
     return np.split(order, np.flatnonzero(step[1:] != step[:-1]) + 1)
 
 
 def steps_of_epoch(
-    targets: Targets, config: FinetuneConfig, epoch: int, response: int = 1
+    targets: Targets, config: FinetuneConfig, epoch: int, response: int = 1, tokens_per_item: int = 1
 ) -> list[np.ndarray]:
     """`epoch_steps` of an epoch, counted from 1."""
-    return epoch_steps(targets, config, np.random.default_rng((config.seed, epoch)), response)
+    generator = np.random.default_rng((config.seed, epoch))
+    return epoch_steps(targets, config, generator, response, tokens_per_item)
 
 
 def row_lengths(targets: Targets, row: np.ndarray, response: int, tokens_per_item: int = 1) -> np.ndarray:
@@ -109,8 +117,12 @@ def micro_batches(length: np.ndarray, max_tokens: int, *, stream: bool) -> list[
     if not len(length):
         return []
     if stream:
-        place = (np.cumsum(length) - length) // max_tokens
-        return [[part] for part in np.split(np.arange(len(length)), np.flatnonzero(np.diff(place)) + 1)]
+        ends, cuts = np.cumsum(length), [0]
+        while cuts[-1] < len(length):
+            before = int(ends[cuts[-1] - 1]) if cuts[-1] else 0
+            fits = int(np.searchsorted(ends, before + max_tokens, side="right"))
+            cuts.append(max(fits, cuts[-1] + 1))
+        return [[np.arange(*cut)] for cut in itertools.pairwise(cuts)]
     passes: list[list[np.ndarray]] = []
     cells = max_tokens
     for group in length_groups(length, max_tokens):

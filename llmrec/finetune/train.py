@@ -49,9 +49,10 @@ def finetune(
 ) -> Adapter:
     """Fine-tune the base model on the train split.
 
-    Every training item after which something was seen is a target; its history is all that came
-    before it in the train split (MME-SID section 4.3; the official release trains the same instances,
-    except that it pads histories of 0 and 1 items to two slots).
+    Every training item is a target (of the last `max_targets` of a user, and with `skip_empty` all but a
+    user's first); its history is all that came before it in the train split, up to `max_history` items
+    (MME-SID section 4.3; the official release trains the same instances, except that it pads histories of 0
+    and 1 items to two slots).
 
     Raises:
         ConfigError: settings that cannot work with these inputs, or that would validate on items which the
@@ -63,6 +64,11 @@ def finetune(
         raise ConfigError(
             "train_collab.include_valid made the collaborative vectors from validation items, so these can "
             "measure nothing here; set finetune.eval_every_epochs=0 and finetune.select=last"
+        )
+    if config.select == "valid" and not len(data.targets("valid")):
+        raise ConfigError(
+            "finetune.select='valid' needs validation targets to choose the epoch by, and the data set has "
+            "none; set finetune.select=last, or change the split"
         )
     device = distributed.device()
     distributed.seed_everything(config.seed)

@@ -94,7 +94,7 @@ class Trainer:
             stop_requests() as stop,
             progress(None, "finetune", total=self.num_steps, unit="step", initial=state.step) as bar,
         ):
-            while state.epoch <= self.config.epochs:
+            while state.epoch <= self.config.epochs and not self._waited_enough():
                 try:
                     self._train_epoch(bar, stop)
                     if every and (state.epoch % every == 0 or state.epoch == self.config.epochs):
@@ -132,7 +132,7 @@ class Trainer:
         """What is left of the epoch."""
         self.model.train()
         state = self.state
-        steps = steps_of_epoch(self.targets, self.config, state.epoch, len(self.model.response))
+        steps = self.steps_of(state.epoch)
         for chosen in steps[state.done :]:
             begun = time.perf_counter()
             targets = self.targets.take(chosen)
@@ -233,6 +233,10 @@ class Trainer:
         fusion = analysis.fusion_shares(weights, sources, self.data.train_count)
         state = self.state
         ndcg = float(ndcg_at_k(rank, 10).mean())
+        loss = next((f"loss {row['loss']:.4f}, " for row in reversed(state.log) if "loss" in row), "")
+        best = ""
+        if state.best is not None and ndcg <= state.best[0]:
+            best = f", best {state.best[0]:.4f} in epoch {state.best[1]}"
         if state.best is None or ndcg > state.best[0]:
             state.best = (ndcg, state.epoch)
             if self.config.select == "valid":
@@ -246,8 +250,8 @@ class Trainer:
         }
         self._tell(row)
         logger.info(
-            "finetune: epoch %s, valid ndcg@10 %.4f, recall@10 %.4f",
-            state.epoch, ndcg, row["valid_recall@10"],
+            "finetune: epoch %s, %svalid ndcg@10 %.4f, recall@10 %.4f%s",
+            state.epoch, loss, ndcg, row["valid_recall@10"], best,
         )  # fmt: skip
         state.window.started = time.perf_counter()
 
@@ -290,7 +294,20 @@ class Trainer:
     def _steps_in(self, epoch: int) -> int:
         if self.config.batch_by == "targets":
             return math.ceil(len(self.targets) / self.config.batch_size)
-        return len(steps_of_epoch(self.targets, self.config, epoch, len(self.model.response)))
+        return len(self.steps_of(epoch))
+
+    def steps_of(self, epoch: int) -> list[np.ndarray]:
+        """Which targets each step of an epoch holds."""
+        model = self.model
+        width = model.item_tokens.tokens_per_item
+        return steps_of_epoch(self.targets, self.config, epoch, len(model.response), width)
+
+    def _waited_enough(self) -> bool:
+        """Whether validation has not improved for as long as the settings wait."""
+        shown = [row for row in self.state.log if "valid_ndcg@10" in row]
+        if self.config.patience is None or self.state.best is None:
+            return False
+        return sum(row["epoch"] > self.state.best[1] for row in shown) >= self.config.patience
 
     def learning_rate(self, step: int) -> float:
         """Of the step after `step` others: linear warm-up, then a cosine to zero; never 0 at the first."""

@@ -19,6 +19,7 @@ from llmrec.artifacts import SPLIT_CODES, CollabEmbeddings, Interactions
 from llmrec.collab import rows as rows_module
 from llmrec.collab import train
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
+from llmrec.collab.configs.fuxi import FuxiConfig
 from llmrec.collab.losses import Loss, Pooled, ratio
 from llmrec.collab.provider import load_provider, provider_scorer
 from llmrec.collab.rows import TrainingRows
@@ -57,6 +58,23 @@ def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best_epoch():
     assert collab.metrics["epochs"] == len(history) == best + 1 + 4 < 60
     rank = rank_users(provider_scorer(collab), data, data.targets("valid"), shard=False).rank
     assert ndcg_at_k(rank, 10).mean() == collab.metrics["valid_ndcg@10"] == history[best]
+
+
+def test_the_last_epoch_is_ranked_too():
+    collab = train_collab(tiny(epochs=5, eval_every_epochs=3), two_communities())
+    assert [row["epoch"] for row in collab.log if "valid_ndcg@10" in row] == [3, 5]
+
+
+def test_a_model_that_reads_times_is_told_that_there_are_none(caplog):
+    data = two_communities()
+    settings = {"provider": "fuxi", "epochs": 1, "select": "last"}
+    train_collab(TrainCollabConfig(**settings), data)
+    assert "reads times" not in caplog.text
+    places = replace(data, summary={"source": "sequences"})
+    train_collab(TrainCollabConfig(**settings, fuxi=FuxiConfig(temporal=False)), places)
+    assert "reads times" not in caplog.text
+    train_collab(TrainCollabConfig(**settings), places)
+    assert "leave its channel of time out with train_collab.fuxi.temporal=false" in caplog.text
 
 
 def test_an_epoch_is_one_short_line_that_says_which_was_best(caplog):

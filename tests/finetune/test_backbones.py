@@ -74,6 +74,16 @@ def test_adapters_of_every_backbone_are_trained_saved_and_loaded(backbone):
     assert torch.isfinite(scores).all()
 
 
+@pytest.mark.parametrize("targets", [("up_proj", "gate_prj"), ("upproj",)])
+def test_names_of_layers_that_are_not_there_are_refused_also_beside_others(backbone, targets):
+    wrong = targets[-1]
+    config = dataclasses.replace(LORA, base_model=str(backbone), lora_targets=targets)
+    with pytest.raises(
+        ConfigError, match=rf"no linear layers called {wrong}, but q_proj, .*down_proj; give some"
+    ):
+        base_model.load_base(config, PROMPT)
+
+
 def test_prompts_longer_than_the_window_are_refused(tmp_path_factory):
     from worlds import interactions
 

@@ -133,6 +133,19 @@ def test_a_limited_context_is_one_window_per_user():
     assert targets.start.tolist() == [2, 2, 2] and targets.stop.tolist() == [3, 4, 5]
 
 
+def test_targets_before_the_last_window_have_windows_of_their_own():
+    """All of them see something, at most as many items, and the last of each window as many as there are."""
+    data = interactions([list(range(1, 13)), [3, 1, 2, 9]], 12)
+    targets = data.targets("train", max_history=3)
+    first = targets.user == 0
+    assert targets.item[first].tolist() == list(range(1, 11))
+    seen = (targets.stop - targets.start)[first].tolist()
+    assert seen == [0, 1, 2, 3, 1, 2, 3, 1, 2, 3]
+    assert targets.stop.tolist() == [*range(10), 12, 13]
+    assert (targets.stop - targets.start)[~first].tolist() == [0, 1]
+    assert group_rows(targets, "packed").tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+
+
 def test_token_counts_of_a_hand_made_example():
     # Histories of 0, 1, 2 (user 0) and 0, 1 (user 1); I = 5, R = 3.
     _, targets = random_users([3, 2])

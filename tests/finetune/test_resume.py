@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from llmrec import contents, pipeline
 from llmrec.errors import StoppedError
 from llmrec.finetune import train
 from llmrec.finetune.adapter import Adapter
+from llmrec.finetune.run_state import RunState, Window
 
 OFTEN = dataclasses.replace(TINY, epochs=3, save_every_minutes=1e-9, dropout_rate=0.2, select="valid")
 
@@ -116,3 +119,10 @@ def test_a_polite_stop_ends_the_step_saves_and_says_so(tmp_path, monkeypatch):
     found, expected = fine_tune(config, tmp_path / "out"), fine_tune(config, tmp_path / "whole")
     for name, value in weights(expected).items():
         assert torch.equal(weights(found)[name], value)
+
+
+def test_the_clock_of_a_window_goes_on_where_it_was():
+    state = RunState(window=Window(loss=1.0, targets=3, tokens=30, started=time.perf_counter() - 20))
+    resumed = RunState.from_json(json.loads(json.dumps(state.as_json())))
+    assert time.perf_counter() - resumed.window.started == pytest.approx(20, abs=5)
+    assert (resumed.window.loss, resumed.window.targets, resumed.window.tokens) == (1.0, 3, 30)

@@ -114,6 +114,41 @@ def test_the_best_epoch_is_kept_when_asked():
     assert adapter.metrics["valid"]["valid_ndcg@10"] == max(valid.values())
 
 
+def test_it_stops_when_validation_no_longer_improves_also_after_a_stop(tmp_path, monkeypatch):
+    """Random weights, which cannot improve: a learning rate of nearly 0."""
+    config = dataclasses.replace(TINY, epochs=30, select="valid", patience=3, learning_rate=1e-9)
+    adapter, _ = fit(config)
+    valid = [row["valid_ndcg@10"] for row in adapter.log if "valid_ndcg@10" in row]
+    best = int(np.argmax(valid)) + 1
+    assert adapter.metrics["epoch_kept"] == best and len(valid) == best + 3 < 30
+    with pytest.raises(ConfigError, match="patience has no effect with select='last'"):
+        dataclasses.replace(TINY, patience=3)
+
+
+def test_epochs_cannot_be_chosen_by_validation_items_that_are_not_there():
+    data = cycle()
+    data.split[data.split == 1] = 0
+    train = np.bincount(data.item[data.split == 0], minlength=data.num_items + 1)[1:]
+    items = data.items.drop_columns(["train_count"]).append_column("train_count", [train])
+    with pytest.raises(ConfigError, match=r"the data set has none; set finetune\.select=last"):
+        fit(dataclasses.replace(TINY, select="valid"), dataclasses.replace(data, items=items))
+
+
+def test_a_line_of_an_epoch_has_its_loss_and_the_best_so_far(caplog):
+    caplog.set_level("INFO")
+    adapter, _ = fit(dataclasses.replace(TINY, epochs=6, learning_rate=1e-9, select="valid"))
+    lines = [one.getMessage() for one in caplog.records if one.getMessage().startswith("finetune: epoch ")]
+    best, loss = adapter.metrics["epoch_kept"], [row["loss"] for row in adapter.log if "loss" in row][-1]
+    assert lines[-1].startswith(f"finetune: epoch 6, loss {loss:.4f}, valid ndcg@10 ")
+    assert lines[-1].endswith(f", best {adapter.metrics['valid']['valid_ndcg@10']:.4f} in epoch {best}")
+
+
+def test_a_mini_base_takes_histories_of_any_length():
+    data = interactions([(np.arange(2300) % 7 + 1).tolist(), [1, 2, 3, 4]], 7)
+    adapter, made = fit(dataclasses.replace(TINY, epochs=1, max_targets=2), data)
+    assert torch.isfinite(load_scorer(adapter, *made).score(torch.ones(1, 2300, dtype=torch.int64))).all()
+
+
 def test_valid_and_test_items_change_no_weight():
     data = cycle()
     changed = data.item.copy()
@@ -252,7 +287,7 @@ def test_missing_base_models_and_layers_are_explained(pretrained, tmp_path):
     with pytest.raises(ConfigError, match="cannot be loaded"):
         fit(FinetuneConfig(base_model=str(tmp_path / "odd"), prompt="compact"))
     config = FinetuneConfig(base_model=str(pretrained), prompt="compact", lora_targets=("nothing",))
-    with pytest.raises(ConfigError, match="lora_targets=nothing do not fit"):
+    with pytest.raises(ConfigError, match="has no linear layers called nothing, but q_proj"):
         fit(config)
     with pytest.raises(ConfigError, match=r"prompt 'chat' uses <\|begin_of_text\|>"):
         fit(dataclasses.replace(config, prompt="chat"))
