@@ -34,7 +34,7 @@ MOST_HINTS = 6
 WORDS = {
     type(None): "none",
     int: "a whole number",
-    float: "a number",
+    float: "a (finite) number",
     bool: "true or false",
     str: "a text",
 }
@@ -66,10 +66,15 @@ def typed(cls: type, name: str, value: Any) -> Any:
     """
     hint = type_hints(cls)[name]
     try:
-        return pydantic.TypeAdapter(hint).validate_python(value)
+        return adapter_of(hint).validate_python(value)
     except pydantic.ValidationError:
         wanted = in_words(hint) + _meant_choice(str(value), hint)
         raise ConfigError(f"{cls.__name__}.{name}={value!r}: expected {wanted}") from None
+
+
+def adapter_of(hint: Any) -> pydantic.TypeAdapter:
+    """What checks a value of an annotation; no number is infinite, which JSON could not hold."""
+    return pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(allow_inf_nan=False))
 
 
 @functools.cache
@@ -145,7 +150,7 @@ def parse_value(hint: Any, text: str, name: str) -> Any:
     members = typing.get_args(hint) if _is_union(hint) else (hint,)
     if type(None) in members and text.lower() in ("none", "null"):
         return None
-    adapter = pydantic.TypeAdapter(hint)
+    adapter = adapter_of(hint)
     try:
         if any(typing.get_origin(member) is tuple for member in members):
             parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -203,11 +208,27 @@ def without_incidental(values: dict[str, Any], config: Any) -> dict[str, Any]:
 def changed_settings(before: dict[str, Any], config: Any) -> list[str]:
     """Sentences naming the settings whose change makes of a stage's output another one.
 
+    A setting that an older version did not have counts as its default; what changes results beyond that
+    raises `finished.SCHEMA_VERSION`.
+
     Args:
         before: the JSON settings it was made with.
         config: the settings asked for now.
     """
-    return changed_fields(without_incidental(before, config), without_incidental(as_dict(config), config))
+    now = without_incidental(as_dict(config), config)
+    return changed_fields(without_incidental(with_defaults(before, type(config)), config), now)
+
+
+def with_defaults(values: dict[str, Any], cls: Any) -> dict[str, Any]:
+    """JSON settings of a config class, with defaults where they lack one; groups that they lack stay out."""
+    found = dict(values)
+    for field in dataclasses.fields(cls):
+        inner = dataclass_of(type_hints(cls)[field.name])
+        if inner is not None and isinstance(found.get(field.name), dict):
+            found[field.name] = with_defaults(found[field.name], inner)
+        elif inner is None and field.name not in found and field.default is not dataclasses.MISSING:
+            found[field.name] = json.loads(json.dumps(field.default))
+    return found
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -15,10 +15,14 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from llmrec.errors import ConfigError
+
 logger = logging.getLogger("llmrec")
 
 PATIENCE = datetime.timedelta(days=7)
 LOST = re.compile(r"connection (closed|reset) by|timed out waiting|broken pipe", re.IGNORECASE)
+
+MINUTES = re.compile(r"\d{1,6}(\.\d*)?")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -78,13 +82,19 @@ def uses_fsdp() -> bool:
 
 
 def num_threads() -> int:
-    """Threads for this process on a CPU: $LLMREC_NUM_THREADS, or its share of the cores."""
-    import psutil
+    """Threads for this process on a CPU: $LLMREC_NUM_THREADS, or its share of the cores.
 
-    if "LLMREC_NUM_THREADS" in os.environ:
-        return int(os.environ["LLMREC_NUM_THREADS"])
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    Raises:
+        ConfigError: the variable is no whole number of at least 1.
+    """
+    from llmrec import machine
+
+    text = os.environ.get("LLMREC_NUM_THREADS")
+    if text is None:
+        return max(1, machine.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"$LLMREC_NUM_THREADS must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def world_size() -> int:
@@ -118,8 +128,15 @@ def _patient_group() -> Any:
 
 
 def timeout() -> datetime.timedelta:
-    """How long a process may keep the others waiting in work that they share: $LLMREC_TIMEOUT_MINUTES."""
-    return datetime.timedelta(minutes=float(os.environ.get("LLMREC_TIMEOUT_MINUTES", "30")))
+    """How long a process may keep the others waiting in work that they share: $LLMREC_TIMEOUT_MINUTES.
+
+    Raises:
+        ConfigError: the variable is no number of minutes.
+    """
+    text = os.environ.get("LLMREC_TIMEOUT_MINUTES", "30")
+    if not MINUTES.fullmatch(text) or float(text) == 0:
+        raise ConfigError(f"$LLMREC_TIMEOUT_MINUTES must be a number above 0, got {text!r}")
+    return datetime.timedelta(minutes=float(text))
 
 
 def lost_another(error: RuntimeError) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,15 +37,27 @@ from llmrec.recipe import TO_DO, UNCERTAIN, Recipe, statuses
 
 logger = logging.getLogger("llmrec")
 
-GPUS: dict[str, tuple[float, float, float]] = {
-    "A100": (312e12, 80e9, 2.04e12),
-    "H100": (989e12, 80e9, 3.35e12),
-    "H200": (989e12, 141e9, 4.8e12),
-    "RTX4090": (165e12, 24e9, 1.01e12),
-    "L40S": (362e12, 48e9, 0.864e12),
+
+class Gpu(NamedTuple):
+    """A GPU by its maker's data sheet."""
+
+    peak: float
+    """Dense bfloat16 operations per second"""
+    memory: float
+    """Bytes"""
+    bandwidth: float
+    """Bytes moved per second"""
+    peak_fp32: float
+    """float32 operations per second, without TF32"""
+
+
+GPUS = {
+    "A100": Gpu(312e12, 80e9, 2.04e12, 19.5e12),
+    "H100": Gpu(989e12, 80e9, 3.35e12, 67e12),
+    "H200": Gpu(989e12, 141e9, 4.8e12, 67e12),
+    "RTX4090": Gpu(165e12, 24e9, 1.01e12, 82.6e12),
+    "L40S": Gpu(362e12, 48e9, 0.864e12, 91.6e12),
 }
-"""Dense bfloat16 operations per second, bytes of memory, and bytes moved per second, from the makers' data
-sheets."""
 
 ITEM_MATRICES = 4.4
 """Tables of items x model width that a step holds at its peak beside the target table: folded or joined keys,
@@ -78,6 +90,8 @@ class Estimate:
     moved: float | None
     """Bytes of weights and optimiser states that one epoch's steps read and write; None with settings whose
     time is not known"""
+    precision: str
+    """Of products: see finetune.precision"""
     memory: dict[str, float]
     """Bytes on one GPU by part"""
 
@@ -153,8 +167,9 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
         moved = counts["steps"] * (2 * memory["frozen weights"] + 28.0 * parameters["trainable"])
     bounds = {name: width for name, width in bounds.items() if name in names}
     return Estimate(
-        counts=counts, parameters=parameters, bounds=bounds, flops=flops, memory=memory, moved=moved
-    )
+        counts=counts, parameters=parameters, bounds=bounds, flops=flops, memory=memory, moved=moved,
+        precision=config.precision,
+    )  # fmt: skip
 
 
 def check_run(recipe: Recipe, run_dir: Path) -> None:
@@ -379,7 +394,8 @@ def bytes_used(
 
 def shown(found: Estimate, gpu: str) -> str:
     """The estimate as people read it."""
-    peak, memory, bandwidth = GPUS[gpu]
+    memory, bandwidth = GPUS[gpu].memory, GPUS[gpu].bandwidth
+    peak = GPUS[gpu].peak_fp32 if found.precision == "fp32" else GPUS[gpu].peak
     counts, parts = found.counts, found.parameters
     fewer = counts["tokens_per_prefix"] / max(counts["tokens"], 1)
     lines = [

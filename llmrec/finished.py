@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmrec.errors import MissingArtifactError
+from llmrec.errors import ArtifactMismatchError, MissingArtifactError
 from llmrec.manifest import MANIFEST, DamagedError, check_files, read_manifest, reading
 from llmrec.stages import COMMANDS
 
@@ -134,3 +134,21 @@ def fingerprint_of(manifest: dict[str, Any]) -> str:
 def peak_memory_of(manifest: dict[str, Any]) -> int:
     """Most bytes that a stage took where memory is dear: on the GPU if it had one."""
     return manifest.get("peak_gpu_memory_bytes") or manifest["peak_memory_bytes"]
+
+
+def check_lineage(inputs: tuple[Any, ...]) -> None:
+    """Refuse inputs of which one was made from another one than is given: a model trained on other data or
+    another split would be measured on what it was trained on.
+
+    Raises:
+        ArtifactMismatchError: names both.
+    """
+    stored = [artifact for artifact in inputs if hasattr(artifact, "_manifest")]
+    given = {artifact.stage: fingerprint(artifact) for artifact in stored}
+    for artifact in stored:
+        for name, made_with in manifest_of(artifact).get("inputs", {}).items():
+            if given.get(name, made_with) != made_with:
+                raise ArtifactMismatchError(
+                    f"{artifact.stage} was made from another {name} than the one that is given; give the one "
+                    f"it was made from, or recompute {artifact.stage}"
+                )

@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -47,7 +48,7 @@ SECRETS = re.compile(
 )
 """Tokens of the Hub and of common services."""
 
-LOCAL_PATH = re.compile(r"^(?:hub:|local-dir:)?(?:/|~/|[A-Za-z]:[\\/]|\\\\|file:)")
+LOCAL_PATH = re.compile(r"^(?:hub:|local-dir:)?(?:/|~/|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\|file:)")
 IN_TEXT = re.compile(
     r"(?:^|[\s\"'(])((?:/(?:home|root|Users|tmp|mnt|var|opt|srv|media|work|data)/|~/)[^\s\"')]+)"
 )
@@ -135,10 +136,15 @@ def left_over(api: HfApi, repo: str, files: list[tuple[str, int]]) -> list[str]:
     there = set(api.list_repo_files(repo))
     if MANIFEST not in there:
         return []
-    before = read_json(Path(api.hf_hub_download(repo, MANIFEST)))
-    kept = {name for name, _ in files}
+    try:
+        before = read_json(Path(api.hf_hub_download(repo, MANIFEST)))
+    except MissingArtifactError:  # it is not ours
+        return []
     listed = before.get("files") if isinstance(before, dict) else None
-    return sorted(name for name in listed or () if name in there and name not in kept)
+    if not isinstance(listed, dict):
+        return []
+    kept = {name for name, _ in files}
+    return sorted(name for name in listed if name in there and name not in kept)
 
 
 def download(repo: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
@@ -176,6 +182,25 @@ def check_name(repo: str) -> None:
         raise ConfigError(f"{repo!r} is no name of a repository: {reason}") from None
 
 
+def check_login(endpoint: str | None = None) -> None:
+    """Refuse to begin what ends with a push that the Hub will not take.
+
+    Raises:
+        ConfigError: nobody is logged in, or with a token that is no longer valid.
+        HubError: the Hub cannot be reached.
+    """
+    try:
+        HfApi(endpoint=endpoint).whoami()
+    except (HfHubHTTPError, OSError, unanswered()) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
+            raise ConfigError(
+                "--push-to-hub: nobody is logged in to the Hub, or with a token that is not valid; run `hf "
+                "auth login`, or set $HF_TOKEN"
+            ) from None
+        raise HubError(explained(error, "--push-to-hub")) from None
+
+
 def unanswered() -> type[Exception]:
     """What huggingface_hub lets through where no answer comes: an error of its HTTP client, which is httpx in
     release 1 and httpx2 in release 2."""
@@ -199,16 +224,15 @@ def refuse_private(folder: Path) -> None:
     Raises:
         ConfigError: names file and place, and all paths at once.
     """
-    from llmrec.inference.package import ENDINGS
+    from llmrec.inference.package import ENDINGS, MANIFEST, NOT_HASHED
 
+    made = set(NOT_HASHED)
+    if (folder / MANIFEST).is_file():
+        made |= set(read_json(folder / MANIFEST)["files"])
     texts = []
     for name, _ in listing(folder):
         path = folder / name
-        if not name.endswith(ENDINGS) or path.name in (
-            "interactions.parquet",
-            "users.parquet",
-            "rankings.parquet",
-        ):
+        if name not in made or not name.endswith((*ENDINGS, ".gitattributes")):
             raise ConfigError(
                 f"{name} is not part of a recommender and is not pushed; take it out of {folder}"
             )
@@ -234,7 +258,7 @@ def refuse_paths(texts: list[tuple[str, str, str]]) -> None:
         found = IN_TEXT.search(value)
         if name.endswith(".md"):
             lines += [(name, place, found.group(1))] if found else []
-        elif found or LOCAL_PATH.match(value):
+        elif found or LOCAL_PATH.match(value) or ("/" in value and Path(value).is_dir()):
             settings.append((name, place, value))
     if not settings and not lines:
         return

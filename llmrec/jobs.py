@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmrec import storage
+from llmrec import machine, storage
 from llmrec.errors import BusyError, LlmrecError, StoppedError
 
 logger = logging.getLogger("llmrec")
@@ -128,7 +129,7 @@ class Work:
             del self.running[job]
             if process.returncode == BUSY or cell.done():
                 continue
-            reason = cell.last_words()
+            reason = killed_by(process.returncode) or cell.last_words()
             if process.returncode != IMPOSSIBLE:
                 self.remaining.remove(cell)
                 self.failed.append(f"{cell.name}: {reason} ({cell.log})")
@@ -166,6 +167,14 @@ class Work:
     def is_ours(self, cell: Cell) -> bool:
         """Whether a process of ours is at a cell."""
         return any(cell is one for one, _ in self.running.values())
+
+
+def killed_by(returncode: int) -> str:
+    """What ended a process from outside, if something did."""
+    if returncode >= 0:
+        return ""
+    name = signal.Signals(-returncode).name
+    return f"killed by {name}{', most often for want of memory' if name == 'SIGKILL' else ''}"
 
 
 def start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen:
@@ -234,7 +243,7 @@ def positive(text: str) -> int:
 
 def default() -> int:
     """How many fit: one per GPU, or else one per core."""
-    return len(gpus()) or os.cpu_count() or 1
+    return len(gpus()) or machine.cores()
 
 
 def share(job: int, jobs: int) -> dict[str, str]:
@@ -244,7 +253,7 @@ def share(job: int, jobs: int) -> dict[str, str]:
         job: its number, counted from 0.
         jobs: how many run at a time.
     """
-    threads = os.environ.get("LLMREC_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
+    threads = os.environ.get("LLMREC_NUM_THREADS") or str(max(1, machine.cores() // jobs))
     found = {"LLMREC_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
     if len(visible := gpus()) > 1:
         found["CUDA_VISIBLE_DEVICES"] = visible[job % len(visible)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import platform
 import resource
 import sys
@@ -32,6 +33,13 @@ def describe() -> str:
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
     return ", ".join([*parts, f"Python {platform.python_version()}", f"torch {torch.__version__}"])
+
+
+def cores() -> int:
+    """Cores that this process may use: the physical ones, or as many as it was given of them."""
+    # Where the system does not tell, as on macOS, all of them.
+    given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(psutil.cpu_count(logical=False) or given or 1, given or 1))
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:

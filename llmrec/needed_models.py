@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from llmrec.files import read_json
 from llmrec.findings import Finding
 from llmrec.network import resolves
 from llmrec.recipe import Recipe
@@ -57,13 +58,36 @@ def model_finding(where: str, model: str, revision: str | None) -> Finding:
     except HFValidationError:
         what = f"{where}={model}: no such folder, and not a Hub id (owner/name)"
         return Finding("problem", what, f"put the model there, or set {where}")
-    if isinstance(cached, str):
+    if isinstance(cached, str) and is_whole(where, model, revision):
         return Finding("ok", f"{where}={model}, in the Hub's cache")
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return Finding(
-            "problem", f"{where}={model} is not in the Hub's cache", f"run `hf download {model}` online"
+            "problem",
+            f"{where}={model} is not in the Hub's cache, or not all of it",
+            f"run `hf download {model}` online",
         )
     return on_the_hub(where, model, revision)
+
+
+def is_whole(where: str, model: str, revision: str | None) -> bool:
+    """Whether the cache of the Hub holds the weights too, and a base model's tokenizer."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def cached(name: str) -> Path | None:
+        found = try_to_load_from_cache(model, name, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+
+    if where.endswith(".adapter"):
+        return True  # it is part of a repository whose files have other names
+    if where == "finetune.base_model" and cached("tokenizer_config.json") is None:
+        return False
+    if cached("model.safetensors") is not None:
+        return True
+    index = cached("model.safetensors.index.json")
+    if index is None:
+        return False
+    shards = set(read_json(index)["weight_map"].values())
+    return all(cached(shard) is not None for shard in shards)
 
 
 def on_the_hub(where: str, model: str, revision: str | None) -> Finding:

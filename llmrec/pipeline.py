@@ -27,11 +27,10 @@ from llmrec.config import as_dict, changed_settings, without_incidental
 from llmrec.contents import content_digests
 from llmrec.encoders.config import PICTURES
 from llmrec.errors import (
-    ArtifactMismatchError,
     MissingArtifactError,
     StaleArtifactError,
 )
-from llmrec.finished import SCHEMA_VERSION, fingerprint, load, manifest_of, stage_manifest
+from llmrec.finished import SCHEMA_VERSION, check_lineage, fingerprint, load, stage_manifest
 from llmrec.manifest import (
     MANIFEST,
     describe_files,
@@ -130,24 +129,6 @@ def run_stage(stage: Stage | Callable[..., Any], config: Any, inputs: tuple[Any,
         raise
 
 
-def check_lineage(inputs: tuple[Any, ...]) -> None:
-    """Refuse inputs of which one was made from another one than is given: a model trained on other data or
-    another split would be measured on what it was trained on.
-
-    Raises:
-        ArtifactMismatchError: names both.
-    """
-    stored = [artifact for artifact in inputs if hasattr(artifact, "_manifest")]
-    given = {artifact.stage: fingerprint(artifact) for artifact in stored}
-    for artifact in stored:
-        for name, made_with in manifest_of(artifact).get("inputs", {}).items():
-            if given.get(name, made_with) != made_with:
-                raise ArtifactMismatchError(
-                    f"{artifact.stage} was made from another {name} than the one that is given; give the one "
-                    f"it was made from, or recompute {artifact.stage}"
-                )
-
-
 def compute(
     function: Callable[..., Any],
     config: Any,
@@ -165,7 +146,9 @@ def compute(
         return
     left = unfinished(folder)
     with locked(folder) if main else contextlib.nullcontext():
-        if folder.exists() and distributed.world_size() == 1:
+        if main:
+            clear_scratch(folder)
+        if distributed.world_size() == 1 and check_folder(folder, wanted, config) == "done":
             return  # another process finished it just now
         logger.info("%s: started", function.__name__)
         machine.reset_peak_memory()
@@ -181,7 +164,7 @@ def compute(
             _unfinished.reset(token)
         if not main:
             return
-        scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+        scratch = scratch_of(folder, os.getpid())
         try:
             with writing(folder):
                 scratch.mkdir(parents=True)
@@ -197,6 +180,18 @@ def compute(
             shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(left, ignore_errors=True)
     logger.info("%s: finished in %.1f s, %s", function.__name__, seconds, folder)
+
+
+def scratch_of(folder: Path, process: int | str) -> Path:
+    """Where a process writes what will be the folder."""
+    return folder.with_name(f".{folder.name}.{process}")
+
+
+def clear_scratch(folder: Path) -> None:
+    """Delete what processes left that were killed while they wrote; to be called with the lock held."""
+    for path in folder.parent.glob(scratch_of(folder, "*").name):
+        if path.suffix[1:].isdecimal():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def resume_folder() -> Path | None:

@@ -87,9 +87,10 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
     if options.push_to_hub and options.until not in (None, "evaluate"):
         raise ConfigError(f"--push-to-hub pushes a finished run, which --until {options.until} does not make")
     if options.push_to_hub:
-        from llmrec.hub import check_name
+        from llmrec.hub import check_login, check_name
 
         check_name(options.push_to_hub)
+        check_login()
     stages = statuses(chosen, root, options.until)
     refuse_what_is_stale(root, stages)
     refuse_what_cannot_finish(chosen, stages)
@@ -120,6 +121,7 @@ def recipe_of(path: Path) -> Recipe:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look for the names in their annotations
         spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
@@ -135,11 +137,15 @@ def push_run(root: Path, repo: str) -> None:
     from llmrec.files import write_json
     from llmrec.hub import push
     from llmrec.inference.package import package_run
+    from llmrec.storage import writing
 
     with tempfile.TemporaryDirectory() as scratch:
         pushed = push(package_run(root, Path(scratch) / "package"), repo)
-    write_json(root / "pushed.json", {"repo": pushed.repo, "url": pushed.url, "revision": pushed.revision})
-    print(f"pushed: {pushed.url} at {pushed.revision}")
+    print(f"pushed: {pushed.url} at {pushed.revision}", flush=True)
+    with writing(root / "pushed.json"):
+        write_json(
+            root / "pushed.json", {"repo": pushed.repo, "url": pushed.url, "revision": pushed.revision}
+        )
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:

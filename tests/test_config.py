@@ -12,6 +12,7 @@ from llmrec.config import (
     Settings,
     as_dict,
     changed_fields,
+    changed_settings,
     describe,
     field_docs,
     flatten,
@@ -100,7 +101,7 @@ def test_text_becomes_a_value_of_the_annotated_type(path, text, value):
         ("inner", "1", "'inner' is a group; set one of its fields: rate, sizes"),
         ("count.x", "1", "'count' is a single value"),
         ("inner.sizes", "1,x", "sizes='1,x': expected entries separated by commas, each a whole number"),
-        ("inner.rate", "half", "inner.rate='half': expected a number"),
+        ("inner.rate", "half", "inner.rate='half': expected a (finite) number"),
     ],
 )
 def test_bad_overrides_say_what_is_wrong(path, text, words):
@@ -202,3 +203,18 @@ def test_values_that_say_the_same_are_taken_as_from_a_command_line():
     assert from_dict(FinetuneConfig, as_dict(config)) == config
     with pytest.raises(ConfigError, match=r"FinetuneConfig\.loss='cee'"):
         from_dict(FinetuneConfig, as_dict(config) | {"loss": "cee"})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_are_finite_also_from_python_code(value):
+    with pytest.raises(ConfigError, match=r"clip_norm=.*: expected .*finite"):
+        FinetuneConfig(clip_norm=value)
+
+
+def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default():
+    before = as_dict(FinetuneConfig())
+    del before["patience"], before["mini"]["num_layers"], before["lora_targets"]
+    assert changed_settings(before, FinetuneConfig()) == []
+    found = changed_settings(before, FinetuneConfig(select="valid", patience=3))
+    assert found == ['select="last" (now "valid")', "patience=null (now 3)"]
+    assert changed_settings(before | {"gone": 1}, FinetuneConfig()) == ["gone=1 (now null)"]

@@ -25,6 +25,7 @@ from llmrec.estimate import (
     MOVED,
     collab_width,
     distinct_items,
+    duration,
     encoder_width,
     estimate,
     fitting,
@@ -104,6 +105,11 @@ def test_the_published_size_is_counted_without_building_it(tmp_path):
     assert found.total_memory == pytest.approx(21.5e9, rel=0.02)
     assert "fits one RTX4090 (24 GB)" in shown(found, "RTX4090") and "one H200 (rough)" in shown(
         found, "H200"
+    )
+    slow = dataclasses.replace(found, precision="fp32")
+    assert (
+        f"time        {duration(slow.total_flops / (67e12 * 0.4) + MOVED * slow.moved / 3.35e12)}"
+        in shown(slow, "H100")
     )
     # What a step of this shape takes beside its tokens, as measured on an H200 (tools/engine.md).
     beside = MOVED * found.moved / found.counts["steps"] / GPUS["H200"][2]
@@ -251,7 +257,7 @@ def test_what_is_missing_is_a_problem_with_its_fix(tmp_path, monkeypatch, capsys
         'is outside >=99; run `pip install "torch>=99"`',
         'no-such-package is not installed; run `pip install "no-such-package>=1"`',
         "none.csv: no such file",
-        "nobody/nothing is not in the Hub's cache; run `hf download nobody/nothing`",
+        "nobody/nothing is not in the Hub's cache, or not all of it; run `hf download nobody/nothing`",
     ):
         assert text in captured.out
 

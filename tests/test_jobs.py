@@ -14,12 +14,15 @@ import pytest
 import torch
 
 from llmrec import jobs, storage
-from llmrec.errors import BusyError, DataError, TrainingError
+from llmrec.errors import BusyError, ConfigError, DataError, TrainingError
 
 CELL = """
-import pathlib, sys, time
+import os, pathlib, signal, sys, time
 folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]
 (folder / "begun").open("a").write("x")
+if what == "die":
+    print("12:00:00 finetune: epoch 1, fine", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 if what == "stay":
     time.sleep(60)
 if what == "busy" and len((folder / "begun").read_text()) < 3:
@@ -161,7 +164,8 @@ def test_a_cell_ends_with_its_reason(error, code, capsys):
 def no_settings(monkeypatch):
     for name in ("LLMREC_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 12)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
 
 
 def on(number: int, monkeypatch) -> None:
@@ -210,3 +214,37 @@ def test_one_run_is_not_counted_twice(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--seeds", "0", "0"])
     assert "argument --seeds: must differ, got 0 0" in capsys.readouterr().err
+
+
+def test_a_cell_that_is_killed_is_said_to_have_been(cell):
+    one = cell("dies", "die")
+    assert jobs.run([one], 1) == [
+        f"dies, seed 0: killed by SIGKILL, most often for want of memory ({one.log})"
+    ]
+    assert jobs.killed_by(-signal.SIGTERM) == "killed by SIGTERM" and jobs.killed_by(2) == ""
+
+
+def test_threads_are_at_most_the_cores_that_a_process_was_given(no_settings, monkeypatch):
+    from llmrec import distributed, machine
+
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 24 if logical else 12)
+    for given, expected in ((24, 12), (8, 8), (1, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, given=given: set(range(given)), raising=False)
+        assert (machine.cores(), distributed.num_threads()) == (expected, expected)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert distributed.num_threads() == 2
+
+
+@pytest.mark.parametrize("text", ["abc", "0", "-1", "1.5", ""])
+def test_variables_that_are_no_numbers_are_refused(text, monkeypatch):
+    from llmrec import distributed
+
+    monkeypatch.setenv("LLMREC_NUM_THREADS", text)
+    with pytest.raises(ConfigError, match=rf"LLMREC_NUM_THREADS must be a whole number .*, got '{text}'"):
+        distributed.num_threads()
+    monkeypatch.setenv("LLMREC_TIMEOUT_MINUTES", "2.5")
+    assert distributed.timeout().total_seconds() == 150
+    monkeypatch.setenv("LLMREC_TIMEOUT_MINUTES", "inf" if text == "1.5" else text)
+    with pytest.raises(ConfigError, match="LLMREC_TIMEOUT_MINUTES must be a number above 0"):
+        distributed.timeout()

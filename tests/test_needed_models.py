@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -132,3 +133,28 @@ def test_offline_only_the_cache_counts(asked, monkeypatch):
     found = needed_models.model_finding("finetune.base_model", "ann/there", None)
     assert (found.status, asked) == ("problem", [])
     assert "not in the Hub's cache" in found.what
+
+
+def test_a_model_of_which_only_a_part_is_in_the_cache_is_not_here(asked, tmp_path, monkeypatch):
+    """As `estimate` leaves it, which reads config.json alone."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    commit = "0" * 40
+    there = tmp_path / "cache" / "models--ann--there"
+    (there / "refs").mkdir(parents=True)
+    (there / "refs" / "main").write_text(commit)
+    files = there / "snapshots" / commit
+    files.mkdir(parents=True)
+
+    def status(where: str = "finetune.base_model") -> str:
+        return needed_models.model_finding(where, "ann/there", None).status
+
+    (files / "config.json").write_text("{}")
+    assert status() == status("encode_items.text.model") == "problem"
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (files / "model.safetensors.index.json").write_text(json.dumps(index))
+    (files / "model-1.safetensors").write_bytes(b"")
+    assert status("encode_items.text.model") == "problem"
+    (files / "model-2.safetensors").write_bytes(b"")
+    assert (status("encode_items.text.model"), status()) == ("ok", "problem")
+    (files / "tokenizer_config.json").write_text("{}")
+    assert status() == "ok"

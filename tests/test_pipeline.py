@@ -241,3 +241,27 @@ def test_two_processes_cannot_compute_one_stage(tmp_path):
     assert not storage.is_locked(stage)
     with storage.locked(stage):
         pass
+
+
+def test_what_another_process_finished_with_other_settings_is_not_taken(tmp_path, monkeypatch):
+    """Between the first look at the folder and the lock."""
+    wanted = pipeline.describe_stage("count", Config(number=3), ())
+    RunDir(tmp_path).stage(count, Config(number=2))
+    with pytest.raises(StaleArtifactError, match=r"number=2 \(now 3\)"):
+        pipeline.compute(count, Config(number=3), (), tmp_path / "count", wanted)
+    wanted = pipeline.describe_stage("count", Config(number=2), ())
+    pipeline.compute(count, Config(number=2), (), tmp_path / "count", wanted)
+    assert CALLS == ["count"]
+
+
+def test_what_a_killed_process_left_of_a_stage_is_cleared_and_nothing_else(tmp_path):
+    for name in (".count.123", ".count.4567", ".count.mine", ".counts.12", "count.99"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half.json").write_text("1")
+    RunDir(tmp_path).stage(count, Config())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".count.mine",
+        ".counts.12",
+        "count",
+        "count.99",
+    ]

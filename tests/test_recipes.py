@@ -865,3 +865,14 @@ def test_a_rows_own_semantic_ids_read_no_other_modality():
             made = ids_settings(base, ROWS[name])
             assert (made.modalities, made.alignment, made.reconstruction) == (("collab",), "none", kind)
             assert made.num_codes == base.num_codes
+
+
+def test_a_recipe_may_define_dataclasses_of_its_own(tmp_path):
+    """Whose annotations are looked up in the module that they stand in."""
+    path = tmp_path / "with_a_dataclass.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import ClassVar\n"
+        "from llmrec.recipe import Recipe\n@dataclass\nclass Mine:\n    kind: ClassVar[str] = 'x'\n"
+        "    number: int = 1\ndef recipe():\n    return Recipe()\n"
+    )
+    assert recipe_of(path) == Recipe()

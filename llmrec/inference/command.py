@@ -224,7 +224,7 @@ def read_histories(options: argparse.Namespace) -> Iterator[tuple[str, list[str]
 def parse_lines(lines: Iterable[str], where: str) -> Iterator[tuple[str, list[str]]]:
     """The history of every line with file and line; an empty line is an empty history."""
     for number, line in enumerate(lines, start=1):
-        text, place = line.strip(), f"{where}, line {number}"
+        text, place = line.lstrip("\ufeff").strip(), f"{where}, line {number}"
         if text.startswith(("[", "{")):
             try:
                 value = json.loads(text)
@@ -232,7 +232,9 @@ def parse_lines(lines: Iterable[str], where: str) -> Iterator[tuple[str, list[st
                 raise DataError(f"{place}: not JSON ({error})") from None
             value = value.get("history") if isinstance(value, dict) else value
             if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-                raise DataError(f"{place}: expected a list of item ids, got {text:.80}")
+                raise DataError(
+                    f'{place}: expected a list of item ids, texts such as ["1", "2"], got {text:.80}'
+                )
             yield place, value
         else:
             yield place, ids_of(text)

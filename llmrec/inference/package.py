@@ -38,7 +38,7 @@ from llmrec.artifacts import (
 from llmrec.errors import ConfigError, MissingArtifactError
 from llmrec.files import read_json, write_json
 from llmrec.finetune.adapter import Adapter
-from llmrec.finished import load, manifest_of, require_run
+from llmrec.finished import check_lineage, load, manifest_of, require_run
 from llmrec.manifest import DamagedError, check_files, describe_files, read_manifest, reading, write_manifest
 from llmrec.storage import NO_FOLDER, writing
 
@@ -83,6 +83,7 @@ def package_run(run_dir: Path, out: Path, *, renamed: dict[str, str] | None = No
 
     Raises:
         MissingArtifactError: a stage is not finished.
+        ArtifactMismatchError: one was made from another output than the one that is there.
         ConfigError: out exists.
     """
     if out.exists():
@@ -93,9 +94,12 @@ def package_run(run_dir: Path, out: Path, *, renamed: dict[str, str] | None = No
     require_run(run_dir, [kind.stage for kind in kinds])
     data, collab, content, ids, adapter = (load(kind, run_dir / kind.stage) for kind in kinds)
     check_same_catalog(data, collab, content, ids, adapter)
+    parts: tuple[Any, ...] = (data, collab, content, ids, adapter)
+    check_lineage(parts)
     evaluation: dict[str, Any] = {}
     if (run_dir / Report.stage).is_dir():
         report = load(Report, run_dir / Report.stage)
+        check_lineage((*parts, report))
         evaluation = {**report.metrics, "seed": adapter.settings["config"].get("seed")}
     about = {
         "summary": data.summary,

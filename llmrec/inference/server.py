@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,6 +36,8 @@ MAX_WAITING = 1024
 """Most requests that wait; more are told to come back (503)."""
 MOST_TOGETHER = 64
 """Histories answered in one forward pass."""
+MOST_ITEMS = 8192
+"""Items of their histories, likewise; one history is never cut."""
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 ItemId = Annotated[StrictStr, Field(max_length=256)]
@@ -63,6 +65,11 @@ class Job:
     ask: Ask
     done: asyncio.Future
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Histories, and items in them."""
+        return len(self.ask.histories), sum(map(len, self.ask.histories))
+
 
 @dataclass
 class Numbers:
@@ -89,26 +96,35 @@ class Batcher:
         self.waiting: asyncio.Queue[Job] = asyncio.Queue(MAX_WAITING)
 
     async def answer(self, ask: Ask) -> list[list[Recommendation]]:
-        """What the model recommends.
+        """What the model recommends. A large request is answered in slices, between which others have theirs.
 
         Raises:
             HTTPException: 503 if too many wait; 422 if ids are unknown.
         """
-        job = Job(ask, asyncio.get_running_loop().create_future())
-        try:
-            self.waiting.put_nowait(job)
-        except asyncio.QueueFull:
-            raise HTTPException(503, "too many requests are waiting; try again soon") from None
-        return await job.done
+        found: list[list[Recommendation]] = []
+        for part in slices(ask.histories):
+            job = Job(ask.model_copy(update={"histories": part}), asyncio.get_running_loop().create_future())
+            try:
+                self.waiting.put_nowait(job)
+            except asyncio.QueueFull:
+                raise HTTPException(503, "too many requests are waiting; try again soon") from None
+            try:
+                found += await job.done
+            except UnknownItemError as error:
+                if error.place is None:
+                    raise
+                place = len(found) + error.place
+                raise UnknownItemError(f"histories[{place}]", place, error.reason) from None
+        return found
 
     async def work(self) -> None:
         """Answer for ever."""
         while True:
             jobs = [await self.waiting.get()]
-            together = len(jobs[0].ask.histories)
-            while not self.waiting.empty() and together < MOST_TOGETHER:
+            together, items = jobs[0].size
+            while not self.waiting.empty() and together < MOST_TOGETHER and items < MOST_ITEMS:
                 jobs.append(self.waiting.get_nowait())
-                together += len(jobs[-1].ask.histories)
+                together, items = together + jobs[-1].size[0], items + jobs[-1].size[1]
             # A request that fails in a way nobody foresaw must not end the loop.
             (failed,) = await asyncio.gather(asyncio.to_thread(self.run, jobs), return_exceptions=True)
             if failed is not None:
@@ -160,6 +176,18 @@ class Batcher:
         job.done.get_loop().call_soon_threadsafe(tell)
 
 
+def slices(histories: list[list[str]]) -> Iterator[list[list[str]]]:
+    """Parts of a request that go through the model at once."""
+    part: list[list[str]] = []
+    for history in histories:
+        items = sum(map(len, part)) + len(history)
+        if part and (len(part) == MOST_TOGETHER or items > MOST_ITEMS):
+            yield part
+            part = []
+        part.append(history)
+    yield part
+
+
 class Limit:
     """Middleware that refuses bodies over `MAX_BODY` before they are read, and counts requests by status."""
 
@@ -184,21 +212,31 @@ class Limit:
                 raise TooLarge
             return message
 
+        answered = False
+
+        def count(status: int) -> None:
+            path = scope["path"] if scope["path"] in COUNTED else "other"
+            self.numbers.requests[(path, status)] += 1
+            self.numbers.seconds.append(time.perf_counter() - begun)
+
         async def counted(message: MutableMapping[str, Any]) -> None:
+            nonlocal answered
             if message["type"] == "http.response.start":
-                self.numbers.requests[
-                    (scope["path"] if scope["path"] in COUNTED else "other", message["status"])
-                ] += 1
-                self.numbers.seconds.append(time.perf_counter() - begun)
+                answered = True
+                count(message["status"])
             await send(message)
 
         async def unless_too_large(message: MutableMapping[str, Any]) -> None:
             if not too_large:  # else the framework tells of a body that it could not read
                 await counted(message)
 
-        if not too_large:
-            with contextlib.suppress(TooLarge):
-                await self.app(scope, limited, unless_too_large)
+        try:
+            if not too_large:
+                with contextlib.suppress(TooLarge):
+                    await self.app(scope, limited, unless_too_large)
+        finally:
+            if not answered and not too_large:
+                count(500)  # an error nobody foresaw is answered further out
         if too_large:
             answer = JSONResponse(
                 {"detail": f"the body is larger than {MAX_BODY:,} bytes"}, 413, {"Connection": "close"}
@@ -284,7 +322,7 @@ def application(
     @app.get("/picture", response_class=FileResponse)
     async def picture(item_id: Annotated[str, Query(max_length=256)]) -> FileResponse:
         """An item's picture."""
-        if item_id not in pictures:
+        if item_id not in pictures or not pictures[item_id].is_file():
             raise HTTPException(404, "no picture of such an item")
         return FileResponse(pictures[item_id], headers={"Cache-Control": "max-age=86400"})
 

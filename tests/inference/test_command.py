@@ -31,7 +31,7 @@ def test_histories_from_arguments_a_file_and_standard_input(packaged, tmp_path, 
     recommender = Recommender.from_pretrained(packaged)
     ids = recommender.raw_ids
     expected = [item.item_id for item in recommender.recommend([ids[:2]], k=3)[0]]
-    lines = f'{ids[0]}, {ids[1]}\n["{ids[0]}", "{ids[1]}"]\n{{"history": ["{ids[0]}", "{ids[1]}"]}}\n\n'
+    lines = f'\ufeff{ids[0]}, {ids[1]}\n["{ids[0]}", "{ids[1]}"]\n{{"history": ["{ids[0]}", "{ids[1]}"]}}\n\n'
     (tmp_path / "histories.txt").write_text(lines)
     base = ["recommend", str(packaged), "--k", "3", "--format", "jsonl"]
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))

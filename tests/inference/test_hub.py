@@ -252,3 +252,81 @@ def test_a_hub_that_does_not_answer_is_a_sentence(endpoint, packaged, capsys, mo
     err = capsys.readouterr().err
     assert left.value.code == 2 and "Traceback" not in err
     assert "ann/tiny: the Hub said nothing" in err and "whether its address is right" in err
+
+
+def test_data_in_a_package_under_another_name_is_not_pushed(packaged, finished, tmp_path):
+    for name in ("purchases.parquet", "events.jsonl"):
+        copy = tmp_path / name.partition(".")[0]
+        shutil.copytree(packaged, copy)
+        shutil.copy(finished / "prepare_data" / "interactions.parquet", copy / name)
+        with pytest.raises(ConfigError, match=f"{name} is not part of a recommender and is not pushed"):
+            refuse_private(copy)
+
+
+def test_relative_paths_and_folders_that_are_here_are_paths_of_this_machine(packaged, tmp_path, monkeypatch):
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for value, private in (
+        ("../llama", True),
+        ("./llama", True),
+        ("models/llama", True),
+        ("ann/llama", False),
+    ):
+        copy = tmp_path / f"package{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(packaged, copy)
+        config = json.loads((copy / "llmrec_config.json").read_text())
+        (copy / "llmrec_config.json").write_text(json.dumps(config | {"base": value}))
+        if value != "ann/llama":
+            with pytest.raises(ConfigError, match=rf"llmrec_config.json: base \({value}\)"):
+                refuse_private(copy)
+        else:
+            refuse_private(copy)
+
+
+@pytest.mark.parametrize("content", [b'{"files": [{"a": 1}]}', b"[]", b"no JSON"])
+def test_a_repository_that_is_not_ours_is_added_to(content, packaged, hub):
+    hub.repos["ann/tiny"] = {
+        "private": False,
+        "commits": [("0" * 40, {"package.json": content, "x.txt": b"x"})],
+    }
+    put(packaged, hub)
+    files = hub.repos["ann/tiny"]["commits"][-1][1]
+    assert set(files) == {*dict(listing(packaged)), "x.txt"}
+
+
+def test_who_is_not_logged_in_is_told_before_anything_is_trained(hub, tmp_path, capsys, monkeypatch):
+    from tiny_recipe import tiny
+
+    from llmrec.recipe import main
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+    for token in ("hf_" + "b" * 34, None):
+        if token is None:
+            monkeypatch.delenv("HF_TOKEN", raising=False)
+            monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+        else:
+            monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(SystemExit) as left:
+            main(tiny, ["--run-dir", str(tmp_path / "run"), "--push-to-hub", "ann/recipe"])
+        assert left.value.code == 2
+        assert "nobody is logged in to the Hub, or with a token that is not" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_push_is_told_also_where_it_cannot_be_written_down(finished, hub, tmp_path, capsys, monkeypatch):
+    from llmrec.errors import StorageError
+    from llmrec.recipe import push_run
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+    shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr("llmrec.files.write_json", full_disk)
+    with pytest.raises(StorageError, match=r"pushed\.json cannot be written"):
+        push_run(tmp_path / "run", "ann/full")
+    assert hub.repos["ann/full"]["commits"][-1][0] in capsys.readouterr().out
+
+
+def full_disk(path, content) -> None:
+    import errno
+
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))

@@ -15,12 +15,14 @@ import torch
 from llmrec import hub
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
 from llmrec.errors import (
+    ArtifactMismatchError,
     ConfigError,
     DataError,
     MissingArtifactError,
     StaleArtifactError,
     StorageError,
 )
+from llmrec.files import read_json
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.scoring import load_scorer
 from llmrec.finished import load
@@ -300,3 +302,20 @@ def test_a_graph_finds_nearly_all_that_a_full_comparison_finds(packaged, loaded)
     assert few == loaded.recommend(asked[:1], k=3, candidates=loaded.raw_ids[5:9])
     with pytest.raises(ConfigError, match="index must be"):
         Recommender.from_pretrained(packaged, index="magic")
+
+
+def test_parts_that_were_not_made_from_each_other_are_not_packaged(finished, tmp_path):
+    """Codes, and an evaluation, of another training than the weights that are there."""
+    for stage, words in (
+        ("learn_semantic_ids", "finetune was made from another learn_semantic_ids"),
+        ("finetune", "evaluate was made from another finetune"),
+    ):
+        run = tmp_path / stage
+        shutil.copytree(finished, run)
+        made = read_json(run / stage / "manifest.json")
+        name = next(name for name in made["files"] if name.endswith(".safetensors"))
+        made["contents"][name] = "0" * 64  # as if it had come out otherwise
+        write_manifest(run / stage / "manifest.json", {**made})
+        with pytest.raises(ArtifactMismatchError, match=words):
+            package_run(run, tmp_path / "out")
+        assert not (tmp_path / "out").exists()

@@ -241,3 +241,40 @@ def test_an_error_nobody_foresaw_ends_one_request_and_not_the_server(recommender
     with Running(application({"first": recommender})) as address:
         assert ask(address, histories=[[]]).status_code == 500
         assert ask(address, histories=[[]]).status_code == 200
+
+
+def test_large_requests_are_answered_in_slices_and_mistakes_keep_their_place(recommender, monkeypatch):
+    calls = []
+    real = recommender.recommend
+    monkeypatch.setattr(
+        recommender,
+        "recommend",
+        lambda histories, *a, **o: (calls.append(histories), real(histories, *a, **o))[1],
+    )
+    monkeypatch.setattr(module, "MOST_ITEMS", 6)
+    monkeypatch.setattr(module, "MOST_TOGETHER", 4)
+    ids = recommender.raw_ids
+    histories = [ids[:3], ids[3:6], ids[:1], [], [], [], [], ids[:9], ids[2:4]]
+    expected = real(histories, 2)
+    with Running(application({"first": recommender})) as address:
+        found = ask(address, histories=histories, k=2).json()["results"]
+        wrong = ask(address, histories=[*histories, ["gone"]], k=2)
+    assert [[row["item_id"] for row in rows] for rows in found] == [
+        [item.item_id for item in items] for items in expected
+    ]
+    assert calls[:4] == [histories[:2], histories[2:6], histories[6:7], histories[7:8]]
+    assert calls[4] == histories[8:]
+    assert wrong.status_code == 422 and wrong.json()["detail"].startswith("histories[9]: 'gone' is not in")
+
+
+def test_pictures_that_are_gone_and_errors_are_counted_for_what_they_are(recommender, tmp_path, monkeypatch):
+    name = recommender.raw_ids[0]
+    (tmp_path / f"{name}.png").write_bytes(b"x")
+    with Running(application({"first": recommender}, images=tmp_path)) as address:
+        (tmp_path / f"{name}.png").unlink()
+        assert httpx.get(f"{address}/picture", params={"item_id": name}).status_code == 404
+        monkeypatch.setattr(recommender, "recommend", lambda *_, **__: 1 / 0)
+        assert ask(address, histories=[[name]]).status_code == 500
+        text = httpx.get(f"{address}/metrics").text
+    assert 'llmrec_requests_total{path="/recommend",status="500"} 1' in text
+    assert 'llmrec_requests_total{path="other",status="404"} 1' in text
