@@ -10,9 +10,9 @@ H base-model width, L levels, K codes, M modalities, S sources.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,11 @@ from llmrec.files import load_arrays, read_json, read_jsonl, save_arrays, write_
 
 Modality = Literal["collab", "text", "image"]
 Split = Literal["train", "valid", "test"]
+
+BRIEF = 4
+"""Most entries that `brief` shows one by one."""
+LONGEST = 60
+"""Most letters of anything else."""
 
 SPLIT_CODES: dict[str, int] = {"train": 0, "valid": 1, "test": 2, "context": 3}
 """Values of the split column. ``context``: shown as history, never trained on nor ranked."""
@@ -66,8 +71,30 @@ class Sequences(NamedTuple):
     """int64 (n,)"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interactions:
+class Shown:
+    """What artefacts look like in a notebook: fields with their sizes, not a million ids."""
+
+    def __repr__(self) -> str:
+        shown = (f"{field.name}={brief(getattr(self, field.name))}" for field in fields(cast(Any, self)))
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def brief(value: Any) -> str:
+    """A value in a few words."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    if isinstance(value, pa.Table):
+        return f"table of {value.num_rows:,} rows"
+    if isinstance(value, dict) and len(value) <= BRIEF:
+        return "{" + ", ".join(f"{key}: {brief(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, (dict, list, tuple)) and len(value) > BRIEF:
+        return f"{type(value).__name__} of {len(value):,}"
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Interactions(Shown):
     """Who interacted with what, in time order, split; made by prepare_data.
 
     Users are 0..U-1 and items 1..N inside the package; people see ``user_raw_ids`` and the
@@ -226,7 +253,8 @@ class Interactions:
             save_arrays(folder / "true_scores.safetensors", self.catalog, scores=self.true_scores)
 
     @classmethod
-    def load(cls, folder: Path) -> Interactions:
+    def load(cls, folder: str | Path) -> Interactions:
+        folder = Path(folder)
         table = pq.read_table(folder / "interactions.parquet")
         users = pq.read_table(folder / "users.parquet")["raw_id"].to_pylist()
         split = table["split"].cast(pa.string()).to_numpy(zero_copy_only=False)
@@ -253,8 +281,8 @@ class Interactions:
         return loaded
 
 
-@dataclass(frozen=True, kw_only=True)
-class CollabEmbeddings:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CollabEmbeddings(Shown):
     """Collaborative item vectors and the sequence model that learned them; made by train_collab."""
 
     stage: ClassVar[str] = "train_collab"
@@ -292,7 +320,8 @@ class CollabEmbeddings:
         write_jsonl(folder / "log.jsonl", self.log)
 
     @classmethod
-    def load(cls, folder: Path) -> CollabEmbeddings:
+    def load(cls, folder: str | Path) -> CollabEmbeddings:
+        folder = Path(folder)
         content = read_json(folder / "provider.json")
         weights = folder / "model.safetensors"
         return cls(
@@ -304,8 +333,8 @@ class CollabEmbeddings:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ContentEmbeddings:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ContentEmbeddings(Shown):
     """Text and image vectors of the items, whichever were asked for; made by encode_items."""
 
     stage: ClassVar[str] = "encode_items"
@@ -340,7 +369,8 @@ class ContentEmbeddings:
         write_json(folder / "encoders.json", content)
 
     @classmethod
-    def load(cls, folder: Path) -> ContentEmbeddings:
+    def load(cls, folder: str | Path) -> ContentEmbeddings:
+        folder = Path(folder)
         content = read_json(folder / "encoders.json")
         arrays = {
             modality: load_arrays(folder / f"{modality}.safetensors", content["catalog"])
@@ -358,8 +388,8 @@ class ContentEmbeddings:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SemanticIds:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SemanticIds(Shown):
     """Codes of every item and the code embeddings behind them; made by learn_semantic_ids."""
 
     stage: ClassVar[str] = "learn_semantic_ids"
@@ -406,7 +436,8 @@ class SemanticIds:
         write_jsonl(folder / "log.jsonl", self.log)
 
     @classmethod
-    def load(cls, folder: Path) -> SemanticIds:
+    def load(cls, folder: str | Path) -> SemanticIds:
+        folder = Path(folder)
         content = read_json(folder / "semantic_ids.json")
         catalog = content["catalog"]
         arrays = {
@@ -424,8 +455,8 @@ class SemanticIds:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Report(Shown):
     """Metrics and one row per ranked user; made by evaluate."""
 
     stage: ClassVar[str] = "evaluate"
@@ -444,7 +475,8 @@ class Report:
         (folder / "report.html").write_text(self.html, encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> Report:
+    def load(cls, folder: str | Path) -> Report:
+        folder = Path(folder)
         metrics = read_json(folder / "metrics.json")
         return cls(
             catalog=metrics.pop("catalog"),

@@ -93,13 +93,14 @@ def checked_file(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def load(artifact: Any, folder: Path) -> Any:
+def load(artifact: Any, folder: str | Path) -> Any:
     """Load a stage's artefact after checking every file against the manifest.
 
     Raises:
         MissingArtifactError: if the folder is not a finished stage, or a file was changed.
         StaleArtifactError: if another version wrote it in another form.
     """
+    folder = Path(folder)
     manifest = stage_manifest(folder, artifact.stage)
     if manifest["stage"] != artifact.stage:
         raise MissingArtifactError(

@@ -133,13 +133,17 @@ def test_commands_for_a_trained_recommender_are_accepted():
 
 def test_the_python_example_runs(packaged, finished, tmp_path):
     """As it stands, with the tiny recipe's package, ids and a picture of its own."""
-    (example,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    assert len(examples) == 2
+    example = "".join(examples)
     from llmrec.artifacts import Interactions
     from llmrec.finished import load
 
     data = load(Interactions, finished / "prepare_data")
     for old, new in (
-        ("market", str(packaged)),
+        ("runs/mme_sid_sample", str(finished)),
+        ('"market"', repr(str(packaged))),
+        ("market_and_more", str(tmp_path / "more")),
         ("P001", data.raw_ids[0]),
         ("P002", data.raw_ids[1]),
         ("drum.png", str(data.image_file(1))),

@@ -66,7 +66,7 @@ def test_metrics_and_rankings_have_one_row_per_user(finished):
     rankings = pq.read_table(finished / "evaluate" / "rankings.parquet")
     assert metrics["num_users"] == rankings.num_rows == 120
     assert list(metrics["rows"]) == ["mme_sid", "sasrec", "popularity", "best_possible"]
-    rank = rankings["rank_mme_sid"].to_numpy()
+    rank = rankings["rank_mme_sid"].to_numpy() - 1
     assert metrics["rows"]["mme_sid"]["recall@10"] == pytest.approx((rank < 10).mean())
     assert all(0 <= value <= 1 for row in metrics["rows"].values() for value in row.values())
     best = metrics["rows"]["best_possible"]["recall@10"]

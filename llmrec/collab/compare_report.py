@@ -40,7 +40,14 @@ def markdown(results: dict[str, Any]) -> str:
     rows = ordered(results["rows"])
     reference = results["reference"]
     head = ["method", "seeds", "recall@10", "ndcg@10", "seen kept: recall@10", "ndcg@10"]
-    head += [f"ndcg@10 minus {reference}", "parameters", "s / epoch", "epochs (best)", "peak MiB"]
+    head += [
+        f"ndcg@10 minus {reference}",
+        "valid ndcg@10",
+        "parameters",
+        "s / epoch",
+        "epochs (best)",
+        "peak MiB",
+    ]
     lines = [table_line(head), table_line(["---"] * len(head))]
     for name, row in rows.items():
         if not row["num_seeds"]:
@@ -56,6 +63,7 @@ def markdown(results: dict[str, Any]) -> str:
                     spread_text(row["test_seen_kept"]["recall@10"]),
                     spread_text(row["test_seen_kept"]["ndcg@10"]),
                     difference(row, "ndcg@10"),
+                    spread_text(row["valid"]["ndcg@10"]) if "ndcg@10" in row["valid"] else "",
                     f"{row['num_parameters']:,}",
                     f"{row['seconds_per_epoch']:.1f}",
                     f"{row['epochs']:.0f} ({row['best_epoch']:.0f})",
@@ -80,7 +88,7 @@ def notes(results: dict[str, Any]) -> list[str]:
         f"{results['num_users']:,} users, {results['num_items']:,} items, split {results['split']}; every "
         "item is ranked, items of the history left out unless 'seen kept'. ± is the standard deviation over "
         "seeds; intervals (95 %) and p (paired t-test, corrected by Holm) are over users, of the mean over "
-        "seeds.",
+        "seeds. Settings are to be chosen by the validation column, not by what test items say.",
         *how_epochs_were_chosen(results["rows"]),
         f"Machine: {results['machine']}; {results['jobs']} trained at a time. Command: {results['command']}",
     ]

@@ -12,6 +12,9 @@ from llmrec.data import ties
 
 logger = logging.getLogger("llmrec")
 
+FEW = 100
+"""Test items below which metrics say little: half of the interval of a recall of 0.2 is 0.08 then."""
+
 
 def summarise(offset: np.ndarray, split: np.ndarray, train_count: np.ndarray) -> dict[str, Any]:
     """Counts of what is left after filters.
@@ -61,6 +64,10 @@ def warnings_of(summary: dict[str, Any]) -> list[str]:
             f"interaction, and {summary['leaking_user_rate']:.1%} of the users have a test item older than "
             "something that was trained on. prepare_data.split=global_time does not."
         )
+    if (ranked := summary["split_counts"].get("test", 0)) < FEW:
+        lost = summary.get("dropped", {}).get("test_without_history", 0)
+        why = f"; {lost} more had nothing in their history" if lost else ""
+        found.append(f"Only {ranked} test items: too few to tell methods apart{why}.")
     if summary.get("items_without_title"):
         found.append(f"{summary['items_without_title']} of {summary['num_items']} items have no title.")
     if lost := summary.get("missing_picture_files"):

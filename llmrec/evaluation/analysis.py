@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import ttest_1samp
 
-from llmrec.artifacts import Interactions, Targets
+from llmrec.artifacts import Targets
 from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k, summarise
 from llmrec.evaluation.rank import Ranking
 
@@ -126,24 +126,3 @@ def holm(p_values: list[float]) -> list[float]:
         largest = max(largest, min(1.0, p_values[index] * (len(p_values) - place)))
         corrected[index] = largest
     return corrected
-
-
-def rankings_columns(
-    data: Interactions,
-    targets: Targets,
-    rankings: dict[str, Ranking],
-    group_of_item: np.ndarray,
-) -> dict[str, Any]:
-    """Columns of rankings.parquet, one row per ranked user, in raw ids."""
-    raw = np.array(["", *data.raw_ids], dtype=object)
-    users = np.array(data.user_raw_ids, dtype=object)
-    columns: dict[str, Any] = {
-        "user": users[targets.user].tolist(),
-        "target": raw[targets.item].tolist(),
-        "history_length": targets.stop - targets.start,
-        "target_group": np.array(GROUPS, dtype=object)[group_of_item[targets.item]].tolist(),
-    }
-    for name, ranking in rankings.items():
-        columns[f"rank_{name}"] = ranking.rank
-        columns[f"top_{name}"] = [[item for item in row if item] for row in raw[ranking.top].tolist()]
-    return columns

@@ -13,6 +13,7 @@ from llmrec.artifacts import Report
 from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import METRICS, per_user
+from llmrec.evaluation.rankings import key_of, ranks_in
 from llmrec.evaluation.tables import difference_cells, mean_and_spread, spread_text
 from llmrec.finished import load
 
@@ -73,11 +74,12 @@ def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str,
         report = load(Report, entry.folder)
         first = first or report
         check_comparable(first, report, entries[0].folder, entry.folder)
-        if entry.method not in report.metrics["rows"]:
-            known = ", ".join(report.metrics["rows"])
-            raise ConfigError(f"{entry.folder} has no method {entry.method!r}; it has {known}")
-        users[entry.name].append(per_user(report.rankings[f"rank_{entry.method}"].to_numpy(), KS))
-        learned[entry.name].add(report.metrics.get("trained_on", {}).get(entry.method, ""))
+        try:
+            method = key_of(report, entry.method)
+        except ConfigError as error:
+            raise ConfigError(f"{entry.folder}: {error}") from None
+        users[entry.name].append(per_user(ranks_in(report.rankings, method), KS))
+        learned[entry.name].add(report.metrics.get("trained_on", {}).get(method, ""))
     rows = []
     means = {name: np.stack([run["ndcg@10"] for run in runs]).mean(axis=0) for name, runs in users.items()}
     for name in names:

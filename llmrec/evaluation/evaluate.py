@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from llmrec import distributed, tracking
@@ -24,6 +23,7 @@ from llmrec.evaluation import analysis, report
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import summarise
 from llmrec.evaluation.rank import Ranking, Scorer, rank_targets, rank_users, top_items
+from llmrec.evaluation.rankings import table_of as rankings_table
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.config import FUSIONS, FinetuneConfig
 
@@ -86,7 +86,7 @@ def evaluate(
     return Report(
         catalog=data.catalog,
         metrics=metrics,
-        rankings=pa.table(analysis.rankings_columns(data, targets, rankings, groups)),
+        rankings=rankings_table(data, targets, rankings, groups),
         html=page,
     )
 

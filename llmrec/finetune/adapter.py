@@ -69,7 +69,8 @@ class Adapter:
             write_json(folder / "base" / "config.json", self.base_config)
 
     @classmethod
-    def load(cls, folder: Path) -> Adapter:
+    def load(cls, folder: str | Path) -> Adapter:
+        folder = Path(folder)
         settings = read_json(folder / "llmrec_config.json")
         catalog = settings.pop("catalog")
         optional: dict[str, Any] = {}

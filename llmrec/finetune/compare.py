@@ -109,6 +109,7 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
     """What the finished cells of a row measured: metrics, ranks, costs, analyses."""
     import pyarrow.parquet as pq
 
+    from llmrec.evaluation.rankings import ranks_in
     from llmrec.files import read_json
     from llmrec.finished import peak_memory_of, stage_manifest
 
@@ -129,7 +130,7 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
                 "rows": rows,
                 "labels": evaluated["labels"],
                 "trained_on": evaluated.get("trained_on", {}),
-                "ranks": {name: ranks[f"rank_{name}"].to_numpy() for name in rows},
+                "ranks": {name: ranks_in(ranks, name) for name in rows},
                 "metrics": read_json(folder / "finetune" / "metrics.json"),
                 "seconds": manifest["seconds"],
                 "memory": peak_memory_of(manifest),
@@ -167,6 +168,9 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
                 "memory": max(cell["memory"] for cell in found),
             }
             entry |= after_tuning(found)
+            valid = [row["valid_ndcg@10"] for cell in found if (row := cell["metrics"].get("valid"))]
+            if len(valid) == len(found):
+                entry["valid_ndcg@10"] = mean_and_spread(valid)
         table.append(entry)
     some = next((cell for found in cells.values() for cell in found), None)
     if some is not None:
@@ -203,7 +207,16 @@ def after_tuning(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def markdown(table: list[dict[str, Any]]) -> str:
     """The comparison as a Markdown table; rows without a finished cell are shown as missing."""
-    head = ["method", "seeds", *METRICS, "ndcg@10 to the first (95 % interval)", "p", "rank", "tau"]
+    head = [
+        "method",
+        "seeds",
+        *METRICS,
+        "ndcg@10 to the first (95 % interval)",
+        "p",
+        "valid ndcg@10",
+        "rank",
+        "tau",
+    ]
     head += ["trained", "tokens", "seconds", "peak MiB"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for entry in table:
@@ -214,6 +227,7 @@ def markdown(table: list[dict[str, Any]]) -> str:
             continue
         cells += [spread_text(entry[metric]) for metric in METRICS]
         cells += difference_cells(entry)
+        cells.append(spread_text(entry["valid_ndcg@10"]) if "valid_ndcg@10" in entry else "")
         cells.append("" if entry.get("rank_of_tokens") is None else str(entry["rank_of_tokens"]))
         cells.append("" if entry.get("tau_of_codes") is None else f"{entry['tau_of_codes']:.3f}")
         if "trained" in entry:

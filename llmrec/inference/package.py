@@ -88,6 +88,17 @@ def package_run(run_dir: Path, out: Path, *, renamed: dict[str, str] | None = No
     """
     if out.exists():
         raise ConfigError(f"{out} exists; give another folder, or delete it")
+    return save(without_folders(package_of(run_dir)), out, renamed=renamed)
+
+
+def package_of(run_dir: Path) -> Package:
+    """What a finished run learned, as it is there.
+
+    Raises:
+        MissingArtifactError: a stage is not finished.
+        ArtifactMismatchError: one was made from another output than the one that is there.
+        ConfigError: it is a package.
+    """
     kinds: tuple[Any, ...] = (Interactions, CollabEmbeddings, ContentEmbeddings, SemanticIds, Adapter)
     if (run_dir / MANIFEST).is_file():
         raise ConfigError(f"{run_dir} is a package already; give the run folder that it was made from")
@@ -112,7 +123,7 @@ def package_run(run_dir: Path, out: Path, *, renamed: dict[str, str] | None = No
             for kind, artifact in zip(kinds, (data, collab, content, ids, adapter))
         },
     }
-    package = Package(
+    return Package(
         items=data.items.drop_columns([name for name in data.items.column_names if name == "image_path"]),
         adapter=adapter,
         collab=dataclasses.replace(collab, state={}, log=[]),
@@ -121,7 +132,6 @@ def package_run(run_dir: Path, out: Path, *, renamed: dict[str, str] | None = No
         data=about,
         evaluation=evaluation,
     )
-    return save(without_folders(package), out, renamed=renamed)
 
 
 def without_folders(package: Package) -> Package:

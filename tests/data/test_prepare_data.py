@@ -334,7 +334,7 @@ def test_times_that_are_positions_say_nothing_about_the_future(tmp_path):
     data.save(tmp_path)
     assert Interactions.load(tmp_path).summary == data.summary
     assert "train_after_test_rate" not in data.summary
-    assert data.summary["warnings"] == []
+    assert data.summary["warnings"] == ["Only 3 test items: too few to tell methods apart."]
 
 
 def test_the_result_survives_saving_and_loading(tmp_path):

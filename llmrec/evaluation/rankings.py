@@ -1,0 +1,78 @@
+"""The table of ranks that evaluate writes, rankings.parquet: one row per ranked user, in raw ids.
+
+Columns: ``user``, ``target``, ``history_length``, ``target_group`` (head, mid, tail or cold), and of every
+method ``rank_<method>``, the place of the target (1 the best; half of those tied with it stand before it),
+and ``top_<method>``, the best items.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llmrec.artifacts import Interactions, Report, Targets
+from llmrec.errors import ConfigError
+from llmrec.evaluation.analysis import GROUPS
+from llmrec.evaluation.rank import Ranking
+
+FIRST_RANK = "first_rank"
+"""Metadata of the table: the rank of the best item. Absent where an older version counted from 0."""
+
+
+def table_of(
+    data: Interactions, targets: Targets, rankings: dict[str, Ranking], group_of_item: np.ndarray
+) -> pa.Table:
+    """The table.
+
+    Args:
+        data: names users and items.
+        targets: that were ranked.
+        rankings: by method.
+        group_of_item: int64 (N + 1,), index into GROUPS.
+    """
+    raw = np.array(["", *data.raw_ids], dtype=object)
+    users = np.array(data.user_raw_ids, dtype=object)
+    columns: dict[str, Any] = {
+        "user": users[targets.user].tolist(),
+        "target": raw[targets.item].tolist(),
+        "history_length": targets.stop - targets.start,
+        "target_group": np.array(GROUPS, dtype=object)[group_of_item[targets.item]].tolist(),
+    }
+    for name, ranking in rankings.items():
+        columns[f"rank_{name}"] = ranking.rank + 1
+        columns[f"top_{name}"] = [[item for item in row if item] for row in raw[ranking.top].tolist()]
+    return pa.table(columns).replace_schema_metadata({FIRST_RANK: "1"})
+
+
+def ranks_in(table: pa.Table, method: str) -> np.ndarray:
+    """Ranks of a method as metrics take them, counted from 0, float64 (U,)."""
+    first = int((table.schema.metadata or {}).get(FIRST_RANK.encode(), b"0"))
+    return table[f"rank_{method}"].to_numpy().astype(np.float64) - first
+
+
+def ranks_of(report: Report, method: str) -> np.ndarray:
+    """`ranks_in`, by the name of a method in the report's table or in its metrics.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    return ranks_in(report.rankings, key_of(report, method))
+
+
+def key_of(report: Report, method: str) -> str:
+    """What a method is called in the report's metrics: a fine-tuned model is ``mme_sid`` whatever its method.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    rows = report.metrics["rows"]
+    if method in rows:
+        return method
+    labels = report.metrics.get("labels", {})
+    found = [name for name, label in labels.items() if method in (label, label.partition(" (")[0])]
+    if len(found) == 1:
+        return found[0]
+    known = [name if labels.get(name, name) == name else f"{name} ({labels[name]})" for name in rows]
+    raise ConfigError(f"there is no method {method!r}, but {', '.join(known)}")
