@@ -77,10 +77,14 @@ def adapter_of(hint: Any) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(allow_inf_nan=False))
 
 
-@functools.cache
 def type_hints(cls: Any) -> dict[str, Any]:
     """The types of a dataclass's fields."""
-    return typing.get_type_hints(cls)
+    return _type_hints(cls)
+
+
+@functools.cache
+def _type_hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -97,7 +101,7 @@ def as_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[C], data: dict[str, Any]) -> C:
     """The config that `as_dict` wrote; an unknown or missing field is an error."""
     values: dict[str, Any] = {}
-    hints = type_hints(typing.cast(Any, cls))
+    hints = type_hints(cls)
     for name, value in data.items():
         if name not in hints:
             raise ConfigError(f"{cls.__name__} has no field {name!r}{_nearest(name, hints)}")
@@ -122,7 +126,7 @@ def override(config: C, assignments: dict[str, str], *, prefix: str = "") -> C:
     Raises:
         ConfigError: unknown field (with the nearest name), wrong type, or impossible value.
     """
-    hints = typing.get_type_hints(type(config))
+    hints = type_hints(type(config))
     changes: dict[str, Any] = {}
     inner: dict[str, dict[str, str]] = {}
     for path, text in assignments.items():
@@ -150,6 +154,8 @@ def parse_value(hint: Any, text: str, name: str) -> Any:
     members = typing.get_args(hint) if _is_union(hint) else (hint,)
     if type(None) in members and text.lower() in ("none", "null"):
         return None
+    if typing.get_origin(hint) is dict:
+        return parse_pairs(hint, text, name)
     adapter = adapter_of(hint)
     try:
         if any(typing.get_origin(member) is tuple for member in members):
@@ -158,6 +164,23 @@ def parse_value(hint: Any, text: str, name: str) -> Any:
         return adapter.validate_strings(text)
     except pydantic.ValidationError:
         raise ConfigError(f"{name}={text!r}: expected {in_words(hint)}{_meant_choice(text, hint)}") from None
+
+
+def parse_pairs(hint: Any, text: str, name: str) -> Any:
+    """NAME=VALUE pairs between commas, numbers and true or false as such."""
+    found = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        key, equals, value = map(str.strip, part.partition("="))
+        if not equals or not key:
+            raise ConfigError(f"{name}={text!r}: expected NAME=VALUE pairs separated by commas")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    try:
+        return adapter_of(hint).validate_python(found)
+    except pydantic.ValidationError:
+        raise ConfigError(f"{name}={text!r}: values must be numbers, texts, true or false") from None
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -216,18 +239,21 @@ def changed_settings(before: dict[str, Any], config: Any) -> list[str]:
         config: the settings asked for now.
     """
     now = without_incidental(as_dict(config), config)
-    return changed_fields(without_incidental(with_defaults(before, type(config)), config), now)
+    return changed_fields(without_incidental(with_defaults(before, config), config), now)
 
 
-def with_defaults(values: dict[str, Any], cls: Any) -> dict[str, Any]:
-    """JSON settings of a config class, with defaults where they lack one; groups that they lack stay out."""
+def with_defaults(values: dict[str, Any], config: Any) -> dict[str, Any]:
+    """JSON settings with defaults where they lack one that the config has; groups that they lack stay out."""
     found = dict(values)
-    for field in dataclasses.fields(cls):
-        inner = dataclass_of(type_hints(cls)[field.name])
-        if inner is not None and isinstance(found.get(field.name), dict):
+    idle: list[str] = getattr(config, "idle_fields", list)()
+    for field in dataclasses.fields(config):
+        inner, default = getattr(config, field.name), default_of(field)
+        if dataclasses.is_dataclass(inner) and isinstance(found.get(field.name), dict):
             found[field.name] = with_defaults(found[field.name], inner)
-        elif inner is None and field.name not in found and field.default is not dataclasses.MISSING:
-            found[field.name] = json.loads(json.dumps(field.default))
+            continue
+        known = dataclasses.is_dataclass(inner) or field.name in (*found, *idle)
+        if not known and default is not dataclasses.MISSING:
+            found[field.name] = json.loads(json.dumps(default))
     return found
 
 
@@ -245,15 +271,23 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """(path, type, default, meaning) of every leaf field, for help texts."""
-    docs, hints = field_docs(cls), typing.get_type_hints(cls)
+    docs, hints = field_docs(cls), type_hints(cls)
     for field in dataclasses.fields(cls):
         inner = dataclass_of(hints[field.name])
         if inner is not None:
             yield from describe(inner, f"{prefix}{field.name}.")
             continue
-        default = "required" if field.default is dataclasses.MISSING else repr(field.default)
+        value = default_of(field)
+        default = "required" if value is dataclasses.MISSING else repr(value)
         kind = type_name(hints[field.name])
         yield f"{prefix}{field.name}", kind, default, docs.get(field.name, "")
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """What a field holds if nothing is given; MISSING if something must be."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def type_name(hint: Any) -> str:
@@ -266,6 +300,10 @@ def type_name(hint: Any) -> str:
         return " | ".join(type_name(member) for member in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return f"{type_name(typing.get_args(hint)[0])}, ..."
+    if typing.get_origin(hint) is dict:
+        return "NAME=VALUE, ..."
+    if typing.get_origin(hint) is typing.Annotated:
+        return hint.__metadata__[0].description
     return getattr(hint, "__name__", str(hint))
 
 
@@ -278,7 +316,11 @@ def in_words(hint: Any) -> str:
         return ", or ".join(in_words(member) for member in members)
     if typing.get_origin(hint) is tuple:
         return f"entries separated by commas, each {in_words(typing.get_args(hint)[0])}"
-    return WORDS.get(hint, type_name(hint))
+    return (
+        type_name(hint)
+        if typing.get_origin(hint) in (dict, typing.Annotated)
+        else WORDS.get(hint, type_name(hint))
+    )
 
 
 def require(condition: bool, message: str) -> None:
@@ -309,7 +351,7 @@ def _meant(path: str, config: Any, prefix: str) -> str:
     same = [f"{prefix}{known}" for known, _ in flatten(config) if known.rpartition(".")[2] == name]
     if 0 < len(same) <= MOST_HINTS:
         return f"; did you mean {' or '.join(same)}?"
-    return _nearest(path.partition(".")[0], typing.get_type_hints(type(config)), prefix)
+    return _nearest(path.partition(".")[0], type_hints(type(config)), prefix)
 
 
 def _meant_choice(text: str, hint: Any) -> str:

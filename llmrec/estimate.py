@@ -9,7 +9,7 @@ optimiser states. Rough: activations, and time, which assumes what an H200 reach
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
 from llmrec.collab.config import TrainCollabConfig
-from llmrec.collab.provider import PROVIDERS
+from llmrec.collab.provider import make_provider
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError, LlmrecError
 from llmrec.finetune import base_model, build
@@ -244,10 +244,10 @@ def collab_width(config: TrainCollabConfig, data: Interactions) -> int:
     """Width of the item vectors that a sequence model hands on, or that a file has."""
     if config.provider == "precomputed":
         return read_vectors(str(config.vectors), data.raw_ids, "train_collab.vectors")[0].shape[1]
-    own = getattr(config, config.provider)
     if config.content:  # known to the model only with the content
-        return own.embed_dim
-    return PROVIDERS[config.provider](num_items=1, **asdict(own)).item_embeddings().shape[1]
+        return config.of_model["embed_dim"]
+    model = make_provider(config.provider, {"num_items": 1, **config.of_model})
+    return model.item_embeddings().shape[1]
 
 
 def encoder_width(encoder: Any, data: Interactions, name: str) -> int:

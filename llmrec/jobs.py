@@ -169,6 +169,11 @@ class Work:
         return any(cell is one for one, _ in self.running.values())
 
 
+def search_path() -> str:
+    """Where this process finds modules beside the installed ones: a recipe's folder, and models in it."""
+    return os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
+
+
 def killed_by(returncode: int) -> str:
     """What ended a process from outside, if something did."""
     if returncode >= 0:
@@ -185,7 +190,7 @@ def start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen:
             [sys.executable, "-m", *cell.command],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | environment,
+            env=os.environ | environment | {"PYTHONPATH": search_path()},
             start_new_session=True,
         )
 

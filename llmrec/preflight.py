@@ -29,6 +29,8 @@ def in_the_way(recipe: Recipe, stages: Iterable[str] = tuple(STAGES)) -> Iterato
     yield from models(recipe, stages)
     if "encode_items" in stages:
         yield from contents(recipe)
+    if "train_collab" in stages and recipe.train_collab.is_own:
+        yield from own_model(recipe)
     constrained = recipe.learn_semantic_ids.init == "kmeans_constrained"
     if constrained and "learn_semantic_ids" in stages and not importlib.util.find_spec("k_means_constrained"):
         yield Finding(
@@ -79,6 +81,17 @@ def to_fetch(recipe: Recipe) -> tuple[list[str], list[str]]:
     hosts = [urllib.parse.urlsplit(address).hostname or address for address in addresses]
     absent = [path.name for path in prepare.named_files() if not path.is_file()]
     return absent, list(dict.fromkeys(hosts))
+
+
+def own_model(recipe: Recipe) -> Iterator[Finding]:
+    """Whether a model of the user's own can be imported, which takes torch and whatever it needs."""
+    from llmrec.collab.provider import provider_class
+
+    try:
+        provider_class(recipe.train_collab.provider)
+    except ConfigError as error:
+        what, _, advice = str(error).partition("; ")
+        yield Finding("problem", what, advice)
 
 
 def contents(recipe: Recipe) -> Iterator[Finding]:

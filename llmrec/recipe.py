@@ -280,6 +280,8 @@ def without_what_goes(recipe: Recipe, pairs: dict[str, str]) -> Recipe:
         old = collab.provider
         if not any(path.startswith(f"train_collab.{old}.") for path in pairs):
             collab = replace(collab, **{old: type(getattr(collab, old))()})
+    if chosen("train_collab.provider", collab.provider) and "train_collab.own" not in pairs:
+        collab = replace(collab, own={}, provider="sasrec") if collab.is_own else collab
     if chosen("train_collab.provider", collab.provider) == "precomputed":
         collab = TrainCollabConfig(provider=collab.provider)  # nothing is trained any more
     idle: set[str] = set()
@@ -371,6 +373,8 @@ def format_value(value: Any) -> str:
     """A setting as it is typed after ``--set``."""
     if value is None:
         return "none"
+    if isinstance(value, dict):
+        return ",".join(f"{name}={json.dumps(part)}" for name, part in value.items())
     if isinstance(value, (tuple, list)):
         return ",".join(str(part) for part in value)
     return value if isinstance(value, str) else json.dumps(value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, Literal
+
+import pydantic
 
 from llmrec.collab.configs.bert4rec import Bert4RecConfig
 from llmrec.collab.configs.comirec import ComirecConfig
@@ -21,28 +23,41 @@ from llmrec.collab.configs.svae import SvaeConfig
 from llmrec.config import Settings, require
 from llmrec.encoders.config import vector_files
 
+OwnName = Annotated[
+    str, pydantic.Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="package.module:Class")
+]
+"""How a model is called that is not ours."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCollabConfig(Settings):
     """Collaborative item vectors: a sequence model trained on item ids, or vectors from a file."""
 
-    provider: Literal[
-        "sasrec",
-        "gru4rec",
-        "bert4rec",
-        "svae",
-        "gmvae",
-        "mamba4rec",
-        "mamba",
-        "diffurec",
-        "diffusion",
-        "fuxi",
-        "moe",
-        "comirec",
-        "mind",
-        "precomputed",
-    ] = "sasrec"
-    """Where the vectors come from: the model to train, or the file `vectors`."""
+    provider: (
+        Literal[
+            "sasrec",
+            "gru4rec",
+            "bert4rec",
+            "svae",
+            "gmvae",
+            "mamba4rec",
+            "mamba",
+            "diffurec",
+            "diffusion",
+            "fuxi",
+            "moe",
+            "comirec",
+            "mind",
+            "precomputed",
+        ]
+        | OwnName
+    ) = "sasrec"
+    """Where the vectors come from: the model to train, or the file `vectors`. A model of your own is
+    package.module:Class, a `llmrec.collab.provider.CollabProvider`; its settings are in own."""
+
+    own: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Settings of a model of your own, by name of its constructor's arguments, such as
+    embed_dim=64,dropout_rate=0.2; num_items comes with them."""
 
     vectors: str | None = None
     """File of ready-made item vectors (.parquet or .safetensors) for provider='precomputed'."""
@@ -175,7 +190,17 @@ class TrainCollabConfig(Settings):
     @property
     def content(self) -> tuple[str, ...]:
         """Modalities of encode_items that the model to train takes."""
-        return getattr(getattr(self, self.provider, None), "content", ())
+        return () if self.is_own else getattr(getattr(self, self.provider, None), "content", ())
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the model is one of the user's own."""
+        return ":" in self.provider
+
+    @property
+    def of_model(self) -> dict[str, Any]:
+        """Settings of the model that is trained, by argument of its constructor."""
+        return dict(self.own) if self.is_own else asdict(getattr(self, self.provider))
 
     def source_files(self) -> dict[str, str]:
         """The users' own files that the result depends on, by setting."""
@@ -183,7 +208,11 @@ class TrainCollabConfig(Settings):
 
     def idle_fields(self) -> list[str]:
         """Settings of the models that are not trained; they hold defaults and are not written down."""
-        return [name for name in PROVIDER_FIELDS if name != self.provider]
+        return [name for name in (*PROVIDER_FIELDS, "own") if not self.reads(name)]
+
+    def reads(self, name: str) -> bool:
+        """Whether a group of settings is that of the model."""
+        return name == ("own" if self.is_own else self.provider)
 
     def _refuse_prefixes_of_another_loss(self) -> None:
         """With a row per target these models would learn something else, not the same in another order."""

@@ -1,13 +1,21 @@
 """What a sequential model must offer to give collaborative vectors, and the models that do.
 
-To add a model: one file with one `nn.Module` that keeps to `CollabProvider`, its name in
-`PROVIDERS`, its settings in `collab/configs/`, named in `collab/config.py`. The contract tests then
-run over it, with the small settings of `tests/collab/cases.py`.
+A model in a package of your own needs nothing here: it keeps to `CollabProvider` and is named
+``train_collab.provider=package.module:Class``, with its settings in ``train_collab.own``.
+
+To add a model to this package: one file with one `nn.Module` that keeps to `CollabProvider`, its name in
+`PROVIDERS`, its settings in `collab/configs/`; in `collab/config.py` their import, the name among those of
+`provider` and in `PROVIDER_FIELDS`, and a field of that name. The contract tests then run over it, with the
+small settings of `tests/collab/cases.py`.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+import importlib
+import inspect
+import os
+import sys
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +37,7 @@ from llmrec.collab.moe import FuxiMME
 from llmrec.collab.sasrec import SASRec
 from llmrec.collab.svae import SVAE
 from llmrec.data.batches import Batch
-from llmrec.errors import ArtifactMismatchError
+from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.evaluation.rank import Scorer
 
 
@@ -69,6 +77,8 @@ class CollabProvider(Protocol):
         """The item vectors (N + 1, D), row 0 zero."""
 
 
+MUST_HAVE = ("loss", "score", "item_embeddings")
+
 PROVIDERS = {
     "sasrec": SASRec,
     "gru4rec": GRU4Rec,
@@ -87,18 +97,76 @@ PROVIDERS = {
 """Models by name; the name is the value of train_collab.provider and the field of its settings."""
 
 
+def provider_class(name: str) -> Any:
+    """The model of that name: one of `PROVIDERS`, or ``package.module:Class``, which may lie in the current
+    folder.
+
+    Raises:
+        ConfigError: it cannot be imported, or is no model.
+    """
+    if name in PROVIDERS:
+        return PROVIDERS[name]
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    where = f"train_collab.provider={name}"
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{where} cannot be imported ({error}); install its package, or start from the folder it is in"
+        ) from None
+    lacks = [part for part in MUST_HAVE if not callable(getattr(found, part, None))]
+    if not (isinstance(found, type) and issubclass(found, nn.Module)) or lacks:
+        raise ConfigError(
+            f"{where} must be a torch.nn.Module with {', '.join(MUST_HAVE)}; see llmrec.collab.provider."
+            "CollabProvider"
+        )
+    return found
+
+
+def make_provider(name: str, settings: dict[str, Any]) -> Any:
+    """A fresh model.
+
+    Args:
+        name: see `provider_class`.
+        settings: its constructor's arguments, num_items among them.
+
+    Raises:
+        ConfigError: a model of the user's own does not take them, or has nothing to learn.
+    """
+    kind = provider_class(name)
+    if name in PROVIDERS:
+        return kind(**settings)
+    try:
+        inspect.signature(kind).bind(**settings)
+    except TypeError as error:
+        names = ", ".join(settings)
+        raise ConfigError(f"train_collab.own: {name} does not take {names} ({error})") from None
+    model = kind(**settings)
+    for part in ("layout", "uses_time", "max_history"):
+        if not hasattr(model, part):
+            raise ConfigError(f"train_collab.provider={name} has no {part}; see CollabProvider")
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ConfigError(
+            f"train_collab.provider={name} has no parameters to learn; write its item vectors to a file, and "
+            "use provider=precomputed"
+        )
+    return model
+
+
 def load_provider(collab: CollabEmbeddings) -> nn.Module:
     """Rebuild the trained model of an artefact, on this process's device, ready to score.
 
     Raises:
         ArtifactMismatchError: the artefact holds ready-made vectors, or another version's model.
     """
-    if collab.provider not in PROVIDERS:
+    if collab.provider not in PROVIDERS and ":" not in collab.provider:
         raise ArtifactMismatchError(
             f"the collab vectors come from {collab.provider!r}, which has no model to score with, expected "
             f"one of {', '.join(PROVIDERS)}; leave this row out or train a model with train_collab"
         )
-    model = PROVIDERS[collab.provider](**collab.model)
+    model = make_provider(collab.provider, collab.model)
     expected, found = model.state_dict(), collab.state
     changed = sorted(
         name

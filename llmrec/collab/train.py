@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from llmrec.checkpoint import EpochCheckpoints, stop_requests
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.content import principal_components
 from llmrec.collab.losses import Loss, Pooled
-from llmrec.collab.provider import PROVIDERS, scorer_of
+from llmrec.collab.provider import make_provider, scorer_of
 from llmrec.collab.rows import TrainingRows
 from llmrec.data.batches import Batch
 from llmrec.encoders.precomputed import read_vectors
@@ -69,9 +68,9 @@ def train_collab(
     if config.provider == "precomputed":
         return use_precomputed(config, data)
     distributed.seed_everything(config.seed)
-    settings = {"num_items": data.num_items, **asdict(getattr(config, config.provider))}
+    settings = {"num_items": data.num_items, **config.of_model}
     components = content_components(config, data, content)
-    model: Any = PROVIDERS[config.provider](**settings)
+    model: Any = make_provider(config.provider, settings)
     if model.uses_time and not data.knows_times:
         logger.warning(
             "train_collab: %s reads times, and these data have places in histories in their stead; leave its "

@@ -116,7 +116,7 @@ def test_the_tool_reads_finished_runs(finished, capsys, monkeypatch):
     for arguments, message in (
         (["nonsense", f"ours={folder}"], "is not of the form NAME=FOLDER"),
         ([f"ours={folder}"], "at least two names"),
-        ([f"a={folder}", f"b={folder}:svd"], "there is no method 'svd', but mme_sid, sasrec (sasrec (ce)), popularity"),
+        ([f"a={folder}", f"b={folder}:svd"], "there is no method 'svd', but mme_sid, sasrec (sasrec (ce))"),
         ([f"a={folder}", "b=nowhere"], "nowhere is not the output of a finished stage (no such folder)"),
         ([f"a={folder}", f"b={folder / 'metrics.json'}"], "finished stage (a file). Give the folder of"),
     ):

@@ -1,0 +1,132 @@
+"""A model from a package of the user's own: taken like any other, by name, everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_recipe import tiny
+from worlds import cycle
+
+from llmrec.artifacts import CollabEmbeddings
+from llmrec.cli import main as llmrec
+from llmrec.collab.config import TrainCollabConfig
+from llmrec.collab.provider import load_provider, provider_scorer
+from llmrec.collab.train import train_collab
+from llmrec.errors import ConfigError
+from llmrec.estimate import collab_width
+from llmrec.evaluation.rank import rank_users
+from llmrec.recipe import Recipe, main
+from llmrec.runs import Run
+
+BAG = {"provider": "own_models:Bag", "own": {"embed_dim": 16, "decay": 0.25}}
+
+
+def mine() -> Recipe:
+    return dataclasses.replace(tiny(), train_collab=TrainCollabConfig(**BAG, epochs=3))
+
+
+def test_it_learns_is_saved_and_scores_as_before(tmp_path):
+    data = cycle(num_users=100)
+    made = train_collab(TrainCollabConfig(**BAG, epochs=40, learning_rate=0.02), data)
+    rank = rank_users(provider_scorer(made), data, data.targets("test"), mask_seen=False).rank
+    assert (rank == 0).mean() > 0.9
+    made.save(tmp_path)
+    loaded = CollabEmbeddings.load(tmp_path)
+    assert (loaded.provider, loaded.model["decay"], loaded.model["num_items"]) == ("own_models:Bag", 0.25, 12)
+    again = rank_users(provider_scorer(loaded), data, data.targets("test"), mask_seen=False).rank
+    assert np.array_equal(rank, again)
+    assert load_provider(loaded).decay == 0.25
+
+
+def test_the_whole_pipeline_and_its_tools_take_it(tmp_path, capsys):
+    for _ in range(2):
+        with pytest.raises(SystemExit) as left:
+            main(mine, ["--run-dir", str(tmp_path / "run")])
+        assert left.value.code == 0, capsys.readouterr().err
+    assert "own_models:Bag" in capsys.readouterr().out
+    run = Run(tmp_path / "run")
+    assert run.collab.vectors.shape == (97, 16) and len(run.ranks("own_models:Bag")) == 120
+    assert run.recommender(device="cpu").score([run.data.raw_ids[:2]]).shape == (1, 96)
+    with pytest.raises(SystemExit) as left:
+        llmrec(["package", str(tmp_path / "run"), "--out", str(tmp_path / "package")])
+    assert not left.value.code
+    assert collab_width(mine().train_collab, run.data) == 16
+    with pytest.raises(SystemExit) as left:
+        main(mine, ["--run-dir", str(tmp_path / "run"), "--set", "train_collab.own=embed_dim=16,decay=0.5"])
+    assert left.value.code == 2 and "own.decay=0.25 (now 0.5)" in capsys.readouterr().err
+
+
+def test_a_recipe_of_another_model_is_set_to_it_and_back(tmp_path, capsys):
+    both = ["--run-dir", str(tmp_path / "run"), "--until", "train_collab", "--set", "train_collab.epochs=1"]
+    named = ["train_collab.provider=own_models:Bag", "train_collab.own=embed_dim=8"]
+    with pytest.raises(SystemExit) as left:
+        main(tiny, [*both, *named])
+    assert left.value.code == 0, capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "train_collab")
+    with pytest.raises(SystemExit) as left:
+        main(mine, [*both, "train_collab.provider=sasrec"])
+    assert left.value.code == 0, capsys.readouterr().err
+    config = json.loads((tmp_path / "run" / "train_collab" / "manifest.json").read_text())["config"]
+    assert config["provider"] == "sasrec" and "own" not in config
+
+
+def test_cells_of_a_comparison_find_it_beside_the_recipe(tmp_path, monkeypatch, capsys):
+    """Each in a process of its own."""
+    from llmrec.collab import compare_cli
+
+    shutil.copy(Path(__file__).parent / "own_models.py", tmp_path / "models_beside.py")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(
+        sys, "argv", ["compare.py", "--run-dir", str(tmp_path / "out"), "--seeds", "0", "1", "--jobs", "2"]
+    )
+
+    def rows():
+        own = {**BAG, "provider": "models_beside:Bag"}
+        return {"bag": TrainCollabConfig(**own, epochs=2), "sasrec": TrainCollabConfig(epochs=1)}
+
+    with pytest.raises(SystemExit) as left:
+        compare_cli.main(rows, lambda: tiny().prepare_data)
+    assert left.value.code == 0, capsys.readouterr().err
+    assert "| bag | 2 of 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "message"),
+    [
+        (
+            "far_away:Bag",
+            {},
+            r"=far_away:Bag cannot be imported \(No module named 'far_away'\); install",
+        ),
+        ("own_models:Bog", {}, r"cannot be imported \(module 'own_models' has no attribute 'Bog'\)"),
+        ("own_models:Half", {}, "must be a torch.nn.Module with loss, score, item_embeddings"),
+        ("own_models:Bag", {"width": 3}, r"own_models:Bag does not take num_items, width \(missing"),
+        ("own_models:Bag", {}, "does not take num_items .*embed_dim"),
+        ("own_models:Counts", {}, "has no parameters to learn; write its item vectors to a file"),
+    ],
+)
+def test_what_is_no_model_is_said_to_be_none(name, own, message):
+    with pytest.raises(ConfigError, match=message):
+        train_collab(TrainCollabConfig(provider=name, own=own, epochs=1), cycle())
+
+
+def test_a_model_that_is_not_there_is_told_before_anything_is_computed(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(tiny, ["--run-dir", str(tmp_path / "run"), "--set", "train_collab.provider=far_away:Bag"])
+    assert left.value.code == 2
+    assert "far_away:Bag cannot be imported" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_settings_of_no_model_of_ones_own_have_no_effect():
+    with pytest.raises(ConfigError, match="own has no effect with provider='sasrec'"):
+        TrainCollabConfig(own={"embed_dim": 4})
+    with pytest.raises(ConfigError, match="sasrec has no effect with provider='own_models:Bag'"):
+        dataclasses.replace(
+            TrainCollabConfig(**BAG), sasrec=dataclasses.replace(TrainCollabConfig().sasrec, embed_dim=8)
+        )
