@@ -8,7 +8,7 @@ Run:       accelerate launch recipes/mme_sid_ml1m_mini.py --set prepare_data.int
                prepare_data.items=items.csv encode_items.text.model=sentence-transformers/all-MiniLM-L6-v2
 Takes:     62 minutes on one core of a busy 2-core machine, 49 of them for SASRec
 Results:   recall@10 0.3027 +- 0.0027, ndcg@10 0.1725 +- 0.0011 over 3 seeds; the SASRec whose vectors it
-           reads 0.3040, 0.1717; with finetune.epochs=24, two seeds, 0.3116, 0.1782 (README here)
+           reads 0.3040, 0.1717; with finetune.epochs=24, three seeds, 0.3109, 0.1779 (README here)
 Differs from recipes/mme_sid_beauty_mini.py: histories of 200, all of whose items are targets, SASRec on ids
 alone with dropout 0.2 and steps of 32 users (5,000 targets), posters by colours and edges, 8 epochs, each of
 five times as many targets.

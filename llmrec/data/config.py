@@ -102,7 +102,10 @@ class PrepareDataConfig(Settings):
     """Column of the user in the interactions file."""
 
     item_column: str = "item_id"
-    """Column of the item, in both files."""
+    """Column of the item, in both files unless items_item_column names another."""
+
+    items_item_column: str | None = None
+    """Column of the item in the items file; none: item_column."""
 
     timestamp_column: str | None = "timestamp"
     """Column of the time in the interactions file: whole or decimal numbers, such as Unix seconds; or ISO
@@ -196,7 +199,7 @@ class PrepareDataConfig(Settings):
             self._refuse(lacks, "source='sequences', whose lines hold no times, ratings or column names")
         if self.items is None:
             about_items = {"title_column", "text_columns", "image_column", "unknown_items"}
-            about_items |= {"image_url_column", "image_folder", "incomplete_items"}
+            about_items |= {"image_url_column", "image_folder", "incomplete_items", "items_item_column"}
             if self.source == "sequences":
                 about_items.add("item_column")
             self._refuse(about_items, "no items file")
@@ -221,6 +224,7 @@ class PrepareDataConfig(Settings):
                 f"prepare_data.{name} must be set with source='amazon_2014', got none",
             )
         known = {"user_column", "item_column", "timestamp_column", "column_names", "title_column"}
+        known.add("items_item_column")
         known |= {"text_columns"}
         known |= {"rating_column", "image_column", "image_url_column", "unknown_items"}
         unused = {"interactions", "items", "market", *known}

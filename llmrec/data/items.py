@@ -36,10 +36,11 @@ class ItemFile:
             return
         optional = [name for name in (self.title, *self.texts, self.image, self.url) if name is not None]
         file = TableFile(self.path)
-        table = file.read([config.item_column, *optional])
-        self.ids = id_column(table, file, config.item_column).combine_chunks()
+        item = config.items_item_column or config.item_column
+        table = file.read([item, *optional])
+        self.ids = id_column(table, file, item).combine_chunks()
         self.columns = {name: text_column(table, name) for name in optional}
-        self._refuse_second_rows(config.item_column)
+        self._refuse_second_rows(item)
 
     @property
     def root(self) -> Path | None:

@@ -44,7 +44,8 @@ class MMESID(nn.Module):
         min_slots: see `packing.lay_out`.
         loss: 'ce', 'bce_full' (sum over all items) or 'bce_sampled' (one item beside the target).
         mask_pad: leave row 0 out of the loss.
-        precision: 'bf16' for bfloat16 matrix products in `forward`, item tables excepted.
+        precision: 'bf16' for bfloat16 matrix products, those with the item matrix excepted, which are TF32's
+            on a GPU (what projections add to it is bfloat16 in training, float32 in scoring).
         dropout_rate: dropout on item tokens and read-out vectors.
         alignment_weight: of the item tokens' alignment loss, per target, where they have one.
     """

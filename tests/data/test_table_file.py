@@ -109,6 +109,18 @@ def test_without_times_the_rows_of_a_user_are_in_order(tmp_path):
         prepared(path, split="global_time", **settings)
 
 
+def test_the_items_file_may_call_its_column_otherwise(tmp_path):
+    path, items = tmp_path / "u.csv", tmp_path / "m.csv"
+    path.write_text("user_id,item_id,timestamp\n" + "".join(f"a,i{n},{n}\n" for n in range(5)))
+    items.write_text("movie_id,title\n" + "".join(f"i{n},T{n}\n" for n in range(5)))
+    data = prepared(path, items=str(items), items_item_column="movie_id")
+    assert data.titles == [f"T{n}" for n in range(5)]
+    with pytest.raises(DataError, match=r"m\.csv has no column 'item_id'"):
+        prepared(path, items=str(items))
+    with pytest.raises(ConfigError, match="items_item_column must be left out with no items file"):
+        prepared(path, items_item_column="movie_id")
+
+
 def test_places_are_counted_for_each_user():
     rng = np.random.default_rng(0)
     user = rng.integers(0, 7, 200)
