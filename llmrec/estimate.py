@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.provider import make_provider
 from llmrec.encoders.precomputed import read_vectors
@@ -30,6 +30,7 @@ from llmrec.finetune.modalities import modalities_of
 from llmrec.finetune.packing import count_tokens
 from llmrec.finetune.steps import steps_of_epoch, train_counts, training_targets
 from llmrec.finished import load
+from llmrec.interactions import Interactions
 from llmrec.manifest import MANIFEST
 from llmrec.network import resolves
 from llmrec.preflight import to_fetch

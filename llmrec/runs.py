@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, Report, SemanticIds
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Report, SemanticIds
 from llmrec.evaluation.metrics import per_user
 from llmrec.evaluation.rankings import ranks_of
 from llmrec.finished import load, require_run
+from llmrec.interactions import Interactions
 
 if TYPE_CHECKING:
     from llmrec.finetune.adapter import Adapter

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from worlds import interactions
 
-from llmrec.artifacts import Interactions
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.collab.train import train_collab
 from llmrec.contents import content_of
@@ -19,6 +18,7 @@ from llmrec.encoders.encode import encode_items
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
 from llmrec.finetune.train import finetune
+from llmrec.interactions import Interactions
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.learn import learn_semantic_ids
 

@@ -136,8 +136,8 @@ def test_the_python_example_runs(packaged, finished, tmp_path):
     examples = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
     assert len(examples) == 2
     example = "".join(examples)
-    from llmrec.artifacts import Interactions
     from llmrec.finished import load
+    from llmrec.interactions import Interactions
 
     data = load(Interactions, finished / "prepare_data")
     for old, new in (

@@ -20,7 +20,7 @@ import torch
 from tiny_recipe import tiny
 
 from llmrec import cli, pipeline
-from llmrec.artifacts import ContentEmbeddings, Interactions
+from llmrec.artifacts import ContentEmbeddings
 from llmrec.collab.config import PROVIDER_FIELDS, SASRecConfig, TrainCollabConfig
 from llmrec.config import flatten
 from llmrec.data.config import PrepareDataConfig
@@ -28,6 +28,7 @@ from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
 from llmrec.files import read_json
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.interactions import Interactions
 from llmrec.preflight import in_the_way
 from llmrec.recipe import (
     TO_DO,

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from llmrec.artifacts import Interactions
 from llmrec.errors import ConfigError, MissingArtifactError
 from llmrec.evaluation.rankings import key_of, ranks_in
 from llmrec.inference.recommender import Recommender
+from llmrec.interactions import Interactions
 from llmrec.runs import Run
 
 

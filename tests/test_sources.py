@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tiny_recipe import tiny
 
-from llmrec.artifacts import Interactions
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import DataError, StaleArtifactError
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.interactions import Interactions
 from llmrec.pipeline import RunDir, run, source_hashes
 from llmrec.stages import STAGES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from llmrec.artifacts import Interactions
+from llmrec.interactions import Interactions
 
 
 def interactions(

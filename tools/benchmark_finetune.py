@@ -29,7 +29,7 @@ import torch
 from transformers import AutoModel, LlamaConfig
 
 from llmrec import distributed, finished, machine
-from llmrec.artifacts import Interactions, SemanticIds
+from llmrec.artifacts import SemanticIds
 from llmrec.data.batches import pad_histories
 from llmrec.errors import ConfigError
 from llmrec.evaluation.rank import rank_users
@@ -41,6 +41,7 @@ from llmrec.finetune.packing import count_tokens
 from llmrec.finetune.prompt import Prompt
 from llmrec.finetune.scoring import scorer_of
 from llmrec.finetune.trainer import Trainer
+from llmrec.interactions import Interactions
 
 LAYOUTS = ("packed", "per_prefix")
 SHAPES: dict[str, dict[str, Any]] = {

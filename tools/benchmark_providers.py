@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec import distributed, finished, machine
-from llmrec.artifacts import Interactions
 from llmrec.collab.compare_cli import every_provider
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.collab.provider import PROVIDERS
 from llmrec.collab.rows import TrainingRows
 from llmrec.collab.train import Sums, train_step, training_rows
 from llmrec.data.batches import Batch
+from llmrec.interactions import Interactions
 from llmrec.item_softmax import item_cross_entropy
 
 LENGTHS = (50, 200, 1000)

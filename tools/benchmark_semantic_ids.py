@@ -141,7 +141,8 @@ def large_catalogue(options: argparse.Namespace) -> None:
     import numpy as np
     import pyarrow as pa
 
-    from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions
+    from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings
+    from llmrec.interactions import Interactions
     from llmrec.semantic_ids.config import ReportSemanticIdsConfig
     from llmrec.semantic_ids.learn import learn_semantic_ids
     from llmrec.semantic_ids.report import report_semantic_ids

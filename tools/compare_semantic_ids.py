@@ -57,9 +57,10 @@ def compare(options: argparse.Namespace) -> None:
     import numpy as np
 
     from llmrec import machine
-    from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions
+    from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings
     from llmrec.files import write_json
     from llmrec.finished import load
+    from llmrec.interactions import Interactions
     from llmrec.semantic_ids.config import LearnSemanticIdsConfig
     from llmrec.semantic_ids.learn import learn_semantic_ids
 

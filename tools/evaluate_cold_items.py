@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from llmrec.artifacts import Interactions
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError
@@ -29,6 +28,7 @@ from llmrec.finished import load
 from llmrec.inference.new_items import nearest
 from llmrec.inference.package import package_run
 from llmrec.inference.recommender import Recommender
+from llmrec.interactions import Interactions
 from llmrec.pipeline import RunDir, run
 from llmrec.recipe import Recipe, apply_overrides, recipe_of
 

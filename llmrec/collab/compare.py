@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from llmrec import jobs as side_by_side
 from llmrec import storage
-from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.config import as_dict, changed_settings, from_dict
 from llmrec.errors import ConfigError
@@ -29,6 +29,7 @@ from llmrec.evaluation.metrics import per_user, summarise
 from llmrec.evaluation.tables import mean_and_spread
 from llmrec.files import read_json, read_jsonl, write_json
 from llmrec.finished import checked_file, fingerprint, load, peak_memory_of, stage_manifest
+from llmrec.interactions import Interactions
 from llmrec.pipeline import run_stage
 
 logger = logging.getLogger("llmrec")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from llmrec import jobs, tracking
-from llmrec.artifacts import Interactions
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.config import override
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError, TrainingError
 from llmrec.files import write_json
+from llmrec.interactions import Interactions
 
 Rows = dict[str, TrainCollabConfig]
 

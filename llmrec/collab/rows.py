@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmrec.artifacts import Sequences
 from llmrec.data.batches import Batch, length_groups, pad_histories, sent
 from llmrec.errors import DataError
+from llmrec.interactions import Sequences
 
 MAX_CELLS = {"cpu": 1 << 14, "gpu": 1 << 18}
 """Most positions in one forward pass, padding included."""

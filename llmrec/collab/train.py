@@ -17,15 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrec import distributed, tracking
-from llmrec.artifacts import (
-    CollabEmbeddings,
-    ContentEmbeddings,
-    Interactions,
-    Sequences,
-    Split,
-    Targets,
-    check_same_catalog,
-)
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, check_same_catalog
 from llmrec.checkpoint import EpochCheckpoints, stop_requests
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.content import principal_components
@@ -37,6 +29,7 @@ from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError, TrainingError
 from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k
 from llmrec.evaluation.rank import rank_users
+from llmrec.interactions import Interactions, Sequences, Split, Targets
 from llmrec.progress import progress
 
 logger = logging.getLogger("llmrec")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from llmrec.artifacts import Interactions
 from llmrec.data import splits, ties
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.filters import first_of_duplicates, k_core
@@ -19,6 +18,7 @@ from llmrec.data.sources import Log, read_log, read_sequences
 from llmrec.data.summary import future_rate, leaking_user_rate, log_summary, summarise, warnings_of
 from llmrec.data.table_file import TableFile
 from llmrec.errors import DataError
+from llmrec.interactions import Interactions
 from llmrec.manifest import sha256
 
 

@@ -20,11 +20,11 @@ from math import comb
 import numpy as np
 import pyarrow as pa
 
-from llmrec.artifacts import Interactions
 from llmrec.data import splits, ties
 from llmrec.data.config import SampleMarketConfig
 from llmrec.data.sample_pictures import COLOURS, NOUNS, PATTERNS, SIZES, draw
 from llmrec.data.summary import future_rate, leaking_user_rate, summarise, warnings_of
+from llmrec.interactions import Interactions
 
 NUM_INTERESTS = (2, 3, 4)
 """Interests of a user, each number as likely."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmrec.artifacts import SPLIT_CODES
+from llmrec.interactions import SPLIT_CODES
 
 TRAIN, VALID, TEST, CONTEXT = (SPLIT_CODES[name] for name in ("train", "valid", "test", "context"))
 AFTER_TEST, NO_HISTORY, CONTEXT_ONLY = -1, -2, -3

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from llmrec.artifacts import SPLIT_CODES
 from llmrec.data import ties
+from llmrec.interactions import SPLIT_CODES
 
 logger = logging.getLogger("llmrec")
 

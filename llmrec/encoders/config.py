@@ -11,7 +11,7 @@ from llmrec.config import Settings, require
 from llmrec.errors import DataError
 
 if TYPE_CHECKING:
-    from llmrec.artifacts import Interactions
+    from llmrec.interactions import Interactions
 
 UNREAD = ("none", "precomputed")
 """Encoders that read no texts or pictures."""
@@ -273,10 +273,6 @@ def check_encoder(config: Any, name: str, effective: dict[str, set[str]]) -> Non
     encoder = config.encoder
     if encoder == "none":
         return
-    require(
-        encoder in effective,
-        f"{name}.encoder must be one of {', '.join(effective)}, none, got {encoder!r}",
-    )
     for setting in fields(config):
         value = getattr(config, setting.name)
         if setting.name == "encoder" or setting.name in effective[encoder] or value == setting.default:

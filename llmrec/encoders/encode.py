@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.types as types
 
 from llmrec import distributed
-from llmrec.artifacts import ContentEmbeddings, Interactions
+from llmrec.artifacts import ContentEmbeddings
 from llmrec.config import as_dict, given
 from llmrec.encoders.cache import VectorCache
 from llmrec.encoders.config import NO_TEXT, EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
@@ -21,6 +21,7 @@ from llmrec.encoders.encoder import Encoder, encode_pictures, encode_texts, fini
 from llmrec.encoders.pictures import read_picture
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError, DataError
+from llmrec.interactions import Interactions
 from llmrec.manifest import sha256
 from llmrec.pipeline import resume_folder
 

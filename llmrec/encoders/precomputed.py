@@ -23,9 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
-from llmrec.artifacts import catalog_of
 from llmrec.encoders.config import ids_beside
 from llmrec.errors import ArtifactMismatchError, DataError
+from llmrec.interactions import catalog_of
 
 logger = logging.getLogger("llmrec")
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import ttest_1samp
 
-from llmrec.artifacts import Targets
 from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k, summarise
 from llmrec.evaluation.rank import Ranking
+from llmrec.interactions import Targets
 
 GROUPS = ("head", "mid", "tail", "cold")
 LENGTHS = ((0, 5), (6, 10), (11, 20), (21, 50), (51, 100), (101, 200), (201, None))

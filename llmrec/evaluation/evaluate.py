@@ -9,15 +9,7 @@ import numpy as np
 import torch
 
 from llmrec import distributed, tracking
-from llmrec.artifacts import (
-    CollabEmbeddings,
-    ContentEmbeddings,
-    Interactions,
-    Report,
-    SemanticIds,
-    Targets,
-    check_same_catalog,
-)
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Report, SemanticIds, check_same_catalog
 from llmrec.errors import DataError
 from llmrec.evaluation import analysis, report
 from llmrec.evaluation.config import EvaluateConfig
@@ -26,6 +18,7 @@ from llmrec.evaluation.rank import Ranking, Scorer, rank_targets, rank_users, to
 from llmrec.evaluation.rankings import table_of as rankings_table
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.config import FUSIONS, FinetuneConfig
+from llmrec.interactions import Interactions, Targets
 
 logger = logging.getLogger("llmrec")
 

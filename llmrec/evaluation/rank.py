@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from llmrec import distributed
-from llmrec.artifacts import Interactions, Targets
 from llmrec.data.batches import pad_histories, sent
 from llmrec.errors import TrainingError
+from llmrec.interactions import Interactions, Targets
 
 MOST_SCORES = 1 << 26
 """Scores held at once (256 MiB)."""

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llmrec.artifacts import Interactions, Report, Targets
+from llmrec.artifacts import Report
 from llmrec.errors import ConfigError
 from llmrec.evaluation.analysis import GROUPS
 from llmrec.evaluation.rank import Ranking
+from llmrec.interactions import Interactions, Targets
 
 FIRST_RANK = "first_rank"
 """Metadata of the table: the rank of the best item. Absent where an older version counted from 0."""

@@ -10,13 +10,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from llmrec import __version__
-from llmrec.artifacts import Interactions, Targets
 from llmrec.config import as_dict
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import METRICS
 from llmrec.evaluation.rank import Ranking
 from llmrec.evaluation.tables import p_text
 from llmrec.finished import peak_memory_of
+from llmrec.interactions import Interactions, Targets
 from llmrec.pages import (
     COLOURS,
     drawing,

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmrec.artifacts import Interactions
 from llmrec.finetune.item_inputs import CodeSums, Mlp, ProjectedVectors
 from llmrec.finetune.model import MMESID
+from llmrec.interactions import Interactions
 from llmrec.semantic_ids.diagnostics import behaviour_target_pairs, distances, kendall_tau, spectrum
 
 BLOCK = 4096

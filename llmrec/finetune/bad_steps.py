@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from llmrec import distributed
-from llmrec.artifacts import Interactions, Targets
 from llmrec.errors import TrainingError
 from llmrec.files import write_json
+from llmrec.interactions import Interactions, Targets
 
 logger = logging.getLogger("llmrec")
 

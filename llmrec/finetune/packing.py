@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmrec.artifacts import Targets
 from llmrec.data.batches import sent
+from llmrec.interactions import Targets
 
 BLOCK = 128
 """Streams are padded to a multiple of so many tokens, the blocks of FlexAttention's masks."""

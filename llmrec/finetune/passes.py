@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from llmrec import distributed
-from llmrec.artifacts import Interactions, Targets
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.packing import PackedRows, count_tokens, group_rows, pack
 from llmrec.finetune.steps import micro_batches, row_lengths, sampled_items, share_rows
+from llmrec.interactions import Interactions, Targets
 
 
 @dataclasses.dataclass(frozen=True)

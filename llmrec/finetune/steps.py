@@ -10,11 +10,11 @@ import itertools
 
 import numpy as np
 
-from llmrec.artifacts import Interactions, Targets
 from llmrec.data.batches import length_groups
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.packing import group_rows
+from llmrec.interactions import Interactions, Targets
 
 
 def training_targets(config: FinetuneConfig, data: Interactions) -> Targets:

@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 
 from llmrec import distributed, machine
-from llmrec.artifacts import (
-    CollabEmbeddings,
-    ContentEmbeddings,
-    Interactions,
-    SemanticIds,
-    check_same_catalog,
-)
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds, check_same_catalog
 from llmrec.checkpoint import checkpoints_here
 from llmrec.config import from_dict
 from llmrec.data.batches import sent
@@ -32,6 +26,7 @@ from llmrec.finetune.scaling import fit_scaling, scale
 from llmrec.finetune.scoring import CatalogueScores, for_scoring, load_scorer
 from llmrec.finetune.steps import train_counts
 from llmrec.finetune.trainer import Trainer
+from llmrec.interactions import Interactions
 from llmrec.progress import progress
 
 logger = logging.getLogger("llmrec")

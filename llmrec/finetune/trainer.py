@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llmrec import distributed, machine, tracking
-from llmrec.artifacts import Interactions, Targets
 from llmrec.checkpoint import Checkpoints, StopRequests, stop_requests
 from llmrec.data.batches import pad_histories
 from llmrec.errors import StoppedError, TrainingError
@@ -31,6 +30,7 @@ from llmrec.finetune.model import MMESID
 from llmrec.finetune.passes import Passes
 from llmrec.finetune.run_state import RunCheckpoints, RunState, Window
 from llmrec.finetune.steps import steps_of_epoch, training_targets
+from llmrec.interactions import Interactions, Targets
 from llmrec.pipeline import resume_folder
 from llmrec.progress import progress
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -179,3 +180,32 @@ def joined(known: pa.Table, new: pa.Table) -> pa.Table:
             below = pa.nulls(len(new), field.type)
         columns[field.name] = pa.chunked_array([*known[field.name].chunks, below])
     return pa.table(columns)
+
+
+def item_table(items: Sequence[Mapping[str, Any]], columns: list[str]) -> pa.Table:
+    """New items as a table: raw_id, and the known text columns that they have.
+
+    Raises:
+        DataError: an item is not a mapping, has no id, a column that the catalogue does not have, or one that
+            holds no text.
+    """
+    names = [name for name in columns if name not in ("raw_id", "train_count")]
+    allowed = {"item_id", "image", *names}
+    for item in items:
+        if not isinstance(item, Mapping) or "item_id" not in item:
+            raise DataError(f"new items: each must be a mapping with item_id, got {item!r:.80}")
+        extra = sorted(map(str, set(item) - allowed))
+        if extra:
+            raise DataError(
+                f"new items: {', '.join(extra)} is no column of the catalogue ({', '.join(sorted(allowed))})"
+            )
+        check_id(item["item_id"])
+        for name in names:
+            if not isinstance(item.get(name), str | None):
+                raise DataError(
+                    f"new items: {name} of {item['item_id']!r} must be a text or None, got {item[name]!r:.80}"
+                )
+    made: dict[str, pa.Array] = {"raw_id": pa.array([item["item_id"] for item in items], pa.string())}
+    for name in names:
+        made[name] = pa.array([item.get(name) for item in items], pa.string())
+    return pa.table(made)

@@ -27,18 +27,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec import __version__
-from llmrec.artifacts import (
-    CollabEmbeddings,
-    ContentEmbeddings,
-    Interactions,
-    Report,
-    SemanticIds,
-    check_same_catalog,
-)
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Report, SemanticIds, check_same_catalog
 from llmrec.errors import ConfigError, MissingArtifactError
 from llmrec.files import read_json, write_json
 from llmrec.finetune.adapter import Adapter
 from llmrec.finished import check_lineage, load, manifest_of, require_run
+from llmrec.interactions import Interactions
 from llmrec.manifest import DamagedError, check_files, describe_files, read_manifest, reading, write_manifest
 from llmrec.storage import NO_FOLDER, writing
 

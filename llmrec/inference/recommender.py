@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from llmrec.data.batches import length_groups
 from llmrec.errors import ConfigError, DataError
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.scoring import CatalogueScores, load_scorer
+from llmrec.inference.devices import default_device, usable
 from llmrec.inference.package import Package, advising, load_package
 from llmrec.manifest import reading
 
@@ -217,7 +217,7 @@ class Recommender:
             ConfigError: the catalogue's vectors came from a file and none are given.
         """
         from llmrec.encoders.again import ItemEncoders
-        from llmrec.inference.new_items import check_ids, extended
+        from llmrec.inference.new_items import check_ids, extended, item_table
 
         if not items:
             return
@@ -419,59 +419,3 @@ def graph_of(rows: np.ndarray) -> Any:
     graph.hnsw.efConstruction = 200
     graph.add(np.ascontiguousarray(rows, dtype=np.float32))
     return graph
-
-
-def usable(device: str | torch.device) -> torch.device:
-    """A device by its name.
-
-    Raises:
-        ConfigError: there is none of that name that torch can use here.
-    """
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={str(device)!r}: expected cpu, cuda or a GPU by its number such as cuda:1")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={str(device)!r}: there is no GPU that torch can use here; leave it out"
-            if not torch.cuda.device_count()
-            else f"device={str(device)!r}: torch sees {torch.cuda.device_count()} GPUs here, counted from 0"
-        )
-    return found
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def item_table(items: Sequence[Mapping[str, Any]], columns: list[str]) -> pa.Table:
-    """New items as a table: raw_id, and the known text columns that they have.
-
-    Raises:
-        DataError: an item is not a mapping, has no id, a column that the catalogue does not have, or one that
-            holds no text.
-    """
-    from llmrec.inference.new_items import check_id
-
-    names = [name for name in columns if name not in ("raw_id", "train_count")]
-    allowed = {"item_id", "image", *names}
-    for item in items:
-        if not isinstance(item, Mapping) or "item_id" not in item:
-            raise DataError(f"new items: each must be a mapping with item_id, got {item!r:.80}")
-        extra = sorted(map(str, set(item) - allowed))
-        if extra:
-            raise DataError(
-                f"new items: {', '.join(extra)} is no column of the catalogue ({', '.join(sorted(allowed))})"
-            )
-        check_id(item["item_id"])
-        for name in names:
-            if not isinstance(item.get(name), str | None):
-                raise DataError(
-                    f"new items: {name} of {item['item_id']!r} must be a text or None, got {item[name]!r:.80}"
-                )
-    made: dict[str, pa.Array] = {"raw_id": pa.array([item["item_id"] for item in items], pa.string())}
-    for name in names:
-        made[name] = pa.array([item.get(name) for item in items], pa.string())
-    return pa.table(made)

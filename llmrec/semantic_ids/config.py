@@ -10,7 +10,7 @@ from llmrec.config import Settings, require
 from llmrec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmrec.artifacts import Interactions
+    from llmrec.interactions import Interactions
 
 MIN_SINKHORN_EPS = 0.003
 """Below, exp(1 / eps) leaves the range of float64."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau
 
-from llmrec.artifacts import Interactions
+from llmrec.interactions import Interactions
 from llmrec.semantic_ids.assign import Rebuilt
 from llmrec.semantic_ids.quantizer import squared_distances
 

@@ -18,12 +18,12 @@ from llmrec import distributed
 from llmrec.artifacts import (
     CollabEmbeddings,
     ContentEmbeddings,
-    Interactions,
     SemanticIds,
     check_item_rows,
     check_same_catalog,
 )
 from llmrec.errors import ConfigError, DataError, TrainingError
+from llmrec.interactions import Interactions
 from llmrec.semantic_ids.assign import Rebuilt, frozen, nearest_codes, separate
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.diagnostics import Coded, behaviour_target_pairs, collisions, modality_quality

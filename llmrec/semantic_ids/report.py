@@ -15,15 +15,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from llmrec import __version__
-from llmrec.artifacts import (
-    CollabEmbeddings,
-    ContentEmbeddings,
-    Interactions,
-    SemanticIds,
-    check_same_catalog,
-)
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds, check_same_catalog
 from llmrec.files import read_json, write_json
 from llmrec.finished import manifest_of
+from llmrec.interactions import Interactions
 from llmrec.pages import COLOURS, drawing, environment, epochs_along, legend_above, svg, thumbnail
 from llmrec.semantic_ids.assign import Rebuilt, frozen, load_quantizer
 from llmrec.semantic_ids.config import ReportSemanticIdsConfig

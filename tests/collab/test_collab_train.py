@@ -15,7 +15,7 @@ from torch import nn
 from worlds import cycle, interactions, two_communities
 
 from llmrec import distributed
-from llmrec.artifacts import SPLIT_CODES, CollabEmbeddings, Interactions
+from llmrec.artifacts import CollabEmbeddings
 from llmrec.collab import rows as rows_module
 from llmrec.collab import train
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
@@ -28,6 +28,7 @@ from llmrec.collab.train import train_collab
 from llmrec.errors import ArtifactMismatchError, ConfigError, DataError, TrainingError
 from llmrec.evaluation.metrics import ndcg_at_k
 from llmrec.evaluation.rank import rank_users
+from llmrec.interactions import SPLIT_CODES, Interactions
 
 TINY = SASRecConfig(embed_dim=8, num_layers=1, inner_dim=16, max_history=12, dropout_rate=0.0)
 

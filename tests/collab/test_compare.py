@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmrec.artifacts import ContentEmbeddings, Interactions
+from llmrec.artifacts import ContentEmbeddings
 from llmrec.collab import compare_cli
 from llmrec.collab.compare import (
     cell_to_run,
@@ -34,6 +34,7 @@ from llmrec.encoders.encode import encode_items
 from llmrec.errors import BusyError, ConfigError
 from llmrec.evaluation.analysis import holm
 from llmrec.finished import load
+from llmrec.interactions import Interactions
 from llmrec.pipeline import run_stage
 from llmrec.storage import locked
 

@@ -11,13 +11,14 @@ import torch
 from test_collab_train import TINY, tiny
 from worlds import cycle, interactions
 
-from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.collab.content import ContentMaps, principal_components
 from llmrec.collab.provider import load_provider, provider_scorer
 from llmrec.collab.train import train_collab
 from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.evaluation.rank import rank_users
+from llmrec.interactions import Interactions
 
 
 def vectors(rows: int, width: int = 9, seed: int = 0) -> np.ndarray:

@@ -14,13 +14,14 @@ from torch import nn
 from worlds import cycle, interactions, two_communities
 
 from llmrec import distributed
-from llmrec.artifacts import CollabEmbeddings, Interactions
+from llmrec.artifacts import CollabEmbeddings
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.collab.losses import Pooled
 from llmrec.collab.provider import PROVIDERS, load_provider, provider_scorer
 from llmrec.collab.train import train_collab
 from llmrec.data.batches import Batch
 from llmrec.evaluation.rank import rank_users
+from llmrec.interactions import Interactions
 
 
 @functools.cache

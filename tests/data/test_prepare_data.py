@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmrec.artifacts import Interactions
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.prepare import prepare_data
+from llmrec.interactions import Interactions
 
 SMALL = "user_id,item_id,timestamp\nann,9,3\nann,10,1\nann,8,2\nbob,10,5\nbob,9,4\nbob,7,6\n"
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llmrec.artifacts import Interactions
 from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
 from llmrec.data.prepare import prepare_data
 from llmrec.data.sample_market import (
@@ -21,6 +20,7 @@ from llmrec.data.sample_market import (
     true_scores,
 )
 from llmrec.data.sample_pictures import COLOURS, NOUNS, PATTERNS, silhouette
+from llmrec.interactions import Interactions
 
 TINY = SampleMarketConfig(num_users=60, num_items=60, num_interests=5, max_length=9)
 

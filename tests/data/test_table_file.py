@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmrec.artifacts import Interactions
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.prepare import prepare_data
 from llmrec.data.sources import places
 from llmrec.data.table_file import TableFile
 from llmrec.errors import ConfigError, DataError
+from llmrec.interactions import Interactions
 
 ROWS = [(user, f"i{item}", 5, 100 * user + item) for user in range(3) for item in range(6)]
 

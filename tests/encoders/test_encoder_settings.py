@@ -22,7 +22,7 @@ WRONG = [
         {"encoder": "openclip", "model": "hf-hub:a/b", "pretrained": "x"},
         "pretrained must be none, since the model brings its weights",
     ),
-    (Text, {"encoder": "word2vec"}, "text.encoder must be one of .*tfidf.*, got 'word2vec'"),
+    (Text, {"encoder": "word2vec"}, "encoder='word2vec': expected one of tfidf, huggingface"),
     (Text, {"dim": 0}, "text.dim must be >= 1, got 0"),
     (Text, {"seed": -1}, "text.seed must be >= 0, got -1"),
     (Text, {"encoder": "huggingface", "model": "x", "max_tokens": 0}, "max_tokens must be >= 1 token, got 0"),

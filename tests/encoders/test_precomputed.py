@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llmrec.artifacts import catalog_of
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ArtifactMismatchError, DataError
 from llmrec.files import save_arrays
+from llmrec.interactions import catalog_of
 
 RAW_IDS = ["b", "a", "c"]
 ROWS = np.arange(6, dtype=np.float32).reshape(3, 2) + 1

@@ -13,7 +13,7 @@ import worlds
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from llmrec.artifacts import Interactions
+from llmrec.interactions import Interactions
 
 WORDS = [
     *("red", "blue", "green", "lip", "gloss", "stick", "drill", "hammer"),

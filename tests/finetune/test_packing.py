@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from tiny_mme_sid import PROMPT, model
 from worlds import interactions
 
-from llmrec.artifacts import Targets
 from llmrec.finetune.packing import count_tokens, group_rows, pack, several_slots, stream_bucket
+from llmrec.interactions import Targets
 
 NUM_ITEMS = 30
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

@@ -11,12 +11,12 @@ import pytest
 import torch
 from tiny_recipe import tiny
 
-from llmrec.artifacts import Interactions
 from llmrec.errors import ConfigError, DataError
 from llmrec.finished import load
 from llmrec.inference.new_items import extended, nearest
 from llmrec.inference.package import load_package, package_run
 from llmrec.inference.recommender import Recommender
+from llmrec.interactions import Interactions
 from llmrec.recipe import main
 from llmrec.semantic_ids.assign import assign
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llmrec import hub
-from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Interactions, SemanticIds
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import (
     ArtifactMismatchError,
     ConfigError,
@@ -29,6 +29,7 @@ from llmrec.finished import load
 from llmrec.inference import recommender as module
 from llmrec.inference.package import ENDINGS, file_name, load_package, package_run, rename, without_folders
 from llmrec.inference.recommender import Recommender
+from llmrec.interactions import Interactions
 from llmrec.manifest import write_manifest
 
 

@@ -15,7 +15,7 @@ from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig
         ({"batch_size": 1}, r"batch_size must be at least 2, got 1"),
         ({"sinkhorn_eps": 1e-4}, r"sinkhorn_eps must be at least 0\.003, got 0\.0001"),
         ({"learning_rate": 0.0}, r"learning_rate must be greater than 0, got 0\.0"),
-        ({"learning_rate": float("nan")}, r"learning_rate must be greater than 0, got nan"),
+        ({"learning_rate": float("nan")}, r"learning_rate=nan: expected a \(finite\) number"),
         ({"commitment_weight": -1.0}, r"commitment_weight must be at least 0, got -1\.0"),
         ({"hidden_dims": (64, 0)}, r"hidden_dims must be widths of at least 1, got \(64, 0\)"),
         ({"min_utilisation": 1.5}, r"min_utilisation must lie in \[0, 1\], got 1\.5"),
