@@ -44,7 +44,16 @@ WORDS = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What all configs are: their values have the types that their fields say, also where Python code made
-    them, whose mistakes would else be found by whatever stumbles over them, or never."""
+    them, whose mistakes would else be found by whatever stumbles over them, or never.
+
+    Args:
+        path: what stands before the fields' names where people set them, for messages.
+    """
+
+    prefix = ""
+
+    def __init_subclass__(cls, path: str = "") -> None:
+        cls.prefix = f"{path}." if path else cls.prefix
 
     def __post_init__(self) -> None:
         """Take values as `from_dict` does, so that lists become tuples.
@@ -69,7 +78,8 @@ def typed(cls: type, name: str, value: Any) -> Any:
         return adapter_of(hint).validate_python(value)
     except pydantic.ValidationError:
         wanted = in_words(hint) + _meant_choice(str(value), hint)
-        raise ConfigError(f"{cls.__name__}.{name}={value!r}: expected {wanted}") from None
+        before = getattr(cls, "prefix", "") or f"{cls.__name__}."
+        raise ConfigError(f"{before}{name}={value!r}: expected {wanted}") from None
 
 
 def adapter_of(hint: Any) -> pydantic.TypeAdapter:

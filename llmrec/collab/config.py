@@ -30,7 +30,7 @@ OwnName = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCollabConfig(Settings):
+class TrainCollabConfig(Settings, path="train_collab"):
     """Collaborative item vectors: a sequence model trained on item ids, or vectors from a file."""
 
     provider: (

@@ -13,7 +13,7 @@ OWN_COLUMNS = ("raw_id", "title", "train_count", "image_path")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleMarketConfig(Settings):
+class SampleMarketConfig(Settings, path="prepare_data.market"):
     """The built-in world whose true next-item probabilities are known."""
 
     num_users: int = 2000
@@ -71,7 +71,7 @@ class SampleMarketConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareDataConfig(Settings):
+class PrepareDataConfig(Settings, path="prepare_data"):
     """Where interactions and items come from, and how they are filtered and split."""
 
     source: Literal["sample_market", "table", "sequences", "amazon_2014"] = "sample_market"

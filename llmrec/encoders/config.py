@@ -59,7 +59,7 @@ IMAGE_FIELDS: dict[str, set[str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextEncoderConfig(Settings):
+class TextEncoderConfig(Settings, path="encode_items.text"):
     """How item texts become vectors."""
 
     encoder: Literal["tfidf", "huggingface", "openclip", "llm2clip", "precomputed", "none"] = "tfidf"
@@ -146,7 +146,7 @@ class TextEncoderConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEncoderConfig(Settings):
+class ImageEncoderConfig(Settings, path="encode_items.image"):
     """How item pictures become vectors."""
 
     encoder: Literal["classical", "huggingface", "openclip", "llm2clip", "precomputed", "none"] = "classical"
@@ -208,7 +208,7 @@ class ImageEncoderConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeItemsConfig(Settings):
+class EncodeItemsConfig(Settings, path="encode_items"):
     """Content vectors of the items, one set per modality (MME-SID section 4.1)."""
 
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)

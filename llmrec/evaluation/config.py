@@ -8,7 +8,7 @@ from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Settings):
+class EvaluateConfig(Settings, path="evaluate"):
     """Ranking the whole catalogue for every user with a test item."""
 
     ks: tuple[int, ...] = (5, 10, 20)

@@ -9,7 +9,7 @@ from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiniConfig(Settings):
+class MiniConfig(Settings, path="finetune.mini"):
     """Size of the ``mini`` base model: a small Llama, trained in full, for CPUs and tests."""
 
     hidden_size: int = 128
@@ -44,7 +44,7 @@ A stopped run may go on with others, and a finished one stands under others."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(Settings):
+class FinetuneConfig(Settings, path="finetune"):
     """Fine-tuning a causal language model on item tokens, with LoRA (MME-SID section 4.3)."""
 
     base_model: str = "mini"

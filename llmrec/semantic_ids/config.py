@@ -17,7 +17,7 @@ MIN_SINKHORN_EPS = 0.003
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnSemanticIdsConfig(Settings):
+class LearnSemanticIdsConfig(Settings, path="learn_semantic_ids"):
     """MM-RQ-VAE: one residual-quantised autoencoder per modality (MME-SID section 4.2)."""
 
     modalities: tuple[Literal["collab", "text", "image"], ...] | None = None
@@ -246,7 +246,7 @@ class LearnSemanticIdsConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportSemanticIdsConfig(Settings):
+class ReportSemanticIdsConfig(Settings, path="report_semantic_ids"):
     """The page on which semantic IDs are judged."""
 
     samples: Literal["train", "test"] = "train"

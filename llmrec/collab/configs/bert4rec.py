@@ -10,7 +10,7 @@ from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bert4RecConfig(Settings):
+class Bert4RecConfig(Settings, path="train_collab.bert4rec"):
     """BERT4Rec: a bidirectional transformer that fills in masked items (Sun et al. 2019)."""
 
     embed_dim: int = 64

@@ -10,7 +10,7 @@ from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComirecConfig(Settings):
+class ComirecConfig(Settings, path="train_collab.comirec"):
     """ComiRec: several interest vectors per user, by attention or by routing (Cen et al. 2020)."""
 
     embed_dim: int = 64

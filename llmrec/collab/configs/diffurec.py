@@ -10,7 +10,7 @@ from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffurecConfig(Settings):
+class DiffurecConfig(Settings, path="train_collab.diffurec"):
     """DiffuRec: the next item's vector recovered from noise (Li et al. 2023)."""
 
     embed_dim: int = 128

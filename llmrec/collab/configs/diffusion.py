@@ -10,7 +10,7 @@ from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig(Settings):
+class DiffusionConfig(Settings, path="train_collab.diffusion"):
     """DiffuRecSys: DiffuRec with offset noise and cross-attention (Zolghadr et al. 2024)."""
 
     embed_dim: int = 128

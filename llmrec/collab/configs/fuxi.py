@@ -10,7 +10,7 @@ from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class FuxiConfig(Settings):
+class FuxiConfig(Settings, path="train_collab.fuxi"):
     """FuXi-alpha: attention by content, place and time in separate channels (Ye et al. 2025)."""
 
     embed_dim: int = 64

@@ -10,7 +10,7 @@ from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class GmvaeConfig(Settings):
+class GmvaeConfig(Settings, path="train_collab.gmvae"):
     """SIGMA: a sequence VAE whose prior is a mixture of a user's interests (Li et al. 2025)."""
 
     embed_dim: int = 128

@@ -10,7 +10,7 @@ from llmrec.config import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRU4RecConfig(Settings):
+class GRU4RecConfig(Settings, path="train_collab.gru4rec"):
     """GRU4Rec: a gated recurrent network over item ids (Hidasi et al. 2016)."""
 
     embed_dim: int = 64

@@ -10,7 +10,7 @@ from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class MambaConfig(Settings):
+class MambaConfig(Settings, path="train_collab.mamba"):
     """SIGMA: selective gated Mamba, which reads a history in two directions (Liu et al. 2024)."""
 
     embed_dim: int = 64

@@ -10,7 +10,7 @@ from llmrec.config import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mamba4RecConfig(Settings):
+class Mamba4RecConfig(Settings, path="train_collab.mamba4rec"):
     """Mamba4Rec: selective state-space layers over item ids (Liu et al. 2024)."""
 
     embed_dim: int = 64

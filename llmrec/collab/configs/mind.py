@@ -10,7 +10,7 @@ from llmrec.config import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class MindConfig(Settings):
+class MindConfig(Settings, path="train_collab.mind"):
     """MIND: several interest vectors per user by dynamic routing with one shared map (Li et al. 2019)."""
 
     embed_dim: int = 64

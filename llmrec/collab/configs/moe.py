@@ -10,7 +10,7 @@ from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoeConfig(Settings):
+class MoeConfig(Settings, path="train_collab.moe"):
     """Fuxi-MME: several small item tables through shared FuXi blocks with experts (Pan et al. 2025)."""
 
     embed_dim: int = 64

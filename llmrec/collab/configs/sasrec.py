@@ -9,7 +9,7 @@ from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class SASRecConfig(Settings):
+class SASRecConfig(Settings, path="train_collab.sasrec"):
     """SASRec: a causal transformer over item ids (Kang and McAuley 2018)."""
 
     embed_dim: int = 64

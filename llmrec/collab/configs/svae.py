@@ -10,7 +10,7 @@ from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class SvaeConfig(Settings):
+class SvaeConfig(Settings, path="train_collab.svae"):
     """SVAE: a recurrent variational autoencoder over item ids (Sachdeva et al. 2019)."""
 
     embed_dim: int = 256
