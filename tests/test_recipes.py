@@ -659,6 +659,49 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     assert "missing" in capsys.readouterr().out
 
 
+def test_settings_of_ones_own_are_compared_like_methods(finished, tmp_path, capsys):
+    """A sweep: values and seeds, chosen by the validation column."""
+    from llmrec.finetune import compare
+
+    command = ["--run-dir", str(finished), "--out", str(tmp_path), "--seeds", "0", "1", "--jobs", "2"]
+    command += ["--rows", "mme_sid", "--row", "slow", "learning_rate=1e-4"]
+    command += ["--row", "e4", "method=e4srec", "finetune.epochs=1"]
+    with pytest.raises(SystemExit) as left:
+        compare.main(tiny, command)
+    assert not left.value.code, capsys.readouterr().err
+    lines = capsys.readouterr().out.splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    rows = {row[0].strip("`"): dict(zip(table[0], row)) for row in table[2:]}
+    assert list(rows)[:3] == ["mme_sid", "slow", "e4"]
+    assert all(rows[name]["seeds"] == "2 of 2" for name in ("mme_sid", "slow", "e4"))
+    assert re.fullmatch(r"0\.\d{4} ± 0\.\d{4}", rows["slow"]["valid ndcg@10"])
+    configs = {
+        name: json.loads((tmp_path / name / "seed1" / "finetune" / "manifest.json").read_text())["config"]
+        for name in ("slow", "e4")
+    }
+    assert configs["slow"]["learning_rate"] == 1e-4 and configs["slow"]["method"] == "mme_sid"
+    assert (configs["e4"]["method"], configs["e4"]["epochs"], configs["e4"]["seed"]) == ("e4srec", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["a/b", "epochs=1"], "--row 'a/b': a name has letters"),
+        (["mme_sid", "epochs=1"], "--row mme_sid: there is a row of this name already"),
+        (["mine"], "--row mine: give it settings of finetune"),
+        (["mine", "epoch=1"], "unknown setting 'finetune.epoch'; did you mean finetune.epochs?"),
+        (["mine", "method=e4srec", "random_codes=true"], "random_codes has no effect with method='e4srec'"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused_before_anything_is_trained(row, message, finished, tmp_path, capsys):
+    from llmrec.finetune import compare
+
+    with pytest.raises(SystemExit) as left:
+        compare.main(tiny, ["--run-dir", str(finished), "--out", str(tmp_path / "out"), "--row", *row])
+    assert left.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_table_of_methods_needs_no_more_than_the_ranks():
     """Whatever cut-offs the evaluations were asked for."""
     from llmrec.evaluation.metrics import ndcg_at_k
@@ -780,7 +823,8 @@ def test_cells_of_other_processes_are_waited_for_and_those_they_leave_taken(monk
 
     tries: list[tuple[str, int]] = []
 
-    def run_cell(recipe, name, seed, *_):
+    def run_cell(recipe, named, seed, *_):
+        name = named[0]
         tries.append((name, seed))
         if name == "me" and tries.count((name, seed)) < 3:
             raise BusyError("another process is computing finetune")
@@ -789,7 +833,8 @@ def test_cells_of_other_processes_are_waited_for_and_those_they_leave_taken(monk
     monkeypatch.setattr(compare_cells, "run_cell", run_cell)
     monkeypatch.setattr("llmrec.finished.load", lambda *_: None)
     monkeypatch.setattr(compare_cells.time, "sleep", slept.append)
-    compare_cells.run_cells(tiny(), ["me", "mme_sid"], [0, 1], Path("a"), Path("b"))
+    rows = {name: compare_cells.ROWS[name] for name in ("me", "mme_sid")}
+    compare_cells.run_cells(tiny(), rows, [0, 1], Path("a"), Path("b"))
     assert tries[:4] == [("me", 0), ("mme_sid", 0), ("me", 1), ("mme_sid", 1)]
     assert {cell: tries.count(cell) for cell in tries[:4]} == {
         ("me", 0): 3, ("mme_sid", 0): 1, ("me", 1): 3, ("mme_sid", 1): 1,

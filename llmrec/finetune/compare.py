@@ -17,7 +17,7 @@ from llmrec import jobs, tracking
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError, MissingArtifactError, TrainingError
 from llmrec.evaluation.tables import difference_cells, mean_and_spread, spread_text
-from llmrec.finetune.compare_cells import ROWS, cells_to_run, prepare, run_cells
+from llmrec.finetune.compare_cells import ROWS, cells_to_run, own_rows, prepare, run_cells
 from llmrec.recipe import Recipe, apply_overrides, recipe_of
 
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20")
@@ -53,7 +53,13 @@ def parser(names_recipe: bool, description: str | None) -> argparse.ArgumentPars
         made.add_argument("recipe", metavar="RECIPE", help="a recipe's file")
     made.add_argument("--run-dir", metavar="DIR", help="where the recipe's stages are (runs/NAME)")
     made.add_argument("--out", metavar="DIR", help="where cells and tables go (RUN_DIR/methods)")
-    made.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    made.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="see below (all, or none beside --row)"
+    )
+    made.add_argument(
+        "--row", nargs="+", action="append", default=[], metavar="NAME FIELD=VALUE",
+        help="a row of your own: a name, and settings of finetune that it changes; may be repeated",
+    )  # fmt: skip
     jobs.add_seeds(made)
     made.add_argument(
         "--refit",
@@ -77,6 +83,8 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
     else:
         name, made = Path(recipe.__code__.co_filename).stem, recipe()
     chosen = apply_overrides(made, options.set)
+    names = options.rows or ([] if options.row else list(ROWS))
+    rows = {name: ROWS[name] for name in names} | own_rows(chosen, options.row)
     set_up_logging()
     tracking.choose(options.track)
     root = Path(options.run_dir or Path("runs") / (f"{name}_refit" if options.refit else name))
@@ -84,21 +92,21 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
     from llmrec import distributed
     from llmrec.files import write_json
 
-    cells = len(options.rows) * len(options.seeds)
+    cells = len(rows) * len(options.seeds)
     at_a_time = min(cells, options.jobs or (1 if distributed.world_size() > 1 else jobs.default()))
     if at_a_time > 1 and distributed.world_size() > 1:
         raise ConfigError("--jobs starts processes of its own; leave it out under a launcher of several")
     failed: list[str] = []
     if not options.summarise:
         refit = Path(options.refit) if options.refit else None
-        work = (prepare(chosen, root, refit), options.rows, options.seeds, root, out, refit)
+        work = (prepare(chosen, root, refit), rows, options.seeds, root, out, refit)
         if at_a_time > 1:
             failed = jobs.run(cells_to_run(*work), at_a_time)
         else:
             run_cells(*work)
     if not distributed.is_main():
         return
-    found = summarise({row: cells_of(out, row, options.seeds) for row in options.rows}, options.seeds)
+    found = summarise({row: cells_of(out, row, options.seeds) for row in rows}, options.seeds)
     text = markdown(found)
     print(text)
     if out.is_dir():

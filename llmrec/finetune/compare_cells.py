@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from llmrec.config import as_dict, from_dict
 from llmrec.errors import BusyError, ConfigError, MissingArtifactError, TrainingError
 from llmrec.files import read_json, write_json
 from llmrec.finetune.config import FREQUENCY_FIELDS, FUSIONS, METHOD_FIELDS, FinetuneConfig
-from llmrec.recipe import Recipe, refit_stage, refuse_what_cannot_finish, statuses
+from llmrec.recipe import Recipe, apply_overrides, refit_stage, refuse_what_cannot_finish, statuses
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 
 logger = logging.getLogger("llmrec")
 
 WAIT_SECONDS = 2.0
 """Between looks at what other processes have finished."""
+
+NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 
 REQUEST = "cell.json"
 """Its name in the folder of a cell that a process of its own runs."""
@@ -43,6 +46,8 @@ class Row:
     meaning: str
     ids: dict[str, Any] = field(default_factory=dict)
     """Settings of learn_semantic_ids, for semantic IDs of the row's own"""
+    typed: tuple[str, ...] = ()
+    """Settings of finetune as a user typed them, in place of `finetune`"""
 
 
 MME_SID = {"method": "mme_sid", "random_codes": False}
@@ -78,6 +83,26 @@ ROWS: dict[str, Row] = {
 """Rows by name; the first is what the others are held to."""
 
 
+def own_rows(recipe: Recipe, given: list[list[str]]) -> dict[str, Row]:
+    """Rows that a user made up: a name, and settings of finetune that differ from the recipe's.
+
+    Raises:
+        ConfigError: a name that is no folder's or that there is already, or settings that cannot be.
+    """
+    found: dict[str, Row] = {}
+    for name, *settings in given:
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"--row {name!r}: a name has letters, digits, dots, dashes and underscores")
+        if name in found or name in ROWS:
+            raise ConfigError(f"--row {name}: there is a row of this name already")
+        typed = tuple(setting.removeprefix("finetune.") for setting in settings)
+        if not typed:
+            raise ConfigError(f"--row {name}: give it settings of finetune, such as learning_rate=2e-3")
+        found[name] = Row(finetune={}, typed=typed, meaning=" ".join(typed))
+        settings_for(recipe, found[name])
+    return found
+
+
 def prepare(recipe: Recipe, root: Path, refit: Path | None = None) -> Recipe:
     """Run the stages that all cells share; the recipe they were run with.
 
@@ -98,7 +123,12 @@ def prepare(recipe: Recipe, root: Path, refit: Path | None = None) -> Recipe:
 
 
 def run_cells(
-    recipe: Recipe, rows: list[str], seeds: list[int], root: Path, out: Path, refit: Path | None = None
+    recipe: Recipe,
+    rows: dict[str, Row],
+    seeds: list[int],
+    root: Path,
+    out: Path,
+    refit: Path | None = None,
 ) -> None:
     """Fine-tune and rank what is not finished, seed by seed, so that all rows have results early.
 
@@ -106,7 +136,7 @@ def run_cells(
 
     Args:
         recipe: settings, as `prepare` gave them.
-        rows: names in `ROWS`.
+        rows: by name.
         seeds: of fine-tuning.
         root: the stages before.
         out: where cells go.
@@ -123,7 +153,7 @@ def run_cells(
         if name in impossible:
             continue
         try:
-            run_cell(recipe, name, seed, inputs, out, refit)
+            run_cell(recipe, (name, rows[name]), seed, inputs, out, refit)
         except BusyError:
             waiting.append(cell)
             busy.add(cell)
@@ -145,9 +175,14 @@ def inputs_of(root: Path) -> tuple[Any, ...]:
 
 
 def run_cell(
-    recipe: Recipe, name: str, seed: int, inputs: tuple[Any, ...], out: Path, refit: Path | None
+    recipe: Recipe,
+    named: tuple[str, Row],
+    seed: int,
+    inputs: tuple[Any, ...],
+    out: Path,
+    refit: Path | None,
 ) -> None:
-    """One cell, in its folder.
+    """One cell, of a row with its name, in its folder.
 
     Raises:
         BusyError: another process is at it, or at its semantic IDs.
@@ -155,12 +190,13 @@ def run_cell(
     from llmrec.pipeline import run_stage
     from llmrec.stages import STAGES
 
-    row, folder = ROWS[name], folder_of(out, name, seed)
+    name, row = named
+    folder = folder_of(out, name, seed)
     if row.ids:
         ids_config = ids_settings(recipe.learn_semantic_ids, row)
         ids = run_stage(STAGES["learn_semantic_ids"], ids_config, inputs[:3], ids_folder(out, name))
         inputs = (*inputs[:3], ids)
-    config = replace(settings_of(recipe.finetune, row), seed=seed)
+    config = replace(settings_for(recipe, row), seed=seed)
     if refit is not None:
         config = refit_stage("finetune", config, folder_of(refit / "methods", name, seed) / "finetune")
     adapter = run_stage(STAGES["finetune"], config, inputs, folder / "finetune")
@@ -168,7 +204,7 @@ def run_cell(
 
 
 def cells_to_run(
-    recipe: Recipe, rows: list[str], seeds: list[int], root: Path, out: Path, refit: Path | None
+    recipe: Recipe, rows: dict[str, Row], seeds: list[int], root: Path, out: Path, refit: Path | None
 ) -> list[jobs.Cell]:
     """What `run_cells` does, as cells for `llmrec.jobs.run`; arguments as there.
 
@@ -176,19 +212,22 @@ def cells_to_run(
         StaleArtifactError: a finished cell was made with other settings or data.
     """
     inputs = inputs_of(root)
-    for name, seed in itertools.product(rows, seeds):
-        if finished(folder_of(out, name, seed)):
-            run_cell(recipe, name, seed, inputs, out, refit)  # looks at them, and finds nothing to do
-    return [cell_to_run(recipe, name, seed, root, out, refit) for seed in seeds for name in rows]
+    for named, seed in itertools.product(rows.items(), seeds):
+        if finished(folder_of(out, named[0], seed)):
+            run_cell(recipe, named, seed, inputs, out, refit)  # looks at them, and finds nothing to do
+    return [cell_to_run(recipe, named, seed, root, out, refit) for seed in seeds for named in rows.items()]
 
 
-def cell_to_run(recipe: Recipe, name: str, seed: int, root: Path, out: Path, refit: Path | None) -> jobs.Cell:
+def cell_to_run(
+    recipe: Recipe, named: tuple[str, Row], seed: int, root: Path, out: Path, refit: Path | None
+) -> jobs.Cell:
     """One cell, and a file with all that its process has to know."""
+    name, row = named
     folder = folder_of(out, name, seed)
     stages = [folder / "finetune", folder / "evaluate"]
-    if ROWS[name].ids:
+    if row.ids:
         stages.append(ids_folder(out, name))
-    request: dict[str, Any] = {"recipe": as_dict(recipe), "row": name, "seed": seed}
+    request: dict[str, Any] = {"recipe": as_dict(recipe), "name": name, "row": asdict(row), "seed": seed}
     request |= {"root": str(root), "out": str(out), "refit": None if refit is None else str(refit)}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / REQUEST, request)
@@ -222,6 +261,13 @@ def outcome(folder: Path) -> str:
     """One phrase about a finished cell."""
     found = read_json(folder / "evaluate" / "metrics.json")["rows"]["mme_sid"]
     return f"recall@10 {found['recall@10']:.4f}, ndcg@10 {found['ndcg@10']:.4f}"
+
+
+def settings_for(recipe: Recipe, row: Row) -> FinetuneConfig:
+    """The settings of fine-tuning of one row."""
+    if row.typed:
+        return apply_overrides(recipe, [f"finetune.{setting}" for setting in row.typed]).finetune
+    return settings_of(recipe.finetune, row)
 
 
 def settings_of(base: FinetuneConfig, row: Row) -> FinetuneConfig:
@@ -262,7 +308,8 @@ def main(arguments: list[str]) -> None:
     root, out = Path(request["root"]), Path(request["out"])
     refit = Path(request["refit"]) if request["refit"] else None
     recipe = from_dict(Recipe, request["recipe"])
-    run_cell(recipe, request["row"], request["seed"], inputs_of(root), out, refit)
+    named = request["name"], Row(**request["row"])
+    run_cell(recipe, named, request["seed"], inputs_of(root), out, refit)
 
 
 if __name__ == "__main__":
