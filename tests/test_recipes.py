@@ -663,7 +663,7 @@ def test_settings_of_ones_own_are_compared_like_methods(finished, tmp_path, caps
     """A sweep: values and seeds, chosen by the validation column."""
     from llmrec.finetune import compare
 
-    command = ["--run-dir", str(finished), "--out", str(tmp_path), "--seeds", "0", "1", "--jobs", "2"]
+    command = ["--run-dir", str(finished), "--out", str(tmp_path), "--seeds", "0", "1", "--jobs", "1"]
     command += ["--rows", "mme_sid", "--row", "slow", "learning_rate=1e-4"]
     command += ["--row", "e4", "method=e4srec", "finetune.epochs=1"]
     with pytest.raises(SystemExit) as left:
@@ -681,6 +681,18 @@ def test_settings_of_ones_own_are_compared_like_methods(finished, tmp_path, caps
     }
     assert configs["slow"]["learning_rate"] == 1e-4 and configs["slow"]["method"] == "mme_sid"
     assert (configs["e4"]["method"], configs["e4"]["epochs"], configs["e4"]["seed"]) == ("e4srec", 1, 1)
+
+
+def test_a_row_of_ones_own_reaches_the_process_of_its_cell(finished, tmp_path):
+    from llmrec.finetune import compare_cells
+
+    (named,) = compare_cells.own_rows(tiny(), [["short", "epochs=1", "learning_rate=1e-4"]]).items()
+    cell = compare_cells.cell_to_run(tiny(), named, 3, finished, tmp_path, None)
+    assert not cell.done()
+    compare_cells.main(cell.command[1:])
+    assert cell.done() and cell.folder == tmp_path / "short" / "seed3"
+    config = json.loads((cell.folder / "finetune" / "manifest.json").read_text())["config"]
+    assert (config["epochs"], config["learning_rate"], config["seed"]) == (1, 1e-4, 3)
 
 
 @pytest.mark.parametrize(

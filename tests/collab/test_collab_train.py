@@ -21,7 +21,7 @@ from llmrec.collab import train
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.collab.configs.fuxi import FuxiConfig
 from llmrec.collab.losses import Loss, Pooled, ratio
-from llmrec.collab.provider import load_provider, provider_scorer
+from llmrec.collab.provider import PROVIDERS, load_provider, provider_scorer
 from llmrec.collab.rows import TrainingRows
 from llmrec.collab.sasrec import SASRec
 from llmrec.collab.train import train_collab
@@ -209,7 +209,7 @@ def test_the_learning_rate_falls_in_steps_and_weight_decay_spares_norms_and_stat
     assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005])
     small = {"embed_dim": 8, "state_dim": 4, "max_history": 12}
     settings = replace(TrainCollabConfig().mamba4rec, **small)
-    model = train.PROVIDERS["mamba4rec"](num_items=5, **vars(settings))
+    model = PROVIDERS["mamba4rec"](num_items=5, **vars(settings))
     decayed, spared = train.optimizer_of(model, config).param_groups
     names = {id(weight): name for name, weight in model.named_parameters()}
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.25, 0.0)
@@ -227,7 +227,7 @@ def test_a_model_with_quick_scores_is_validated_by_them(monkeypatch):
             asked.append("quick")
             return self.score(history)
 
-    monkeypatch.setitem(train.PROVIDERS, "sasrec", Quick)
+    monkeypatch.setitem(PROVIDERS, "sasrec", Quick)
     train_collab(tiny(epochs=2, patience=2), two_communities())
     assert asked
 
@@ -266,7 +266,7 @@ def test_steps_are_counted_over_epochs_of_different_length(monkeypatch):
             seen.append(batch.step)
             return super().loss(batch)
 
-    monkeypatch.setitem(train.PROVIDERS, "sasrec", Counting)
+    monkeypatch.setitem(PROVIDERS, "sasrec", Counting)
     collab = train_collab(tiny(batch_by="targets", batch_size=30, epochs=4, select="last"), uneven())
     assert sorted(set(seen)) == list(range(sum(row["steps"] for row in collab.log)))
 
@@ -286,7 +286,7 @@ def test_the_parts_a_model_reports_are_logged_as_means_per_target(monkeypatch):
             number = torch.tensor(float(loss.num_targets))
             return replace(loss, parts={"two": 2 * number, "pair": torch.stack([number, 3 * number])})
 
-    monkeypatch.setitem(train.PROVIDERS, "sasrec", Talking)
+    monkeypatch.setitem(PROVIDERS, "sasrec", Talking)
     collab = train_collab(tiny(epochs=2, select="last"), cycle())
     assert [row["parts"] for row in collab.log] == [{"two": 2.0, "pair": [1.0, 3.0]}] * 2
 
