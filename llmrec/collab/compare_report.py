@@ -173,6 +173,7 @@ def quality_chart(rows: dict[str, Any]) -> str:
             label=metric,
         )
     axes.set_yticks(place, [label(name, row) for name, row in rows.items()])
+    axes.set_ylim(-0.5, len(rows) - 0.5)
     axes.set_xlim(left=0)
     axes.grid(axis="x", alpha=0.3)
     legend_above(axes)
