@@ -202,6 +202,9 @@ def summarise_cells(
     user (t-test, bootstrap interval) on these means, and p is corrected for the number of rows by Holm's
     method; the spread over seeds stands beside them.
     """
+    from llmrec.evaluation.evaluate import popularity
+    from llmrec.evaluation.rank import rank_users
+
     targets = data.targets("test")
     groups = analysis.item_groups(data.train_count, 0.1, 0.4)[targets.item]
     slices = {"history length": length_slices(targets), "popularity of the target": group_slices(groups)}
@@ -232,9 +235,14 @@ def summarise_cells(
         found[name]["log"] = [{key: row[key] for key in row if key != "seconds"} for row in log]
     if reference in users:
         add_differences(found, users, reference, samples)
+    popular = rank_users(popularity(data), data, targets)
     counts = {what: {part: int(mask.sum()) for part, mask in parts.items()} for what, parts in slices.items()}
     return {
         "rows": found,
+        "popularity": {
+            "test": summarise(popular.rank, KS),
+            "test_seen_kept": summarise(popular.rank_seen_kept, KS),
+        },
         "reference": reference,
         "seeds": seeds,
         "num_users": len(targets),

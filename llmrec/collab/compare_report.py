@@ -71,6 +71,10 @@ def markdown(results: dict[str, Any]) -> str:
                 ]
             )
         )
+    if popular := results.get("popularity"):
+        figures = [popular[kind][name] for kind in ("test", "test_seen_kept") for name in COLUMNS]
+        cells = ["popularity", "", *(f"{value:.4f}" for value in figures)]
+        lines.append(table_line([*cells, *[""] * (len(head) - len(cells))]))
     for what, parts in results["slices"].items():
         lines += ["", f"recall@10 by {what}:", ""]
         lines.append(table_line(["method", *(f"{part} ({count:,} users)" for part, count in parts.items())]))
@@ -149,6 +153,7 @@ def page(results: dict[str, Any]) -> str:
             label=label,
             spread=spread_text,
             difference=difference,
+            popularity=results.get("popularity"),
             reference=results["reference"],
             charts=charts,
             notes=notes(results),

@@ -98,6 +98,22 @@ def test_figures_are_means_over_seeds_of_what_the_cells_wrote(finished):
     assert "difference" not in row
 
 
+def test_popularity_is_there_for_scale(finished):
+    """By counting: of unseen items, those that more people took than the target, and half of the equals."""
+    root, _, results = finished
+    data = load(Interactions, root / "prepare_data")
+    count, hits = data.train_count, 0
+    targets = data.targets("test")
+    for start, stop, item in zip(targets.start, targets.stop, targets.item):
+        seen = set(data.item[start:stop].tolist()) - {item}
+        others = [count[one] for one in range(1, data.num_items + 1) if one not in seen and one != item]
+        rank = sum(other > count[item] for other in others) + sum(o == count[item] for o in others) / 2
+        hits += rank + 1 <= 10
+    assert results["popularity"]["test"]["recall@10"] == pytest.approx(hits / len(targets))
+    shown = f"| popularity |  | {hits / len(targets):.4f} |"
+    assert shown in markdown(results) and "<td>popularity</td>" in page(results)
+
+
 def test_finished_cells_are_not_run_again_and_changed_ones_refused(finished, monkeypatch):
     root, _, _ = finished
     only = {"sasrec": rows()["sasrec"]}
