@@ -63,7 +63,7 @@ class Settings:
         """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not field.default and not dataclasses.is_dataclass(value):
+            if value is not field.default:
                 object.__setattr__(self, field.name, typed(type(self), field.name, value))
 
 
@@ -74,8 +74,13 @@ def typed(cls: type, name: str, value: Any) -> Any:
         ConfigError: it cannot.
     """
     hint = type_hints(cls)[name]
+    group = dataclass_of(hint)
     try:
-        return adapter_of(hint).validate_python(value)
+        if group is None:
+            return adapter_of(hint).validate_python(value)
+        if isinstance(value, group) or (value is None and type(None) in typing.get_args(hint)):
+            return value
+        raise ConfigError(f"{getattr(cls, 'prefix', '')}{name}={value!r:.60}: expected a {group.__name__}")
     except pydantic.ValidationError:
         wanted = in_words(hint) + _meant_choice(str(value), hint)
         before = getattr(cls, "prefix", "") or f"{cls.__name__}."
@@ -217,9 +222,7 @@ def changed_fields(before: Any, after: Any, prefix: str = "") -> list[str]:
         elif isinstance(old, dict) or isinstance(new, dict):
             groups.append(f"{'other' if isinstance(old, dict) else 'no'} settings of {prefix}{name}")
         elif name not in before:
-            found.append(
-                f"no {prefix}{name} yet, which an older version did not have (now {json.dumps(new)})"
-            )
+            found.append(f"no {prefix}{name} (now {json.dumps(new)})")
         elif old != new or name not in after:
             found.append(f"{prefix}{name}={json.dumps(old)} (now {json.dumps(new)})")
     return found or groups

@@ -13,7 +13,7 @@ from llmrec.errors import ArtifactMismatchError, MissingArtifactError
 from llmrec.manifest import MANIFEST, DamagedError, check_files, read_manifest, reading
 from llmrec.stages import COMMANDS
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Form of a stage's folder; others are refused."""
 
 
@@ -64,6 +64,8 @@ def require_run(folder: Path, stages: Iterable[str]) -> None:
         raise MissingArtifactError(
             f"{folder} has no finished {', '.join(absent)}; run its recipe to the end first"
         )
+    if (folder / "package.json").is_file():
+        raise MissingArtifactError(f"{folder} is a package; give the run folder that it was made from")
     if (folder / MANIFEST).is_file():
         raise MissingArtifactError(
             f"{folder} is the output of a single stage; give the run folder, {folder.parent}"

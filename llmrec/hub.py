@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shlex
 import warnings
@@ -258,7 +259,7 @@ def refuse_paths(texts: list[tuple[str, str, str]]) -> None:
         found = IN_TEXT.search(value)
         if name.endswith(".md"):
             lines += [(name, place, found.group(1))] if found else []
-        elif found or LOCAL_PATH.match(value) or ("/" in value and Path(value).is_dir()):
+        elif found or LOCAL_PATH.match(value) or ("/" in value and os.path.isdir(value)):
             settings.append((name, place, value))
     if not settings and not lines:
         return

@@ -178,7 +178,8 @@ def killed_by(returncode: int) -> str:
     """What ended a process from outside, if something did."""
     if returncode >= 0:
         return ""
-    name = signal.Signals(-returncode).name
+    known = {one.value: one.name for one in signal.Signals}
+    name = known.get(-returncode, f"signal {-returncode}")
     return f"killed by {name}{', most often for want of memory' if name == 'SIGKILL' else ''}"
 
 

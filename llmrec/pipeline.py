@@ -184,13 +184,14 @@ def compute(
 
 def scratch_of(folder: Path, process: int | str) -> Path:
     """Where a process writes what will be the folder."""
-    return folder.with_name(f".{folder.name}.{process}")
+    return folder.with_name(f".{folder.name}.writing.{process}")
 
 
 def clear_scratch(folder: Path) -> None:
     """Delete what processes left that were killed while they wrote; to be called with the lock held."""
-    for path in folder.parent.glob(scratch_of(folder, "*").name):
-        if path.suffix[1:].isdecimal():
+    prefix = scratch_of(folder, "").name
+    for path in folder.parent.iterdir():
+        if path.name.startswith(prefix) and path.name.removeprefix(prefix).isdecimal():
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 from llmrec import tracking
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
-from llmrec.config import changed_settings, flatten, override
+from llmrec.config import Settings, changed_settings, flatten, override
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
@@ -45,7 +45,7 @@ UNCERTAIN = "is kept if what it was made from comes out the same again, else ref
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Settings):
     """Numbers of a whole run; one field per stage, in order."""
 
     prepare_data: PrepareDataConfig = field(default_factory=PrepareDataConfig)
@@ -118,7 +118,8 @@ def recipe_of(path: Path) -> Recipe:
         raise ConfigError(f"{path}: no such recipe; give a Python file such as recipes/mme_sid_sample.py")
     sys.path.insert(0, str(path.resolve().parent))
     try:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        # Under a name that is no other module's.
+        spec = importlib.util.spec_from_file_location(f"llmrec recipe {path.stem}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # where dataclasses look for the names in their annotations

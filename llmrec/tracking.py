@@ -14,7 +14,8 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,12 @@ class Track:
     """Its output, to be"""
     unfinished: Path
     config: Any
-    trackers: list[Any] = field(default_factory=list)
+    trackers: dict[str, Any] = field(default_factory=dict)
+    """By name"""
+    thread: ThreadPoolExecutor | None = None
+    """Where they are called: one that is slow holds up no step, and one that fails ends no training"""
+    calls: list[tuple[str, Future]] = field(default_factory=list)
+    """What they were asked for and is not known to have worked"""
 
     def begin(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Start the trackers, and the file anew, with the rows that a run before the last stop left."""
@@ -80,13 +86,16 @@ class Track:
         with (self.unfinished / LINES).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         choose(None)
+        settings = {path: plain(value) for path, value in flatten(self.config)}
         for name in chosen():
-            tracker = made(name, self.folder)
-            tracker.start()
-            settings = {path: plain(value) for path, value in flatten(self.config)}
+            tracker = self.trackers[name] = made(name, self.folder)
+            self.call(name, tracker.start)
             if name != "tensorboard":  # it would make a run of its own of them
-                tracker.store_init_configuration(settings)
-            self.trackers.append(tracker)
+                self.call(name, tracker.store_init_configuration, settings)
+            for _, call in self.calls:
+                if error := call.exception():
+                    self.trackers.clear()
+                    raise ConfigError(f"--track {name} cannot start: {type(error).__name__}: {error}")
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
         """Write a row down, and hand its numbers to the trackers."""
@@ -94,17 +103,37 @@ class Track:
             file.write(json.dumps(row) + "\n")
         if self.trackers:
             figures = {f"{self.stage}/{name}": value for name, value in numbers(row) if name != "step"}
-            for tracker in self.trackers:
+            for name, tracker in self.trackers.items():
                 # MLflow takes no @ in a name.
-                safe = tracker.name == "mlflow"
-                tracker.log(
-                    {name.replace("@", "_at_") if safe else name: figures[name] for name in figures}, step
-                )
+                mark = "_at_" if name == "mlflow" else "@"
+                self.call(name, tracker.log, {key.replace("@", mark): figures[key] for key in figures}, step)
+            self.let_go()
 
     def finish(self) -> None:
-        """Close the trackers."""
-        while self.trackers:
-            self.trackers.pop().finish()
+        """Close the trackers, once they have all that they were given."""
+        for name, tracker in self.trackers.items():
+            self.call(name, tracker.finish)
+        if self.thread is not None:
+            self.thread.shutdown()
+        self.let_go()
+        self.trackers.clear()
+
+    def call(self, name: str, function: Callable[..., None], *arguments: Any) -> None:
+        """Ask a tracker for something, behind all that was asked before."""
+        if self.thread is None:
+            self.thread = ThreadPoolExecutor(1, "track")
+        self.calls.append((name, self.thread.submit(function, *arguments)))
+
+    def let_go(self) -> None:
+        """Part with trackers that failed, and say so; training goes on without them."""
+        done = [(name, call) for name, call in self.calls if call.done()]
+        self.calls = [one for one in self.calls if one not in done]
+        for name, call in done:
+            if (error := call.exception()) and self.trackers.pop(name, None) is not None:
+                logger.warning(
+                    "%s: --track %s failed, and is left out from here on: %s: %s",
+                    self.stage, name, type(error).__name__, error,
+                )  # fmt: skip
 
 
 _track: contextvars.ContextVar[Track | None] = contextvars.ContextVar("track", default=None)

@@ -255,13 +255,9 @@ def test_what_another_process_finished_with_other_settings_is_not_taken(tmp_path
 
 
 def test_what_a_killed_process_left_of_a_stage_is_cleared_and_nothing_else(tmp_path):
-    for name in (".count.123", ".count.4567", ".count.mine", ".counts.12", "count.99"):
+    kept = [".count.2024", ".count.v2.writing.7", ".count.writing.mine", ".counts.writing.12", "count.99"]
+    for name in (".count.writing.123", ".count.writing.4567", *kept):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half.json").write_text("1")
     RunDir(tmp_path).stage(count, Config())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        ".count.mine",
-        ".counts.12",
-        "count",
-        "count.99",
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "count"])

@@ -195,7 +195,28 @@ def test_outside_of_a_stage_nothing_is_tracked(tmp_path, monkeypatch):
 def test_a_tracker_is_closed_when_training_fails(tmp_path):
     closed = []
     track = tracking.Track(stage="s", folder=tmp_path / "s", unfinished=tmp_path / ".s", config=config())
-    track.trackers.append(SimpleNamespace(finish=lambda: closed.append(1)))
+    track.trackers["mine"] = SimpleNamespace(finish=lambda: closed.append(1))
     with pytest.raises(KeyError), tracking.tracking(track):
         raise KeyError
     assert closed == [1]
+
+
+@pytest.mark.parametrize("where", ["start", "log", "finish"])
+def test_a_tracker_that_fails_ends_no_training(where, tmp_path, monkeypatch, caplog):
+    from accelerate import tracking as of_accelerate
+
+    def broken(*_):
+        raise RuntimeError("no network")
+
+    kind = type("Broken", (Tracker,), {where: broken})
+    monkeypatch.setenv(tracking.VARIABLE, "wandb")
+    monkeypatch.setitem(of_accelerate.LOGGER_TYPE_TO_CLASS, "wandb", kind)
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda package: package)
+    folder = tmp_path / "run" / "train_collab"
+    if where == "start":  # before anything is trained
+        with pytest.raises(ConfigError, match="--track wandb cannot start: RuntimeError: no network"):
+            pipeline.run_stage(collab.train_collab, config(), (data(),), folder)
+        return
+    pipeline.run_stage(collab.train_collab, config(), (data(),), folder)
+    assert len(read_jsonl(folder / "log.jsonl")) == 4
+    assert caplog.text.count("--track wandb failed, and is left out from here on: RuntimeError: no netw") == 1

@@ -66,8 +66,9 @@ def train_collab(
     model: Any = make_provider(config.provider, settings)
     if model.uses_time and not data.knows_times:
         logger.warning(
-            "train_collab: %s reads times, and these data have places in histories in their stead; leave its "
-            "channel of time out with train_collab.%s.temporal=false", config.provider, config.provider,
+            "train_collab: %s reads times, and these data have places in histories in their stead%s",
+            config.provider,
+            "" if config.is_own else f"; leave that out with train_collab.{config.provider}.temporal=false",
         )  # fmt: skip
     if components:
         model.content.set_content(components)

@@ -10,9 +10,10 @@ import csv
 import difflib
 import gzip
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -82,7 +83,7 @@ class TableFile:
             return next(itertools.islice(lines_of(path, "latin-1"), index, None))[0]
         before_data = 0 if self.names is not None else -1
         with open_text(path, "utf-8-sig", newline="") as handle:
-            reader = csv.reader(handle, delimiter=self.delimiter())
+            reader = self.reader(handle)
             try:
                 filled = (number for number, row in enumerate(reader, start=1) if row)
                 return next(
@@ -100,6 +101,17 @@ class TableFile:
     def on_hub(self) -> bool:
         """Whether this is the address of a data set on the Hub, see `llmrec.data.hub`."""
         return str(self.path).startswith(PREFIX)
+
+    @property
+    def quoted(self) -> bool:
+        """Whether "quotes" hold values together; RecBole writes and reads them as letters."""
+        return self.kind not in ATOMIC
+
+    def reader(self, handle: TextIO) -> Iterator[list[str]]:
+        """Rows of a text file, slowly."""
+        if self.quoted:
+            return csv.reader(handle, delimiter=self.delimiter())
+        return csv.reader(handle, delimiter=self.delimiter(), quoting=csv.QUOTE_NONE)
 
     def delimiter(self) -> str:
         """What separates the columns of a text file."""
@@ -129,7 +141,7 @@ class TableFile:
         path, delimiter = self.path, self.delimiter()
         try:
             with open_text(path, "utf-8-sig", newline="") as handle:
-                first = next((row for row in csv.reader(handle, delimiter=delimiter) if row), [])
+                first = next((row for row in self.reader(handle) if row), [])
         except UnicodeDecodeError:
             raise not_utf8(path) from None
         except csv.Error as error:
@@ -149,7 +161,11 @@ class TableFile:
             table = pacsv.read_csv(
                 pa.input_stream(str(path), compression="gzip" if is_packed(path) else None),
                 read_options=pacsv.ReadOptions(column_names=None if self.names is None else raw),
-                parse_options=pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                parse_options=pacsv.ParseOptions(
+                    delimiter=delimiter,
+                    quote_char='"' if self.quoted else False,
+                    newlines_in_values=self.quoted,
+                ),
                 convert_options=pacsv.ConvertOptions(
                     column_types=dict.fromkeys(wanted, pa.string()),
                     include_columns=wanted,
@@ -184,7 +200,7 @@ class TableFile:
         path, where = self.path, "in the header" if self.names is None else "in the first row"
         try:
             with open_text(path, "utf-8-sig", newline="") as handle:
-                reader = csv.reader(handle, delimiter=delimiter)
+                reader = self.reader(handle)
                 width, number = None, 0
                 for number, row in enumerate(reader, start=1):
                     if row and width is not None and len(row) != width:

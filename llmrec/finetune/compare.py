@@ -17,14 +17,10 @@ from llmrec import jobs, tracking
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError, MissingArtifactError, TrainingError
 from llmrec.evaluation.tables import difference_cells, mean_and_spread, spread_text
-from llmrec.finetune.compare_cells import ROWS, cells_to_run, own_rows, prepare, run_cells
+from llmrec.finetune.compare_cells import BESIDE, ROWS, cells_to_run, own_rows, prepare, run_cells
 from llmrec.recipe import Recipe, apply_overrides, recipe_of
 
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20")
-
-
-NO_PROVIDERS = ("mme_sid", "popularity", "best_possible")
-"""Rows of an evaluation beside that of the sequence model."""
 
 
 def main(
@@ -185,7 +181,7 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
         table.append(entry)
     some = next((cell for found in cells.values() for cell in found), None)
     if some is not None:
-        for name in [*(key for key in some["rows"] if key not in NO_PROVIDERS), "popularity"]:
+        for name in [*(key for key in some["rows"] if key not in ("mme_sid", *BESIDE)), "popularity"]:
             users[name] = {seed: ndcg_at_k(some["ranks"][name], 10) for seed in seeds}
             of_it = means_of(some["ranks"][name])
             own = {metric: mean_and_spread([of_it[metric]]) for metric in METRICS}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec import jobs
+from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.config import as_dict, from_dict
 from llmrec.errors import BusyError, ConfigError, MissingArtifactError, TrainingError
 from llmrec.files import read_json, write_json
@@ -28,6 +29,9 @@ logger = logging.getLogger("llmrec")
 
 WAIT_SECONDS = 2.0
 """Between looks at what other processes have finished."""
+
+BESIDE = ("popularity", "best_possible")
+"""What evaluations rank beside the models."""
 
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 
@@ -93,9 +97,11 @@ def own_rows(recipe: Recipe, given: list[list[str]]) -> dict[str, Row]:
     for name, *settings in given:
         if not NAME.fullmatch(name):
             raise ConfigError(f"--row {name!r}: a name has letters, digits, dots, dashes and underscores")
-        if name in found or name in ROWS:
+        if name in (*found, *ROWS, *PROVIDER_FIELDS, *BESIDE, recipe.train_collab.provider):
             raise ConfigError(f"--row {name}: there is a row of this name already")
         typed = tuple(setting.removeprefix("finetune.") for setting in settings)
+        if any(setting.partition("=")[0].strip() == "seed" for setting in typed):
+            raise ConfigError(f"--row {name}: seeds are given by --seeds, to all rows")
         if not typed:
             raise ConfigError(f"--row {name}: give it settings of finetune, such as learning_rate=2e-3")
         found[name] = Row(finetune={}, typed=typed, meaning=" ".join(typed))

@@ -356,15 +356,6 @@ class FinetuneConfig(Settings, path="finetune"):
             reason = f"base_model={self.base_model!r}"
         if self.fusion_used != "frequency":
             idle += ("fusion_temperature", "fusion_weights", "count_valid")
-        if self.loss == "bce_sampled":
-            require(
-                self.mask_pad, "finetune.mask_pad has no effect with loss='bce_sampled', which samples items"
-            )
-        if self.targets == "last_only":
-            require(
-                self.max_targets == FinetuneConfig.max_targets,
-                "finetune.max_targets has no effect with targets='last_only'",
-            )
         method = self.method
         unused = [name for name, methods in METHOD_FIELDS.items() if method not in methods]
         if method == "se_random" and self.fusion not in ("auto", "target"):

@@ -146,9 +146,8 @@ def recommend(options: argparse.Namespace) -> None:
     """Print recommendations for histories from arguments, a file or standard input."""
     recommender = load(options, options.source)
     number = 0
-    histories = read_histories(options)
     waits = not options.history and not options.file
-    for batch in as_they_come(histories) if waits else batches(histories):
+    for batch in from_input() if waits else batches(read_histories(options)):
         for (_, history), items in zip(batch, answers(recommender, batch, options)):
             number += 1
             print(shown(number, history, items, options.format), flush=True)
@@ -217,18 +216,16 @@ def read_histories(options: argparse.Namespace) -> Iterator[tuple[str, list[str]
                 yield from parse_lines(lines, str(path))
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error}); convert it") from None
-    else:
-        yield from parse_lines(sys.stdin, "standard input")
 
 
-def parse_lines(lines: Iterable[str], where: str) -> Iterator[tuple[str, list[str]]]:
-    """The history of every line with file and line; an empty line is an empty history."""
-    for number, line in enumerate(lines, start=1):
+def parse_lines(lines: Iterable[str], where: str, first: int = 1) -> Iterator[tuple[str, list[str]]]:
+    """The history of every line with file and line, counted from `first`; an empty line is an empty one."""
+    for number, line in enumerate(lines, start=first):
         text, place = line.lstrip("\ufeff").strip(), f"{where}, line {number}"
         if text.startswith(("[", "{")):
             try:
                 value = json.loads(text)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # ValueError: also of numbers of too many digits
                 raise DataError(f"{place}: not JSON ({error})") from None
             value = value.get("history") if isinstance(value, dict) else value
             if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
@@ -256,23 +253,42 @@ def batches(histories: Iterable[tuple[str, list[str]]]) -> Iterator[list[tuple[s
         yield held
 
 
-def as_they_come(histories: Iterable[tuple[str, list[str]]]) -> Iterator[list[tuple[str, list[str]]]]:
-    """The same of those that are there already: who writes one to a pipe, and waits, is answered.
+def from_input() -> Iterator[list[tuple[str, list[str]]]]:
+    """The same from standard input, of the lines that are there: who writes one, and waits, is answered.
 
     Raises:
         DataError: of a line, once all before it are handed on.
     """
-    there: queue.Queue[tuple[str, list[str]] | DataError | None] = queue.Queue(BATCH)
+    number = 1
+    for lines in as_they_come(sys.stdin):
+        held, wrong = [], None
+        try:
+            for history in parse_lines(lines, "standard input", number):
+                held.append(history)
+        except DataError as error:
+            wrong = error
+        if held:
+            yield held
+        if wrong is not None:
+            raise wrong
+        number += len(lines)
+
+
+def as_they_come(lines: Iterable[str]) -> Iterator[list[str]]:
+    """Lines in lists of those that are there, at most `BATCH`, read by a thread.
+
+    Raises:
+        DataError: they are not UTF-8.
+    """
+    there: queue.Queue[str | UnicodeDecodeError | None] = queue.Queue(BATCH)
 
     def read() -> None:
         last = None
         try:
-            for history in histories:
-                there.put(history)
-        except DataError as error:
-            last = error
+            for line in lines:
+                there.put(line)
         except UnicodeDecodeError as error:
-            last = DataError(f"standard input: not UTF-8 text ({error}); convert it")
+            last = error
         finally:
             there.put(last)
 
@@ -281,10 +297,10 @@ def as_they_come(histories: Iterable[tuple[str, list[str]]]) -> Iterator[list[tu
         found = [there.get()]
         while not there.empty() and len(found) < BATCH:
             found.append(there.get())
-        if held := [one for one in found if isinstance(one, tuple)]:
+        if held := [one for one in found if isinstance(one, str)]:
             yield held
-        if isinstance(found[-1], DataError):
-            raise found[-1]
+        if isinstance(found[-1], UnicodeDecodeError):
+            raise DataError(f"standard input: not UTF-8 text ({found[-1]}); convert it")
         if found[-1] is None:
             return
 

@@ -75,7 +75,7 @@ def test_a_model_that_reads_times_is_told_that_there_are_none(caplog):
     train_collab(TrainCollabConfig(**settings, fuxi=FuxiConfig(temporal=False)), places)
     assert "reads times" not in caplog.text
     train_collab(TrainCollabConfig(**settings), places)
-    assert "leave its channel of time out with train_collab.fuxi.temporal=false" in caplog.text
+    assert "leave that out with train_collab.fuxi.temporal=false" in caplog.text
 
 
 def test_an_epoch_is_one_short_line_that_says_which_was_best(caplog):

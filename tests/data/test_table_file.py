@@ -58,6 +58,15 @@ def test_atomic_files_of_recbole_are_read_as_they_are(ending, tmp_path):
         prepared(path)
 
 
+def test_quotes_are_letters_in_atomic_files(tmp_path):
+    path = tmp_path / "x.item"
+    path.write_text('item_id:token\tname:token_seq\n1\t"Alien\n2\t"Great" Cats\n3\tthe "end\n')
+    assert TableFile(path).read(["item_id", "name"]).to_pydict() == {
+        "item_id": ["1", "2", "3"], "name": ['"Alien', '"Great" Cats', 'the "end'],
+    }  # fmt: skip
+    assert [TableFile(path).row(index) for index in range(3)] == [2, 3, 4]
+
+
 NAMES = ("user_id", "item_id", "rating", "timestamp")
 
 

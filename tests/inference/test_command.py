@@ -111,7 +111,7 @@ def test_who_writes_a_history_to_a_pipe_and_waits_is_answered(packaged):
 
 def test_histories_before_a_mistake_are_answered(packaged, capsys, monkeypatch):
     ids = Recommender.from_pretrained(packaged).raw_ids
-    for mistake in ("gone", "[1,"):
+    for mistake in ("gone", "[1,", "[" * 100_000, f"[{'1' * 5000}]"):
         monkeypatch.setattr("sys.stdin", io.StringIO(f"{ids[0]}\n{ids[1]}\n{mistake}\n{ids[2]}\n"))
         code, out, err = run(["recommend", str(packaged), "--format", "jsonl"], capsys)
         assert code == 2 and "standard input, line 3: " in err
