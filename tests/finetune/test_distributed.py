@@ -21,6 +21,10 @@ import sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
 import dataclasses, os, signal
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    # What sums over shared memory would be compiled first, for a minute on two cores; gloo does the same.
+    from deepspeed.ops import __compatible_ops__
+    assert __compatible_ops__.pop("deepspeed_shm_comm", None) is not None
 import test_train
 from llmrec import distributed, finished, pipeline
 from worlds import cycle
