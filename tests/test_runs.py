@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from llmrec.errors import ConfigError, MissingArtifactError
-from llmrec.evaluation.rankings import key_of, ranks_in
+from llmrec.evaluation.rankings import key_of
 from llmrec.inference.recommender import Recommender
 from llmrec.interactions import Interactions
 from llmrec.runs import Run
@@ -50,13 +49,6 @@ def test_methods_have_the_names_of_the_table_too(finished):
     assert key_of(other, "e4srec") == key_of(other, "e4srec (fusion=sum)") == "mme_sid"
     with pytest.raises(ConfigError, match=r"no method 'me', but mme_sid \(e4srec \(fusion=sum\)\), sasrec"):
         key_of(other, "me")
-
-
-def test_tables_of_an_older_version_counted_from_0():
-    table = pa.table({"rank_a": [0.0, 1.5]})
-    assert ranks_in(table, "a").tolist() == [0.0, 1.5]
-    table = pa.table({"rank_a": [1.0, 2.5]}).replace_schema_metadata({"first_rank": "1"})
-    assert ranks_in(table, "a").tolist() == [0.0, 1.5]
 
 
 def test_a_run_recommends_as_its_package_does(finished, packaged):

@@ -18,9 +18,6 @@ from llmrec.evaluation.analysis import GROUPS
 from llmrec.evaluation.rank import Ranking
 from llmrec.interactions import Interactions, Targets
 
-FIRST_RANK = "first_rank"
-"""Metadata of the table: the rank of the best item. Absent where an older version counted from 0."""
-
 
 def table_of(
     data: Interactions, targets: Targets, rankings: dict[str, Ranking], group_of_item: np.ndarray
@@ -44,13 +41,12 @@ def table_of(
     for name, ranking in rankings.items():
         columns[f"rank_{name}"] = ranking.rank + 1
         columns[f"top_{name}"] = [[item for item in row if item] for row in raw[ranking.top].tolist()]
-    return pa.table(columns).replace_schema_metadata({FIRST_RANK: "1"})
+    return pa.table(columns)
 
 
 def ranks_in(table: pa.Table, method: str) -> np.ndarray:
     """Ranks of a method as metrics take them, counted from 0, float64 (U,)."""
-    first = int((table.schema.metadata or {}).get(FIRST_RANK.encode(), b"0"))
-    return table[f"rank_{method}"].to_numpy().astype(np.float64) - first
+    return table[f"rank_{method}"].to_numpy().astype(np.float64) - 1
 
 
 def ranks_of(report: Report, method: str) -> np.ndarray:

@@ -24,7 +24,7 @@ def report(rank: np.ndarray, **changes) -> Report:
         "user": [f"u{number}" for number in range(len(rank))],
         "target": [f"i{number % 7}" for number in range(len(rank))],
         "history_length": [3] * len(rank),
-        "rank_mme_sid": rank,
+        "rank_mme_sid": np.asarray(rank) + 1,
     }
     metrics = {
         "rows": {"mme_sid": summarise(rank)},
