@@ -11,7 +11,9 @@ from pathlib import Path
 
 from llmrec.errors import ConfigError
 from llmrec.findings import Finding
+from llmrec.finetune.method_table import method_of
 from llmrec.needed_models import models
+from llmrec.own import is_own
 from llmrec.recipe import Recipe
 from llmrec.stages import STAGES
 
@@ -29,8 +31,7 @@ def in_the_way(recipe: Recipe, stages: Iterable[str] = tuple(STAGES)) -> Iterato
     yield from models(recipe, stages)
     if "encode_items" in stages:
         yield from contents(recipe)
-    if "train_collab" in stages and recipe.train_collab.is_own:
-        yield from own_model(recipe)
+    yield from own_classes(recipe, stages)
     constrained = recipe.learn_semantic_ids.init == "kmeans_constrained"
     if constrained and "learn_semantic_ids" in stages and not importlib.util.find_spec("k_means_constrained"):
         yield Finding(
@@ -83,12 +84,17 @@ def to_fetch(recipe: Recipe) -> tuple[list[str], list[str]]:
     return absent, list(dict.fromkeys(hosts))
 
 
-def own_model(recipe: Recipe) -> Iterator[Finding]:
-    """Whether a model of the user's own can be imported, which takes torch and whatever it needs."""
-    from llmrec.collab.provider import provider_class
-
+def own_classes(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
+    """Whether models and methods of the user's own can be imported, which takes torch and what they need."""
     try:
-        provider_class(recipe.train_collab.provider)
+        if "train_collab" in stages and recipe.train_collab.is_own:
+            from llmrec.collab.provider import provider_class
+
+            provider_class(recipe.train_collab.provider)
+        if "finetune" in stages and is_own(recipe.finetune.method):
+            from llmrec.finetune.methods import tokens_class
+
+            tokens_class(recipe.finetune.method)
     except ConfigError as error:
         what, _, advice = str(error).partition("; ")
         yield Finding("problem", what, advice)
@@ -152,7 +158,7 @@ def fine_tuning(recipe: Recipe) -> Iterator[Finding]:
     if config.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
         yield Finding("problem", "finetune.kernels=liger: not installed", "run `pip install 'llmrec[gpu]'`")
     ids = recipe.learn_semantic_ids
-    reads_codes = config.method in ("mme_sid", "se_sid") and not config.project_codes
+    reads_codes = method_of(config.method).reads_codes and not config.project_codes
     # Residual k-means makes codes of the vectors' own width.
     if config.is_mini and reads_codes and ids.method != "rkmeans" and ids.code_dim != config.mini.hidden_size:
         yield Finding(

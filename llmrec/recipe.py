@@ -23,8 +23,10 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError, StaleArtifactError
 from llmrec.evaluation.config import EvaluateConfig
-from llmrec.finetune.config import FREQUENCY_FIELDS, FUSIONS, METHOD_FIELDS, FinetuneConfig
-from llmrec.finetune.config import PRESETS as FINETUNE_PRESETS
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.method_table import FREQUENCY_FIELDS, METHODS, method_of, without_effect
+from llmrec.finetune.presets import PRESETS as FINETUNE_PRESETS
+from llmrec.own import is_own
 from llmrec.semantic_ids.config import PRESETS as ID_PRESETS
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stages import STAGES, in_order
@@ -286,13 +288,16 @@ def without_what_goes(recipe: Recipe, pairs: dict[str, str]) -> Recipe:
     if chosen("train_collab.provider", collab.provider) == "precomputed":
         collab = TrainCollabConfig(provider=collab.provider)  # nothing is trained any more
     idle: set[str] = set()
-    if (method := chosen("finetune.method", finetune.method)) in FUSIONS:
-        idle |= {name for name, methods in METHOD_FIELDS.items() if method not in methods}
-        if pairs.get("finetune.fusion", "auto") == "auto" and FUSIONS[method] != "frequency":
+    method = chosen("finetune.method", finetune.method)
+    if method is not None and (method in METHODS or is_own(method)):
+        idle |= set(without_effect(method))
+        if pairs.get("finetune.fusion", "auto") == "auto" and method_of(method).fusion != "frequency":
             idle |= {"fusion", *FREQUENCY_FIELDS}
     if chosen("finetune.base_model", finetune.base_model) and finetune.is_mini:
         idle.add("mini")
     defaults = FinetuneConfig()
+    if is_own(finetune.method) and "own" in idle:
+        finetune = replace(finetune, method="mme_sid", own={})
     changes = {name: getattr(defaults, name) for name in idle if f"finetune.{name}" not in pairs}
     if any(path.startswith("finetune.mini.") for path in pairs):
         changes.pop("mini", None)

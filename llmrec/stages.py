@@ -12,8 +12,8 @@ from llmrec.collab.config import TrainCollabConfig
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.evaluation.config import EvaluateConfig
-from llmrec.finetune.config import PRESETS as FINETUNE_PRESETS
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.presets import PRESETS as FINETUNE_PRESETS
 from llmrec.interactions import Interactions
 from llmrec.semantic_ids.config import PRESETS as ID_PRESETS
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig, ReportSemanticIdsConfig

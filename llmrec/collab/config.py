@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, Literal
-
-import pydantic
+from typing import Any, Literal, get_args
 
 from llmrec.collab.configs.bert4rec import Bert4RecConfig
 from llmrec.collab.configs.comirec import ComirecConfig
@@ -22,40 +20,38 @@ from llmrec.collab.configs.sasrec import SASRecConfig
 from llmrec.collab.configs.svae import SvaeConfig
 from llmrec.config import Settings, require
 from llmrec.encoders.config import vector_files
+from llmrec.own import OwnName, OwnSettings, is_own
 
-OwnName = Annotated[
-    str, pydantic.Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="package.module:Class")
+ProviderName = Literal[
+    "sasrec",
+    "gru4rec",
+    "bert4rec",
+    "svae",
+    "gmvae",
+    "mamba4rec",
+    "mamba",
+    "diffurec",
+    "diffusion",
+    "fuxi",
+    "moe",
+    "comirec",
+    "mind",
+    "precomputed",
 ]
-"""How a model is called that is not ours."""
+
+PROVIDER_FIELDS = tuple(name for name in get_args(ProviderName) if name != "precomputed")
+"""Fields of TrainCollabConfig that hold one model's settings; named like the provider."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCollabConfig(Settings, path="train_collab"):
     """Collaborative item vectors: a sequence model trained on item ids, or vectors from a file."""
 
-    provider: (
-        Literal[
-            "sasrec",
-            "gru4rec",
-            "bert4rec",
-            "svae",
-            "gmvae",
-            "mamba4rec",
-            "mamba",
-            "diffurec",
-            "diffusion",
-            "fuxi",
-            "moe",
-            "comirec",
-            "mind",
-            "precomputed",
-        ]
-        | OwnName
-    ) = "sasrec"
+    provider: ProviderName | OwnName = "sasrec"
     """Where the vectors come from: the model to train, or the file `vectors`. A model of your own is
     package.module:Class, a `llmrec.collab.provider.CollabProvider`; its settings are in own."""
 
-    own: dict[str, bool | int | float | str] = field(default_factory=dict)
+    own: OwnSettings = field(default_factory=dict)
     """Settings of a model of your own, by name of its constructor's arguments, such as
     embed_dim=64,dropout_rate=0.2; num_items comes with them."""
 
@@ -195,7 +191,7 @@ class TrainCollabConfig(Settings, path="train_collab"):
     @property
     def is_own(self) -> bool:
         """Whether the model is one of the user's own."""
-        return ":" in self.provider
+        return is_own(self.provider)
 
     @property
     def of_model(self) -> dict[str, Any]:
@@ -253,24 +249,6 @@ class TrainCollabConfig(Settings, path="train_collab"):
         refuse_changed(self, idle, reason)
         if self.select == "last":
             refuse_changed(self, ["eval_every_epochs", "patience"], "select='last'")
-
-
-PROVIDER_FIELDS = (
-    "sasrec",
-    "gru4rec",
-    "bert4rec",
-    "svae",
-    "gmvae",
-    "mamba4rec",
-    "mamba",
-    "diffurec",
-    "diffusion",
-    "fuxi",
-    "moe",
-    "comirec",
-    "mind",
-)
-"""Fields of TrainCollabConfig that hold one model's settings; named like the provider."""
 
 
 def names(config: TrainCollabConfig) -> list[str]:

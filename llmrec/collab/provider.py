@@ -4,17 +4,13 @@ A model in a package of your own needs nothing here: it keeps to `CollabProvider
 ``train_collab.provider=package.module:Class``, with its settings in ``train_collab.own``.
 
 To add a model to this package: one file with one `nn.Module` that keeps to `CollabProvider`, its name in
-`PROVIDERS`, its settings in `collab/configs/`; in `collab/config.py` their import, the name among those of
-`provider` and in `PROVIDER_FIELDS`, and a field of that name. The contract tests then run over it, with the
-small settings of `tests/collab/cases.py`.
+`PROVIDERS`, its settings in `collab/configs/`; in `collab/config.py` their import, the name in
+`ProviderName`, and a field of that name. The contract tests then run over it, with the small settings of
+`tests/collab/cases.py`.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
-import sys
 from typing import Any, Literal, Protocol
 
 import torch
@@ -39,6 +35,7 @@ from llmrec.collab.svae import SVAE
 from llmrec.data.batches import Batch
 from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.evaluation.rank import Scorer
+from llmrec.own import check_takes, is_own, own_class
 
 
 class CollabProvider(Protocol):
@@ -106,21 +103,12 @@ def provider_class(name: str) -> Any:
     """
     if name in PROVIDERS:
         return PROVIDERS[name]
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    where = f"train_collab.provider={name}"
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{where} cannot be imported ({error}); install its package, or start from the folder it is in"
-        ) from None
+    found = own_class(name, "train_collab.provider")
     lacks = [part for part in MUST_HAVE if not callable(getattr(found, part, None))]
-    if not (isinstance(found, type) and issubclass(found, nn.Module)) or lacks:
+    if not issubclass(found, nn.Module) or lacks:
         raise ConfigError(
-            f"{where} must be a torch.nn.Module with {', '.join(MUST_HAVE)}; see llmrec.collab.provider."
-            "CollabProvider"
+            f"train_collab.provider={name} must be a torch.nn.Module with {', '.join(MUST_HAVE)}; see "
+            "llmrec.collab.provider.CollabProvider"
         )
     return found
 
@@ -138,11 +126,7 @@ def make_provider(name: str, settings: dict[str, Any]) -> Any:
     kind = provider_class(name)
     if name in PROVIDERS:
         return kind(**settings)
-    try:
-        inspect.signature(kind).bind(**settings)
-    except TypeError as error:
-        names = ", ".join(settings)
-        raise ConfigError(f"train_collab.own: {name} does not take {names} ({error})") from None
+    check_takes(kind, name, "train_collab.own", **settings)
     model = kind(**settings)
     for part in ("layout", "uses_time", "max_history"):
         if not hasattr(model, part):
@@ -161,7 +145,7 @@ def load_provider(collab: CollabEmbeddings) -> nn.Module:
     Raises:
         ArtifactMismatchError: the artefact holds ready-made vectors, or another version's model.
     """
-    if collab.provider not in PROVIDERS and ":" not in collab.provider:
+    if collab.provider not in PROVIDERS and not is_own(collab.provider):
         raise ArtifactMismatchError(
             f"the collab vectors come from {collab.provider!r}, which has no model to score with, expected "
             f"one of {', '.join(PROVIDERS)}; leave this row out or train a model with train_collab"

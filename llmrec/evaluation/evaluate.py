@@ -17,7 +17,8 @@ from llmrec.evaluation.metrics import summarise
 from llmrec.evaluation.rank import Ranking, Scorer, rank_targets, rank_users, top_items
 from llmrec.evaluation.rankings import table_of as rankings_table
 from llmrec.finetune.adapter import Adapter
-from llmrec.finetune.config import FUSIONS, FinetuneConfig
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.method_table import method_of
 from llmrec.interactions import Interactions, Targets
 
 logger = logging.getLogger("llmrec")
@@ -199,7 +200,7 @@ def labels(collab: CollabEmbeddings, adapter: Adapter, names: list[str]) -> dict
     """Names as tables show them; what was fine-tuned goes by its method and what makes it another one, and a
     model's loss, and the content it knows, are part of its name."""
     settings = adapter.settings["config"]
-    usual = vars(FinetuneConfig()) | {"fusion": FUSIONS[settings["method"]]}
+    usual = vars(FinetuneConfig()) | {"fusion": method_of(settings["method"]).fusion}
     others = [
         f"{name}={settings[name]}"
         for name in MAKE_ANOTHER_METHOD

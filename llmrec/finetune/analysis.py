@@ -88,6 +88,7 @@ def taus(model: MMESID, data: Interactions, collab: np.ndarray, seed: int = 0) -
     for name, table in tables_of(model).items():
         part = dict(model.item_tokens.parts.items()).get(name)
         own = name.partition("_")[2] if isinstance(part, (ProjectedVectors, CodeSums)) else ""
+        own = own if f"vectors_{own}" in frozen else ""
         ours = distances(on_host(model, table), pairs.history, pairs.target)
         tau, _ = kendall_tau(reference(own), ours)
         if tau is not None:

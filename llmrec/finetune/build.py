@@ -15,8 +15,9 @@ from llmrec.errors import ConfigError
 from llmrec.finetune.base_model import head_width, set_up_base, stream_and_flex
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.fusion import EqualWeights, FrequencyGate, ItemScores
-from llmrec.finetune.item_inputs import CodeSums, OwnTable, ProjectedVectors
-from llmrec.finetune.methods import WITH_CODES, item_tokens
+from llmrec.finetune.item_inputs import CodeSums, ItemInputs, OwnTable, ProjectedVectors
+from llmrec.finetune.method_table import method_of
+from llmrec.finetune.methods import item_tokens
 from llmrec.finetune.modalities import modalities_of
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.prompt import Prompt
@@ -57,7 +58,7 @@ def build_model(
     if config.random_codes:
         codebooks = {name: torch.randn_like(table) * 0.02 for name, table in codebooks.items()}
     code_dims = sorted({codebooks[name].shape[-1] for name in vectors})
-    if config.method in WITH_CODES and code_dims != [width] and not config.project_codes:
+    if method_of(config.method).reads_codes and code_dims != [width] and not config.project_codes:
         raise ConfigError(
             f"code embeddings are {', '.join(map(str, code_dims))} wide and the base model {width}: set "
             f"learn_semantic_ids.code_dim={width}, or finetune.project_codes=true"
@@ -68,16 +69,19 @@ def build_model(
             "fuse by; set finetune.fusion=equal"
         )
     codes = {name: torch.from_numpy(ids.codes[name]).to(device) for name in vectors}
-    tokens = item_tokens(config, frozen, codes, codebooks, width)
+    tokens = item_tokens(
+        config, ItemInputs(vectors=frozen, codes=codes, codebooks=codebooks, hidden_size=width)
+    )
     if config.fusion_used == "target":
         scores = ItemScores(frozen, nn.ModuleDict(), nn.Identity(), width, config.target_std)
     else:
-        if config.concat_mode == "feature":
+        maps = tokens.projections
+        if not maps or any(linear.out_features != width for linear in maps.values()):
             raise ConfigError(
-                "finetune.fusion must be target with concat_mode='feature', whose maps are narrower than the "
-                f"model, got {config.fusion!r}"
+                f"finetune.fusion={config.fusion!r} scores with the maps of frozen vectors to the model's "
+                f"width ({width}), which these item tokens do not have; set finetune.fusion=target"
             )
-        sources = 1 + len(vectors)
+        sources = 1 + len(maps)
         gate: nn.Module
         if config.fusion_used == "frequency":
             gate = FrequencyGate(
@@ -89,7 +93,7 @@ def build_model(
         else:
             weight = 1.0 if config.fusion_used == "sum" else None
             gate = EqualWeights(len(train_count) - 1, sources, weight)
-        scores = ItemScores(frozen, tokens.projections, gate, width, config.target_std)
+        scores = ItemScores(frozen, maps, gate, width, config.target_std)
     stream, flex = stream_and_flex(config, device, head_width(base))
     set_up_base(config, base, flex)
     model = MMESID(
@@ -139,6 +143,11 @@ def parameter_counts(model: MMESID) -> dict[str, int]:
         "projections": sized(ProjectedVectors),
         "code_embeddings": sized(CodeSums),
         "own_tables": sized(OwnTable),
+        "other_parts": sum(
+            count(part.parameters())
+            for part in tokens.parts.values()
+            if not isinstance(part, (ProjectedVectors, CodeSums, OwnTable))
+        ),
         "item_mlp": count(tokens.mixer.parameters()),
         "target_table": model.item_scores.target_table.numel(),
         "gate": count(gate.parameters()),

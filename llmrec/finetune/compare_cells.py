@@ -21,7 +21,8 @@ from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.config import as_dict, from_dict
 from llmrec.errors import BusyError, ConfigError, MissingArtifactError, TrainingError
 from llmrec.files import read_json, write_json
-from llmrec.finetune.config import FREQUENCY_FIELDS, FUSIONS, METHOD_FIELDS, FinetuneConfig
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.method_table import FREQUENCY_FIELDS, method_of, without_effect
 from llmrec.recipe import Recipe, apply_overrides, refit_stage, refuse_what_cannot_finish, statuses
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 
@@ -278,12 +279,10 @@ def settings_for(recipe: Recipe, row: Row) -> FinetuneConfig:
 
 def settings_of(base: FinetuneConfig, row: Row) -> FinetuneConfig:
     """A recipe's settings for one row, without those that its method does not have."""
-    defaults = {name: spec.default for name, spec in FinetuneConfig.__dataclass_fields__.items()}
+    defaults = vars(FinetuneConfig())
     method = row.finetune["method"]
-    changes: dict[str, Any] = {
-        name: defaults[name] for name, methods in METHOD_FIELDS.items() if method not in methods
-    }
-    if FUSIONS[method] != FUSIONS[base.method]:
+    changes: dict[str, Any] = {name: defaults[name] for name in without_effect(method)}
+    if method_of(method).fusion != method_of(base.method).fusion:
         changes["fusion"] = defaults["fusion"]
     changes |= row.finetune
     if changes.get("ctrl_stage") == "two":

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llmrec.config import Settings, require
+from llmrec.finetune.method_table import FREQUENCY_FIELDS, MethodName, method_of, without_effect
+from llmrec.own import OwnName, OwnSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +72,14 @@ class FinetuneConfig(Settings, path="finetune"):
     lora_targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     """Names of the linear layers that get LoRA matrices."""
 
-    method: Literal[
-        "mme_sid",
-        "e4srec",
-        "me",
-        "concat",
-        "concat_mlp",
-        "ctrl_mm",
-        "se_sid",
-        "se_random",
-        "mme_random",
-    ] = "mme_sid"
+    method: MethodName | OwnName = "mme_sid"
     """What an item's tokens are made of: MME-SID, a method it is compared with, or an ablation; see
-    llmrec/finetune/methods.py."""
+    llmrec/finetune/methods.py. A method of your own is package.module:Class, a
+    `llmrec.finetune.item_inputs.ItemTokens`; its settings are in own."""
+
+    own: OwnSettings = field(default_factory=dict)
+    """Settings of a method of your own, by name of its constructor's arguments, such as
+    width=64,dropout_rate=0.2; the inputs come before them."""
 
     me_mode: Literal["concat", "sum"] = "concat"
     """method=me: the collaborative vector and the table's row concatenated, or added."""
@@ -94,7 +91,7 @@ class FinetuneConfig(Settings, path="finetune"):
     """method=me, se_random: width of the table trained from random numbers."""
 
     ctrl_weight: float = 0.1
-    """method=ctrl_mm: weight of the alignment loss beside the cross-entropy."""
+    """method=ctrl_mm, or your own with an alignment: weight of its loss beside the cross-entropy."""
 
     ctrl_temperature: float = 0.1
     """method=ctrl_mm: softmax temperature of the alignment loss."""
@@ -124,7 +121,7 @@ class FinetuneConfig(Settings, path="finetune"):
 
     fusion: Literal["auto", "frequency", "equal", "sum", "target"] = "auto"
     """Weights of the score sources: by item frequency, all equal, each 1 (sum), or the target table alone;
-    auto: frequency for mme_sid and mme_random, sum for se_sid, target for all others."""
+    auto: frequency for mme_sid and mme_random, sum for se_sid, target for all others, your own among them."""
 
     fusion_weights: Literal["all", "modalities"] = "all"
     """Which sources share the frequency-driven weights: all (published code), or the modalities alone, with
@@ -357,7 +354,7 @@ class FinetuneConfig(Settings, path="finetune"):
         if self.fusion_used != "frequency":
             idle += ("fusion_temperature", "fusion_weights", "count_valid")
         method = self.method
-        unused = [name for name, methods in METHOD_FIELDS.items() if method not in methods]
+        unused = without_effect(method)
         if method == "se_random" and self.fusion not in ("auto", "target"):
             unused.append("fusion")
         if self.ctrl_stage == "joint":
@@ -365,7 +362,7 @@ class FinetuneConfig(Settings, path="finetune"):
         else:
             unused.append("ctrl_weight")
         defaults = {name: spec.default for name, spec in self.__dataclass_fields__.items()}
-        defaults["mini"] = MiniConfig()
+        defaults |= {"mini": MiniConfig(), "own": {}}
         for name in idle:
             require(
                 getattr(self, name) == defaults[name],
@@ -392,63 +389,8 @@ class FinetuneConfig(Settings, path="finetune"):
         """What fusion='auto' stands for."""
         if self.fusion != "auto":
             return self.fusion
-        return FUSIONS[self.method]
+        return method_of(self.method).fusion
 
     @property
     def is_mini(self) -> bool:
         return self.base_model == "mini"
-
-
-FUSIONS = {
-    **{"mme_sid": "frequency", "mme_random": "frequency", "se_sid": "sum"},
-    **dict.fromkeys(("e4srec", "me", "concat", "concat_mlp", "ctrl_mm", "se_random"), "target"),
-}
-"""What fusion='auto' means, by method."""
-
-FREQUENCY_FIELDS = ("fusion_temperature", "fusion_weights", "count_valid")
-
-MLP_METHODS = ("mme_sid", "se_sid", "mme_random", "concat_mlp", "ctrl_mm")
-
-METHOD_FIELDS: dict[str, tuple[str, ...]] = {
-    "me_mode": ("me",),
-    "concat_mode": ("concat",),
-    "own_dim": ("me", "se_random"),
-    "ctrl_weight": ("ctrl_mm",),
-    "ctrl_temperature": ("ctrl_mm",),
-    "ctrl_stage": ("ctrl_mm",),
-    "ctrl_epochs": ("ctrl_mm",),
-    "project_codes": ("mme_sid", "se_sid"),
-    "random_codes": ("mme_sid", "se_sid"),
-    "mlp_expansion": MLP_METHODS,
-    "mlp_out_activation": MLP_METHODS,
-}
-"""Settings that only some methods have."""
-
-PRESETS: dict[str, FinetuneConfig] = {
-    "default": FinetuneConfig(),
-    "paper": FinetuneConfig(
-        base_model="meta-llama/Meta-Llama-3-8B-Instruct",
-        precision="bf16",
-        lora_dropout_rate=0.05,
-        loss="bce_full",
-        targets="last_only",
-        include_valid=True,
-        eval_every_epochs=0,
-        max_history=50,
-        mlp_out_activation="none",
-        fusion_weights="modalities",
-    ),
-    "official": FinetuneConfig(
-        base_model="meta-llama/Meta-Llama-3-8B-Instruct",
-        prompt="official17",
-        precision="bf16",
-        quantize="nf4",
-        checkpoint_activations=True,
-        lora_dropout_rate=0.05,
-        mask_pad=False,
-        pad_quirk=True,
-        epochs=4,
-    ),
-}
-"""default: what we recommend; paper: MME-SID as printed, and the published code where the paper says nothing;
-official: the published code (Applied-Machine-Learning-Lab/MME-SID@bc95e1a), in packed prompts."""

@@ -7,12 +7,36 @@ which parts and which mixer make MME-SID and the methods it is compared with.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec.config import given
 from llmrec.semantic_ids.losses import info_nce
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemInputs:
+    """What item tokens are made from.
+
+    Attributes:
+        vectors: frozen item vectors float32 (N + 1, D_m) of the modalities that the method reads, row 0 zero.
+        codes: their semantic IDs int64 (N + 1, L).
+        codebooks: their code embeddings float32 (L, K, D).
+        hidden_size: H, width of the base model.
+    """
+
+    vectors: dict[str, Tensor]
+    codes: dict[str, Tensor]
+    codebooks: dict[str, Tensor]
+    hidden_size: int
+
+    @property
+    def num_items(self) -> int:
+        """N."""
+        return len(next(iter(self.vectors.values()))) - 1
 
 
 class ProjectedVectors(nn.Module):
@@ -141,7 +165,15 @@ class SideBySide(nn.Module):
 
 
 class OneTokenEach(nn.Module):
-    """Every part is a token of its own."""
+    """Every part is a token of its own.
+
+    Args:
+        num_parts: P.
+    """
+
+    def __init__(self, num_parts: int) -> None:
+        super().__init__()
+        self.tokens_per_item = num_parts
 
     def forward(self, parts: list[Tensor]) -> Tensor:
         """(..., P, H)."""
@@ -149,11 +181,25 @@ class OneTokenEach(nn.Module):
 
 
 class ItemTokens(nn.Module):
-    """Item ids to tokens: parts, then a mixer.
+    """Item ids to tokens: parts, then a mixer. A method of your own is a subclass that is made from
+    `ItemInputs` and its own settings::
+
+        class Gated(ItemTokens):
+            def __init__(self, inputs: ItemInputs, dropout_rate: float = 0.1) -> None:
+                parts = {
+                    f"vectors_{name}": ProjectedVectors(table, inputs.hidden_size)
+                    for name, table in inputs.vectors.items()
+                }
+                super().__init__(parts, MyMixer(len(parts), inputs.hidden_size, dropout_rate))
+
+    Its parameters are what is saved of it; all else must come out of the constructor again. Frozen vectors
+    are a part ``vectors_MODALITY``, sums of code embeddings ``codes_MODALITY``: by these names scores find
+    the maps that finetune.fusion mixes, and reports the vectors that a table is held to. Other parts have
+    any name. `pairs` and `alignment` may be of its own: another loss, weighed by finetune.ctrl_weight.
 
     Args:
         parts: modules (...) to (..., width), by name.
-        mixer: list of the parts' vectors to (..., H), or (..., P, H) for `OneTokenEach`.
+        mixer: list of the parts' vectors to (..., H); or to (..., P, H), with P in its ``tokens_per_item``.
         alignment_temperature: of the alignment loss between parts; None: there is none.
     """
 
@@ -163,13 +209,18 @@ class ItemTokens(nn.Module):
         super().__init__()
         self.parts = nn.ModuleDict(parts)
         self.mixer = mixer
-        self.tokens_per_item = len(parts) if isinstance(mixer, OneTokenEach) else 1
+        self.tokens_per_item: int = getattr(mixer, "tokens_per_item", 1)
         self.alignment_temperature = alignment_temperature
         self.both_known: list[Tensor] = []
         if alignment_temperature is not None:
             tables = [part.vectors for part in self.parts.values() if isinstance(part, ProjectedVectors)]
             known = [table.any(dim=1) if table.is_meta else table.any(dim=1).cpu() for table in tables]
             self.both_known = [known[0] & one for one in known[1:]]
+
+    @property
+    def has_alignment(self) -> bool:
+        """Whether there is a loss beside that of the targets."""
+        return self.alignment_temperature is not None or type(self).alignment is not ItemTokens.alignment
 
     @property
     def projections(self) -> nn.ModuleDict:

@@ -15,16 +15,26 @@ descriptions; where two readings are possible, both are settings (me_mode, conca
     mme_random  MLP [a_c; R_c; a_v; R_v; a_t; R_t]                   frequency-aware fusion
 
 R of mme_random has as many numbers per modality as that modality's code embeddings.
+
+A method in a package of your own needs nothing here: it is a subclass of `ItemTokens` whose constructor takes
+`ItemInputs` and its settings by name, called ``finetune.method=package.module:Class finetune.own=width=16``.
+To add one to this package: a function here, in `METHODS`, and what settings have to know of it in
+`llmrec.finetune.method_table`; a row in `compare_cells.py` puts it into comparisons.
 """
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
 
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.item_inputs import (
     CodeSums,
+    ItemInputs,
     ItemTokens,
     LinearMix,
     Mlp,
@@ -34,64 +44,147 @@ from llmrec.finetune.item_inputs import (
     SideBySide,
     SumOfParts,
 )
+from llmrec.own import check_takes, is_own, own_class
 
-WITH_CODES = ("mme_sid", "se_sid")
-"""Methods that read semantic IDs."""
+Parts = dict[str, nn.Module]
 
 
-def item_tokens(
-    config: FinetuneConfig,
-    vectors: dict[str, Tensor],
-    codes: dict[str, Tensor],
-    codebooks: dict[str, Tensor],
-    hidden_size: int,
-) -> ItemTokens:
-    """The item inputs of a method.
+def projected(inputs: ItemInputs, width: int | None = None) -> Parts:
+    """a_m of every modality; H wide unless said otherwise."""
+    width = inputs.hidden_size if width is None else width
+    return {f"vectors_{name}": ProjectedVectors(table, width) for name, table in inputs.vectors.items()}
 
-    Args:
-        config: settings.
-        vectors: frozen item vectors (N + 1, D_m) of the modalities that `modalities_of` names.
-        codes: semantic IDs (N + 1, L) by modality.
-        codebooks: code embeddings (L, K, D) by modality.
-        hidden_size: H.
+
+def mlp(parts: Parts, inputs: ItemInputs, config: FinetuneConfig) -> Mlp:
+    """The item MLP over these parts (MME-SID Eq. 13)."""
+    widths = widths_of(parts)
+    expansion = len(widths) / 2 if config.mlp_expansion is None else config.mlp_expansion
+    inner = max(1, round(expansion * inputs.hidden_size))
+    return Mlp(widths, inputs.hidden_size, inner, config.mlp_out_activation)
+
+
+def widths_of(parts: Parts) -> list[int]:
+    """Of what parts give."""
+    return [int(part.width) for part in parts.values()]
+
+
+def with_codes(inputs: ItemInputs, config: FinetuneConfig) -> ItemTokens:
+    """mme_sid, and se_sid on one modality."""
+    width = inputs.hidden_size if config.project_codes else None
+    parts: Parts = {}
+    for name, table in inputs.vectors.items():
+        parts[f"vectors_{name}"] = ProjectedVectors(table, inputs.hidden_size)
+        parts[f"codes_{name}"] = CodeSums(inputs.codes[name], inputs.codebooks[name], width)
+    return ItemTokens(parts, mlp(parts, inputs, config))
+
+
+def e4srec(inputs: ItemInputs, config: FinetuneConfig) -> ItemTokens:
+    return ItemTokens(projected(inputs), SumOfParts())
+
+
+def me(inputs: ItemInputs, config: FinetuneConfig) -> ItemTokens:
+    added = config.me_mode == "sum"
+    parts = projected(inputs)
+    parts["own"] = OwnTable(inputs.num_items, config.own_dim, inputs.hidden_size if added else None)
+    return ItemTokens(parts, SumOfParts() if added else LinearMix(widths_of(parts), inputs.hidden_size))
+
+
+def concat(inputs: ItemInputs, config: FinetuneConfig) -> ItemTokens:
+    if config.concat_mode == "sequence":
+        return ItemTokens(projected(inputs), OneTokenEach(len(inputs.vectors)))
+    width, left = divmod(inputs.hidden_size, len(inputs.vectors))
+    if left:
+        raise ConfigError(
+            f"finetune.concat_mode='feature' deals the model's width among {len(inputs.vectors)} modalities, "
+            f"which must divide it, got {inputs.hidden_size}"
+        )
+    return ItemTokens(projected(inputs, width), SideBySide())
+
+
+def concat_mlp(inputs: ItemInputs, config: FinetuneConfig) -> ItemTokens:
+    parts = projected(inputs)
+    return ItemTokens(parts, mlp(parts, inputs, config))
+
+
+def ctrl_mm(inputs: ItemInputs, config: FinetuneConfig) -> ItemTokens:
+    parts = projected(inputs)
+    mixer = mlp(parts, inputs, config)
+    return ItemTokens(parts, mixer, alignment_temperature=config.ctrl_temperature)
+
+
+def se_random(inputs: ItemInputs, config: FinetuneConfig) -> ItemTokens:
+    return ItemTokens({"own": OwnTable(inputs.num_items, config.own_dim, inputs.hidden_size)}, SumOfParts())
+
+
+def mme_random(inputs: ItemInputs, config: FinetuneConfig) -> ItemTokens:
+    parts: Parts = {}
+    for name, table in inputs.vectors.items():
+        parts[f"vectors_{name}"] = ProjectedVectors(table, inputs.hidden_size)
+        dim = max(1, round(inputs.codebooks[name].numel() / inputs.num_items))
+        parts[f"own_{name}"] = OwnTable(inputs.num_items, dim, inputs.hidden_size)
+    return ItemTokens(parts, mlp(parts, inputs, config))
+
+
+METHODS: dict[str, Callable[[ItemInputs, FinetuneConfig], ItemTokens]] = {
+    "mme_sid": with_codes,
+    "e4srec": e4srec,
+    "me": me,
+    "concat": concat,
+    "concat_mlp": concat_mlp,
+    "ctrl_mm": ctrl_mm,
+    "se_sid": with_codes,
+    "se_random": se_random,
+    "mme_random": mme_random,
+}
+"""The item tokens of each method, by its name in `llmrec.finetune.method_table`."""
+
+
+def item_tokens(config: FinetuneConfig, inputs: ItemInputs) -> ItemTokens:
+    """The item tokens of the method that the settings name.
 
     Raises:
-        ConfigError: widths that do not fit.
+        ConfigError: widths that do not fit, or a method of the user's own that does not do what it must.
     """
-    num_items = len(next(iter(vectors.values()))) - 1
-    parts: dict[str, nn.Module] = {}
-    aligned = config.ctrl_temperature if config.method == "ctrl_mm" else None
-    width = hidden_size
-    if config.method == "concat" and config.concat_mode == "feature":
-        if hidden_size % len(vectors):
+    if not is_own(config.method):
+        return METHODS[config.method](inputs, config)
+    kind = tokens_class(config.method)
+    check_takes(kind, config.method, "finetune.own", inputs, **config.own)
+    tokens = kind(inputs, **config.own).to(next(iter(inputs.vectors.values())).device)
+    check(tokens.eval(), inputs, f"finetune.method={config.method}")
+    return tokens.train()
+
+
+def tokens_class(name: str) -> Any:
+    """The `ItemTokens` of the user's own, package.module:Class.
+
+    Raises:
+        ConfigError: it cannot be imported, or is none.
+    """
+    kind = own_class(name, "finetune.method")
+    if not issubclass(kind, ItemTokens):
+        raise ConfigError(
+            f"finetune.method={name} must be a subclass of llmrec.finetune.item_inputs.ItemTokens"
+        )
+    return kind
+
+
+@torch.no_grad()
+def check(tokens: ItemTokens, inputs: ItemInputs, where: str) -> None:
+    """Raise ConfigError unless tokens have the shape that the base model takes, and parts the names by which
+    scores and reports know them."""
+    for name, part in tokens.parts.items():
+        prefix = {ProjectedVectors: "vectors_", CodeSums: "codes_"}.get(type(part))
+        if prefix and name not in {f"{prefix}{modality}" for modality in inputs.vectors}:
             raise ConfigError(
-                f"finetune.concat_mode='feature' deals the model's width among {len(vectors)} modalities, "
-                f"which must divide it, got {hidden_size}"
+                f"{where}: a {type(part).__name__} must be called {prefix}MODALITY, with one of "
+                f"{', '.join(inputs.vectors)}, got {name}"
             )
-        width = hidden_size // len(vectors)
-    if config.method == "se_random":
-        parts["own"] = OwnTable(num_items, config.own_dim, hidden_size)
-        return ItemTokens(parts, SumOfParts())
-    for name, table in vectors.items():
-        parts[f"vectors_{name}"] = ProjectedVectors(table, width)
-        if config.method in WITH_CODES:
-            parts[f"codes_{name}"] = CodeSums(
-                codes[name], codebooks[name], hidden_size if config.project_codes else None
-            )
-        elif config.method == "mme_random":
-            dim = max(1, round(codebooks[name].numel() / num_items))
-            parts[f"own_{name}"] = OwnTable(num_items, dim, hidden_size)
-    if config.method == "me":
-        added = config.me_mode == "sum"
-        parts["own"] = OwnTable(num_items, config.own_dim, hidden_size if added else None)
-    widths = [part.width for part in parts.values()]
-    if config.method == "e4srec" or (config.method == "me" and config.me_mode == "sum"):
-        mixer: nn.Module = SumOfParts()
-    elif config.method == "me":
-        mixer = LinearMix(widths, hidden_size)
-    elif config.method == "concat":
-        mixer = OneTokenEach() if config.concat_mode == "sequence" else SideBySide()
-    else:
-        expansion = len(parts) / 2 if config.mlp_expansion is None else config.mlp_expansion
-        mixer = Mlp(widths, hidden_size, max(1, round(expansion * hidden_size)), config.mlp_out_activation)
-    return ItemTokens(parts, mixer, alignment_temperature=aligned)
+    item = torch.arange(min(3, inputs.num_items + 1), device=next(iter(inputs.vectors.values())).device)
+    found = tuple(tokens(item).shape)
+    per_item = (tokens.tokens_per_item,) if tokens.tokens_per_item > 1 else ()
+    if found != (len(item), *per_item, inputs.hidden_size):
+        raise ConfigError(
+            f"{where} makes {' x '.join(map(str, found))} numbers of {len(item)} items, expected "
+            f"{' x '.join(map(str, (len(item), *per_item, inputs.hidden_size)))} (a mixer that makes several "
+            "tokens an item says how many in its attribute tokens_per_item)"
+        )

@@ -1,4 +1,4 @@
-"""Which modalities a method uses. Imports no torch: settings are checked before anything starts."""
+"""Which modalities a method uses. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ from collections.abc import Iterable
 
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.method_table import method_of
 
 MODALITY_ORDER = ("collab", "image", "text")
 """The published concatenation is collaborative, image, text."""
-
-COLLAB_ONLY = ("e4srec", "me", "se_sid", "se_random")
-"""Methods that know the collaborative modality alone."""
-
-TOGETHER = ("concat", "concat_mlp", "ctrl_mm")
-"""Methods that put several modalities together."""
 
 
 def modalities_of(config: FinetuneConfig, available: Iterable[str]) -> tuple[str, ...]:
@@ -27,15 +22,15 @@ def modalities_of(config: FinetuneConfig, available: Iterable[str]) -> tuple[str
     Raises:
         ConfigError: the method needs one that is not there.
     """
-    there = set(available)
+    there, wanted = set(available), method_of(config.method).modalities
     names = tuple(name for name in MODALITY_ORDER if name in there)
-    if config.method in COLLAB_ONLY:
+    if wanted == "collab":
         names = tuple(name for name in names if name == "collab")
         if not names:
             raise ConfigError(
                 f"finetune.method={config.method!r} needs collaborative vectors with semantic IDs"
             )
-    if config.method in TOGETHER and len(names) < 2:
+    if wanted == "several" and len(names) < 2:
         raise ConfigError(
             f"finetune.method={config.method!r} puts modalities together and needs at least two, got "
             f"{', '.join(names)}; encode texts or pictures, or use finetune.method=e4srec"

@@ -142,7 +142,7 @@ class MMESID(nn.Module):
     @property
     def aligns(self) -> bool:
         """Whether the loss of a step has a part that pulls an item's vectors together."""
-        return self.alignment_weight > 0 and self.item_tokens.alignment_temperature is not None
+        return self.alignment_weight > 0 and self.item_tokens.has_alignment
 
     def hidden(
         self,

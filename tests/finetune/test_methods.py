@@ -14,6 +14,9 @@ from llmrec import distributed
 from llmrec.errors import ConfigError
 from llmrec.finetune.build import parameter_counts
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.item_inputs import ItemInputs, ItemTokens
+from llmrec.finetune.method_table import METHODS as KNOWN
+from llmrec.finetune.methods import METHODS as MADE
 from llmrec.finetune.methods import item_tokens
 from llmrec.finetune.modalities import modalities_of
 from llmrec.finetune.packing import count_tokens, group_rows, pack
@@ -45,6 +48,10 @@ def build(settings, **more):
 
 def linear(part, rows):
     return rows @ part.linear.weight.T + part.linear.bias
+
+
+def test_what_settings_know_of_can_be_made():
+    assert list(MADE) == list(KNOWN)
 
 
 def test_tokens_follow_their_formulas():
@@ -113,13 +120,18 @@ def align(net, items: torch.Tensor) -> torch.Tensor:
 
 def test_items_without_a_vector_are_nobodys_negatives():
     """They, and padding, would all have the same vector."""
+
+    def made_from(vectors: dict[str, torch.Tensor]) -> ItemTokens:
+        inputs = ItemInputs(vectors=dict(vectors), codes={}, codebooks={}, hidden_size=WIDTH)
+        return item_tokens(FinetuneConfig(method="ctrl_mm"), inputs)
+
     frozen = {name: torch.randn(9, dim) for name, dim in (("collab", 5), ("image", 6), ("text", 7))}
     for table in frozen.values():
         table[0] = 0
-    whole = item_tokens(FinetuneConfig(method="ctrl_mm"), dict(frozen), {}, {}, WIDTH)
+    whole = made_from(frozen)
     frozen["image"] = frozen["image"].clone()
     frozen["image"][[2, 5]] = 0
-    holes = item_tokens(FinetuneConfig(method="ctrl_mm"), frozen, {}, {}, WIDTH)
+    holes = made_from(frozen)
     whole.load_state_dict(holes.state_dict())
     items = torch.arange(9)
     assert [pair.tolist() for pair in whole.pairs(items)] == [list(range(1, 9))] * 2

@@ -15,9 +15,10 @@ from worlds import cycle, interactions
 
 from llmrec.errors import ConfigError
 from llmrec.evaluation.rank import rank_users
-from llmrec.finetune.config import PRESETS, FinetuneConfig
+from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.fusion import FrequencyGate
 from llmrec.finetune.packing import group_rows, pack
+from llmrec.finetune.presets import PRESETS
 from llmrec.finetune.scoring import load_scorer
 from llmrec.finetune.steps import (
     epoch_steps,

@@ -1,0 +1,98 @@
+"""Methods as users have them in packages of their own: some that do what they must, others that do not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llmrec.finetune.item_inputs import ItemInputs, ItemTokens, OneTokenEach, ProjectedVectors, SumOfParts
+
+
+class SharesOf(nn.Module):
+    """Parts added by learned shares."""
+
+    def __init__(self, num_parts: int) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.zeros(num_parts))
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        """(..., H)."""
+        return torch.einsum("p...h,p->...h", torch.stack(parts), self.share.softmax(dim=0))
+
+
+def frozen(inputs: ItemInputs) -> dict[str, nn.Module]:
+    return {
+        f"vectors_{name}": ProjectedVectors(table, inputs.hidden_size)
+        for name, table in inputs.vectors.items()
+    }
+
+
+class Rank(nn.Module):
+    """A vector of an item's first code: a part that the package knows nothing of."""
+
+    codes: Tensor
+
+    def __init__(self, codes: Tensor, num_codes: int, width: int) -> None:
+        super().__init__()
+        self.vectors_of = nn.Embedding(num_codes, width)
+        self.width = width
+        self.register_buffer("codes", codes[:, 0].clone(), persistent=False)
+
+    def forward(self, item: Tensor) -> Tensor:
+        """(..., width)."""
+        return self.vectors_of(self.codes[item])
+
+
+class Shares(ItemTokens):
+    """Every modality and the first collaborative code, mixed by learned shares."""
+
+    def __init__(self, inputs: ItemInputs, scale: float = 1.0) -> None:
+        parts = frozen(inputs)
+        parts["first_code"] = Rank(
+            inputs.codes["collab"], inputs.codebooks["collab"].shape[1], inputs.hidden_size
+        )
+        super().__init__(parts, SharesOf(len(parts)))
+        nn.init.normal_(parts["first_code"].vectors_of.weight, std=0.02 * scale)
+
+
+class Pulled(Shares):
+    """With a loss of its own: shares near one another."""
+
+    def pairs(self, item: Tensor) -> list[Tensor]:
+        return [item]
+
+    def alignment(self, pairs: list[Tensor]) -> Tensor:
+        return self.mixer.share.square().sum() + 0 * self(pairs[0]).sum()
+
+
+class Several(ItemTokens):
+    """A token a modality."""
+
+    def __init__(self, inputs: ItemInputs) -> None:
+        super().__init__(frozen(inputs), OneTokenEach(len(inputs.vectors)))
+
+
+class Narrow(ItemTokens):
+    """Half as wide as it must be."""
+
+    def __init__(self, inputs: ItemInputs) -> None:
+        table = inputs.vectors["collab"]
+        super().__init__({"vectors_collab": ProjectedVectors(table, inputs.hidden_size // 2)}, SumOfParts())
+
+
+class Misnamed(ItemTokens):
+    """A part whose name says nothing of the modality."""
+
+    def __init__(self, inputs: ItemInputs) -> None:
+        super().__init__(
+            {"mine": ProjectedVectors(inputs.vectors["collab"], inputs.hidden_size)}, SumOfParts()
+        )
+
+
+class NoTokens(nn.Module):
+    """No ItemTokens at all."""
+
+
+def function(inputs: ItemInputs) -> ItemTokens:
+    """No class."""
+    return Several(inputs)
