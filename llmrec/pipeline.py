@@ -17,7 +17,7 @@ import platform
 import shutil
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from llmrec.manifest import (
     sha256,
     write_manifest,
 )
+from llmrec.model_files import model_digest
 from llmrec.stages import STAGES, Stage, in_order
 from llmrec.storage import locked, unfinished, writing
 
@@ -229,9 +230,10 @@ def describe_stage(name: str, config: Any, inputs: tuple[Any, ...]) -> dict[str,
 
 
 def source_hashes(config: Any, known: dict[str, str] | None = None) -> dict[str, str]:
-    """Hashes of the users' own files that a config names in ``source_files``, by setting.
+    """Hashes of the users' own files that a config names in ``source_files``, and of the models in local
+    folders that it names in ``model_folders``, by setting.
 
-    Files that are gone are left out: what was made from them may still be used.
+    What is gone is left out: what was made from it may still be used.
 
     Args:
         config: a stage's settings.
@@ -242,14 +244,27 @@ def source_hashes(config: Any, known: dict[str, str] | None = None) -> dict[str,
     for name, path in files.items():
         if name not in found and Path(path).is_file():
             found[name] = sha256(Path(path))
+    folders: dict[str, str] = getattr(config, "model_folders", dict)()
+    for name, path in folders.items():
+        if name not in found and Path(path).is_dir():
+            found[name] = model_digest(Path(path))
     return found
 
 
-def changed_sources(manifest: dict[str, Any], sources: dict[str, str]) -> list[str]:
-    """Phrases naming the users' files whose content is no longer what a stage was made from."""
+def changed_sources(
+    manifest: dict[str, Any], sources: dict[str, str], folders: Iterable[str] = ()
+) -> list[str]:
+    """Phrases naming the users' files whose content is no longer what a stage was made from.
+
+    Args:
+        manifest: of the stage.
+        sources: hashes as they are now, by setting.
+        folders: the settings among them that name a model's folder.
+    """
     before = manifest.get("sources") or {}
+    phrases = {PICTURES: f"other {PICTURES}", **{name: f"another model in {name}" for name in folders}}
     return [
-        f"other {name}" if name == PICTURES else f"other content of the {name} file"
+        phrases.get(name, f"other content of the {name} file")
         for name, digest in sources.items()
         if before.get(name, digest) != digest
     ]
@@ -268,7 +283,8 @@ def changes_of(manifest: dict[str, Any], config: Any, sources: dict[str, str]) -
             old, new = old.get(group) or {}, new.get(group) or {}
         if made_from.get(name) == sources[name] and field in old and field in new:
             old[field] = new[field]
-    return [*changed_sources(manifest, sources), *changed_settings(before, config)]
+    folders: dict[str, str] = getattr(config, "model_folders", dict)()
+    return [*changed_sources(manifest, sources, folders), *changed_settings(before, config)]
 
 
 def check_folder(folder: Path, wanted: dict[str, Any], config: Any) -> str:

@@ -13,12 +13,14 @@ from safetensors.numpy import save_file
 from tiny_recipe import tiny
 
 from llmrec.collab.config import TrainCollabConfig
+from llmrec.config import as_dict
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import DataError, StaleArtifactError
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.interactions import Interactions
-from llmrec.pipeline import RunDir, run, source_hashes
+from llmrec.model_files import model_digest
+from llmrec.pipeline import RunDir, changes_of, run, source_hashes
 from llmrec.stages import STAGES
 
 IDS = [f"i{number}" for number in range(8)]
@@ -140,3 +142,62 @@ def test_data_without_a_picture_or_text_are_told_before_anything_is_trained(shop
     untitled = dataclasses.replace(prepared(shop), items=prepared(shop).items.drop_columns("title"))
     with pytest.raises(DataError, match=r"text.encoder=tfidf: none of the 8 items has a text"):
         EncodeItemsConfig(image=ImageEncoderConfig(encoder="none")).check_data(untitled)
+
+
+def model_folder(path: Path, seed: int) -> Path:
+    """Settings, and weights of some 6 MB, of which samples are read."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"hidden_size": 4}))
+    rng = np.random.default_rng(seed)
+    save_file({"weight": rng.normal(size=(1200, 1200)).astype(np.float32)}, path / "model.safetensors")
+    return path
+
+
+def test_a_model_is_known_by_its_settings_and_weights(tmp_path):
+    first = model_folder(tmp_path / "first", 0)
+    known = model_digest(first)
+    assert model_digest(model_folder(tmp_path / "elsewhere" / "same", 0)) == known
+    (first / "README.md").write_text("About it.")
+    (first / ".cache").mkdir()
+    (first / ".cache" / "lock").write_text("held")
+    assert model_digest(first) == known
+    assert model_digest(model_folder(tmp_path / "other", 1)) != known
+    for name, place in (("config.json", 0), ("model.safetensors", -1)):
+        content = bytearray((first / name).read_bytes())
+        content[place] ^= 1
+        changed = model_folder(tmp_path / f"changed {name}", 0)
+        (changed / name).write_bytes(content)
+        assert model_digest(changed) != known
+
+
+@pytest.mark.parametrize(
+    ("settings", "setting"),
+    [
+        (lambda path: FinetuneConfig(base_model=path), "base_model"),
+        (
+            lambda path: EncodeItemsConfig(text=TextEncoderConfig(encoder="huggingface", model=path)),
+            "text.model",
+        ),
+        (
+            lambda path: EncodeItemsConfig(text=TextEncoderConfig(encoder="llm2clip", adapter=path)),
+            "text.adapter",
+        ),
+        (
+            lambda path: EncodeItemsConfig(
+                image=ImageEncoderConfig(encoder="openclip", model=f"local-dir:{path}")
+            ),
+            "image.model",
+        ),
+    ],
+)
+def test_other_weights_in_a_local_folder_are_noticed_and_a_moved_folder_is_not(tmp_path, settings, setting):
+    folder = model_folder(tmp_path / "model", 0)
+    config = settings(str(folder))
+    manifest = {"config": as_dict(config), "sources": source_hashes(config)}
+    assert list(manifest["sources"]) == [setting]
+    assert not changes_of(manifest, config, source_hashes(config))
+    moved = settings(str(folder.rename(tmp_path / "moved")))
+    assert not changes_of(manifest, moved, source_hashes(moved))
+    model_folder(tmp_path / "model", 1)
+    assert changes_of(manifest, config, source_hashes(config)) == [f"another model in {setting}"]
+    assert not source_hashes(settings("somebody/a-model"))

@@ -223,6 +223,14 @@ class EncodeItemsConfig(Settings, path="encode_items"):
         """The users' own files that the result depends on, by setting."""
         return vector_files("text.path", self.text.path) | vector_files("image.path", self.image.path)
 
+    def model_folders(self) -> dict[str, str]:
+        """Models that may lie in folders of the user's, by setting."""
+        return {
+            f"{modality}.{name}": folder
+            for modality, config in {"text": self.text, "image": self.image}.items()
+            for name, folder in model_folders_of(config).items()
+        }
+
     def check_data(self, data: Interactions) -> None:
         """Refuse data without a single text, or picture, for an encoder that reads them.
 
@@ -246,6 +254,12 @@ class EncodeItemsConfig(Settings, path="encode_items"):
         if self.image.encoder in UNREAD or (digest := data.pictures_digest()) is None:
             return {}
         return {PICTURES: digest}
+
+
+def model_folders_of(config: Settings) -> dict[str, str]:
+    """Models of an encoder that may lie in folders, by setting."""
+    named = {name: getattr(config, name, None) for name in ("model", "adapter")}
+    return {name: folder.removeprefix("local-dir:") for name, folder in named.items() if folder}
 
 
 def vector_files(setting: str, path: str | None) -> dict[str, str]:

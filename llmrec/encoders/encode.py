@@ -16,13 +16,20 @@ from llmrec import distributed
 from llmrec.artifacts import ContentEmbeddings
 from llmrec.config import as_dict, given
 from llmrec.encoders.cache import VectorCache
-from llmrec.encoders.config import NO_TEXT, EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
+from llmrec.encoders.config import (
+    NO_TEXT,
+    EncodeItemsConfig,
+    ImageEncoderConfig,
+    TextEncoderConfig,
+    model_folders_of,
+)
 from llmrec.encoders.encoder import Encoder, encode_pictures, encode_texts, finish
 from llmrec.encoders.pictures import read_picture
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError, DataError
 from llmrec.interactions import Interactions
 from llmrec.manifest import sha256
+from llmrec.model_files import model_digest
 from llmrec.pipeline import resume_folder
 
 logger = logging.getLogger("llmrec")
@@ -132,14 +139,9 @@ def cache_of(
     """What was encoded before the stage was stopped, in this run, by the same weights and within the same
     limits."""
     about = {"encoder": config.encoder, **encoder.describe(), **limits}
-    return VectorCache(resume_folder(), about | {"files": weight_files(config)})
-
-
-def weight_files(config: TextEncoderConfig | ImageEncoderConfig) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of change of the weights of models in local folders."""
-    folders = [Path(name) for name in (config.model, getattr(config, "adapter", None)) if name]
-    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.safetensors"))]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    folders = {name: Path(folder) for name, folder in model_folders_of(config).items()}
+    weights = {name: model_digest(folder) for name, folder in folders.items() if folder.is_dir()}
+    return VectorCache(resume_folder(), about | {"files": weights})
 
 
 def text_encoder(config: TextEncoderConfig, texts: list[str]) -> Encoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from llmrec.finetune.methods import item_tokens
 from llmrec.finetune.modalities import modalities_of
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.prompt import Prompt
+from llmrec.model_files import model_digest
 
 
 def item_vectors(
@@ -169,8 +171,10 @@ def flops_per_token(model: MMESID) -> float:
 
 def settings_of(config: FinetuneConfig, prompt: Prompt, base: nn.Module) -> dict[str, Any]:
     """What `scoring.load_scorer` needs beside the weights."""
+    folder = Path(config.base_model)
     return {
         "config": asdict(config),
+        "base_digest": model_digest(folder) if folder.is_dir() else None,
         "prompt": asdict(prompt),
         "revision": getattr(base.config, "_commit_hash", None) or config.revision,
         "hidden_size": base.config.hidden_size,

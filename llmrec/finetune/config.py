@@ -384,6 +384,10 @@ class FinetuneConfig(Settings, path="finetune"):
         """The users' own files that the result depends on, by setting."""
         return {"prompt": self.prompt} if self.prompt.endswith(".toml") else {}
 
+    def model_folders(self) -> dict[str, str]:
+        """Models that may lie in folders of the user's, by setting."""
+        return {"base_model": self.base_model}
+
     @property
     def fusion_used(self) -> str:
         """What fusion='auto' stands for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from llmrec.finetune.model import MMESID
 from llmrec.finetune.packing import PackedRows
 from llmrec.finetune.prompt import Prompt
 from llmrec.finetune.scaling import scale
+from llmrec.model_files import model_digest
 
 TABLE_BLOCK = 4096
 
@@ -97,6 +99,7 @@ def load_scorer(
     else:
         from llmrec.finetune.lora import set_lora_weights
 
+        check_base(config.base_model, adapter.settings.get("base_digest"))
         base = load_base(config, prompt)
         set_lora_weights(base, adapter.lora)
     heads = dict(adapter.heads)
@@ -105,6 +108,16 @@ def load_scorer(
     model = build_model(config, base, prompt, vectors, ids, train_count, device or distributed.device())
     set_heads(model, heads)
     return scorer_of(model, config)
+
+
+def check_base(base_model: str, digest: str | None) -> None:
+    """Raise ArtifactMismatchError if a local folder holds another model than the one that was trained on."""
+    folder = Path(base_model)
+    if digest is not None and folder.is_dir() and model_digest(folder) != digest:
+        raise ArtifactMismatchError(
+            f"{folder} holds another model than the one that was fine-tuned; put that one there, or "
+            "fine-tune this one"
+        )
 
 
 def for_scoring(config: FinetuneConfig) -> FinetuneConfig:

@@ -277,6 +277,17 @@ def test_lora_is_saved_for_plain_peft_and_scores_survive(pretrained, tmp_path):
     assert adapter.metrics["parameters"]["base_trainable"] == 2 * 3 * 4 * (16 + 24) * 2
 
 
+def test_another_base_model_in_the_folder_of_the_one_that_was_trained_is_noticed(pretrained, tmp_path):
+    base = shutil.copytree(pretrained, tmp_path / "base")
+    adapter, made = fit(
+        FinetuneConfig(base_model=str(base), prompt="compact", epochs=1, fusion_temperature=1.0)
+    )
+    load_scorer(adapter, *made)
+    save_backbone(base, initializer_range=0.1)
+    with pytest.raises(ArtifactMismatchError, match="base holds another model than the one that was fine-t"):
+        load_scorer(adapter, *made)
+
+
 def test_missing_base_models_and_layers_are_explained(pretrained, tmp_path):
     config = FinetuneConfig(base_model=str(tmp_path), prompt="compact")
     with pytest.raises(ConfigError, match="cannot be loaded"):
