@@ -112,6 +112,10 @@ class PrepareDataConfig(Settings, path="prepare_data"):
     8601 such as 2011-10-18T00:00:00Z, all with a zone or all without (UTC then); none: there is no such
     column, and each user's rows stand in the order of time."""
 
+    timestamp_format: str | None = None
+    """How times are written that are neither, in the codes of Python's strptime, such as %d.%m.%Y %H:%M, or
+    %a %b %d %H:%M:%S %z %Y for Tue May 01 12:30:00 -0700 2012; UTC where a time names no zone."""
+
     column_names: tuple[str, ...] | None = None
     """All columns of an interactions file that has no header, in order, such as
     user_id,item_id,rating,timestamp; none: its first row names them."""
@@ -190,6 +194,7 @@ class PrepareDataConfig(Settings, path="prepare_data"):
             lacks = {
                 "user_column",
                 "timestamp_column",
+                "timestamp_format",
                 "column_names",
                 "rating_column",
                 "min_rating",
@@ -224,7 +229,7 @@ class PrepareDataConfig(Settings, path="prepare_data"):
                 f"prepare_data.{name} must be set with source='amazon_2014', got none",
             )
         known = {"user_column", "item_column", "timestamp_column", "column_names", "title_column"}
-        known.add("items_item_column")
+        known |= {"items_item_column", "timestamp_format"}
         known |= {"text_columns"}
         known |= {"rating_column", "image_column", "image_url_column", "unknown_items"}
         unused = {"interactions", "items", "market", *known}
@@ -232,6 +237,8 @@ class PrepareDataConfig(Settings, path="prepare_data"):
         self._check_split()
 
     def _check_split(self) -> None:
+        if self.timestamp_column is None:
+            self._refuse({"timestamp_format"}, "timestamp_column=none")
         require(
             self.timestamp_column is not None or self.split == "leave_one_out",
             f"prepare_data.split={self.split} needs times; set prepare_data.timestamp_column to their column",

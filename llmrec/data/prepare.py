@@ -62,6 +62,7 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
             user=config.user_column,
             item=config.item_column,
             timestamp=config.timestamp_column,
+            timestamp_format=config.timestamp_format,
             rating=config.rating_column,
         )
     item_file = ItemFile(config)

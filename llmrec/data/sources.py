@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,13 @@ class Log:
 
 
 def read_log(
-    file: TableFile, *, user: str, item: str, timestamp: str | None, rating: str | None = None
+    file: TableFile,
+    *,
+    user: str,
+    item: str,
+    timestamp: str | None,
+    rating: str | None = None,
+    timestamp_format: str | None = None,
 ) -> Log:
     """Interactions from a table; user, item, timestamp and rating are names of columns.
 
@@ -60,7 +67,9 @@ def read_log(
     return Log(
         user=user_number,
         item=item_number,
-        timestamp=places(user_number) if timestamp is None else _times(table, file, timestamp),
+        timestamp=places(user_number)
+        if timestamp is None
+        else _times(table, file, timestamp, timestamp_format),
         rating=None if rating is None else _decimals(table, file, rating),
         users=users,
         items=items,
@@ -175,10 +184,10 @@ def numbered(values: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray
     return names[order], place[encoded.indices.to_numpy()]
 
 
-def _times(table: pa.Table, file: TableFile, name: str) -> np.ndarray:
+def _times(table: pa.Table, file: TableFile, name: str, written: str | None) -> np.ndarray:
     """A column as int64 times; dates and timestamps, ISO 8601 text too, as Unix seconds, or millionths of
-    them."""
-    column = _moments(table, file, name)
+    them. `written`: the format of times that are written otherwise."""
+    column = _moments(table, file, name) if written is None else _parsed(table, file, name, written)
     if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
         if column.null_count:
             index = int(np.argmax(column.is_null().to_numpy()))
@@ -228,6 +237,29 @@ def _moments(table: pa.Table, file: TableFile, name: str) -> pa.ChunkedArray:
         f"{file}, row {file.row(index)}, column {name!r}: {column[index].as_py()!r} is no time as "
         f"those before it; expected {TIME}, with a zone in every row or in none"
     )
+
+
+def _parsed(table: pa.Table, file: TableFile, name: str, written: str) -> pa.ChunkedArray:
+    """Text as timestamps by the codes of strptime; UTC where there is no zone."""
+    column = table[name]
+    if not pa.types.is_string(column.type):
+        raise DataError(
+            f"{file}, column {name!r}: {column.type} needs no format; leave out prepare_data.timestamp_format"
+        )
+    encoded = pc.dictionary_encode(pc.utf8_trim_whitespace(pc.fill_null(column, ""))).combine_chunks()
+    moments = []
+    for place, text in enumerate(encoded.dictionary.to_pylist()):
+        try:
+            moment = datetime.strptime(text, written)
+        except ValueError:
+            index = int(np.argmax(encoded.indices.to_numpy() == place))
+            raise DataError(
+                f"{file}, row {file.row(index)}, column {name!r}: {text!r} is no time as "
+                f"prepare_data.timestamp_format={written!r} has it, such as "
+                f"{datetime(2012, 5, 1, 12, 30, tzinfo=timezone.utc).strftime(written)!r}"
+            ) from None
+        moments.append(moment.replace(tzinfo=moment.tzinfo or timezone.utc))
+    return pa.chunked_array([pa.array(moments, pa.timestamp("us", "UTC")).take(encoded.indices)])
 
 
 def _decimals(table: pa.Table, file: TableFile, name: str, otherwise: str = NO_NUMBER) -> np.ndarray:

@@ -59,6 +59,12 @@ BAD_TABLES: dict[str, tuple[str | bytes, str | None, dict, list[str]]] = {
         {},
         ["row 3, column 'timestamp': '2011-10-18T00:00:00Z'", "with a zone in every row or in none"],
     ),
+    "another form of times than was named": (
+        HEAD + "a,1,18.10.2011\na,2,10/19/2011\n",
+        None,
+        {"timestamp_format": "%d.%m.%Y"},
+        ["row 3, column 'timestamp': '10/19/2011' is no time as", "='%d.%m.%Y' has it, such as '01.05.2012'"],
+    ),
     "no time": (
         GOOD + "b,1,\n",
         None,

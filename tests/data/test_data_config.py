@@ -36,6 +36,7 @@ SEQUENCES = {"source": "sequences", "interactions": "log.txt"}
         (TABLE | {"items": "items.csv", "text_columns": ("train_count",)}, "text_columns"),
         (SEQUENCES | {"rating_column": "stars", "min_rating": 3.0}, "min_rating"),
         (SEQUENCES | {"timestamp_column": "time"}, "timestamp_column"),
+        (SEQUENCES | {"timestamp_format": "%Y"}, "timestamp_format"),
         (SEQUENCES | {"ties": "shuffle"}, "ties"),
         (SEQUENCES | {"split": "global_time"}, "split"),
         (SEQUENCES | {"item_column": "asin"}, "item_column"),

@@ -89,21 +89,29 @@ def test_train_counts_know_nothing_of_valid_and_test_targets(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "apart"),
+    ("first", "second", "apart", "written"),
     [
-        ("2011-10-18", "2011-10-19", 86_400),
-        ("2011-10-18T00:00:00", "2011-10-18T00:00:05", 5),
-        ("2011-10-18 00:00:00", "2011-10-18 00:01:00", 60),
-        ("2011-10-18T00:00:00Z", "2011-10-18T02:00:00+01:00", 3_600),
+        ("2011-10-18", "2011-10-19", 86_400, None),
+        ("2011-10-18T00:00:00", "2011-10-18T00:00:05", 5, None),
+        ("2011-10-18 00:00:00", "2011-10-18 00:01:00", 60, None),
+        ("2011-10-18T00:00:00Z", "2011-10-18T02:00:00+01:00", 3_600, None),
+        ("18.10.2011 00:00", " 18.10.2011 01:00", 3_600, "%d.%m.%Y %H:%M"),
+        (
+            "Mon Oct 17 17:00:00 -0700 2011",
+            "Tue Oct 18 02:00:00 +0100 2011",
+            3_600,
+            "%a %b %d %H:%M:%S %z %Y",
+        ),
     ],
 )
-def test_times_may_be_dates_and_moments_as_text(tmp_path, first, second, apart):
+def test_times_may_be_dates_and_moments_as_text(tmp_path, first, second, apart, written):
     rows = [
         (f"u{user}", item, when) for user in range(3) for item, when in ((1, second), (2, first), (3, second))
     ]
     path = tmp_path / "log.csv"
     path.write_text("user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
-    data = prepare_data(PrepareDataConfig(source="table", interactions=str(path), k_core=1))
+    config = PrepareDataConfig(source="table", interactions=str(path), k_core=1, timestamp_format=written)
+    data = prepare_data(config)
     assert data.item[:3].tolist() == [2, 1, 3]
     start = 1_318_896_000
     assert data.timestamp[:3].tolist() == [start, start + apart, start + apart]
