@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -57,6 +59,29 @@ class Sequences(NamedTuple):
     """int64 (n,)"""
     time: np.ndarray
     """int64 (n,)"""
+
+
+ENDS = 2048
+"""How many bytes of a picture are read at its beginning, and at its end, to tell it from another."""
+
+
+def digest_of_ends(root: Path, paths: list[str]) -> bytes:
+    """Hash of the names, sizes, first bytes and last bytes of files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with (root / path).open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path}\0{size}\0".encode() + file.read(ENDS))
+            file.seek(max(0, size - ENDS))
+            digest.update(file.read(ENDS))
+    return digest.digest()
+
+
+def split_codes(column: pa.ChunkedArray) -> np.ndarray:
+    """Codes int8 (n,) of a column that names splits, see SPLIT_CODES."""
+    encoded = column.unify_dictionaries().combine_chunks()
+    codes = np.array([SPLIT_CODES[name] for name in encoded.dictionary.to_pylist()], np.int8)
+    return codes[encoded.indices.to_numpy()]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -145,17 +170,19 @@ class Interactions(Shown):
         return self.image_root / path if path and self.image_root else None
 
     def pictures_digest(self) -> str | None:
-        """Hash of names and sizes of the items' picture files; None if there are none, or some are gone."""
+        """Hash of the items' picture files: names, sizes, first and last bytes; None if there are none, or if
+        some are gone."""
         paths = [path for path in self.items["image_path"].to_pylist() if path]
         if not paths or self.image_root is None:
             return None
+        root, blocks = self.image_root, [paths[start : start + 256] for start in range(0, len(paths), 256)]
         digest = hashlib.sha256()
-        for path in paths:
+        with ThreadPoolExecutor(8) as threads:
             try:
-                size = (self.image_root / path).stat().st_size
+                for found in threads.map(lambda block: digest_of_ends(root, block), blocks):
+                    digest.update(found)
             except (FileNotFoundError, NotADirectoryError):
                 return None
-            digest.update(f"{path}\0{size}\0".encode())
         return digest.hexdigest()
 
     def sequences(self, *splits: Split) -> Sequences:
@@ -193,14 +220,15 @@ class Interactions(Shown):
 
     def save(self, folder: Path) -> None:
         user = np.repeat(np.arange(self.num_users), np.diff(self.offset))
-        names = np.array(list(SPLIT_CODES))
         pq.write_table(
             pa.table(
                 {
                     "user_id": user,
                     "item_id": self.item,
                     "timestamp": self.timestamp,
-                    "split": pa.array(names[self.split]).dictionary_encode(),
+                    "split": pa.DictionaryArray.from_arrays(
+                        pa.array(self.split, pa.int32()), list(SPLIT_CODES)
+                    ),
                 }
             ),
             folder / "interactions.parquet",
@@ -223,7 +251,6 @@ class Interactions(Shown):
         folder = Path(folder)
         table = pq.read_table(folder / "interactions.parquet")
         users = pq.read_table(folder / "users.parquet")["raw_id"].to_pylist()
-        split = table["split"].cast(pa.string()).to_numpy(zero_copy_only=False)
         counts = np.bincount(table["user_id"].to_numpy(), minlength=len(users))
         summary = read_json(folder / "summary.json")
         catalog, root = summary.pop("catalog"), summary.pop("image_root")
@@ -235,9 +262,7 @@ class Interactions(Shown):
             offset=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             item=table["item_id"].to_numpy().copy(),  # arrow's own memory is read-only
             timestamp=table["timestamp"].to_numpy().copy(),
-            split=np.select([split == name for name in SPLIT_CODES], list(SPLIT_CODES.values())).astype(
-                np.int8
-            ),
+            split=split_codes(table["split"]),
             summary=summary,
             image_root=Path(root) if root else folder,
             true_scores=load_arrays(truth, catalog)["scores"] if truth.exists() else None,

@@ -31,6 +31,7 @@ from llmrec.errors import (
     StaleArtifactError,
 )
 from llmrec.finished import SCHEMA_VERSION, check_lineage, fingerprint, load, stage_manifest
+from llmrec.folder_digest import folder_digest
 from llmrec.manifest import (
     MANIFEST,
     describe_files,
@@ -39,7 +40,6 @@ from llmrec.manifest import (
     sha256,
     write_manifest,
 )
-from llmrec.model_files import model_digest
 from llmrec.stages import STAGES, Stage, in_order
 from llmrec.storage import locked, unfinished, writing
 
@@ -231,7 +231,7 @@ def describe_stage(name: str, config: Any, inputs: tuple[Any, ...]) -> dict[str,
 
 def source_hashes(config: Any, known: dict[str, str] | None = None) -> dict[str, str]:
     """Hashes of the users' own files that a config names in ``source_files``, and of the models in local
-    folders that it names in ``model_folders``, by setting.
+    folders that it names in ``source_folders``, by setting.
 
     What is gone is left out: what was made from it may still be used.
 
@@ -244,10 +244,10 @@ def source_hashes(config: Any, known: dict[str, str] | None = None) -> dict[str,
     for name, path in files.items():
         if name not in found and Path(path).is_file():
             found[name] = sha256(Path(path))
-    folders: dict[str, str] = getattr(config, "model_folders", dict)()
+    folders: dict[str, str] = getattr(config, "source_folders", dict)()
     for name, path in folders.items():
         if name not in found and Path(path).is_dir():
-            found[name] = model_digest(Path(path))
+            found[name] = folder_digest(Path(path))
     return found
 
 
@@ -261,13 +261,21 @@ def changed_sources(
         sources: hashes as they are now, by setting.
         folders: the settings among them that name a model's folder.
     """
-    before = manifest.get("sources") or {}
-    phrases = {PICTURES: f"other {PICTURES}", **{name: f"another model in {name}" for name in folders}}
-    return [
+    before = manifest.get("sources")
+    if before is None:
+        return []
+    phrases = {
+        PICTURES: f"other {PICTURES}",
+        **{name: f"other files in the {name} folder" for name in folders},
+    }
+    changed = [
         phrases.get(name, f"other content of the {name} file")
         for name, digest in sources.items()
         if before.get(name, digest) != digest
     ]
+    # Files that the settings name by themselves; what a setting names was there, or it was another setting.
+    appeared = [name for name in sources if name not in before and name not in folders]
+    return changed + [f"no {name}, which are there now" for name in appeared]
 
 
 def changes_of(manifest: dict[str, Any], config: Any, sources: dict[str, str]) -> list[str]:
@@ -283,7 +291,7 @@ def changes_of(manifest: dict[str, Any], config: Any, sources: dict[str, str]) -
             old, new = old.get(group) or {}, new.get(group) or {}
         if made_from.get(name) == sources[name] and field in old and field in new:
             old[field] = new[field]
-    folders: dict[str, str] = getattr(config, "model_folders", dict)()
+    folders: dict[str, str] = getattr(config, "source_folders", dict)()
     return [*changed_sources(manifest, sources, folders), *changed_settings(before, config)]
 
 

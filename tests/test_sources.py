@@ -18,8 +18,8 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import DataError, StaleArtifactError
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.folder_digest import folder_digest
 from llmrec.interactions import Interactions
-from llmrec.model_files import model_digest
 from llmrec.pipeline import RunDir, changes_of, run, source_hashes
 from llmrec.stages import STAGES
 
@@ -101,6 +101,49 @@ def test_other_ids_beside_ready_made_vectors_are_noticed(shop):
     assert list(source_hashes(encode)) == ["text.path", "text.path ids"]
 
 
+def test_ids_that_appear_beside_ready_made_vectors_are_noticed(shop):
+    """They say which row is whose, and were not there to say it."""
+    folder = shop.root.parent
+    vectors = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    vectors[0] = 0
+    save_file({"vectors": vectors}, folder / "v.safetensors")
+    data = prepared(shop)
+    assert data.raw_ids == IDS
+    config = TrainCollabConfig(provider="precomputed", vectors=str(folder / "v.safetensors"))
+    (folder / "v.ids.json").write_text(json.dumps(IDS))
+    manifest = {"config": as_dict(config), "sources": {"vectors": source_hashes(config)["vectors"]}}
+    changes = changes_of(manifest, config, source_hashes(config))
+    assert changes == ["no vectors ids, which are there now"]
+
+
+def test_another_picture_of_the_same_size_is_noticed(shop):
+    folder = shop.root.parent
+    for seed, name in enumerate(IDS[:6]):
+        pixels = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png", format="BMP")
+    data = prepared(shop)
+    config = EncodeItemsConfig(text=TextEncoderConfig(encoder="none"), image=ImageEncoderConfig(dim=4))
+    shop.stage(STAGES["encode_items"], config, data)
+    shop.stage(STAGES["encode_items"], config, data)
+    size = (folder / "i0.png").stat().st_size
+    (folder / "i0.png").write_bytes((folder / "i1.png").read_bytes())
+    assert (folder / "i0.png").stat().st_size == size
+    with pytest.raises(StaleArtifactError, match="other pictures"):
+        shop.stage(STAGES["encode_items"], config, data)
+
+
+def test_other_files_in_a_folder_in_the_form_of_the_hub_are_noticed(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.csv").write_text("user_id,item_id,timestamp\na,1,1\n")
+    config = PrepareDataConfig(source="table", interactions=f"hub:{folder}::train")
+    manifest = {"config": as_dict(config), "sources": source_hashes(config)}
+    assert list(manifest["sources"]) == ["interactions"]
+    (folder / "a.csv").write_text("user_id,item_id,timestamp\na,2,1\n")
+    changes = changes_of(manifest, config, source_hashes(config))
+    assert changes == ["other files in the interactions folder"]
+
+
 def test_the_text_of_a_prompt_of_ones_own_is_part_of_what_was_tuned(tmp_path):
     prompt = tmp_path / "mine.toml"
     prompt.write_text('source = "me"\ntext = "user likes {history} next"\n')
@@ -155,19 +198,19 @@ def model_folder(path: Path, seed: int) -> Path:
 
 def test_a_model_is_known_by_its_settings_and_weights(tmp_path):
     first = model_folder(tmp_path / "first", 0)
-    known = model_digest(first)
-    assert model_digest(model_folder(tmp_path / "elsewhere" / "same", 0)) == known
+    known = folder_digest(first)
+    assert folder_digest(model_folder(tmp_path / "elsewhere" / "same", 0)) == known
     (first / "README.md").write_text("About it.")
     (first / ".cache").mkdir()
     (first / ".cache" / "lock").write_text("held")
-    assert model_digest(first) == known
-    assert model_digest(model_folder(tmp_path / "other", 1)) != known
+    assert folder_digest(first) == known
+    assert folder_digest(model_folder(tmp_path / "other", 1)) != known
     for name, place in (("config.json", 0), ("model.safetensors", -1)):
         content = bytearray((first / name).read_bytes())
         content[place] ^= 1
         changed = model_folder(tmp_path / f"changed {name}", 0)
         (changed / name).write_bytes(content)
-        assert model_digest(changed) != known
+        assert folder_digest(changed) != known
 
 
 @pytest.mark.parametrize(
@@ -199,5 +242,5 @@ def test_other_weights_in_a_local_folder_are_noticed_and_a_moved_folder_is_not(t
     moved = settings(str(folder.rename(tmp_path / "moved")))
     assert not changes_of(manifest, moved, source_hashes(moved))
     model_folder(tmp_path / "model", 1)
-    assert changes_of(manifest, config, source_hashes(config)) == [f"another model in {setting}"]
+    assert changes_of(manifest, config, source_hashes(config)) == [f"other files in the {setting} folder"]
     assert not source_hashes(settings("somebody/a-model"))

@@ -238,7 +238,7 @@ class PrepareDataConfig(Settings, path="prepare_data"):
 
     def _check_split(self) -> None:
         if self.timestamp_column is None:
-            self._refuse({"timestamp_format"}, "timestamp_column=none")
+            self._refuse({"timestamp_format", "ties"}, "timestamp_column=none")
         require(
             self.timestamp_column is not None or self.split == "leave_one_out",
             f"prepare_data.split={self.split} needs times; set prepare_data.timestamp_column to their column",
@@ -261,6 +261,15 @@ class PrepareDataConfig(Settings, path="prepare_data"):
         }
         found = {name: path for name, path in named.items() if path is not None}
         return found | {path.name: str(path) for path in self.named_files()}
+
+    def source_folders(self) -> dict[str, str]:
+        """Folders of the user's that the result depends on, by setting: data sets in the Hub's form."""
+        named = {"interactions": self.interactions, "items": self.items}
+        return {
+            name: address.removeprefix("hub:").partition(":")[0]
+            for name, address in named.items()
+            if address is not None and address.startswith("hub:")
+        }
 
     def named_files(self) -> list[Path]:
         """The files of a category by name, whether they are there or not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class ItemFile:
         item = config.items_item_column or config.item_column
         table = file.read([item, *optional])
         self.ids = id_column(table, file, item).combine_chunks()
-        self.columns = {name: text_column(table, name) for name in optional}
+        self.columns = {name: text_column(table, file, name) for name in optional}
         self._refuse_second_rows(item)
 
     @property
@@ -88,7 +89,7 @@ class ItemFile:
         images: list[str | None] = [None] * len(names)
         if self.image is not None:
             paths = [name.strip() for name in taken[self.image].to_pylist()]
-            images = [name if name and (self.root / name).is_file() else None for name in paths]
+            images = [name if name and is_there(self.root / name) else None for name in paths]
             counts["items_without_picture_path"] = paths.count("")
             counts["missing_picture_files"] = images.count(None) - paths.count("")
         if self.url is not None:
@@ -129,6 +130,17 @@ class ItemFile:
                 f"{self.ids[index].as_py()!r} already stands in row {file.row(first)}; keep "
                 f"one row per item ({second.sum()} rows too many)"
             )
+
+
+def is_there(file: Path) -> bool:
+    """Whether there is such a file; a text that can be no file's name, such as a whole picture in base64, has
+    none."""
+    try:
+        return file.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def other_forms(raw_id: str) -> list[str]:

@@ -8,8 +8,10 @@ with the same messages for every kind of file.
 from __future__ import annotations
 
 import ast
+import codecs
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -115,7 +117,8 @@ def open_text(path: Path, encoding: str = "utf-8", newline: str | None = None) -
 
 
 def lines_of(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of every line that is not blank, unpacked as it is read.
+    """Number, from 1, and text of every line that is not blank, unpacked as it is read; a byte order mark is
+    no part of the first.
 
     Raises:
         DataError: a packed file that is cut or damaged, or bytes that are no text.
@@ -124,6 +127,8 @@ def lines_of(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     try:
         with open_text(path, encoding) as handle:
             for number, line in enumerate(handle, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8.decode(encoding))
                 if line.strip():
                     yield number, line
     except PACKING_ERRORS as error:
@@ -138,13 +143,16 @@ def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
     """One JSON object or Python literal."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg} at character {error.pos + 1}"
         try:
             record = ast.literal_eval(line.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise DataError(
-                f"{path}, row {number}: neither JSON nor a Python literal ({error.msg} at character "
-                f"{error.pos + 1}); expected one object a line"
+                f"{path}, row {number}: neither JSON nor a Python literal ({reason}); expected one object a "
+                "line"
             ) from None
     if not isinstance(record, dict):
         raise DataError(
@@ -163,6 +171,8 @@ def as_text(value: Any) -> str:
         return ""
     if isinstance(value, str):
         return re.sub(r"\s+", " ", value).strip()
+    if isinstance(value, float) and not math.isfinite(value):
+        return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, list | tuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -16,6 +18,16 @@ from llmrec.data.table_file import TableFile, not_utf8
 from llmrec.errors import DataError
 
 TIME = "a number such as 1318896000 (Unix seconds), or ISO 8601 such as 2011-10-18T00:00:00Z"
+ISO_FORMS = {
+    r"^(\d{4}-\d{2}-\d{2}) +": r"\1T",
+    r"(\.\d{6})\d+": r"\1",
+    r"(\d:\d{2}) ?([+-]\d{2})$": r"\1\2:00",
+    r"(\d:\d{2}\.\d+) ?([+-]\d{2})$": r"\1\2:00",
+    r"(\d) (Z|[+-]\d{2}:?\d{2})$": r"\1\2",
+}
+"""How pandas, Python and data bases write ISO 8601, and how Arrow reads it: a T before the time of day, no
+more than millionths, minutes of the zone."""
+
 NO_NUMBER = "not a number; expected one such as 1318896000 or 4.5"
 NO_ID = ("", "nan", "null", "none")
 """Ids that are a missing value, in any case of letters."""
@@ -141,7 +153,7 @@ def id_column(table: pa.Table, file: TableFile, name: str) -> pa.ChunkedArray:
     """A column of raw ids as text, exactly as given; a missing one is an error with its row."""
     if pa.types.is_nested(table[name].type):
         raise DataError(f"{file}, column {name!r} holds {table[name].type}, expected ids: numbers or texts")
-    values = text_column(table, name)
+    values = text_column(table, file, name)
     missing = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(values)), pa.array(NO_ID)).to_numpy()
     if missing.any():
         index = int(np.argmax(missing))
@@ -153,31 +165,41 @@ def id_column(table: pa.Table, file: TableFile, name: str) -> pa.ChunkedArray:
     return values
 
 
-def text_column(table: pa.Table, name: str) -> pa.ChunkedArray:
-    """A column as text, '' for null; whole numbers as people write them, lists and objects as in JSON lines
-    (see `llmrec.data.raw.as_text`)."""
+def text_column(table: pa.Table, file: TableFile, name: str) -> pa.ChunkedArray:
+    """A column as text, '' for null; whole numbers and UUIDs as people write them, lists and objects as in
+    JSON lines (see `llmrec.data.raw.as_text`); bytes that are no text are an error."""
     values = table[name]
+    if isinstance(values.type, pa.BaseExtensionType):
+        values = pa.chunked_array([chunk.storage for chunk in values.chunks], values.type.storage_type)
+    if values.type == pa.binary(16):
+        texts = [None if value is None else str(uuid.UUID(bytes=value)) for value in values.to_pylist()]
+        values = pa.chunked_array([pa.array(texts, pa.string())])
     if pa.types.is_nested(values.type):
         return pa.chunked_array([pa.array(map(as_text, values.to_pylist()), pa.string())])
     if pa.types.is_floating(values.type):
         whole = pc.all(pc.equal(pc.floor(values), values), min_count=0).as_py()
         values = pc.if_else(pc.is_finite(values), values, None)
         values = pc.cast(values, pa.int64()) if whole and _fits_int64(values) else values
-    return pc.fill_null(pc.cast(values, pa.string()), "")
+    try:
+        return pc.fill_null(pc.cast(values, pa.string()), "")
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(
+            f"{file}, column {name!r} holds {values.type} that is no UTF-8 text; write it as text"
+        ) from None
 
 
 def numbered(values: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct texts in order, and the index of each value among them.
 
-    The order is that of numbers if all are whole numbers, else that of characters; it does not depend on
-    the order of the values.
+    The order is that of numbers if all are whole numbers (of at most 1,000 digits), else that of characters;
+    it does not depend on the order of the values.
     """
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
     encoded = values.dictionary_encode()
     order = pc.array_sort_indices(encoded.dictionary).to_numpy()
     names = encoded.dictionary.to_numpy(zero_copy_only=False)
-    if pc.all(pc.match_substring_regex(encoded.dictionary, r"^-?[0-9]+$")).as_py():
+    if pc.all(pc.match_substring_regex(encoded.dictionary, r"^-?[0-9]{1,1000}$")).as_py():
         order = np.array(sorted(order, key=lambda place: int(names[place])), dtype=np.int64)
     place = np.empty(len(names), dtype=np.int64)
     place[order] = np.arange(len(names))
@@ -187,6 +209,9 @@ def numbered(values: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray
 def _times(table: pa.Table, file: TableFile, name: str, written: str | None) -> np.ndarray:
     """A column as int64 times; dates and timestamps, ISO 8601 text too, as Unix seconds, or millionths of
     them. `written`: the format of times that are written otherwise."""
+    kind = table[name].type
+    if pa.types.is_nested(kind) or pa.types.is_time(kind) or pa.types.is_duration(kind):
+        raise DataError(f"{file}, column {name!r} holds {kind}, expected times: {TIME}")
     column = _moments(table, file, name) if written is None else _parsed(table, file, name, written)
     if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
         if column.null_count:
@@ -218,16 +243,18 @@ def _times(table: pa.Table, file: TableFile, name: str, written: str | None) -> 
 def _moments(table: pa.Table, file: TableFile, name: str) -> pa.ChunkedArray:
     """ISO 8601 text as timestamps, all with a zone or all without (UTC then); anything else as it is."""
     column = table[name]
-    if not pa.types.is_string(column.type) or not len(column) or column.null_count:
+    if not pa.types.is_string(column.type) or column.null_count == len(column):
         return column
+    first = column.drop_null()[0].as_py()
+    if not re.match(r"\s*\d{4}-\d{2}-\d{2}", first):
+        return column
+    if column.null_count:
+        index = int(np.argmax(column.is_null().to_numpy()))
+        raise DataError(f"{file}, row {file.row(index)}, column {name!r}: there is no time")
     text = pc.utf8_trim_whitespace(column)
-    dated = pc.match_substring_regex(text, r"^\d{4}-\d{2}-\d{2}")
-    if not dated[0].as_py():
-        return column
-    zoned = (
-        pc.all(pc.match_substring_regex(text, r"(Z|[+-]\d{2}:?\d{2})$")).as_py()
-        and pc.all(pc.match_substring(text, "T")).as_py()
-    )
+    for written, instead in ISO_FORMS.items():
+        text = pc.replace_substring_regex(text, written, instead)
+    zoned = pc.all(pc.match_substring_regex(text, r"T.*(Z|[+-]\d{2}:?\d{2})$")).as_py()
     kind = pa.timestamp("us", "UTC") if zoned else pa.timestamp("us")
     try:
         return pc.cast(text, kind)

@@ -71,7 +71,10 @@ def warnings_of(summary: dict[str, Any]) -> list[str]:
     if summary.get("items_without_title"):
         found.append(f"{summary['items_without_title']} of {summary['num_items']} items have no title.")
     if lost := summary.get("missing_picture_files"):
-        found.append(f"The pictures of {lost} of {summary['num_items']} items are named but do not exist.")
+        found.append(
+            f"The pictures of {lost} of {summary['num_items']} items are named but do not exist. To have "
+            "them, put them there, and delete this stage's folder and what was made from it."
+        )
     if lost := summary.get("items_without_picture_path"):
         found.append(f"{lost} of {summary['num_items']} items name no picture.")
     if lost := summary.get("pictures_not_fetched"):

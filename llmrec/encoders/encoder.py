@@ -84,7 +84,8 @@ def encode_pictures(
     if key is None:
         keys = [hashlib.sha256(str(index).encode()).hexdigest() for index in range(len(sources))]
     else:
-        keys = list(map_ahead(key, sources, ahead=1000))
+        hashed = map_ahead(key, sources, ahead=1000)
+        keys = list(progress(hashed, "look at pictures", total=len(sources), unit="picture"))
     different = list(dict(zip(keys, sources)).items())
     width = None
     absent: list[str] = []
@@ -176,7 +177,7 @@ def finish(
             f"{what}: the encoder gave NaN or infinity for {len(bad)} items, the first is {first!r}; try "
             "dtype=float32, or look at that item"
         )
-    vectors = vectors.astype(np.float32)
+    vectors = vectors.astype(np.float32, copy=normalise)
     if normalise:
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     rows = np.zeros((len(present) + 1, vectors.shape[1]), np.float32)

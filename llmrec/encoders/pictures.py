@@ -10,6 +10,9 @@ from PIL import Image, ImageOps
 
 from llmrec.errors import DataError
 
+BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, struct.error, Image.DecompressionBombError)
+"""What Pillow's readers raise for broken files; UnidentifiedImageError is an OSError."""
+
 
 def read_picture(file: Path, raw_id: str, *, max_pixels: int, on_error: str) -> Image.Image | None:
     """The picture of an item as RGB; None if it cannot be read and on_error is ``missing``.
@@ -26,8 +29,7 @@ def read_picture(file: Path, raw_id: str, *, max_pixels: int, on_error: str) -> 
                     "shrink it or raise the limit"
                 )
             return to_rgb(image)
-    # Pillow's readers raise these for broken files; UnidentifiedImageError is an OSError.
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         if on_error == "missing":
             return None
         raise DataError(

@@ -22,7 +22,7 @@ from llmrec.finetune.methods import item_tokens
 from llmrec.finetune.modalities import modalities_of
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.prompt import Prompt
-from llmrec.model_files import model_digest
+from llmrec.folder_digest import folder_digest
 
 
 def item_vectors(
@@ -174,7 +174,7 @@ def settings_of(config: FinetuneConfig, prompt: Prompt, base: nn.Module) -> dict
     folder = Path(config.base_model)
     return {
         "config": asdict(config),
-        "base_digest": model_digest(folder) if folder.is_dir() else None,
+        "base_digest": folder_digest(folder) if folder.is_dir() else None,
         "prompt": asdict(prompt),
         "revision": getattr(base.config, "_commit_hash", None) or config.revision,
         "hidden_size": base.config.hidden_size,

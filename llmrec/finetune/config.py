@@ -384,7 +384,7 @@ class FinetuneConfig(Settings, path="finetune"):
         """The users' own files that the result depends on, by setting."""
         return {"prompt": self.prompt} if self.prompt.endswith(".toml") else {}
 
-    def model_folders(self) -> dict[str, str]:
+    def source_folders(self) -> dict[str, str]:
         """Models that may lie in folders of the user's, by setting."""
         return {"base_model": self.base_model}
 

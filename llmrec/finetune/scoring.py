@@ -22,7 +22,7 @@ from llmrec.finetune.model import MMESID
 from llmrec.finetune.packing import PackedRows
 from llmrec.finetune.prompt import Prompt
 from llmrec.finetune.scaling import scale
-from llmrec.model_files import model_digest
+from llmrec.folder_digest import folder_digest
 
 TABLE_BLOCK = 4096
 
@@ -113,7 +113,7 @@ def load_scorer(
 def check_base(base_model: str, digest: str | None) -> None:
     """Raise ArtifactMismatchError if a local folder holds another model than the one that was trained on."""
     folder = Path(base_model)
-    if digest is not None and folder.is_dir() and model_digest(folder) != digest:
+    if digest is not None and folder.is_dir() and folder_digest(folder) != digest:
         raise ArtifactMismatchError(
             f"{folder} holds another model than the one that was fine-tuned; put that one there, or "
             "fine-tune this one"

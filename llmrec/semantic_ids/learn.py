@@ -22,12 +22,14 @@ from llmrec.artifacts import (
     check_item_rows,
     check_same_catalog,
 )
+from llmrec.config import as_dict
 from llmrec.errors import ConfigError, DataError, TrainingError
 from llmrec.interactions import Interactions
 from llmrec.semantic_ids.assign import Rebuilt, frozen, nearest_codes, separate
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.diagnostics import Coded, behaviour_target_pairs, collisions, modality_quality
 from llmrec.semantic_ids.mm_rqvae import MMRQVAE
+from llmrec.semantic_ids.remedies import remedies
 from llmrec.semantic_ids.train import TrainingItems, fit, initialise
 
 logger = logging.getLogger("llmrec")
@@ -116,7 +118,10 @@ def chosen(config: LearnSemanticIdsConfig, content: ContentEmbeddings) -> list[s
     if len(names) == 1:
         reason = f"one modality ({names[0]})"
         if config.alignment == "mmd":
-            raise ConfigError(f"learn_semantic_ids.alignment='mmd' has no effect with {reason}; leave it out")
+            raise ConfigError(
+                f"learn_semantic_ids.alignment='mmd' has no effect with {reason}; set "
+                "learn_semantic_ids.alignment=none"
+            )
         config.refuse_changed(["alignment_weight", "alignment_temperature"], reason)
         if config.alignment != "none":
             logger.info("learn_semantic_ids: no alignment loss, as there is %s", reason)
@@ -216,6 +221,6 @@ def refuse_collapse(config: LearnSemanticIdsConfig, quality: Mapping[str, Any]) 
             raise TrainingError(
                 f"learn_semantic_ids: the {name} codebooks collapsed: share of codes used per level "
                 f"{', '.join(f'{share:.3f}' for share in shares)}, at least {config.min_utilisation} wanted "
-                "(learn_semantic_ids.min_utilisation); use fewer codes (num_codes, now "
-                f"{config.num_codes}), init=kmeans, restart_dead_codes=true or a lower learning_rate"
+                f"(learn_semantic_ids.min_utilisation) of num_codes={config.num_codes}"
+                f"{remedies(as_dict(config))['unused']}"
             )

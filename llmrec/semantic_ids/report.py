@@ -34,6 +34,7 @@ from llmrec.semantic_ids.diagnostics import (
     tau_per_user,
 )
 from llmrec.semantic_ids.learn import ItemRows
+from llmrec.semantic_ids.remedies import remedies
 
 logger = logging.getLogger("llmrec")
 
@@ -118,30 +119,6 @@ def measure(coded: Coded, pairs: Pairs, seed: int) -> dict[str, Any]:
 def settings_of(ids: SemanticIds) -> dict[str, Any]:
     """What the codes were learned with; nothing for codes that were never stored."""
     return manifest_of(ids)["config"] if hasattr(ids, "_manifest") else {}
-
-
-def remedies(settings: dict[str, Any]) -> dict[str, str]:
-    """What helps against unused codes, lost distances and collisions, without what is set already."""
-
-    def off(name: str, value: Any) -> list[str]:
-        return [] if settings.get(name) == value else [f"{name}={str(value).lower()}"]
-
-    trained = settings.get("method") != "rkmeans"
-    updates = off("codebook_update", "ema") if trained else []
-    unused = ["fewer codes", *(off("restart_dead_codes", True) if trained else []), *updates]
-    closer = [*off("reconstruction", "mse"), *updates] if trained else []
-    apart = ["more codes", "more levels", *off("repair_collisions", True)]
-    distances = [*([" with ".join(closer)] if closer else []), *off("method", "rkmeans")]
-    return {
-        "unused": f"; {either(unused)} help",
-        "distances": f"; {either(distances)} may keep more" if distances else "",
-        "collisions": f"; {either(apart)} tell them apart",
-    }
-
-
-def either(choices: list[str]) -> str:
-    """a; a or b; a, b or c."""
-    return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
 
 
 def findings(metrics: dict[str, Any], settings: dict[str, Any]) -> list[str]:

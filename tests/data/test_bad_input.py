@@ -59,6 +59,12 @@ BAD_TABLES: dict[str, tuple[str | bytes, str | None, dict, list[str]]] = {
         {},
         ["row 3, column 'timestamp': '2011-10-18T00:00:00Z'", "with a zone in every row or in none"],
     ),
+    "a time of day alone": (
+        HEAD + "a,1,2011-10-18T00:00:00\na,2,12:30\n",
+        None,
+        {},
+        ["row 3, column 'timestamp': '12:30' is no time as those before it"],
+    ),
     "another form of times than was named": (
         HEAD + "a,1,18.10.2011\na,2,10/19/2011\n",
         None,

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import json
+import math
+import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from llmrec.data.config import PrepareDataConfig
@@ -162,3 +168,71 @@ def test_files_that_name_their_columns_take_no_other_names(tmp_path):
         DataError, match=r"u\.jsonl names its columns itself; leave prepare_data.column_names"
     ):
         TableFile(path, ("user_id",)).read(["user_id"])
+
+
+def parquet(tmp_path: Path, **columns: Any) -> PrepareDataConfig:
+    """Three users with three items each, some columns otherwise."""
+    rows = {
+        "user_id": [f"u{user}" for user in range(3) for _ in range(3)],
+        "item_id": [f"i{item}" for _ in range(3) for item in range(3)],
+        "timestamp": list(range(9)),
+    }
+    pq.write_table(pa.table(rows | columns), tmp_path / "log.parquet")
+    return PrepareDataConfig(source="table", interactions=str(tmp_path / "log.parquet"), k_core=1)
+
+
+def test_uuids_are_read_as_people_write_them(tmp_path):
+    ids = [uuid.UUID(int=item + 1) for _ in range(3) for item in range(3)]
+    data = prepare_data(parquet(tmp_path, item_id=pa.array([one.bytes for one in ids], pa.binary(16))))
+    assert data.raw_ids == [str(one) for one in ids[:3]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"item_id": pa.array([b"\xff\xfe"] * 9)}, "'item_id' holds binary that is no UTF-8 text"),
+        ({"timestamp": [[1]] * 9}, "'timestamp' holds list.*, expected times: a number"),
+        ({"timestamp": pa.array([1] * 9, pa.time32("s"))}, r"holds time32\[ms\], expected times"),
+        (
+            {"timestamp": ["2011-10-18T00:00:00Z"] * 5 + [None] + ["2011-10-18T00:00:00Z"] * 3},
+            "row 6, column 'timestamp': there is no time",
+        ),
+    ],
+)
+def test_types_that_are_none_of_a_log_are_refused_by_name(tmp_path, columns, message):
+    with pytest.raises(DataError, match=message):
+        prepare_data(parquet(tmp_path, **columns))
+
+
+def test_json_lines_may_hold_nan_and_a_mark_of_their_order(tmp_path):
+    """pandas writes NaN for what is missing; Windows' programs begin with a byte order mark."""
+    rows = [
+        {"user_id": f"u{user}", "item_id": f"i{item}", "timestamp": item}
+        for user in range(3)
+        for item in range(3)
+    ]
+    log = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "log.jsonl").write_text(log, encoding="utf-8-sig")
+    items = [
+        {"item_id": f"i{item}", "title": math.nan if item == 1 else f"Thing {item}"} for item in range(3)
+    ]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in items))
+    data = prepare_data(
+        PrepareDataConfig(
+            source="table",
+            interactions=str(tmp_path / "log.jsonl"),
+            items=str(tmp_path / "items.jsonl"),
+            k_core=1,
+        )
+    )
+    assert data.titles == ["Thing 0", "", "Thing 2"] and data.summary["items_without_title"] == 1
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"item_id": ' + "9" * 5000 + "}"])
+def test_lines_that_no_reader_takes_are_refused_in_one_line(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(line + "\n")
+    config = PrepareDataConfig(source="table", interactions=str(tmp_path / "log.jsonl"))
+    with pytest.raises(
+        DataError, match=r"log.jsonl, row 1: neither JSON nor a Python literal \(.*\); expected"
+    ):
+        prepare_data(config)

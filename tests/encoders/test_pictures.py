@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from llmrec.encoders.pictures import read_picture
 
@@ -74,7 +74,16 @@ def test_exif_orientation_is_applied(tmp_path):
 def test_damaged_files_never_raise_anything_but_the_named_error(tmp_path):
     rng = np.random.default_rng(0)
     source = Image.fromarray(rng.integers(0, 255, (24, 20, 3), dtype=np.uint8))
-    for suffix in ("jpg", "png", "gif", "webp", "tiff", "bmp"):
+    for suffix in (
+        "jpg",
+        "png",
+        "gif",
+        "webp",
+        "tiff",
+        "bmp",
+        "dds",
+        *(["avif"] if features.check("avif") else []),
+    ):
         path = tmp_path / f"x.{suffix}"
         source.save(path)
         content = path.read_bytes()

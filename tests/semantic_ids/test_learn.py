@@ -261,7 +261,7 @@ def test_collapse_is_an_error_with_the_numbers():
         epochs=2,
         log_every_epochs=1,
     )
-    message = r"codebooks collapsed: share of codes used per level 0\.\d+, .*at least 0\.5.*num_codes, now 64"
+    message = r"codebooks collapsed: share of codes used per level 0\.\d+, .*at least 0\.5.*=64; fewer codes"
     with pytest.raises(TrainingError, match=message):
         learn_semantic_ids(config, data, *artefacts(data, made))
 

@@ -15,7 +15,7 @@ SAMPLES, SAMPLE = 64, 1 << 16
 NOT_READ = (".md", ".png", ".jpg", ".gitattributes", ".lock")
 
 
-def model_digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """Hash of what a model's folder holds: names and sizes of its files, all of small ones (settings,
     tokenizers) and samples of large ones, 4 MB each, so that weights of any size take well under a second.
 
