@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from llmrec.errors import ConfigError
+from llmrec.errors import ConfigError, TrainingError
 
 logger = logging.getLogger("llmrec")
 
@@ -53,9 +53,18 @@ def state() -> Any:
             "`accelerate launch --cpu` starts one process whatever --num_processes says; on a CPU use "
             "`torchrun --nproc_per_node N` (or mpirun) for more"
         )
+    if _launched_with_fsdp() and world_size() == 1:
+        # One process has nothing to spread, and accelerate would do it all the same, in a way of its own.
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
     if uses_fsdp():
         # Else transformers loads weights in one process only, and the others shard what they lack.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    gpus, here = torch.cuda.device_count(), processes_here()
+    if not on_cpu and 0 < gpus < here:
+        raise ConfigError(
+            f"{here} processes were started on this machine and it has {gpus} GPUs; start one for each, with "
+            f"--num_processes {gpus} on one machine"
+        )
     options: dict[str, Any] = {"timeout": timeout()}
     if uses_deepspeed() and not torch.cuda.is_available():
         # Asked for a CPU, accelerate leaves DeepSpeed out; without, it takes the CPU as it finds no GPU.
@@ -66,8 +75,8 @@ def state() -> Any:
     else:
         on_cpu = on_cpu or not torch.cuda.is_available()
     found = PartialState(cpu=on_cpu, **options)
-    if found.device.type == "cpu":
-        torch.set_num_threads(num_threads())
+    # With a GPU too, where the main process works alone for minutes: launchers leave it one thread.
+    torch.set_num_threads(num_threads())
     return found
 
 
@@ -77,7 +86,12 @@ def uses_deepspeed() -> bool:
 
 
 def uses_fsdp() -> bool:
-    """Whether the launcher asked for fully sharded data parallelism."""
+    """Whether weights are spread over processes: the launcher asked for fully sharded data parallelism, and
+    for more than one."""
+    return _launched_with_fsdp() and world_size() > 1
+
+
+def _launched_with_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
@@ -91,18 +105,30 @@ def num_threads() -> int:
 
     text = os.environ.get("LLMREC_NUM_THREADS")
     if text is None:
-        return max(1, machine.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return max(1, machine.cores() // processes_here())
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"$LLMREC_NUM_THREADS must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes there are, by what torchrun, accelerate or mpirun left in the environment."""
+    return _number("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", default=1)
+
+
+def processes_here() -> int:
+    """How many of them are on this machine."""
+    return _number("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", default=1)
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    """Which of them this one is, from 0."""
+    return _number("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", default=0)
+
+
+def _number(*names: str, default: int) -> int:
+    """The first of these environment variables that is set."""
+    return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)
 
 
 def is_main() -> bool:
@@ -127,6 +153,15 @@ def _patient_group() -> Any:
     return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
+@functools.cache
+def _host_group() -> Any:
+    """All processes, for what they tell each other beside the work of their devices."""
+    import torch
+
+    state()
+    return torch.distributed.new_group(backend="gloo", timeout=timeout())
+
+
 def timeout() -> datetime.timedelta:
     """How long a process may keep the others waiting in work that they share: $LLMREC_TIMEOUT_MINUTES.
 
@@ -148,16 +183,51 @@ def lost_another(error: RuntimeError) -> bool:
     return isinstance(error, DistError) or bool(LOST.search(str(error)))
 
 
-def any_process(*flags: bool) -> tuple[bool, ...]:
-    """For each flag, whether it is set in any process; every process must call, and all get the same."""
+def check_equal(number: int, what: str) -> None:
+    """Raise TrainingError unless a number is the same in all processes, which must all call."""
     if world_size() == 1:
-        return flags
+        return
     import torch
 
-    # As a tensor: objects would travel as pickles.
-    found = torch.tensor(flags, dtype=torch.int32, device=device())
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return tuple(bool(flag) for flag in found.tolist())
+    ends = torch.tensor([number, -number], dtype=torch.int64)
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, group=_host_group())
+    most, least = int(ends[0]), -int(ends[1])
+    if most != least:
+        raise TrainingError(
+            f"processes disagree on the {what}: {least} and {most}; the run folder must be one that all "
+            "machines share, and show each of them the same. Start again"
+        )
+
+
+class Agreement:
+    """What any process wants, known to all of them one call later, so that nobody waits for anybody.
+
+    Every process must make the same calls.
+    """
+
+    def __init__(self) -> None:
+        self.shared: Any = None
+        self.work: Any = None
+
+    def __call__(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any process set it at the call before; with one process, at this one."""
+        if world_size() == 1:
+            return flags
+        import torch
+
+        before = self.settle()
+        self.shared = torch.tensor(flags, dtype=torch.int32)
+        group, largest = _host_group(), torch.distributed.ReduceOp.MAX
+        self.work = torch.distributed.all_reduce(self.shared, largest, group=group, async_op=True)
+        return before or (False,) * len(flags)
+
+    def settle(self) -> tuple[bool, ...]:
+        """What was asked at the last call; nothing is on its way any more."""
+        if self.work is None:
+            return ()
+        self.work.wait()
+        self.work = None
+        return tuple(bool(flag) for flag in self.shared.tolist())
 
 
 def device() -> Any:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,12 @@ WAIT_SECONDS = 1.0
 FAILED, BUSY, IMPOSSIBLE = 2, 75, 78
 """How the process of a cell ends without a result: by an error, because another one is at the cell, or
 because its row cannot be run with these settings."""
+
+LAUNCHER = (
+    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_"),
+    *("FSDP_", "OMPI_COMM_WORLD_", "PMI_"),
+)
+"""How the variables begin by which launchers tell processes of each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +189,15 @@ def killed_by(returncode: int) -> str:
     return f"killed by {name}{', most often for want of memory' if name == 'SIGKILL' else ''}"
 
 
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what a launcher says of processes: a cell is one by itself."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(LAUNCHER) or name == "ACCELERATE_USE_CPU"
+    }
+
+
 def start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen:
     """Begin a cell. An interrupt from the keyboard is for the process that began it, to hand on."""
     cell.folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +206,7 @@ def start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen:
             [sys.executable, "-m", *cell.command],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | environment | {"PYTHONPATH": search_path()},
+            env=without_launcher(os.environ) | environment | {"PYTHONPATH": search_path()},
             start_new_session=True,
         )
 

@@ -54,7 +54,7 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
         raise ConfigError(f"--reference must be among the rows ({', '.join(rows)}), got {reference!r}")
     set_up_logging()
     tracking.choose(options.track)
-    from llmrec import machine
+    from llmrec import distributed, machine
     from llmrec.collab.compare import run_cells, summarise_cells
     from llmrec.collab.compare_report import markdown, page
     from llmrec.data.prepare import prepare_data
@@ -71,6 +71,8 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
         assert data_config is not None
         settings = override(data_config, of_data, prefix="prepare_data.")
         data = run_stage(prepare_data, settings, (), folder)
+    if distributed.world_size() > 1 and not options.summarise:
+        raise ConfigError("a comparison starts processes of its own, see --jobs; call it with python alone")
     failed = []
     at_a_time = options.jobs or jobs.default()
     if not options.summarise:

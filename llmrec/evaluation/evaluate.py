@@ -50,7 +50,7 @@ def evaluate(
     from llmrec.finetune.scoring import load_scorer
 
     check_same_catalog(data, collab, content, ids, adapter)
-    scorers = [load_scorer(adapter, collab, content, ids)]
+    scorers = [load_scorer(adapter, collab, content, ids, spread=True)]
     if collab.state:
         scorers.append(provider_scorer(collab))
     scorers.append(popularity(data))

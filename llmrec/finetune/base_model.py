@@ -65,8 +65,9 @@ def load_base(config: FinetuneConfig, prompt: Prompt) -> nn.Module:
     options: dict[str, Any] = {"dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32}
     if config.quantize == "nf4":
         options["quantization_config"] = four_bits()
-        if torch.cuda.is_available():
-            options["device_map"] = {"": torch.cuda.current_device()}
+    if torch.cuda.is_available() and (config.quantize == "nf4" or not distributed.uses_fsdp()):
+        # Straight to the GPU: processes side by side would each fill the host's memory with a whole one.
+        options["device_map"] = {"": distributed.device()}
     try:
         base = AutoModel.from_pretrained(
             config.base_model, revision=config.revision, attn_implementation="sdpa", **options
@@ -121,7 +122,7 @@ def stream_and_flex(config: FinetuneConfig, device: torch.device, head: int) -> 
             f"finetune.attention='flex' needs attention heads of {MIN_FLEX_HEAD} numbers at least, and "
             f"{config.base_model} has {head}; leave it out"
         )
-    if distributed.uses_fsdp() and distributed.world_size() > 1 and not stream:
+    if distributed.uses_fsdp() and not stream:
         raise ConfigError(
             "with FSDP a forward pass uses every weight once, so finetune.rows must be stream (or auto), "
             f"got {config.rows!r}, and finetune.share_instruction true"
@@ -176,6 +177,21 @@ def set_up_base(config: FinetuneConfig, base: nn.Module, flex: bool) -> None:
 def decoder_of(base: nn.Module) -> nn.Module:
     """The base model without LoRA's wrapper."""
     return base.get_base_model() if hasattr(base, "get_base_model") else base
+
+
+def shard(model: nn.Module, base: nn.Module) -> None:
+    """FSDP2: spread the weights of every block of a base model, and as one group all else of the model that
+    it is in, over all processes.
+
+    By torch rather than accelerate, which knows FSDP on GPUs only, so that tests run what users run.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(distributed.device().type, (distributed.world_size(),))
+    for block in decoder_of(base).layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def check_context(config: FinetuneConfig, base: nn.Module, tokens: int) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import ConfigError
 from llmrec.finetune.base_model import head_width, set_up_base, stream_and_flex
@@ -41,6 +40,8 @@ def build_model(
     ids: SemanticIds,
     train_count: Tensor,
     device: torch.device,
+    *,
+    spread: bool = False,
 ) -> MMESID:
     """Put the parts together on a device.
 
@@ -52,6 +53,8 @@ def build_model(
         ids: codes and codebooks.
         train_count: int64 (N + 1,).
         device: where everything is put.
+        spread: leave the base model where it is, for `base_model.shard` to move block by block: a whole one
+            may not fit.
     """
     width = base.config.hidden_size
     vectors = {name: vectors[name] for name in modalities_of(config, tuple(vectors))}
@@ -114,8 +117,7 @@ def build_model(
         dropout_rate=config.dropout_rate,
         alignment_weight=config.ctrl_weight if config.ctrl_stage == "joint" else 0.0,
     )
-    if distributed.uses_fsdp() and distributed.world_size() > 1:
-        # The base is moved block by block as it is spread: a whole one may not fit.
+    if spread:
         for part in (model.item_tokens, model.item_scores):
             part.to(device)
         model.instruction, model.response = model.instruction.to(device), model.response.to(device)

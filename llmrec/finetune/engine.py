@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmrec import distributed
@@ -44,7 +43,7 @@ class Engine:
         # Buffers are equal by construction, and large: DDP would send them around in every step.
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
-        self.fsdp = distributed.uses_fsdp() and distributed.world_size() > 1
+        self.fsdp = distributed.uses_fsdp()
         self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.deepspeed and config.bad_steps:
             raise ConfigError(
@@ -55,7 +54,7 @@ class Engine:
         # Blocks of 8-bit states lie across parameters, so they cannot be put together again by parameter.
         self.resumable = not (self.sharded and config.optimizer == "adamw_8bit")
         if self.fsdp:
-            shard(model)
+            base_model.shard(model, model.base)
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.parameters = build.trainable(model)
         self.inner = optimizer_of(config, list(self.parameters.values()))
@@ -68,7 +67,10 @@ class Engine:
             }
         self.wrapped, self.optimizer = model, self.inner
         if not self.fsdp:
-            self.wrapped, self.optimizer = self.accelerator.prepare(model, self.inner)
+            with warnings.catch_warnings():
+                # torch renames the argument, and accelerate knows it by its old name.
+                warnings.filterwarnings("ignore", message="broadcast_buffers", category=FutureWarning)
+                self.wrapped, self.optimizer = self.accelerator.prepare(model, self.inner)
         if can_record(config, model):
             model.record_base()
 
@@ -173,17 +175,6 @@ def can_record(config: FinetuneConfig, model: MMESID) -> bool:
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     fixed = not {part.get("rope_type") for part in parts} & {"dynamic", "longrope"}
     return config.cuda_graphs and not config.checkpoint_activations and not shared and on_gpu and fixed
-
-
-def shard(model: MMESID) -> None:
-    """FSDP2: spread every block's weights, and the rest as one group, over all processes.
-
-    By torch rather than accelerate, which knows FSDP on GPUs only, so that tests run what users run.
-    """
-    mesh = init_device_mesh(distributed.device().type, (distributed.world_size(),))
-    for block in base_model.decoder_of(model.base).layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
 
 
 def optimizer_of(config: FinetuneConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

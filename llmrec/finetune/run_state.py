@@ -131,6 +131,8 @@ class RunCheckpoints:
             found = self.store.latest()
             if distributed.is_main():
                 distributed.wait()
+            step = 0 if found is None else found.step
+            distributed.check_equal(step, "step of the checkpoint to go on from")
         if found is None:
             return RunState(), {}
         self.engine.set_weights({name: found.tensors[f"weights.{name}"] for name in self.engine.parameters})

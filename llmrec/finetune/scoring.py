@@ -15,7 +15,7 @@ from llmrec.config import from_dict
 from llmrec.errors import ArtifactMismatchError
 from llmrec.evaluation.rank import Scorer
 from llmrec.finetune.adapter import Adapter
-from llmrec.finetune.base_model import load_base, mini
+from llmrec.finetune.base_model import load_base, mini, shard
 from llmrec.finetune.build import build_model, item_vectors, trainable
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.model import MMESID
@@ -81,8 +81,19 @@ def load_scorer(
     content: ContentEmbeddings,
     ids: SemanticIds,
     device: torch.device | None = None,
+    *,
+    spread: bool = False,
 ) -> Scorer:
     """Rebuild the trained module from its artefacts, on a device (None: this process's).
+
+    Args:
+        adapter: what was trained.
+        collab: what it was trained with, as the next two.
+        content: see above.
+        ids: see above.
+        device: where to score.
+        spread: under FSDP, spread the weights over all processes, which must all call, here and at scoring,
+            equally often; a whole base model may not fit one GPU.
 
     Raises:
         ArtifactMismatchError: if the artefacts do not belong together, or weights are missing or too many.
@@ -105,8 +116,12 @@ def load_scorer(
     heads = dict(adapter.heads)
     train_count = heads.pop("train_count")
     vectors = scale(item_vectors(config, collab, content, ids), config.vectors, adapter.scaling)
-    model = build_model(config, base, prompt, vectors, ids, train_count, device or distributed.device())
+    spread = spread and distributed.uses_fsdp()
+    device = device or distributed.device()
+    model = build_model(config, base, prompt, vectors, ids, train_count, device, spread=spread)
     set_heads(model, heads)
+    if spread:
+        shard(model, model.base)
     return scorer_of(model, config)
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from llmrec import distributed, machine
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds, check_same_catalog
@@ -73,7 +74,8 @@ def finetune(
     scaling = fit_scaling(encoded, config.vectors)
     vectors = scale(encoded, config.vectors, scaling)
     train_count = torch.from_numpy(train_counts(config, data))
-    model = build.build_model(config, base, prompt, vectors, ids, train_count, device)
+    spread = distributed.uses_fsdp()
+    model = build.build_model(config, base, prompt, vectors, ids, train_count, device, spread=spread)
     longest = data.targets("train", "valid", "test", max_history=config.max_history)
     items = int((longest.stop - longest.start).max(initial=0)) * model.item_tokens.tokens_per_item
     base_model.check_context(config, base, len(prompt.instruction) + items + len(prompt.response))
@@ -106,9 +108,11 @@ def finetune(
     # What was trained makes room for what is loaded, which may be as large.
     del trainer, model, base
     machine.make_room()
-    if distributed.is_main():
+    if distributed.is_main() or spread:
         loaded = check_saved(adapter, expected, collab, content, ids)
-        if config.analyse:
+        if spread:
+            cast(FSDPModule, loaded).unshard()
+        if config.analyse and distributed.is_main():
             found = {
                 "tau": {"before": before, "after": analysis.taus(loaded, data, collab.vectors)},
                 "spectra": analysis.spectra(loaded, collab.vectors),
@@ -124,7 +128,8 @@ def check_saved(
     content: ContentEmbeddings,
     ids: SemanticIds,
 ) -> MMESID:
-    """Save, load and compare scores, so that no run ends with weights that cannot be loaded.
+    """Save, load and compare scores, so that no run ends with weights that cannot be loaded. Under FSDP every
+    process must call.
 
     Returns:
         The loaded model.
@@ -135,7 +140,7 @@ def check_saved(
     history, scores = expected
     with tempfile.TemporaryDirectory() as folder:
         adapter.save(Path(folder))
-        loaded = load_scorer(Adapter.load(Path(folder)), collab, content, ids)
+        loaded = load_scorer(Adapter.load(Path(folder)), collab, content, ids, spread=True)
     difference = (loaded.score(history) - scores)[:, 1:].abs().max().item()
     config = from_dict(FinetuneConfig, adapter.settings["config"])
     same = config == for_scoring(config)

@@ -70,6 +70,7 @@ class Trainer:
         self.num_steps = sum(self._steps_in(epoch) for epoch in range(1, config.epochs + 1))
         advice = f"lower finetune.learning_rate ({config.learning_rate:g}) or use finetune.precision=fp32"
         self.bad_steps = BadSteps(config.bad_steps, data, resume_folder(), advice)
+        self.wanted = distributed.Agreement()
         self.state = RunState()
         self.best_weights: dict[str, Tensor] = {}
         self.peak = machine.matmul_peak(self.device, self.engine.dtype) if distributed.is_main() else 1.0
@@ -102,6 +103,7 @@ class Trainer:
                 except torch.OutOfMemoryError:
                     raise TrainingError(self._out_of_memory()) from None
                 state.epoch, state.done = state.epoch + 1, 0
+        self.wanted.settle()
         if self.config.select == "valid" and state.best is not None:
             self.engine.set_weights(self.best_weights)
 
@@ -151,13 +153,11 @@ class Trainer:
             bar.update()
             if logged:
                 self._log_window(bar)
-            if logged or distributed.world_size() == 1:
-                # Several processes have to agree, and waiting for that in every step would cost time.
-                asked, due = distributed.any_process(stop.asked, self.checkpoints.due())
-                if asked or due:
-                    self._save()
-                if asked:
-                    self._stop()
+            asked, due = self.wanted(stop.asked, self.checkpoints.due())
+            if asked or due:
+                self._save()
+            if asked:
+                self._stop()
 
     def train_step(self, targets: Targets) -> tuple[Tensor, int, Tensor]:
         """One optimiser step.

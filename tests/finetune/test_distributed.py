@@ -30,13 +30,13 @@ from llmrec import distributed, finished, pipeline
 from worlds import cycle
 data = cycle()
 config = dataclasses.replace(
-    test_train.TINY, batch_size=100, micro_batch_tokens=150, select="valid", epochs=3, log_every_steps=1,
-    save_every_minutes=1e-9,
+    test_train.TINY, batch_size=100, micro_batch_tokens=150, select="valid", epochs=3,
+    log_every_steps=1 if {by!r} == "SIGKILL" else 1000, save_every_minutes=1e-9,
 )
 whole = test_train.train.Trainer.train_step
 def train_step(self, targets):
     if self.state.step == {dies_at} and distributed.rank() == distributed.world_size() - 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.{by})
     return whole(self, targets)
 test_train.train.Trainer.train_step = train_step
 base = {base!r}
@@ -54,13 +54,18 @@ PROFILES = Path(__file__).parents[2] / "recipes" / "accelerate"
 
 
 def start(
-    folder: Path, world: int, profile: str | None, base: Path | None = None, dies_at: int = -1
+    folder: Path,
+    world: int,
+    profile: str | None,
+    base: Path | None = None,
+    dies_at: int = -1,
+    by: str = "SIGKILL",
 ) -> subprocess.Popen:
-    """The stage under accelerate's launcher with one of our profiles."""
+    """The stage under accelerate's launcher with one of our profiles; its last process gets a signal."""
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     script = folder / "run.py"
     content = SCRIPT.format(
-        paths=paths, out=str(folder / "out"), base=str(base) if base else None, dies_at=dies_at
+        paths=paths, out=str(folder / "out"), base=str(base) if base else None, dies_at=dies_at, by=by
     )
     script.write_text(content)
     command = [sys.executable]
@@ -108,6 +113,17 @@ def test_two_processes_train_the_same_model_as_one(profile, lora, alone, base, t
     found = run(tmp_path, 2, profile, base if lora else None)
     check_same(found, alone[lora])
     assert bool(found.lora) == lora
+
+
+@pytest.mark.slow
+def test_a_request_to_stop_that_one_process_gets_ends_all_of_them_a_step_later(tmp_path):
+    """Launchers kill whoever has not ended half a minute after it was asked to."""
+    begun = start(tmp_path, 2, "ddp", dies_at=7, by="SIGTERM")
+    said, _ = begun.communicate(timeout=300)
+    assert begun.returncode, said[-9000:]
+    assert said.count("StoppedError: stopped after step 9 of") == 2, said[-9000:]
+    kept = tmp_path / ".out.unfinished" / "checkpoints"
+    assert max(int(path.name.removeprefix("step-")) for path in kept.glob("step-*")) == 9
 
 
 @pytest.mark.slow

@@ -243,6 +243,20 @@ def test_foreign_or_missing_weights_are_refused():
         load_scorer(dataclasses.replace(adapter, catalog="other"), *made)
 
 
+def test_a_loaded_model_is_on_one_device_however_it_was_trained(monkeypatch):
+    """Under FSDP a base stays on the host until it is spread, and what is loaded to score is not."""
+    plain = {
+        "method": "e4srec",
+        "fusion_temperature": 1e-3,
+    }  # no gate, whose precision is asked of the device
+    adapter, made = fit(dataclasses.replace(TINY, epochs=1, **plain))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = load_scorer(adapter, *made, device=torch.device("meta")).score.run
+    tensors = [*model.parameters(), *model.buffers(), model.instruction, model.response]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> Path:
     return save_backbone(tmp_path_factory.mktemp("base"))

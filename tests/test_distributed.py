@@ -1,0 +1,71 @@
+"""What launchers leave in the environment, and what is made of it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from llmrec import distributed, jobs
+from llmrec.errors import ConfigError
+
+
+@pytest.fixture
+def nothing_launched(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(jobs.LAUNCHER):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),
+    ],
+)
+def test_every_launcher_says_how_many_there_are_and_which_this_is(names, nothing_launched):
+    assert (distributed.rank(), distributed.world_size(), distributed.processes_here()) == (0, 1, 1)
+    for name, value in zip(names, ("1", "4", "2")):
+        nothing_launched.setenv(name, value)
+    assert (distributed.rank(), distributed.world_size(), distributed.processes_here()) == (1, 4, 2)
+    assert not distributed.is_main()
+
+
+def test_more_processes_than_gpus_are_refused_before_any_meets_another(nothing_launched):
+    nothing_launched.setattr(torch.cuda, "is_available", lambda: True)
+    nothing_launched.setattr(torch.cuda, "device_count", lambda: 4)
+    nothing_launched.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(
+        ConfigError, match="8 processes were started on this machine and it has 4 GPUs; start"
+    ):
+        distributed.state.__wrapped__()
+
+
+def test_one_process_spreads_nothing(nothing_launched):
+    """accelerate would do so by itself, in its own way, on a GPU."""
+    nothing_launched.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not distributed.uses_fsdp()
+    distributed.state.__wrapped__()
+    assert os.environ["ACCELERATE_USE_FSDP"] == "false"
+    nothing_launched.setenv("ACCELERATE_USE_FSDP", "true")
+    nothing_launched.setenv("WORLD_SIZE", "2")
+    assert distributed.uses_fsdp()
+
+
+def test_what_one_process_wants_is_done_at_once():
+    wanted = distributed.Agreement()
+    assert [wanted(False, True), wanted(True, False)] == [(False, True), (True, False)]
+    assert wanted.settle() == ()
+
+
+def test_processes_of_a_comparison_know_nothing_of_its_launcher():
+    of_launcher = {
+        "RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x",
+        "ACCELERATE_USE_FSDP": "true", "OMPI_COMM_WORLD_SIZE": "8",
+    }  # fmt: skip
+    kept = {"PATH": "/bin", "HF_HOME": "/hub", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "1"}
+    assert jobs.without_launcher(of_launcher | kept) == kept
