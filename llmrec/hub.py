@@ -155,19 +155,26 @@ def download(repo: str, *, revision: str | None = None, cache_dir: str | Path | 
         MissingArtifactError: no such repository, revision or package.
         HubError: the Hub cannot be reached.
     """
+    no_folder = f"{repo} is no folder here"
+    if not HUB_ID.fullmatch(repo):
+        raise MissingArtifactError(f"{no_folder}, nor a Hub id (owner/name)")
     try:
         return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir))
     except HFValidationError:
-        raise MissingArtifactError(f"{repo} is neither a folder here nor a Hub id (owner/name)") from None
+        raise MissingArtifactError(f"{no_folder}, nor a Hub id (owner/name)") from None
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         if isinstance(error, LocalEntryNotFoundError):
-            raise HubError(explained(error, repo, pushed=False)) from None
+            raise HubError(f"{no_folder}; {explained(error, repo, pushed=False)}") from None
         name = repo if revision is None else f"{repo}@{revision}"
         raise MissingArtifactError(
-            f"{name} is not on the Hub, or not for you to see; check the name, or log in with `hf auth login`"
+            f"{name} is no folder here and not on the Hub, or not for you to see; check the name, or log in "
+            "with `hf auth login`"
         ) from None
     except (HfHubHTTPError, OSError, unanswered()) as error:
-        raise HubError(explained(error, repo, pushed=False)) from None
+        raise HubError(f"{no_folder}; {explained(error, repo, pushed=False)}") from None
+
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_name(repo: str) -> None:
@@ -396,8 +403,9 @@ def card(package: Package) -> str:
             " ".join([f"Split: {str(split).replace('_', ' ')}.", *summary.get("warnings", [])]) + "\n"
         )
     if columns:
+        seen = "left out" if package.evaluation.get("mask_seen", True) else "kept"
         parts.append(
-            "## Metrics\n\nTest items, ranked among the whole catalogue, items of the history left out; one "
+            f"## Metrics\n\nTest items, ranked among the whole catalogue, items of the history {seen}; one "
             f"run, seed {settings['seed']}: no spread over seeds is known.\n\n" + "\n".join(table) + "\n"
         )
         if notes := package.evaluation.get("notes"):

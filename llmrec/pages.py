@@ -61,8 +61,14 @@ def environment(folder: Path) -> jinja2.Environment:
 
 
 def legend_above(axes: Any) -> None:
-    """The legend in a line above the plot, where it hides nothing."""
-    axes.legend(frameon=False, fontsize=8, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+    """The legend above the plot, where it hides nothing, in as few lines as the plot is wide enough for."""
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderpad": 0}
+    axes.figure.tight_layout()
+    for columns in range(5, 0, -1):
+        made = axes.legend(frameon=False, fontsize=8, ncols=columns, **place)
+        if made.get_window_extent().width <= axes.get_window_extent().width:
+            return
+    made.set_in_layout(False)
 
 
 def epochs_along(axes: Any, **text: Any) -> None:

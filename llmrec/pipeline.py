@@ -41,7 +41,7 @@ from llmrec.manifest import (
     write_manifest,
 )
 from llmrec.stages import STAGES, Stage, in_order
-from llmrec.storage import locked, unfinished, writing
+from llmrec.storage import locked, open_like_folder, unfinished, writing
 
 logger = logging.getLogger("llmrec")
 
@@ -173,6 +173,7 @@ def compute(
                 seconds = time.perf_counter() - started
                 # Files that the stage has fetched belong to it too.
                 sources = source_hashes(config, wanted["sources"])
+                open_like_folder(scratch)
                 seal(scratch, wanted | {"sources": sources}, seconds)
                 flush_all(scratch)
                 os.replace(scratch, folder)

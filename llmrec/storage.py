@@ -56,6 +56,14 @@ def writing(folder: Path, advice: Mapping[int, str] = UNWRITABLE) -> Iterator[No
         ) from None
 
 
+def open_like_folder(folder: Path) -> None:
+    """Let those who may read a folder read what is in it; safetensors keeps its files from all others."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def unfinished(stage: Path) -> Path:
     """Where a stage that is being computed keeps its lock, and what is left for the run after a stop."""
     return stage.with_name(f".{stage.name}.unfinished")

@@ -624,8 +624,15 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     for extra in (["--seeds", "0"], [], ["--summarise"]):
         with pytest.raises(SystemExit) as left:
             compare.main(tiny, command + extra)
-        assert not left.value.code
-        lines = capsys.readouterr().out.splitlines()
+        out, said = capsys.readouterr()
+        assert left.value.code == (0 if extra == ["--summarise"] else 2)
+        assert (
+            "concat_feature cannot be run with these settings; the table says" in said or not left.value.code
+        )
+        *lines, _, reason = out.splitlines()
+    assert reason.startswith(
+        "`concat_feature` cannot be run with these settings: finetune.concat_mode='feature'"
+    )
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert [row[0] for row in table[2:]] == [
         f"`{name}`"
@@ -747,13 +754,13 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
 def test_a_comparison_is_refitted_with_the_epochs_that_each_cell_chose(tmp_path, capsys):
     from llmrec.finetune import compare
 
-    def go(*arguments: str) -> list[str]:
+    def go(*arguments: str, code: int = 0) -> list[str]:
         with pytest.raises(SystemExit) as left:
             compare.main(
                 chosen_by_validation,
                 ["--rows", "mme_sid", "e4srec", "--seeds", "0", "--jobs", "1", *arguments],
             )
-        assert not left.value.code
+        assert left.value.code == code
         return capsys.readouterr().out.splitlines()
 
     first, second = tmp_path / "first", tmp_path / "second"
@@ -765,7 +772,7 @@ def test_a_comparison_is_refitted_with_the_epochs_that_each_cell_chose(tmp_path,
         chosen = json.loads((first / place / "metrics.json").read_text())["epoch_kept"]
         config = json.loads((second / place / "manifest.json").read_text())["config"]
         assert config["include_valid"] and config["epochs"] == chosen and config["select"] == "last"
-    lines = go("--run-dir", str(second), "--refit", str(first), "--rows", "mme_sid", "concat")
+    lines = go("--run-dir", str(second), "--refit", str(first), "--rows", "mme_sid", "concat", code=2)
     assert any("`concat`" in line and "missing" in line for line in lines), "the first comparison has none"
 
 
@@ -784,8 +791,9 @@ def test_a_comparison_goes_on_without_a_row_whose_codebooks_collapse(finished, t
     command += ["--rows", "se_sid_mse", "me"]
     with pytest.raises(SystemExit) as left:
         compare.main(tiny, command)
-    assert not left.value.code
+    assert left.value.code == 2
     said = capsys.readouterr().out
+    assert "`se_sid_mse` cannot be run with these settings: the codebooks collapsed" in said
     assert "`se_sid_mse` | 0 of 1 | missing" in said and "`me` | 1 of 1 | 0." in said
 
 
@@ -798,7 +806,8 @@ def test_processes_share_the_cells_of_a_comparison(finished, tmp_path, capsys, c
     with pytest.raises(SystemExit) as left:
         compare.main(tiny, [*command, "--out", str(tmp_path), "--jobs", "2"])
     lines = capsys.readouterr().out.splitlines()
-    assert not left.value.code
+    assert left.value.code == 2, "a row that was asked for cannot be run"
+    assert any(line.startswith("`concat_feature` cannot be run") for line in lines)
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
     assert [row[:2] for row in table[:3]] == [
         ["`mme_sid`", "2 of 2"], ["`me`", "2 of 2"], ["`concat_feature`", "0 of 2"],

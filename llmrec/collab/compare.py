@@ -155,6 +155,7 @@ def rank_cell(folder: Path, collab: CollabEmbeddings, data: Interactions) -> Non
     ranking = rank_users(provider_scorer(collab), data, data.targets("test"))
     ranks = {"rank": ranking.rank, "rank_seen_kept": ranking.rank_seen_kept}
     save_file(ranks, folder / "ranks.safetensors")
+    storage.open_like_folder(folder)
     manifest = stage_manifest(folder / "train_collab")
     seconds = [row["train_seconds"] for row in collab.log]
     write_json(

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from llmrec import __version__
 from llmrec.evaluation.report import part_curves
@@ -199,6 +200,9 @@ def cost_chart(rows: dict[str, Any]) -> str:
             fontsize=8,
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("minutes of training, one seed")
     axes.set_ylabel("ndcg@10")
     return svg(figure)

@@ -82,7 +82,11 @@ class ItemEncoders:
 
         def read(source: int) -> Any:
             return read_picture(
-                pictures[source], names[source], max_pixels=config.max_pixels, on_error=config.on_error
+                pictures[source],
+                names[source],
+                max_pixels=config.max_pixels,
+                on_error=config.on_error,
+                advice="Give another picture, or leave it out of this item",
             )
 
         vectors, readable = encode_pictures(self.loaded["image"], chosen, read, config.batch_size)

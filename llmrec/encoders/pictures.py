@@ -14,7 +14,14 @@ BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, struct.error, Image.De
 """What Pillow's readers raise for broken files; UnidentifiedImageError is an OSError."""
 
 
-def read_picture(file: Path, raw_id: str, *, max_pixels: int, on_error: str) -> Image.Image | None:
+IN_A_CATALOGUE = (
+    "Replace the file, delete it and clear the item's image path, or set encode_items.image.on_error=missing"
+)
+
+
+def read_picture(
+    file: Path, raw_id: str, *, max_pixels: int, on_error: str, advice: str = IN_A_CATALOGUE
+) -> Image.Image | None:
     """The picture of an item as RGB; None if it cannot be read and on_error is ``missing``.
 
     Raises:
@@ -33,8 +40,7 @@ def read_picture(file: Path, raw_id: str, *, max_pixels: int, on_error: str) -> 
         if on_error == "missing":
             return None
         raise DataError(
-            f"{file}, the picture of item {raw_id!r}, cannot be read ({error}). Replace the file, delete it "
-            "and clear the item's image path, or set encode_items.image.on_error=missing"
+            f"{file}, the picture of item {raw_id!r}, cannot be read ({error}). {advice}"
         ) from None
 
 

@@ -32,13 +32,16 @@ class Entry:
 
     @classmethod
     def parse(cls, text: str) -> Entry:
-        """From ``NAME=FOLDER`` or ``NAME=FOLDER:METHOD``.
+        """From ``NAME=FOLDER`` or ``NAME=FOLDER:METHOD``; the folder is the longest one that is there.
 
         Raises:
             ConfigError: it is of another form.
         """
         name, _, place = text.partition("=")
-        folder, _, method = place.partition(":")
+        # A folder may have colons in its name, and so may a method.
+        cuts = [len(place), *(index for index in range(len(place) - 1, 0, -1) if place[index] == ":")]
+        cut = next((cut for cut in cuts if Path(place[:cut]).is_dir()), len(place.partition(":")[0]))
+        folder, method = place[:cut], place[cut + 1 :]
         if not name or not folder:
             raise ConfigError(f"{text!r} is not of the form NAME=FOLDER or NAME=FOLDER:METHOD")
         return cls(name, Path(folder), method or "mme_sid")

@@ -17,7 +17,15 @@ from llmrec import jobs, tracking
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError, MissingArtifactError, TrainingError
 from llmrec.evaluation.tables import difference_cells, mean_and_spread, spread_text
-from llmrec.finetune.compare_cells import BESIDE, ROWS, cells_to_run, own_rows, prepare, run_cells
+from llmrec.finetune.compare_cells import (
+    BESIDE,
+    ROWS,
+    cells_to_run,
+    own_rows,
+    prepare,
+    run_cells,
+    why_missing,
+)
 from llmrec.recipe import Recipe, apply_overrides, recipe_of
 
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20")
@@ -103,6 +111,10 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
     if not distributed.is_main():
         return
     found = summarise({row: cells_of(out, row, options.seeds) for row in rows}, options.seeds)
+    reasons: dict[str, str] = {}
+    for entry in found:
+        if entry["row"] in rows and not entry["seeds"] and (why := why_missing(out, entry["row"])).is_file():
+            reasons[entry["row"]] = entry["why_missing"] = why.read_text(encoding="utf-8").strip()
     text = markdown(found)
     print(text)
     if out.is_dir():
@@ -110,6 +122,9 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
         write_json(out / "table.json", found)
     if failed:
         raise TrainingError(f"{len(failed)} of {cells} cells failed: {'; '.join(failed)}")
+    asked = [*(options.rows or []), *(name for name, *_ in options.row)]
+    if (cannot := [name for name in asked if name in reasons]) and not options.summarise:
+        raise ConfigError(f"{', '.join(cannot)} cannot be run with these settings; the table says why")
 
 
 def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
@@ -246,4 +261,7 @@ def markdown(table: list[dict[str, Any]]) -> str:
     more = [f"`{entry['row']}`" for entry in table if "valid" in entry.get("trained_on", "")]
     if more:
         lines += ["", f"Learned from train and validation items: {', '.join(more)}."]
+    for entry in table:
+        if "why_missing" in entry:
+            lines += ["", f"`{entry['row']}` cannot be run with these settings: {entry['why_missing']}"]
     return "\n".join(lines)

@@ -189,11 +189,30 @@ def run_cell(
     out: Path,
     refit: Path | None,
 ) -> None:
-    """One cell, of a row with its name, in its folder.
+    """One cell, of a row with its name, in its folder; why its row cannot be run is left in the row's folder.
 
     Raises:
         BusyError: another process is at it, or at its semantic IDs.
     """
+    why = why_missing(out, named[0])
+    why.unlink(missing_ok=True)
+    try:
+        compute_cell(recipe, named, seed, inputs, out, refit)
+    except IMPOSSIBLE as error:
+        why.parent.mkdir(parents=True, exist_ok=True)
+        why.write_text(f"{error}\n", encoding="utf-8")
+        raise
+
+
+def compute_cell(
+    recipe: Recipe,
+    named: tuple[str, Row],
+    seed: int,
+    inputs: tuple[Any, ...],
+    out: Path,
+    refit: Path | None,
+) -> None:
+    """The stages of a cell; arguments as `run_cell`."""
     from llmrec.pipeline import run_stage
     from llmrec.stages import STAGES
 
@@ -252,6 +271,11 @@ def cell_to_run(
 def folder_of(out: Path, name: str, seed: int) -> Path:
     """Where a cell goes."""
     return out / name / f"seed{seed}"
+
+
+def why_missing(out: Path, name: str) -> Path:
+    """Where it stands why a row cannot be run."""
+    return out / name / "why_missing.txt"
 
 
 def ids_folder(out: Path, name: str) -> Path:

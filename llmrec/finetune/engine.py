@@ -69,7 +69,7 @@ class Engine:
         if not self.fsdp:
             with warnings.catch_warnings():
                 # torch renames the argument, and accelerate knows it by its old name.
-                warnings.filterwarnings("ignore", message="broadcast_buffers", category=FutureWarning)
+                warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
                 self.wrapped, self.optimizer = self.accelerator.prepare(model, self.inner)
         if can_record(config, model):
             model.record_base()

@@ -60,9 +60,10 @@ def extended(
     known = np.any([present[name] for name in content], axis=0)
     if not known.all():
         name = items["raw_id"][int(np.argmin(known))].as_py()
+        others = f" (and {more} more)" if (more := (~known).sum() - 1) else ""
         raise DataError(
-            f"new items: of {name!r} and {(~known).sum() - 1} more nothing is known that says what they are "
-            f"like; this recommender goes by {' and '.join(content)}"
+            f"new items: nothing is known of {name!r}{others} that says what it is like; this recommender "
+            f"goes by {' and '.join(content)}"
         )
     near = nearest(package, content, present, neighbours)
     collab_rows = mean_of(package.collab.vectors, near)

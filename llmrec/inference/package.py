@@ -34,7 +34,7 @@ from llmrec.finetune.adapter import Adapter
 from llmrec.finished import check_lineage, load, manifest_of, require_run
 from llmrec.interactions import Interactions
 from llmrec.manifest import DamagedError, check_files, describe_files, read_manifest, reading, write_manifest
-from llmrec.storage import NO_FOLDER, writing
+from llmrec.storage import NO_FOLDER, open_like_folder, writing
 
 FORM = 2
 MANIFEST = "package.json"
@@ -204,6 +204,7 @@ def rename(value: Any, names: dict[str, str]) -> Any:
 
 def seal(folder: Path) -> None:
     """List every file with size and hash."""
+    open_like_folder(folder)
     files = describe_files(folder, NOT_HASHED)
     foreign = [name for name in files if not name.endswith(ENDINGS)]
     assert not foreign, foreign

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from llmrec.data.batches import length_groups
-from llmrec.errors import ConfigError, DataError
+from llmrec.errors import ConfigError, DataError, MissingArtifactError
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.scoring import CatalogueScores, load_scorer
 from llmrec.inference.devices import default_device, usable
-from llmrec.inference.package import Package, advising, load_package
+from llmrec.inference.package import MANIFEST, Package, advising, load_package
 from llmrec.manifest import reading
 
 logger = logging.getLogger("llmrec")
@@ -111,6 +111,10 @@ class Recommender:
             from llmrec.hub import download
 
             folder = download(str(source), revision=revision, cache_dir=cache_dir)
+            if not (folder / MANIFEST).is_file():
+                raise MissingArtifactError(
+                    f"{source} on the Hub holds no packaged recommender; push one with `llmrec push_to_hub`"
+                )
         package = load_package(folder)
         if base_model is not None:
             settings = {**package.adapter.settings, "revision": None}

@@ -288,6 +288,11 @@ def application(
         """Where a request is wrong and why, in a sentence each, without sending it back."""
         return JSONResponse({"detail": "; ".join(map(in_a_sentence, error.errors()[:10]))}, 422)
 
+    @app.exception_handler(400)
+    async def unreadable(_: Request, error: Exception) -> JSONResponse:
+        """A body that no reader of JSON takes: bytes that are no text, numbers or nests without end."""
+        return JSONResponse({"detail": "the body is no JSON that can be read"}, 422)
+
     @app.post("/recommend")
     async def recommend(ask: Ask) -> dict[str, Any]:
         """The best items for every history."""

@@ -124,9 +124,13 @@ def test_the_tool_reads_finished_runs(finished, capsys, monkeypatch):
         assert code == 2 and message in error, message
 
 
-def test_entries_are_read_from_text():
+def test_entries_are_read_from_text(tmp_path):
     assert Entry.parse("a=x/y") == Entry("a", Path("x/y"), "mme_sid")
     assert Entry.parse("a=x/y:sasrec") == Entry("a", Path("x/y"), "sasrec")
+    dated = tmp_path / "10:30"
+    dated.mkdir()
+    assert Entry.parse(f"a={dated}") == Entry("a", dated, "mme_sid")
+    assert Entry.parse(f"a={dated}:mine.models:MyGRU") == Entry("a", dated, "mine.models:MyGRU")
     for text in ("a", "=x", "a=", "a=:b"):
         with pytest.raises(ConfigError, match="not of the form"):
             Entry.parse(text)

@@ -130,9 +130,10 @@ def test_what_is_not_there_is_named(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
                         hub.address + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(MissingArtifactError, match="neither a folder here nor a Hub id"):
-        download("no/such/folder")
-    with pytest.raises(MissingArtifactError, match="ann/none"):
+    for name in ("no/such/folder", "no_such_folder", "../packages/mine"):
+        with pytest.raises(MissingArtifactError, match=r"is no folder here, nor a Hub id \(owner/name\)"):
+            download(name)
+    with pytest.raises(MissingArtifactError, match="ann/none is no folder here and not on the Hub"):
         download("ann/none", cache_dir=tmp_path)
 
 

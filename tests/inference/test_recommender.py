@@ -187,6 +187,19 @@ def test_the_card_says_who_learned_from_validation_items(packaged):
     assert sentence in hub.card(noted) and sentence not in hub.card(package)
 
 
+def test_the_card_says_what_was_ranked(packaged):
+    package = load_package(packaged)
+    kept = dataclasses.replace(package, evaluation={**package.evaluation, "mask_seen": False})
+    assert "items of the history left out; one run" in hub.card(package)
+    assert "items of the history kept; one run" in hub.card(kept)
+
+
+def test_who_may_read_the_folder_may_read_what_is_in_it(packaged):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in packaged.rglob("*") if path.is_file()}
+    assert any(name.endswith(".safetensors") for name in modes)
+    assert set(modes.values()) == {packaged.stat().st_mode & 0o666}
+
+
 def test_packaging_refuses_what_exists_and_what_is_unfinished(packaged, finished, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="file/package cannot be written"):

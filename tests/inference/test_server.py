@@ -81,6 +81,8 @@ def test_answers_are_the_recommenders(address, recommender):
         (b"[]", 422, "the body must be JSON, as"),
         (b"", 422, "the body must be JSON, as"),
         (b"\xff\xfe", 422, ""),
+        (b"[" * 200_000, 422, "the body is no JSON that can be read"),
+        (b'{"histories": [[]], "k": ' + b"9" * 6000 + b"}", 422, "the body is no JSON that can be read"),
         ({}, 422, "histories: Field required"),
         ({"histories": "x"}, 422, "histories: Input should be a valid list"),
         ({"histories": []}, 422, "at least 1"),

@@ -1,0 +1,26 @@
+"""Figures of pages: what names their lines can be read."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pytest
+
+from llmrec.pages import drawing, legend_above, svg
+
+
+@pytest.mark.parametrize("length", [8, 30, 60])
+def test_legends_stay_on_the_picture_and_leave_room_for_the_plot(length):
+    with drawing():
+        figure, axes = plt.subplots(figsize=(6, 3))
+        names = [f"{place} {'concat (concat_mode=sequence) ' * 2}"[:length] for place in range(6)]
+        for name in names:
+            axes.plot([0, 1], [0, 1], label=name)
+        legend_above(axes)
+        figure.tight_layout()
+        legend = axes.get_legend().get_window_extent()
+        plot, whole = axes.get_window_extent(), figure.bbox
+        assert legend.x0 >= 0 and legend.x1 <= whole.x1 and legend.y1 <= whole.y1
+        assert legend.y0 >= plot.y1 - 1, "above the plot"
+        assert plot.width > 0.7 * whole.width and plot.height > 0.3 * whole.height
+        drawn = svg(figure)
+    assert all(name.strip() in drawn for name in names)
