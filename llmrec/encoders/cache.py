@@ -94,6 +94,12 @@ class VectorCache:
         os.replace(scratch, path)
         self.seen.add(path.name)
 
+    def hand_over(self, keys: list[str]) -> np.ndarray:
+        """Vectors float32 (n, D) of keys that are all there; here they are let go of."""
+        found = self.take(keys)
+        self.tables, self.place = [], {}
+        return found
+
     def take(self, keys: list[str]) -> np.ndarray:
         """Vectors float32 (n, D) of keys that are all there."""
         if not keys:

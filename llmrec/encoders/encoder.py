@@ -15,6 +15,8 @@ from llmrec.encoders.cache import VectorCache
 from llmrec.errors import DataError
 from llmrec.progress import progress
 
+BLOCK_ROWS = 8192
+
 
 class Encoder(Protocol):
     """Turns texts or pictures into vectors. The loops know nothing else."""
@@ -56,7 +58,7 @@ def encode_texts(
             ):
                 cache.add(names, encoder.encode([prepared[index] for index in batch]))
     share(cache)
-    return cache.take(keys)
+    return cache.hand_over(keys)
 
 
 def encode_pictures(
@@ -118,9 +120,9 @@ def encode_pictures(
         cache.add(absent, np.full((len(absent), width), np.nan, np.float32))
     share(cache)
     present = np.array([name in cache for name in keys], dtype=bool)
-    vectors = cache.take([name for name, there in zip(keys, present) if there])
-    if len(vectors):
-        readable = ~np.isnan(vectors).all(axis=1)
+    vectors = cache.hand_over([name for name, there in zip(keys, present) if there])
+    readable = ~np.isnan(vectors).all(axis=1)
+    if not readable.all():
         present[present] = readable
         vectors = vectors[readable]
     return vectors, present
@@ -177,12 +179,14 @@ def finish(
             f"{what}: the encoder gave NaN or infinity for {len(bad)} items, the first is {first!r}; try "
             "dtype=float32, or look at that item"
         )
-    vectors = vectors.astype(np.float32, copy=normalise)
-    if normalise:
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     rows = np.zeros((len(present) + 1, vectors.shape[1]), np.float32)
-    flags = np.concatenate([[False], ~present])
-    if missing == "mean":
-        rows[flags] = vectors.mean(axis=0, dtype=np.float64)
     rows[1:][present] = vectors
+    if normalise:
+        # Block by block: tables take gigabytes, and so would a copy.
+        for start in range(1, len(rows), BLOCK_ROWS):
+            block = rows[start : start + BLOCK_ROWS]
+            block /= np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
+    flags = np.concatenate([[False], ~present])
+    if missing == "mean" and flags.any():
+        rows[flags] = rows[1:].sum(axis=0, dtype=np.float64) / len(vectors)  # the others are zero so far
     return rows, flags

@@ -104,7 +104,8 @@ def test_equal_pictures_are_encoded_once(tmp_path):
     cache = VectorCache(tmp_path, {})
     vectors, present = encode_pictures(encoder, list(range(7)), str, 3, cache, lambda number: keys[number])
     assert encoder.batches == [["0", "1"]] or encoder.batches == [["6", "5"]]
-    assert present.all() and len(vectors) == 7 and len(cache) == 2
+    assert present.all() and len(vectors) == 7
+    assert len(cache) == 0 and len(VectorCache(tmp_path, {})) == 2, "handed over, and kept on disk alone"
 
 
 class Overflows(Stops):
