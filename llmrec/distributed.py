@@ -75,6 +75,11 @@ def state() -> Any:
     else:
         on_cpu = on_cpu or not torch.cuda.is_available()
     found = PartialState(cpu=on_cpu, **options)
+    if world_size() > 1 and found.num_processes == 1:
+        raise ConfigError(
+            f"{world_size()} processes were started by a launcher that does not bring them together on GPUs; "
+            "use `accelerate launch` or `torchrun`"
+        )
     # With a GPU too, where the main process works alone for minutes: launchers leave it one thread.
     torch.set_num_threads(num_threads())
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 
 import pytest
 import torch
@@ -42,6 +43,17 @@ def test_more_processes_than_gpus_are_refused_before_any_meets_another(nothing_l
     with pytest.raises(
         ConfigError, match="8 processes were started on this machine and it has 4 GPUs; start"
     ):
+        distributed.state.__wrapped__()
+
+
+def test_processes_that_nothing_brings_together_are_refused(nothing_launched):
+    """As under mpirun on GPUs: each would take itself for the only one, or wait for others in vain."""
+    import accelerate
+
+    nothing_launched.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    alone = types.SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    nothing_launched.setattr(accelerate, "PartialState", lambda **_: alone)
+    with pytest.raises(ConfigError, match="4 processes were started by a launcher that does not bring them"):
         distributed.state.__wrapped__()
 
 
