@@ -8,6 +8,7 @@ behind the name to pin it. Rows stream, and only the columns asked for are kept.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -55,6 +56,17 @@ def read_hub(address: str, columns: list[str]) -> pa.Table:
     if not tables:
         raise DataError(f"{address} has no rows of data; expected at least one")
     return pa.concat_tables(tables, promote_options="permissive")
+
+
+def warnings_of_address(address: str) -> list[str]:
+    """What to know of a data set that may become another one; none of a local folder, which is looked at."""
+    name, _, _, revision = parts_of(address)
+    if revision is not None or Path(name).is_dir():
+        return []
+    return [
+        f"{address} is read as it is now; with hub:{name}@COMMIT the same data come again, whatever becomes of "
+        "it."
+    ]
 
 
 def parts_of(address: str) -> tuple[str, str | None, str | None, str | None]:

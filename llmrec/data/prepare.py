@@ -11,6 +11,7 @@ import numpy as np
 from llmrec.data import splits, ties
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.filters import first_of_duplicates, k_core
+from llmrec.data.hub import warnings_of_address
 from llmrec.data.items import ItemFile
 from llmrec.data.named import resolve, warnings_of_counts
 from llmrec.data.sample_market import sample_market
@@ -77,6 +78,9 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
     order_rows(config, rows, summary)
     split = split_rows(config, rows, summary)
     unexpected = warnings_of_counts(asked, (len(rows.users), len(rows.items), len(rows.user)))
+    for address in (config.interactions, config.items):
+        if address is not None and TableFile(Path(address)).on_hub:
+            unexpected += warnings_of_address(address)
     return assemble(rows, split, item_file, summary, unexpected)
 
 

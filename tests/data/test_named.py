@@ -14,6 +14,7 @@ from PIL import Image
 
 from llmrec.data import items, named
 from llmrec.data.config import PrepareDataConfig
+from llmrec.data.hub import warnings_of_address
 from llmrec.data.pictures import PictureLimits
 from llmrec.data.prepare import prepare_data
 from llmrec.errors import ConfigError, DataError, StaleArtifactError
@@ -192,6 +193,10 @@ def test_a_folder_of_parquet_files_is_a_data_set_too(tmp_path):
         PrepareDataConfig(source="table", interactions=str(tmp_path / "all.parquet"), **settings)
     )
     assert np.array_equal(made.item, plain.item) and made.raw_ids == plain.raw_ids
+    assert made.summary["warnings"] == plain.summary["warnings"]
+    (unpinned,) = warnings_of_address("hub:ann/set:small:full")
+    assert "hub:ann/set:small:full is read as it is now; with hub:ann/set@COMMIT the same" in unpinned
+    assert not warnings_of_address("hub:ann/set@0123abc:small")
     for text, message in (
         (f"{address}:default:nothing", r"cannot be read"),
         ("hub:", r"is not of the form hub:NAME"),
