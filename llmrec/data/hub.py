@@ -64,8 +64,8 @@ def warnings_of_address(address: str) -> list[str]:
     if revision is not None or Path(name).is_dir():
         return []
     return [
-        f"{address} is read as it is now; with hub:{name}@COMMIT the same data come again, whatever becomes of "
-        "it."
+        f"{address} is read as it is now; with hub:{name}@COMMIT the same data come again, whatever becomes "
+        "of it."
     ]
 
 
