@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -43,7 +44,10 @@ def add_lora(base: nn.Module, config: FinetuneConfig) -> PeftModel:
         revision=config.revision,
     )
     try:
-        model = get_peft_model(base, lora)
+        with warnings.catch_warnings():
+            # PEFT asks transformers by a name that it is giving up.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            model = get_peft_model(base, lora)
     except ValueError as error:
         raise ConfigError(
             f"finetune.lora_targets={', '.join(config.lora_targets)} do not fit {config.base_model}: {error}"
