@@ -60,7 +60,8 @@ def state() -> Any:
         # Else transformers loads weights in one process only, and the others shard what they lack.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     gpus, here = torch.cuda.device_count(), processes_here()
-    if not on_cpu and 0 < gpus < here:
+    bound = gpus == 1 and os.environ.get("CUDA_VISIBLE_DEVICES")  # some launchers show each its own alone
+    if not on_cpu and 0 < gpus < here and not bound:
         raise ConfigError(
             f"{here} processes were started on this machine and it has {gpus} GPUs; start one for each, with "
             f"--num_processes {gpus} on one machine"

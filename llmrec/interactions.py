@@ -183,7 +183,7 @@ class Interactions(Shown):
                     digest.update(found)
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        return digest.hexdigest()
+        return f"ends:{digest.hexdigest()}"
 
     def sequences(self, *splits: Split) -> Sequences:
         """The interactions of these splits alone, by user and time."""

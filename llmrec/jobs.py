@@ -32,7 +32,7 @@ because its row cannot be run with these settings."""
 
 LAUNCHER = (
     *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_"),
-    *("FSDP_", "OMPI_COMM_WORLD_", "PMI_"),
+    *("FSDP_", "OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_", "MPI_LOCAL"),
 )
 """How the variables begin by which launchers tell processes of each other."""
 

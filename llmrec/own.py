@@ -56,4 +56,5 @@ def check_takes(kind: Any, name: str, setting: str, *first: object, **settings: 
     try:
         inspect.signature(kind).bind(*first, **settings)
     except TypeError as error:
-        raise ConfigError(f"{setting}: {name} does not take {', '.join(settings)} ({error})") from None
+        given = ", ".join(settings) or "no settings at all"
+        raise ConfigError(f"{setting}: {name} does not take {given} ({error})") from None

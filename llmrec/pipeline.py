@@ -31,7 +31,7 @@ from llmrec.errors import (
     StaleArtifactError,
 )
 from llmrec.finished import SCHEMA_VERSION, check_lineage, fingerprint, load, stage_manifest
-from llmrec.folder_digest import folder_digest
+from llmrec.folder_digest import folder_digest, model_digest
 from llmrec.manifest import (
     MANIFEST,
     describe_files,
@@ -231,8 +231,8 @@ def describe_stage(name: str, config: Any, inputs: tuple[Any, ...]) -> dict[str,
 
 
 def source_hashes(config: Any, known: dict[str, str] | None = None) -> dict[str, str]:
-    """Hashes of the users' own files that a config names in ``source_files``, and of the models in local
-    folders that it names in ``source_folders``, by setting.
+    """Hashes of the users' own files that a config names in ``source_files``, and of folders that it names in
+    ``source_folders`` and ``model_folders``, by setting.
 
     What is gone is left out: what was made from it may still be used.
 
@@ -245,11 +245,18 @@ def source_hashes(config: Any, known: dict[str, str] | None = None) -> dict[str,
     for name, path in files.items():
         if name not in found and Path(path).is_file():
             found[name] = sha256(Path(path))
-    folders: dict[str, str] = getattr(config, "source_folders", dict)()
-    for name, path in folders.items():
+    for name, path in folders_of(config).items():
         if name not in found and Path(path).is_dir():
-            found[name] = folder_digest(Path(path))
+            data = name in getattr(config, "source_folders", dict)()
+            found[name] = folder_digest(Path(path)) if data else model_digest(Path(path))
     return found
+
+
+def folders_of(config: Any) -> dict[str, str]:
+    """Folders that a config names, of data and of models, by setting."""
+    data: dict[str, str] = getattr(config, "source_folders", dict)()
+    models: dict[str, str] = getattr(config, "model_folders", dict)()
+    return data | models
 
 
 def changed_sources(
@@ -272,11 +279,18 @@ def changed_sources(
     changed = [
         phrases.get(name, f"other content of the {name} file")
         for name, digest in sources.items()
-        if before.get(name, digest) != digest
+        if before.get(name, digest) != digest and form_of(before[name]) == form_of(digest)
     ]
     # Files that the settings name by themselves; what a setting names was there, or it was another setting.
     appeared = [name for name in sources if name not in before and name not in folders]
-    return changed + [f"no {name}, which are there now" for name in appeared]
+    absent = {PICTURES: f"some {PICTURES} absent"}
+    return changed + [f"{absent.get(name, f'no {name}')}, which are there now" for name in appeared]
+
+
+def form_of(digest: str) -> str:
+    """In which way a digest was made; those of different ways cannot be compared."""
+    form, mark, _ = digest.partition(":")
+    return form if mark else ""
 
 
 def changes_of(manifest: dict[str, Any], config: Any, sources: dict[str, str]) -> list[str]:
@@ -285,14 +299,16 @@ def changes_of(manifest: dict[str, Any], config: Any, sources: dict[str, str]) -
     before = copy.deepcopy(manifest["config"])
     now = as_dict(config)
     made_from = manifest.get("sources") or {}
+    folders = folders_of(config)
     for name in sources:
         *groups, field = name.split(".")
         old, new = before, now
         for group in groups:
             old, new = old.get(group) or {}, new.get(group) or {}
-        if made_from.get(name) == sources[name] and field in old and field in new:
+        # More than a path, such as the split of a data set, must be the same.
+        moves = name not in folders or new.get(field) in (folders[name], f"local-dir:{folders[name]}")
+        if made_from.get(name) == sources[name] and field in old and field in new and moves:
             old[field] = new[field]
-    folders: dict[str, str] = getattr(config, "source_folders", dict)()
     return [*changed_sources(manifest, sources, folders), *changed_settings(before, config)]
 
 

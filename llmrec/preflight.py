@@ -13,7 +13,7 @@ from llmrec.errors import ConfigError
 from llmrec.findings import Finding
 from llmrec.finetune.method_table import method_of
 from llmrec.needed_models import models
-from llmrec.own import is_own
+from llmrec.own import check_takes, is_own
 from llmrec.recipe import Recipe
 from llmrec.stages import STAGES
 
@@ -85,16 +85,20 @@ def to_fetch(recipe: Recipe) -> tuple[list[str], list[str]]:
 
 
 def own_classes(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
-    """Whether models and methods of the user's own can be imported, which takes torch and what they need."""
+    """Whether models and methods of the user's own can be imported, which takes torch and what they need, and
+    take the settings that they are given."""
     try:
         if "train_collab" in stages and recipe.train_collab.is_own:
             from llmrec.collab.provider import provider_class
 
-            provider_class(recipe.train_collab.provider)
+            kind = provider_class(recipe.train_collab.provider)
+            own = {"num_items": 1, **recipe.train_collab.own}
+            check_takes(kind, recipe.train_collab.provider, "train_collab.own", **own)
         if "finetune" in stages and is_own(recipe.finetune.method):
             from llmrec.finetune.methods import tokens_class
 
-            tokens_class(recipe.finetune.method)
+            kind = tokens_class(recipe.finetune.method)
+            check_takes(kind, recipe.finetune.method, "finetune.own", None, **recipe.finetune.own)
     except ConfigError as error:
         what, _, advice = str(error).partition("; ")
         yield Finding("problem", what, advice)

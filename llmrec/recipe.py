@@ -296,8 +296,8 @@ def without_what_goes(recipe: Recipe, pairs: dict[str, str]) -> Recipe:
     if chosen("finetune.base_model", finetune.base_model) and finetune.is_mini:
         idle.add("mini")
     defaults = FinetuneConfig()
-    if is_own(finetune.method) and "own" in idle:
-        finetune = replace(finetune, method="mme_sid", own={})
+    if method is not None and is_own(finetune.method) and "finetune.own" not in pairs:
+        finetune = replace(finetune, method="mme_sid", own={}, ctrl_weight=defaults.ctrl_weight)
     changes = {name: getattr(defaults, name) for name in idle if f"finetune.{name}" not in pairs}
     if any(path.startswith("finetune.mini.") for path in pairs):
         changes.pop("mini", None)

@@ -60,8 +60,10 @@ def open_like_folder(folder: Path) -> None:
     """Let those who may read a folder read what is in it; safetensors keeps its files from all others."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
+        if path.is_file() and path.stat().st_mode & 0o777 != mode:
+            # Some file systems have no modes; work is not lost for a courtesy.
+            with contextlib.suppress(OSError):
+                path.chmod(mode)
 
 
 def unfinished(stage: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny_recipe import tiny
 
 from llmrec.collab.config import TrainCollabConfig
@@ -18,7 +18,7 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import DataError, StaleArtifactError
 from llmrec.finetune.config import FinetuneConfig
-from llmrec.folder_digest import folder_digest
+from llmrec.folder_digest import model_digest, weights_digest
 from llmrec.interactions import Interactions
 from llmrec.pipeline import RunDir, changes_of, run, source_hashes
 from llmrec.stages import STAGES
@@ -142,6 +142,24 @@ def test_other_files_in_a_folder_in_the_form_of_the_hub_are_noticed(tmp_path):
     (folder / "a.csv").write_text("user_id,item_id,timestamp\na,2,1\n")
     changes = changes_of(manifest, config, source_hashes(config))
     assert changes == ["other files in the interactions folder"]
+    manifest["sources"] = source_hashes(config)
+    other = PrepareDataConfig(source="table", interactions=f"hub:{folder}::test")
+    (change,) = changes_of(manifest, other, source_hashes(other))
+    assert change.startswith("interactions=") and "::test" in change
+
+
+def test_digests_that_were_made_otherwise_are_not_compared():
+    """A picture's bytes were not looked at once; its name and size say nothing of them."""
+    config = FinetuneConfig()
+    manifest = {"config": as_dict(config), "sources": {"pictures": "0123"}}
+    assert not changes_of(manifest, config, {"pictures": "ends:4567"})
+    assert changes_of(manifest, config, {"pictures": "4567"}) == ["other pictures"]
+
+
+def test_the_built_in_base_is_no_folder_of_its_name(tmp_path, monkeypatch):
+    model_folder(tmp_path / "mini", 0)
+    monkeypatch.chdir(tmp_path)
+    assert not source_hashes(FinetuneConfig())
 
 
 def test_the_text_of_a_prompt_of_ones_own_is_part_of_what_was_tuned(tmp_path):
@@ -192,25 +210,49 @@ def model_folder(path: Path, seed: int) -> Path:
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps({"hidden_size": 4}))
     rng = np.random.default_rng(seed)
-    save_file({"weight": rng.normal(size=(1200, 1200)).astype(np.float32)}, path / "model.safetensors")
+    tensors = {"weight": rng.normal(size=(1200, 1200)), "bias": rng.normal(size=1200)}
+    save_file({name: value.astype(np.float32) for name, value in tensors.items()}, path / "model.safetensors")
     return path
 
 
 def test_a_model_is_known_by_its_settings_and_weights(tmp_path):
     first = model_folder(tmp_path / "first", 0)
-    known = folder_digest(first)
-    assert folder_digest(model_folder(tmp_path / "elsewhere" / "same", 0)) == known
-    (first / "README.md").write_text("About it.")
-    (first / ".cache").mkdir()
-    (first / ".cache" / "lock").write_text("held")
-    assert folder_digest(first) == known
-    assert folder_digest(model_folder(tmp_path / "other", 1)) != known
-    for name, place in (("config.json", 0), ("model.safetensors", -1)):
+    known = model_digest(first)
+    assert model_digest(model_folder(tmp_path / "elsewhere" / "same", 0)) == known
+    assert model_digest(model_folder(tmp_path / "other", 1)) != known
+    for name, place in (("config.json", -3), ("model.safetensors", -1)):
         content = bytearray((first / name).read_bytes())
         content[place] ^= 1
         changed = model_folder(tmp_path / f"changed {name}", 0)
         (changed / name).write_bytes(content)
-        assert folder_digest(changed) != known
+        assert model_digest(changed) != known and weights_digest(changed) != weights_digest(first)
+
+
+def test_a_model_is_the_same_whatever_lies_beside_it_and_however_it_was_cut(tmp_path):
+    folder = model_folder(tmp_path / "model", 0)
+    known, weights = model_digest(folder), weights_digest(folder)
+    for name in (
+        "README.md",
+        "LICENSE",
+        "USE_POLICY.txt",
+        "generation_config.json",
+        ".cache/lock",
+        "original/params.json",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("About it.")
+    config = json.loads((folder / "config.json").read_text()) | {"transformers_version": "9.9"}
+    (folder / "config.json").write_text(json.dumps(config, indent=4))
+    assert model_digest(folder) == known
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file({"bias": tensors["bias"]}, folder / "model-00002-of-00002.safetensors")
+    save_file(
+        {"weight": tensors["weight"]}, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"}
+    )
+    assert model_digest(folder) == known
+    (folder / "tokenizer.json").write_text("{}")
+    assert model_digest(folder) != known and weights_digest(folder) == weights
 
 
 @pytest.mark.parametrize(

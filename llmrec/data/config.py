@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
 from llmrec.config import Settings, given, require
+from llmrec.errors import ConfigError
 
 OWN_COLUMNS = ("raw_id", "title", "train_count", "image_path")
 """Columns of items.parquet that text columns must not be named like."""
@@ -114,7 +117,7 @@ class PrepareDataConfig(Settings, path="prepare_data"):
 
     timestamp_format: str | None = None
     """How times are written that are neither, in the codes of Python's strptime, such as %d.%m.%Y %H:%M, or
-    %a %b %d %H:%M:%S %z %Y for Tue May 01 12:30:00 -0700 2012; UTC where a time names no zone."""
+    %a %b %d %H:%M:%S %z %Y for Tue May 01 12:30:00 -0700 2012, or %Y%m%d; UTC where a time has no %z."""
 
     column_names: tuple[str, ...] | None = None
     """All columns of an interactions file that has no header, in order, such as
@@ -236,7 +239,23 @@ class PrepareDataConfig(Settings, path="prepare_data"):
         self._refuse(unused, "source='amazon_2014', whose files and columns are known")
         self._check_split()
 
+    def _check_format(self, written: str) -> None:
+        """Refuse a format that reads no times, or not the same ones everywhere."""
+        full = f"prepare_data.timestamp_format={written!r}"
+        try:
+            moment = datetime(2012, 5, 1, 12, 30, tzinfo=timezone.utc)
+            datetime.strptime(moment.strftime(written), written)
+        except (ValueError, re.error) as error:
+            raise ConfigError(f"{full} cannot be read by Python's strptime: {error}") from None
+        years = any(code in written for code in ("%Y", "%y", "%c", "%x", "%G"))
+        require(years, f"{full} names no year; use the codes of Python's strptime, such as %d.%m.%Y %H:%M")
+        require(
+            "%Z" not in written, f"{full}: %Z is read by no two machines alike; give zones as numbers, %z"
+        )
+
     def _check_split(self) -> None:
+        if self.timestamp_format is not None:
+            self._check_format(self.timestamp_format)
         if self.timestamp_column is None:
             self._refuse({"timestamp_format", "ties"}, "timestamp_column=none")
         require(

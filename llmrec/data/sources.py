@@ -169,9 +169,10 @@ def text_column(table: pa.Table, file: TableFile, name: str) -> pa.ChunkedArray:
     """A column as text, '' for null; whole numbers and UUIDs as people write them, lists and objects as in
     JSON lines (see `llmrec.data.raw.as_text`); bytes that are no text are an error."""
     values = table[name]
+    is_uuid = isinstance(values.type, pa.UuidType)
     if isinstance(values.type, pa.BaseExtensionType):
         values = pa.chunked_array([chunk.storage for chunk in values.chunks], values.type.storage_type)
-    if values.type == pa.binary(16):
+    if values.type == pa.binary(16) and (is_uuid or not _is_text(values)):
         texts = [None if value is None else str(uuid.UUID(bytes=value)) for value in values.to_pylist()]
         values = pa.chunked_array([pa.array(texts, pa.string())])
     if pa.types.is_nested(values.type):
@@ -186,6 +187,14 @@ def text_column(table: pa.Table, file: TableFile, name: str) -> pa.ChunkedArray:
         raise DataError(
             f"{file}, column {name!r} holds {values.type} that is no UTF-8 text; write it as text"
         ) from None
+
+
+def _is_text(values: pa.ChunkedArray) -> bool:
+    """Whether all bytes are UTF-8 text that can be printed."""
+    try:
+        return bool(pc.all(pc.utf8_is_printable(pc.cast(values, pa.string()))).as_py())
+    except pa.ArrowInvalid:
+        return False
 
 
 def numbered(values: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
@@ -269,6 +278,8 @@ def _moments(table: pa.Table, file: TableFile, name: str) -> pa.ChunkedArray:
 def _parsed(table: pa.Table, file: TableFile, name: str, written: str) -> pa.ChunkedArray:
     """Text as timestamps by the codes of strptime; UTC where there is no zone."""
     column = table[name]
+    if pa.types.is_integer(column.type):
+        column = pc.cast(column, pa.string())  # such as 20120501
     if not pa.types.is_string(column.type):
         raise DataError(
             f"{file}, column {name!r}: {column.type} needs no format; leave out prepare_data.timestamp_format"

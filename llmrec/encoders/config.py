@@ -223,12 +223,12 @@ class EncodeItemsConfig(Settings, path="encode_items"):
         """The users' own files that the result depends on, by setting."""
         return vector_files("text.path", self.text.path) | vector_files("image.path", self.image.path)
 
-    def source_folders(self) -> dict[str, str]:
+    def model_folders(self) -> dict[str, str]:
         """Models that may lie in folders of the user's, by setting."""
         return {
             f"{modality}.{name}": folder
             for modality, config in {"text": self.text, "image": self.image}.items()
-            for name, folder in folders_of(config).items()
+            for name, folder in model_folders_of(config).items()
         }
 
     def check_data(self, data: Interactions) -> None:
@@ -256,7 +256,7 @@ class EncodeItemsConfig(Settings, path="encode_items"):
         return {PICTURES: digest}
 
 
-def folders_of(config: Settings) -> dict[str, str]:
+def model_folders_of(config: Settings) -> dict[str, str]:
     """Models of an encoder that may lie in folders, by setting."""
     named = {name: getattr(config, name, None) for name in ("model", "adapter")}
     return {name: folder.removeprefix("local-dir:") for name, folder in named.items() if folder}

@@ -21,13 +21,13 @@ from llmrec.encoders.config import (
     EncodeItemsConfig,
     ImageEncoderConfig,
     TextEncoderConfig,
-    folders_of,
+    model_folders_of,
 )
 from llmrec.encoders.encoder import Encoder, encode_pictures, encode_texts, finish
 from llmrec.encoders.pictures import read_picture
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError, DataError
-from llmrec.folder_digest import folder_digest
+from llmrec.folder_digest import model_digest
 from llmrec.interactions import Interactions
 from llmrec.manifest import sha256
 from llmrec.pipeline import resume_folder
@@ -139,8 +139,8 @@ def cache_of(
     """What was encoded before the stage was stopped, in this run, by the same weights and within the same
     limits."""
     about = {"encoder": config.encoder, **encoder.describe(), **limits}
-    folders = {name: Path(folder) for name, folder in folders_of(config).items()}
-    weights = {name: folder_digest(folder) for name, folder in folders.items() if folder.is_dir()}
+    folders = {name: Path(folder) for name, folder in model_folders_of(config).items()}
+    weights = {name: model_digest(folder) for name, folder in folders.items() if folder.is_dir()}
     return VectorCache(resume_folder(), about | {"files": weights})
 
 

@@ -47,8 +47,17 @@ def _whole_prompt(config: FinetuneConfig) -> Prompt:
     return tokenize(config.prompt, tokenizer)
 
 
-def load_base(config: FinetuneConfig, prompt: Prompt) -> nn.Module:
-    """The base model: mini from its config, trained in full, or pretrained with fresh LoRA matrices."""
+def load_base(
+    config: FinetuneConfig, prompt: Prompt, device: torch.device | None = None, *, spread: bool = False
+) -> nn.Module:
+    """The base model: mini from its config, trained in full, or pretrained with fresh LoRA matrices.
+
+    Args:
+        config: settings.
+        prompt: for the size of a mini base's vocabulary.
+        device: where it will run; None: this process's.
+        spread: it will be moved block by block, see `shard`.
+    """
     if config.is_mini:
         return mini(
             {
@@ -65,9 +74,10 @@ def load_base(config: FinetuneConfig, prompt: Prompt) -> nn.Module:
     options: dict[str, Any] = {"dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32}
     if config.quantize == "nf4":
         options["quantization_config"] = four_bits()
-    if torch.cuda.is_available() and (config.quantize == "nf4" or not distributed.uses_fsdp()):
+    device = distributed.device() if device is None else device
+    if device.type == "cuda" and (config.quantize == "nf4" or not spread):
         # Straight to the GPU: processes side by side would each fill the host's memory with a whole one.
-        options["device_map"] = {"": distributed.device()}
+        options["device_map"] = {"": device}
     try:
         base = AutoModel.from_pretrained(
             config.base_model, revision=config.revision, attn_implementation="sdpa", **options

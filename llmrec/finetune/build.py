@@ -21,7 +21,7 @@ from llmrec.finetune.methods import item_tokens
 from llmrec.finetune.modalities import modalities_of
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.prompt import Prompt
-from llmrec.folder_digest import folder_digest
+from llmrec.folder_digest import weights_digest
 
 
 def item_vectors(
@@ -173,10 +173,10 @@ def flops_per_token(model: MMESID) -> float:
 
 def settings_of(config: FinetuneConfig, prompt: Prompt, base: nn.Module) -> dict[str, Any]:
     """What `scoring.load_scorer` needs beside the weights."""
-    folder = Path(config.base_model)
+    local = not config.is_mini and Path(config.base_model).is_dir()
     return {
         "config": asdict(config),
-        "base_digest": folder_digest(folder) if folder.is_dir() else None,
+        "base_digest": weights_digest(Path(config.base_model)) if local else None,
         "prompt": asdict(prompt),
         "revision": getattr(base.config, "_commit_hash", None) or config.revision,
         "hidden_size": base.config.hidden_size,

@@ -384,9 +384,9 @@ class FinetuneConfig(Settings, path="finetune"):
         """The users' own files that the result depends on, by setting."""
         return {"prompt": self.prompt} if self.prompt.endswith(".toml") else {}
 
-    def source_folders(self) -> dict[str, str]:
+    def model_folders(self) -> dict[str, str]:
         """Models that may lie in folders of the user's, by setting."""
-        return {"base_model": self.base_model}
+        return {} if self.is_mini else {"base_model": self.base_model}
 
     @property
     def fusion_used(self) -> str:

@@ -192,7 +192,7 @@ class ItemTokens(nn.Module):
                 }
                 super().__init__(parts, MyMixer(len(parts), inputs.hidden_size, dropout_rate))
 
-    Its parameters are what is saved of it; all else must come out of the constructor again. Frozen vectors
+    What is trained of it is saved; all else must come out of the constructor again. Frozen vectors
     are a part ``vectors_MODALITY``, sums of code embeddings ``codes_MODALITY``: by these names scores find
     the maps that finetune.fusion mixes, and reports the vectors that a table is held to. Other parts have
     any name. `pairs` and `alignment` may be of its own: another loss, weighed by finetune.ctrl_weight.

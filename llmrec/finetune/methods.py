@@ -149,8 +149,14 @@ def item_tokens(config: FinetuneConfig, inputs: ItemInputs) -> ItemTokens:
         return METHODS[config.method](inputs, config)
     kind = tokens_class(config.method)
     check_takes(kind, config.method, "finetune.own", inputs, **config.own)
-    tokens = kind(inputs, **config.own).to(next(iter(inputs.vectors.values())).device)
-    check(tokens.eval(), inputs, f"finetune.method={config.method}")
+    where, device = f"finetune.method={config.method}", next(iter(inputs.vectors.values())).device
+    tokens = kind(inputs, **config.own).to(device)
+    check_shape(tokens.eval(), inputs, where)
+    if device.type != "meta":
+        check_all_is_used(tokens, inputs, where)
+        with torch.random.fork_rng():
+            torch.manual_seed(torch.initial_seed() + 1)
+            check_comes_again(tokens, kind(inputs, **config.own).to(device), where)
     return tokens.train()
 
 
@@ -168,8 +174,39 @@ def tokens_class(name: str) -> Any:
     return kind
 
 
+def check_comes_again(tokens: ItemTokens, again: ItemTokens, where: str) -> None:
+    """Raise ConfigError unless what is not trained, so not saved, comes out the same when made again."""
+    for name, kept in {**dict(tokens.named_buffers()), **dict(tokens.named_parameters())}.items():
+        other = again.get_buffer(name) if name in dict(again.named_buffers()) else again.get_parameter(name)
+        if not kept.requires_grad and not torch.equal(kept, other):
+            raise ConfigError(
+                f"{where}: {name} is not trained, so it is not saved, and is another one when the class is "
+                "made again; make it from the inputs, or with a generator of its own"
+            )
+
+
+def check_all_is_used(tokens: ItemTokens, inputs: ItemInputs, where: str) -> None:
+    """Raise ConfigError unless every trained parameter has a part in tokens or in their own loss: several
+    processes would wait for its gradient."""
+    item = torch.arange(1, min(64, inputs.num_items) + 1)
+    trained = {name: value for name, value in tokens.named_parameters() if value.requires_grad}
+    found = tokens(item.to(next(iter(inputs.vectors.values())).device)).float().sum()
+    if tokens.has_alignment:
+        pairs = [pair.to(found.device) for pair in tokens.pairs(item)]
+        found = found + tokens.alignment(pairs)
+    if not trained:
+        return
+    gradients = torch.autograd.grad(found, list(trained.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(trained, gradients) if gradient is None]
+    if unused:
+        raise ConfigError(
+            f"{where}: {', '.join(unused)} has no part in the tokens; leave it out, or set its requires_grad "
+            "to False"
+        )
+
+
 @torch.no_grad()
-def check(tokens: ItemTokens, inputs: ItemInputs, where: str) -> None:
+def check_shape(tokens: ItemTokens, inputs: ItemInputs, where: str) -> None:
     """Raise ConfigError unless tokens have the shape that the base model takes, and parts the names by which
     scores and reports know them."""
     for name, part in tokens.parts.items():
@@ -186,5 +223,5 @@ def check(tokens: ItemTokens, inputs: ItemInputs, where: str) -> None:
         raise ConfigError(
             f"{where} makes {' x '.join(map(str, found))} numbers of {len(item)} items, expected "
             f"{' x '.join(map(str, (len(item), *per_item, inputs.hidden_size)))} (a mixer that makes several "
-            "tokens an item says how many in its attribute tokens_per_item)"
+            "tokens an item, two or more, says how many in its attribute tokens_per_item)"
         )

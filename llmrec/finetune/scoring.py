@@ -22,7 +22,7 @@ from llmrec.finetune.model import MMESID
 from llmrec.finetune.packing import PackedRows
 from llmrec.finetune.prompt import Prompt
 from llmrec.finetune.scaling import scale
-from llmrec.folder_digest import folder_digest
+from llmrec.folder_digest import weights_digest
 
 TABLE_BLOCK = 4096
 
@@ -99,6 +99,8 @@ def load_scorer(
         ArtifactMismatchError: if the artefacts do not belong together, or weights are missing or too many.
     """
     check_same_catalog(adapter, collab, content, ids)
+    spread = spread and distributed.uses_fsdp()
+    device = device or distributed.device()
     config = for_scoring(from_dict(FinetuneConfig, adapter.settings["config"]))
     if not config.is_mini and adapter.settings.get("revision"):
         # The commit that was trained on, whatever has come since.
@@ -111,13 +113,11 @@ def load_scorer(
         from llmrec.finetune.lora import set_lora_weights
 
         check_base(config.base_model, adapter.settings.get("base_digest"))
-        base = load_base(config, prompt)
+        base = load_base(config, prompt, device, spread=spread)
         set_lora_weights(base, adapter.lora)
     heads = dict(adapter.heads)
     train_count = heads.pop("train_count")
     vectors = scale(item_vectors(config, collab, content, ids), config.vectors, adapter.scaling)
-    spread = spread and distributed.uses_fsdp()
-    device = device or distributed.device()
     model = build_model(config, base, prompt, vectors, ids, train_count, device, spread=spread)
     set_heads(model, heads)
     if spread:
@@ -128,7 +128,7 @@ def load_scorer(
 def check_base(base_model: str, digest: str | None) -> None:
     """Raise ArtifactMismatchError if a local folder holds another model than the one that was trained on."""
     folder = Path(base_model)
-    if digest is not None and folder.is_dir() and folder_digest(folder) != digest:
+    if digest is not None and folder.is_dir() and weights_digest(folder) != digest:
         raise ArtifactMismatchError(
             f"{folder} holds another model than the one that was fine-tuned; put that one there, or "
             "fine-tune this one"

@@ -90,3 +90,18 @@ def test_every_setting_but_the_nested_one_is_explained(cls):
 
 def test_the_help_names_every_form_of_a_time():
     assert "ISO 8601" in field_docs(PrepareDataConfig)["timestamp_column"]
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("DD.MM.YYYY", "names no year; use the codes of Python's strptime"),
+        ("%H:%M", "names no year"),
+        ("%d/%m/%d %Y", "cannot be read by Python's strptime: redefinition"),
+        ("%Q %Y", "cannot be read by Python's strptime: 'Q' is a bad directive"),
+        ("%Y-%m-%d %Z", "give zones as numbers, %z"),
+    ],
+)
+def test_formats_that_read_no_times_are_refused(written, message):
+    with pytest.raises(ConfigError, match=f"prepare_data.timestamp_format='{written}'.*{message}"):
+        PrepareDataConfig(**TABLE, timestamp_format=written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -185,6 +186,15 @@ def test_uuids_are_read_as_people_write_them(tmp_path):
     ids = [uuid.UUID(int=item + 1) for _ in range(3) for item in range(3)]
     data = prepare_data(parquet(tmp_path, item_id=pa.array([one.bytes for one in ids], pa.binary(16))))
     assert data.raw_ids == [str(one) for one in ids[:3]]
+    texts = pa.array([b"0123456789abcde%d" % item for _ in range(3) for item in range(3)], pa.binary(16))
+    assert prepare_data(parquet(tmp_path, item_id=texts)).raw_ids == [f"0123456789abcde{n}" for n in range(3)]
+
+
+def test_days_as_whole_numbers_are_read_by_their_format(tmp_path):
+    config = parquet(tmp_path, timestamp=[20111018 + place for _ in range(3) for place in (0, 2, 1)])
+    data = prepare_data(dataclasses.replace(config, timestamp_format="%Y%m%d"))
+    assert data.timestamp[:3].tolist() == [1_318_896_000 + 86_400 * day for day in range(3)]
+    assert data.item[:3].tolist() == [1, 3, 2]
 
 
 @pytest.mark.parametrize(

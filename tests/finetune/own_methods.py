@@ -96,3 +96,36 @@ class NoTokens(nn.Module):
 def function(inputs: ItemInputs) -> ItemTokens:
     """No class."""
     return Several(inputs)
+
+
+class Drawn(Shares):
+    """With numbers of its own that nobody keeps."""
+
+    def __init__(self, inputs: ItemInputs) -> None:
+        super().__init__(inputs)
+        self.register_buffer("noise", torch.randn(4))
+
+
+class Frozen(Shares):
+    """With a table that is drawn and not trained."""
+
+    def __init__(self, inputs: ItemInputs) -> None:
+        super().__init__(inputs)
+        self.parts["first_code"].vectors_of.weight.requires_grad_(False)
+
+
+class Seeded(Frozen):
+    """The same, drawn alike every time."""
+
+    def __init__(self, inputs: ItemInputs) -> None:
+        super().__init__(inputs)
+        own = torch.Generator().manual_seed(3)
+        nn.init.normal_(self.parts["first_code"].vectors_of.weight, generator=own)
+
+
+class Idle(Shares):
+    """With a layer that nothing goes through."""
+
+    def __init__(self, inputs: ItemInputs) -> None:
+        super().__init__(inputs)
+        self.later = nn.Linear(3, 3)

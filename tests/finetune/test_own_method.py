@@ -52,6 +52,19 @@ def test_packing_is_exact_for_it(method):
     torch.testing.assert_close(hidden, plain_prompts(net, item, targets), **EXACT)
 
 
+def test_what_is_not_trained_may_be_made_again():
+    build(method="own_methods:Seeded", own={})
+
+
+def test_checks_of_it_leave_the_random_numbers_alone():
+    torch.manual_seed(5)
+    build()
+    first = torch.rand(3)
+    torch.manual_seed(5)
+    build()
+    assert torch.equal(first, torch.rand(3))
+
+
 def test_a_loss_of_its_own_is_part_of_the_steps():
     assert not build().aligns
     assert build(method="own_methods:Pulled").aligns and build(method="own_methods:Pulled").alignment_weight
@@ -116,6 +129,18 @@ def test_a_recipe_of_another_method_is_set_to_it_and_back(tmp_path, capsys):
         ({"method": "own_methods:NoTokens"}, "must be a subclass of llmrec.finetune.item_inputs.ItemTokens"),
         ({"own": {"width": 3}}, r"finetune.own: own_methods:Shares does not take width \(got an unexpected"),
         ({"method": "own_methods:Narrow", "own": {}}, "makes 3 x 8 numbers of 3 items, expected 3 x 16"),
+        (
+            {"method": "own_methods:Drawn", "own": {}},
+            "noise is not trained, so it is not saved, and",
+        ),
+        (
+            {"method": "own_methods:Frozen", "own": {}},
+            "first_code.vectors_of.weight is not trained",
+        ),
+        (
+            {"method": "own_methods:Idle", "own": {}},
+            "later.weight, later.bias has no part in",
+        ),
         ({"method": "own_methods:Misnamed", "own": {}}, "a ProjectedVectors must be called vectors_MODALITY"),
         ({"method": "own_methods:Several", "own": {"a": 1}}, "Several does not take a"),
         ({"method": "e4srec"}, "finetune.own has no effect with method='e4srec'"),
@@ -126,6 +151,28 @@ def test_a_recipe_of_another_method_is_set_to_it_and_back(tmp_path, capsys):
 def test_what_is_no_method_is_said_to_be_none(settings, message):
     with pytest.raises(ConfigError, match=message):
         build(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["finetune.method=own_methods:Shares", "finetune.own=scael=2"], "Shares does not take scael"),
+        (["finetune.method=own_methods:Several", "finetune.own=a=2"], "Several does not take a"),
+    ],
+)
+def test_settings_that_it_does_not_take_are_told_before_anything_is_computed(
+    settings, said, tmp_path, capsys
+):
+    with pytest.raises(SystemExit) as left:
+        main(tiny, ["--run-dir", str(tmp_path), "--set", *settings])
+    assert left.value.code == 2 and not (tmp_path / "prepare_data").exists()
+    assert said in capsys.readouterr().err
+
+
+def test_from_one_to_another_the_first_ones_settings_go(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(mine, ["--run-dir", str(tmp_path), "--dry-run", "--set", "finetune.method=own_methods:Several"])
+    assert left.value.code == 0, capsys.readouterr().err
 
 
 def test_a_method_that_is_not_there_is_told_before_anything_is_computed(tmp_path, capsys):
