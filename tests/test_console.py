@@ -169,6 +169,10 @@ def test_when_a_process_fails_the_run_ends_and_says_so_once(what, words, tmp_pat
     script.write_text(SCRIPT)
     environment = {**os.environ, "LLMREC_TIMEOUT_MINUTES": "0.1", "LLMREC_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [
+        "--monitor-interval",
+        "1",
+    ]  # a launcher that looks more often may end the others before they speak
     begun = time.monotonic()
     done = subprocess.run(
         [*command, str(script), what, str(tmp_path / "out")],

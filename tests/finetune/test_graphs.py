@@ -159,7 +159,7 @@ def test_what_fails_while_it_is_recorded_names_the_way_out():
         ({}, "longrope", {}, False),
         ({"cuda_graphs": False}, "default", {}, False),
         ({"checkpoint_activations": True}, "default", {}, False),
-        ({}, "default", {"ACCELERATE_USE_FSDP": "true"}, False),
+        ({}, "default", {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, False),
         ({}, "default", {"ACCELERATE_USE_DEEPSPEED": "true"}, False),
     ],
 )
