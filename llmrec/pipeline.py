@@ -267,7 +267,7 @@ def changed_sources(
     Args:
         manifest: of the stage.
         sources: hashes as they are now, by setting.
-        folders: the settings among them that name a model's folder.
+        folders: the settings among them that name a folder.
     """
     before = manifest.get("sources")
     if before is None:
