@@ -156,7 +156,7 @@ def download(repo: str, *, revision: str | None = None, cache_dir: str | Path | 
         HubError: the Hub cannot be reached.
     """
     no_folder = f"{repo} is no folder here"
-    if not HUB_ID.fullmatch(repo):
+    if repo.count("/") != 1:
         raise MissingArtifactError(f"{no_folder}, nor a Hub id (owner/name)")
     try:
         return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir))
@@ -172,9 +172,6 @@ def download(repo: str, *, revision: str | None = None, cache_dir: str | Path | 
         ) from None
     except (HfHubHTTPError, OSError, unanswered()) as error:
         raise HubError(f"{no_folder}; {explained(error, repo, pushed=False)}") from None
-
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_name(repo: str) -> None:

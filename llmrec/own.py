@@ -56,5 +56,5 @@ def check_takes(kind: Any, name: str, setting: str, *first: object, **settings: 
     try:
         inspect.signature(kind).bind(*first, **settings)
     except TypeError as error:
-        given = ", ".join(settings) or "no settings at all"
-        raise ConfigError(f"{setting}: {name} does not take {given} ({error})") from None
+        what = f"does not take {', '.join(settings)}" if settings else "needs settings"
+        raise ConfigError(f"{setting}: {name} {what} ({error})") from None

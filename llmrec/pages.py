@@ -18,7 +18,7 @@ from cycler import cycler
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from llmrec.encoders.pictures import to_rgb
+from llmrec.encoders.pictures import BROKEN, to_rgb
 
 COLOURS = ("#3565c4", "#d1701f", "#888888", "#2f9661", "#8e4bb8")
 THUMB_PIXELS = 72
@@ -116,7 +116,7 @@ def thumbnail(file: Path | None) -> str | None:
         with Image.open(file) as image:
             small = to_rgb(image)
         small.thumbnail((THUMB_PIXELS, THUMB_PIXELS))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except BROKEN:
         return None
     out = io.BytesIO()
     small.save(out, "JPEG", quality=70)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import pytest
+from PIL import Image
 
-from llmrec.pages import drawing, legend_above, svg
+from llmrec.pages import drawing, legend_above, svg, thumbnail
 
 
 @pytest.mark.parametrize("length", [8, 30, 60])
@@ -24,3 +27,13 @@ def test_legends_stay_on_the_picture_and_leave_room_for_the_plot(length):
         assert plot.width > 0.7 * whole.width and plot.height > 0.3 * whole.height
         drawn = svg(figure)
     assert all(name.strip() in drawn for name in names)
+
+
+def test_a_picture_that_pillow_gives_up_is_left_out(monkeypatch):
+    """Its AVIF reader raises RuntimeError for a broken file."""
+
+    def broken(_: Path) -> Image.Image:
+        raise RuntimeError("Failed to decode image")
+
+    monkeypatch.setattr(Image, "open", broken)
+    assert thumbnail(Path("x.avif")) is None

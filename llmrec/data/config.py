@@ -249,9 +249,8 @@ class PrepareDataConfig(Settings, path="prepare_data"):
             raise ConfigError(f"{full} cannot be read by Python's strptime: {error}") from None
         years = any(code in written for code in ("%Y", "%y", "%c", "%x", "%G"))
         require(years, f"{full} names no year; use the codes of Python's strptime, such as %d.%m.%Y %H:%M")
-        require(
-            "%Z" not in written, f"{full}: %Z is read by no two machines alike; give zones as numbers, %z"
-        )
+        zones = "%Z knows the names of zones that this machine goes by alone; take %z, zones as numbers"
+        require("%Z" not in written, f"{full}: {zones}")
 
     def _check_split(self) -> None:
         if self.timestamp_format is not None:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from llmrec.data.raw import PACKING_ERRORS, as_text, open_text
 from llmrec.data.table_file import TableFile, not_utf8
 from llmrec.errors import DataError
+from llmrec.progress import progress
 
 TIME = "a number such as 1318896000 (Unix seconds), or ISO 8601 such as 2011-10-18T00:00:00Z"
 ISO_FORMS = {
@@ -286,7 +287,8 @@ def _parsed(table: pa.Table, file: TableFile, name: str, written: str) -> pa.Chu
         )
     encoded = pc.dictionary_encode(pc.utf8_trim_whitespace(pc.fill_null(column, ""))).combine_chunks()
     moments = []
-    for place, text in enumerate(encoded.dictionary.to_pylist()):
+    texts = progress(encoded.dictionary.to_pylist(), "reading times", unit="time")
+    for place, text in enumerate(texts):
         try:
             moment = datetime.strptime(text, written)
         except ValueError:

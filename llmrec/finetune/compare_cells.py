@@ -6,12 +6,14 @@ them: each takes those that no other one is at. `llmrec.jobs` runs several at a 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import re
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -194,39 +196,34 @@ def run_cell(
     Raises:
         BusyError: another process is at it, or at its semantic IDs.
     """
-    why = why_missing(out, named[0])
-    why.unlink(missing_ok=True)
-    try:
-        compute_cell(recipe, named, seed, inputs, out, refit)
-    except IMPOSSIBLE as error:
-        why.parent.mkdir(parents=True, exist_ok=True)
-        why.write_text(f"{error}\n", encoding="utf-8")
-        raise
-
-
-def compute_cell(
-    recipe: Recipe,
-    named: tuple[str, Row],
-    seed: int,
-    inputs: tuple[Any, ...],
-    out: Path,
-    refit: Path | None,
-) -> None:
-    """The stages of a cell; arguments as `run_cell`."""
     from llmrec.pipeline import run_stage
     from llmrec.stages import STAGES
 
     name, row = named
     folder = folder_of(out, name, seed)
-    if row.ids:
-        ids_config = ids_settings(recipe.learn_semantic_ids, row)
-        ids = run_stage(STAGES["learn_semantic_ids"], ids_config, inputs[:3], ids_folder(out, name))
-        inputs = (*inputs[:3], ids)
-    config = replace(settings_for(recipe, row), seed=seed)
-    if refit is not None:
-        config = refit_stage("finetune", config, folder_of(refit / "methods", name, seed) / "finetune")
-    adapter = run_stage(STAGES["finetune"], config, inputs, folder / "finetune")
-    run_stage(STAGES["evaluate"], recipe.evaluate, (*inputs, adapter), folder / "evaluate")
+    with keeping_why(out, name):
+        if row.ids:
+            ids_config = ids_settings(recipe.learn_semantic_ids, row)
+            ids = run_stage(STAGES["learn_semantic_ids"], ids_config, inputs[:3], ids_folder(out, name))
+            inputs = (*inputs[:3], ids)
+        config = replace(settings_for(recipe, row), seed=seed)
+        if refit is not None:
+            config = refit_stage("finetune", config, folder_of(refit / "methods", name, seed) / "finetune")
+        adapter = run_stage(STAGES["finetune"], config, inputs, folder / "finetune")
+        run_stage(STAGES["evaluate"], recipe.evaluate, (*inputs, adapter), folder / "evaluate")
+
+
+@contextlib.contextmanager
+def keeping_why(out: Path, name: str) -> Iterator[None]:
+    """Leave it in the row's folder if the row cannot be run, and nothing if it can."""
+    why = why_missing(out, name)
+    why.unlink(missing_ok=True)
+    try:
+        yield
+    except IMPOSSIBLE as error:
+        why.parent.mkdir(parents=True, exist_ok=True)
+        why.write_text(f"{error}\n", encoding="utf-8")
+        raise
 
 
 def cells_to_run(

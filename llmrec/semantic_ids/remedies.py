@@ -13,7 +13,8 @@ def remedies(settings: dict[str, Any]) -> dict[str, str]:
 
     trained = settings.get("method") != "rkmeans"
     updates = off("codebook_update", "ema") if trained else []
-    unused = ["fewer codes", *(off("restart_dead_codes", True) if trained else []), *updates]
+    starts = off("init", "kmeans") if trained and settings.get("init") != "kmeans_constrained" else []
+    unused = ["fewer codes", *starts, *(off("restart_dead_codes", True) if trained else []), *updates]
     closer = [*off("reconstruction", "mse"), *updates] if trained else []
     apart = ["more codes", "more levels", *off("repair_collisions", True)]
     distances = [*([" with ".join(closer)] if closer else []), *off("method", "rkmeans")]

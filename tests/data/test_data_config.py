@@ -99,7 +99,7 @@ def test_the_help_names_every_form_of_a_time():
         ("%H:%M", "names no year"),
         ("%d/%m/%d %Y", "cannot be read by Python's strptime: redefinition"),
         ("%Q %Y", "cannot be read by Python's strptime: 'Q' is a bad directive"),
-        ("%Y-%m-%d %Z", "give zones as numbers, %z"),
+        ("%Y-%m-%d %Z", "take %z, zones as numbers"),
     ],
 )
 def test_formats_that_read_no_times_are_refused(written, message):

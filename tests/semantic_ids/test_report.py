@@ -141,6 +141,8 @@ def test_only_what_is_not_set_already_is_advised():
     assert told[0] == "text, level 1: 1 code is not used by any item (50.0% are); fewer codes help."
     assert told[1].endswith("(tau 0.10); method=rkmeans may keep more.")
     assert told[2].endswith("more codes, more levels or repair_collisions=true tell them apart.")
+    told = findings(poor(), as_dict(LearnSemanticIdsConfig(init="random")))
+    assert told[0].endswith("; fewer codes or init=kmeans help.")
     told = findings(poor(2), as_dict(PRESETS["official"]))
     assert "2 codes are" in told[0]
     assert told[0].endswith("; fewer codes, restart_dead_codes=true or codebook_update=ema help.")
