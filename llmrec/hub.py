@@ -39,6 +39,7 @@ from huggingface_hub.utils import get_session, validate_repo_id
 
 from llmrec import __version__
 from llmrec.errors import ConfigError, LlmrecError, MissingArtifactError
+from llmrec.evaluation.tables import fine_tuned_in
 from llmrec.files import read_json
 
 if TYPE_CHECKING:
@@ -334,7 +335,7 @@ def card(package: Package) -> str:
     licence, line = next(
         (found for start, found in LICENCES.items() if str(base).lower().startswith(start)), (None, None)
     )
-    metrics = package.evaluation.get("rows", {}).get("mme_sid", {})
+    metrics = package.evaluation.get("rows", {}).get(fine_tuned_in(package.evaluation), {})
     summary = package.data.get("summary", {})
     metadata = ModelCardData(
         library_name="peft" if package.adapter.lora else None,

@@ -1,8 +1,8 @@
 """A run folder in Python: what each stage made, loaded when it is asked for and checked against its manifest.
 
 run = Run("runs/mme_sid_sample")
-run.report.metrics["rows"]["mme_sid"]["ndcg@10"]
-run.per_user("mme_sid")["ndcg@10"]          # one number a user
+run.report.metrics["rows"]["sasrec"]["ndcg@10"]
+run.per_user()["ndcg@10"]                   # one number a user, of what was fine-tuned
 run.recommender().recommend([["P001"]])
 """
 
@@ -75,20 +75,20 @@ class Run:
         """Metrics, and ranks of every user (evaluate)."""
         return self._load(Report)
 
-    def ranks(self, method: str = "mme_sid") -> np.ndarray:
+    def ranks(self, method: str | None = None) -> np.ndarray:
         """The rank of every user's target by a method, 1 the best, float64 (U,); ties in the middle.
 
         Users are those of ``report.rankings``, in its order.
 
         Args:
-            method: its name in the table or in metrics.json.
+            method: its name in the table or in metrics.json; None: what was fine-tuned.
 
         Raises:
             ConfigError: no such method.
         """
         return ranks_of(self.report, method) + 1
 
-    def per_user(self, method: str = "mme_sid", ks: tuple[int, ...] = (5, 10, 20)) -> dict[str, np.ndarray]:
+    def per_user(self, method: str | None = None, ks: tuple[int, ...] = (5, 10, 20)) -> dict[str, np.ndarray]:
         """Recall, ndcg and mrr of every user, float64 (U,) by name such as ``ndcg@10``; see `ranks`."""
         return per_user(ranks_of(self.report, method), ks)
 

@@ -8,6 +8,7 @@ Run:       accelerate launch recipes/providers_sample.py
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mme_sid_sample import recipe as mme_sid_sample
 
@@ -19,7 +20,8 @@ from llmrec.collab.configs.diffusion import DiffusionConfig
 from llmrec.collab.configs.gmvae import GmvaeConfig
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
-from llmrec.recipe import Recipe
+from llmrec.evaluation.tables import fine_tuned_in
+from llmrec.recipe import Recipe, apply_overrides
 
 # Sizes for a small world, steps as small as in the papers, and patience for a model that learns nothing but
 # popularity for many epochs; all others train with their defaults.
@@ -47,7 +49,12 @@ def run_all(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run-dir", default="runs/providers_sample", help="one folder a provider")
-    parser.add_argument("--providers", nargs="+", default=PROVIDER_FIELDS, metavar="NAME")
+    parser.add_argument(
+        "--providers", nargs="+", default=PROVIDER_FIELDS, metavar="NAME", help="which of them (all)"
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="STAGE.FIELD=VALUE", help="settings for all"
+    )
     tracking.add_argument(parser)
     options = parser.parse_args(arguments)
     if unknown := set(options.providers) - set(PROVIDER_FIELDS):
@@ -59,19 +66,23 @@ def run_all(arguments: list[str] | None = None) -> None:
     from llmrec import distributed
     from llmrec.pipeline import RunDir, run
 
-    reports = {}
-    for provider in options.providers:
-        reports[provider] = run(recipe(provider), RunDir(Path(options.run_dir) / provider))
+    recipes = {provider: apply_overrides(recipe(provider), options.set) for provider in options.providers}
+    if any(chosen.train_collab.provider != provider for provider, chosen in recipes.items()):
+        raise ConfigError("--providers chooses the models; leave train_collab.provider out of --set")
+    reports = {
+        provider: run(chosen, RunDir(Path(options.run_dir) / provider))
+        for provider, chosen in recipes.items()
+    }
     if distributed.is_main():
-        print(table({name: report.metrics["rows"] for name, report in reports.items()}))
+        print(table({name: report.metrics for name, report in reports.items()}))
 
 
-def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
+def table(metrics: dict[str, dict[str, Any]]) -> str:
     """What MME-SID makes of each provider's vectors, and what the provider ranks by itself."""
     lines = [f"{'':12}{'provider alone':>22}{'MME-SID with its vectors':>28}"]
     lines.append(f"{'provider':12}{'recall@10':>11}{'ndcg@10':>11}{'recall@10':>17}{'ndcg@10':>11}")
-    for name, found in rows.items():
-        alone, mme_sid = found[name], found["mme_sid"]
+    for name, found in metrics.items():
+        alone, mme_sid = found["rows"][name], found["rows"][fine_tuned_in(found)]
         lines.append(
             f"{name:12}{alone['recall@10']:11.4f}{alone['ndcg@10']:11.4f}"
             f"{mme_sid['recall@10']:17.4f}{mme_sid['ndcg@10']:11.4f}"

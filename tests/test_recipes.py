@@ -605,11 +605,17 @@ def test_the_downstream_table_names_what_it_shows():
 
     row = {"recall@10": 0.5, "ndcg@10": 0.25}
     text = providers_sample.table(
-        {"sasrec": {"sasrec": row, "mme_sid": {"recall@10": 0.75, "ndcg@10": 0.125}}}
+        {"sasrec": {"rows": {"sasrec": row, "mme_sid": {"recall@10": 0.75, "ndcg@10": 0.125}}}}
     )
     assert text.splitlines()[-1].split() == ["sasrec", "0.5000", "0.2500", "0.7500", "0.1250"]
     with pytest.raises(ConfigError, match="--providers must be among sasrec"):
         providers_sample.run_all(["--providers", "sasrek"])
+    for setting, why in (
+        ("finetune.epoch=1", "did you mean finetune.epochs"),
+        ("train_collab.provider=svae", "--providers chooses the models"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            providers_sample.run_all(["--providers", "sasrec", "--set", setting])
 
 
 def test_there_are_recipes():
@@ -738,6 +744,7 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
         return {
             "seed": seed,
             "rows": rows,
+            "fine_tuned": "mme_sid",
             "ranks": ranks,
             "labels": labels,
             "analysis": {},

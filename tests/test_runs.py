@@ -44,9 +44,11 @@ def test_ranks_begin_with_1_and_their_means_are_the_metrics(finished):
 def test_methods_have_the_names_of_the_table_too(finished):
     report = Run(finished).report
     assert key_of(report, "sasrec (ce)") == key_of(report, "sasrec") == "sasrec"
-    labels = {**report.metrics["labels"], "mme_sid": "e4srec (fusion=sum)"}
-    other = dataclasses.replace(report, metrics={**report.metrics, "labels": labels})
-    assert key_of(other, "e4srec") == key_of(other, "e4srec (fusion=sum)") == "mme_sid"
+    assert key_of(report, None) == report.metrics["fine_tuned"] == "mme_sid"
+    older = {name: value for name, value in report.metrics.items() if name != "fine_tuned"}
+    older["labels"] = {**report.metrics["labels"], "mme_sid": "e4srec (fusion=sum)"}
+    other = dataclasses.replace(report, metrics=older)
+    assert key_of(other, "e4srec") == key_of(other, "e4srec (fusion=sum)") == key_of(other, None) == "mme_sid"
     with pytest.raises(ConfigError, match=r"no method 'me', but mme_sid \(e4srec \(fusion=sum\)\), sasrec"):
         key_of(other, "me")
 

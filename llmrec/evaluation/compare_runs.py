@@ -24,11 +24,11 @@ SAME = {"split": "split", "mask_seen": "masking of the history"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One method in one evaluation; entries of one name are seeds."""
+    """One method in one evaluation (None: what was fine-tuned there); entries of one name are seeds."""
 
     name: str
     folder: Path
-    method: str = "mme_sid"
+    method: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Entry:
@@ -44,7 +44,7 @@ class Entry:
         folder, method = place[:cut], place[cut + 1 :]
         if not name or not folder:
             raise ConfigError(f"{text!r} is not of the form NAME=FOLDER or NAME=FOLDER:METHOD")
-        return cls(name, Path(folder), method or "mme_sid")
+        return cls(name, Path(folder), method or None)
 
 
 def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def evaluate(
     ids: SemanticIds,
     adapter: Adapter,
 ) -> Report:
-    """Rank MME-SID beside the collaborative model itself, popularity and, where known, the truth.
+    """Rank what was fine-tuned beside the collaborative model itself, popularity and, where known, the truth.
 
     Users are shared over processes; the result is that of one process.
     """
@@ -62,6 +62,7 @@ def evaluate(
     metrics = summarise_all(config, data, targets, rankings)
     tracking.begin()
     tracking.log(metrics["rows"], 0)
+    metrics["fine_tuned"] = scorers[0].name
     metrics["trained_on"] = trained_on(collab, adapter, rankings)
     metrics["labels"] = {name: shown.get(name, name) for name in rankings}
     metrics["repeated_targets"] = repeated_targets(data, targets)
@@ -184,7 +185,8 @@ def trained_on(collab: CollabEmbeddings, adapter: Adapter, rankings: dict[str, R
     vectors = "unknown" if "trained_on" not in collab.metrics else TRAIN
     vectors = BOTH if collab.knows_valid else vectors
     ours = BOTH if settings["include_valid"] or settings["count_valid"] else vectors
-    return {name: on for name, on in {"mme_sid": ours, collab.provider: vectors}.items() if name in rankings}
+    learned = {settings["method"]: ours, collab.provider: vectors}
+    return {name: on for name, on in learned.items() if name in rankings}
 
 
 def repeated_targets(data: Interactions, targets: Targets) -> float:
@@ -207,7 +209,7 @@ def labels(collab: CollabEmbeddings, adapter: Adapter, names: list[str]) -> dict
         if settings.get(name, "auto") not in (usual[name], "auto")
     ]
     method = settings["method"] + (f" ({', '.join(others)})" if others else "")
-    shown = {name: name for name in names} | {"mme_sid": method}
+    shown = {name: name for name in names} | {settings["method"]: method}
     if collab.provider in shown and "loss" in collab.model:
         parts = [collab.model["loss"], *collab.model.get("content", ())]
         shown[collab.provider] = f"{collab.provider} ({', '.join(parts)})"

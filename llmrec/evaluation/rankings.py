@@ -16,6 +16,7 @@ from llmrec.artifacts import Report
 from llmrec.errors import ConfigError
 from llmrec.evaluation.analysis import GROUPS
 from llmrec.evaluation.rank import Ranking
+from llmrec.evaluation.tables import fine_tuned_in
 from llmrec.interactions import Interactions, Targets
 
 
@@ -49,8 +50,8 @@ def ranks_in(table: pa.Table, method: str) -> np.ndarray:
     return table[f"rank_{method}"].to_numpy().astype(np.float64) - 1
 
 
-def ranks_of(report: Report, method: str) -> np.ndarray:
-    """`ranks_in`, by the name of a method in the report's table or in its metrics.
+def ranks_of(report: Report, method: str | None = None) -> np.ndarray:
+    """`ranks_in`, by the name of a method in the report's table or in its metrics; None: the fine-tuned one.
 
     Raises:
         ConfigError: no such method.
@@ -58,13 +59,15 @@ def ranks_of(report: Report, method: str) -> np.ndarray:
     return ranks_in(report.rankings, key_of(report, method))
 
 
-def key_of(report: Report, method: str) -> str:
-    """What a method is called in the report's metrics: a fine-tuned model is ``mme_sid`` whatever its method.
+def key_of(report: Report, method: str | None) -> str:
+    """What a method is called in the report's metrics; None: the fine-tuned one.
 
     Raises:
         ConfigError: no such method.
     """
     rows = report.metrics["rows"]
+    if method is None:
+        return fine_tuned_in(report.metrics)
     if method in rows:
         return method
     labels = report.metrics.get("labels", {})

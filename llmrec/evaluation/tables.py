@@ -1,9 +1,14 @@
-"""Figures of several seeds, and differences to another row, as text of tables; imports nothing heavy."""
+"""Parts of tables: figures of several seeds, differences to another row, names. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any
+
+
+def fine_tuned_in(metrics: dict[str, Any]) -> str:
+    """What the fine-tuned model is called in a metrics.json: its method; in older ones ``mme_sid`` always."""
+    return str(metrics.get("fine_tuned", "mme_sid"))
 
 
 def mean_and_spread(values: list[float]) -> dict[str, float | None]:

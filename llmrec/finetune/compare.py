@@ -132,6 +132,7 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     from llmrec.evaluation.rankings import ranks_in
+    from llmrec.evaluation.tables import fine_tuned_in
     from llmrec.files import read_json
     from llmrec.finished import peak_memory_of, stage_manifest
 
@@ -150,6 +151,7 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
             {
                 "seed": seed,
                 "rows": rows,
+                "fine_tuned": fine_tuned_in(evaluated),
                 "labels": evaluated["labels"],
                 "trained_on": evaluated.get("trained_on", {}),
                 "ranks": {name: ranks_in(ranks, name) for name in rows},
@@ -179,11 +181,12 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
     for name, found in cells.items():
         entry: dict[str, Any] = {"row": name, "seeds": len(found), "of": len(seeds)}
         if found:
-            values = [means_of(cell["ranks"]["mme_sid"]) for cell in found]
-            users[name] = {cell["seed"]: ndcg_at_k(cell["ranks"]["mme_sid"], 10) for cell in found}
+            ranks = {cell["seed"]: cell["ranks"][cell["fine_tuned"]] for cell in found}
+            values = [means_of(rank) for rank in ranks.values()]
+            users[name] = {seed: ndcg_at_k(rank, 10) for seed, rank in ranks.items()}
             entry |= {metric: mean_and_spread([value[metric] for value in values]) for metric in METRICS}
             entry |= {
-                "trained_on": found[0]["trained_on"].get("mme_sid", ""),
+                "trained_on": found[0]["trained_on"].get(found[0]["fine_tuned"], ""),
                 "trained": found[0]["metrics"]["parameters"]["trainable"],
                 "tokens": found[0]["metrics"]["tokens"],
                 "seconds": float(np.mean([cell["seconds"] for cell in found])),
@@ -196,7 +199,8 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
         table.append(entry)
     some = next((cell for found in cells.values() for cell in found), None)
     if some is not None:
-        for name in [*(key for key in some["rows"] if key not in ("mme_sid", *BESIDE)), "popularity"]:
+        others = [name for name in some["rows"] if name not in (some["fine_tuned"], *BESIDE)]
+        for name in [*others, "popularity"]:
             users[name] = {seed: ndcg_at_k(some["ranks"][name], 10) for seed in seeds}
             of_it = means_of(some["ranks"][name])
             own = {metric: mean_and_spread([of_it[metric]]) for metric in METRICS}

@@ -287,7 +287,10 @@ def finished(folder: Path) -> bool:
 
 def outcome(folder: Path) -> str:
     """One phrase about a finished cell."""
-    found = read_json(folder / "evaluate" / "metrics.json")["rows"]["mme_sid"]
+    from llmrec.evaluation.tables import fine_tuned_in
+
+    metrics = read_json(folder / "evaluate" / "metrics.json")
+    found = metrics["rows"][fine_tuned_in(metrics)]
     return f"recall@10 {found['recall@10']:.4f}, ndcg@10 {found['ndcg@10']:.4f}"
 
 

@@ -63,12 +63,10 @@ class CatalogueScores:
         return self.run("hidden", rows, self.tokens, None, self.instruction).float()
 
 
-def scorer_of(
-    model: MMESID, config: FinetuneConfig, name: str = "mme_sid", run: nn.Module | None = None
-) -> Scorer:
-    """The module as it is now, as a method to be ranked; `run` as in `CatalogueScores`."""
+def scorer_of(model: MMESID, config: FinetuneConfig, run: nn.Module | None = None) -> Scorer:
+    """The module as it is now, to be ranked under its method's name; `run` as in `CatalogueScores`."""
     return Scorer(
-        name=name,
+        name=config.method,
         score=CatalogueScores(model, run),
         max_history=config.max_history,
         max_items=max(1, config.micro_batch_tokens // model.item_tokens.tokens_per_item),

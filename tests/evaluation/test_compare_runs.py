@@ -125,11 +125,11 @@ def test_the_tool_reads_finished_runs(finished, capsys, monkeypatch):
 
 
 def test_entries_are_read_from_text(tmp_path):
-    assert Entry.parse("a=x/y") == Entry("a", Path("x/y"), "mme_sid")
+    assert Entry.parse("a=x/y") == Entry("a", Path("x/y"), None)
     assert Entry.parse("a=x/y:sasrec") == Entry("a", Path("x/y"), "sasrec")
     dated = tmp_path / "10:30"
     dated.mkdir()
-    assert Entry.parse(f"a={dated}") == Entry("a", dated, "mme_sid")
+    assert Entry.parse(f"a={dated}") == Entry("a", dated, None)
     assert Entry.parse(f"a={dated}:mine.models:MyGRU") == Entry("a", dated, "mine.models:MyGRU")
     for text in ("a", "=x", "a=", "a=:b"):
         with pytest.raises(ConfigError, match="not of the form"):
