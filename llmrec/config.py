@@ -18,7 +18,7 @@ import json
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import pydantic
@@ -65,6 +65,23 @@ class Settings:
             value = getattr(self, field.name)
             if value is not field.default:
                 object.__setattr__(self, field.name, typed(type(self), field.name, value))
+
+    def refuse_changed(self, names: Iterable[str], reason: str) -> None:
+        """Refuse settings that differ from their defaults and cannot change the result.
+
+        Args:
+            names: those that have no effect.
+            reason: with what they have none, such as ``init='random'``.
+
+        Raises:
+            ConfigError: one of them was changed.
+        """
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        for name in names:
+            require(
+                getattr(self, name) == default_of(fields[name]),
+                f"{self.prefix}{name} has no effect with {reason}; leave it out",
+            )
 
 
 def typed(cls: type, name: str, value: Any) -> Any:

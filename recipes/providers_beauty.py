@@ -6,7 +6,7 @@ Run:       python recipes/providers_beauty.py --set prepare_data.interactions=in
 Settings:  the models' defaults, and what their papers give for Beauty: 512 prefixes a step for the diffusion
            models, whose released forms start from N(0, 1) and take hundreds of epochs. Dropout 0.5 for SASRec
            and BERT4Rec as for other sparse data. More patience for models that learn slowly (BERT4Rec, binary
-           cross-entropy) or in two phases (SIGMA-GMVAE, whose hard interests begin with epoch 31).
+           cross-entropy) or in two phases (SIGMA-GMVAE, whose hard interests begin with epoch 32).
 Measured:  README of this folder
 """
 

@@ -246,24 +246,10 @@ class TrainCollabConfig(Settings, path="train_collab"):
             idle += [name for name in names(self) if name not in ("provider", "vectors", *idle)]
         else:
             idle += ["vectors"]
-        refuse_changed(self, idle, reason)
+        self.refuse_changed(idle, reason)
         if self.select == "last":
-            refuse_changed(self, ["eval_every_epochs", "patience"], "select='last'")
+            self.refuse_changed(["eval_every_epochs", "patience"], "select='last'")
 
 
 def names(config: TrainCollabConfig) -> list[str]:
     return [spec.name for spec in fields(config)]
-
-
-def default_of(cls: Any, name: str) -> object:
-    spec = cls.__dataclass_fields__[name]
-    return spec.default_factory() if callable(spec.default_factory) else spec.default
-
-
-def refuse_changed(config: TrainCollabConfig, idle: list[str], reason: str) -> None:
-    """Raise ConfigError if a setting that has no effect was given a value."""
-    for name in idle:
-        require(
-            getattr(config, name) == default_of(TrainCollabConfig, name),
-            f"train_collab.{name} has no effect with {reason}",
-        )

@@ -125,7 +125,7 @@ class GMVAE(nn.Module):
             interest_loss, more = self.interest_loss(batch, prior, anneal)
             parts |= {name: value.detach() * number for name, value in more.items()}
         parts["kl"] = kl.detach().sum()
-        weight = self.interest_weight * max(1, 200 - batch.epoch)
+        weight = self.interest_weight * max(1, 201 - batch.epoch)  # the release counts epochs from 0
         total = found.total + anneal * self.kl_weight * kl.sum() + weight * interest_loss * number
         return Loss(total=total, num_targets=number, parts=parts)
 
@@ -141,15 +141,20 @@ class GMVAE(nn.Module):
             found = latent_report(mean[batch.target[::4] != 0], log_variance)
             if self.interests is not None:
                 items = self.norm(self.item(batch.item))
-                found |= self.interests.report(items, batch.item != 0)
+                found |= self.interests.report(items, batch.item != 0, temporal=self.is_temporal(batch))
         return found
+
+    def is_temporal(self, batch: Batch) -> bool:
+        """Whether hard interests have begun."""
+        return 0 < self.temporal_from_epoch <= batch.epoch
 
     def prior_of(self, batch: Batch) -> Prior:
         """The mixture of every row or, with prior_scope='prefix', of every position."""
-        temporal = 0 < self.temporal_from_epoch <= batch.epoch
         items = self.dropout(self.norm(self.item(batch.item)))
         assert self.interests is not None
-        return self.interests(items, batch.item != 0, temporal=temporal, prefix=self.prefix_prior)
+        return self.interests(
+            items, batch.item != 0, temporal=self.is_temporal(batch), prefix=self.prefix_prior
+        )
 
     def interest_loss(self, batch: Batch, prior: Prior, anneal: float) -> tuple[Tensor, dict[str, Tensor]]:
         """What makes interests useful, apart and evenly used; a mean over rows, and its parts.
@@ -182,7 +187,7 @@ class GMVAE(nn.Module):
         kept = prior.assignment[batch.item != 0]
         terms = {
             "orthogonality": self.interests.orthogonality(),
-            "uneven_use": use.std(unbiased=False) / use.mean(),
+            "uneven_use": (use.std() if len(use) > 1 else torch.zeros_like(use[0])) / use.mean(),
             "indecision": F.cross_entropy(kept / 0.1, kept.argmax(1)),
             "interest_kl": gaussian_kl(
                 means, prior.log_variance[row, place if self.prefix_prior else 0][counted], 0.0, 0.0

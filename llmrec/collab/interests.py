@@ -113,19 +113,26 @@ class Interests(nn.Module):
             assignment=assignment,
         )
 
-    def report(self, items: Tensor, valid: Tensor) -> dict[str, Pooled]:
+    def report(self, items: Tensor, valid: Tensor, *, temporal: bool) -> dict[str, Pooled]:
         """Share of the items in each hyper-category, (K,), and the mean cosine of a row's soft interests, 1
-        if hyper-categories collapsed. Hard interests, half of the means once they begin, are left out.
+        if hyper-categories collapsed; once hard interests are half of the means, that of every fourth row's
+        means too.
 
         For evaluation mode: the random assignment of training makes interests differ where nothing else does.
         """
         assignment = self.assign(items, valid)
         soft = torch.einsum("btk,btd->bkd", assignment, items)  # a cosine needs no mean
-        rows = valid.any(1).sum()
-        return {
+        rows = valid.any(1)
+        found = {
             "category_use": Pooled((assignment.sum((0, 1)), valid.sum()), ratio),
-            "interest_overlap": Pooled((mean_cosine(soft) * len(soft), rows), ratio),
+            "interest_overlap": Pooled((mean_cosine(soft) * len(soft), rows.sum()), ratio),
         }
+        if temporal:
+            means = self(items[::4], valid[::4], temporal=True, prefix=False).mean[:, 0]
+            found["interest_overlap_with_hard"] = Pooled(
+                (mean_cosine(means) * len(means), rows[::4].sum()), ratio
+            )
+        return found
 
     def assign(self, items: Tensor, valid: Tensor) -> Tensor:
         """Soft assignment of items to hyper-categories, (B, T, K); random by Gumbel noise in training."""

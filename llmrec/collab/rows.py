@@ -95,6 +95,14 @@ class TrainingRows:
         return len(self.offset) - 1
 
     @property
+    def num_items(self) -> int:
+        """Different items that are shown or predicted."""
+        change = torch.zeros(len(self.item) + 1, dtype=torch.int64, device=self.item.device)
+        change.index_add_(0, self.start, torch.ones_like(self.start))
+        change.index_add_(0, self.stop, -torch.ones_like(self.stop))
+        return len(self.item[change.cumsum(0)[:-1] > 0].unique())
+
+    @property
     def num_rows(self) -> int:
         return len(self.length)
 

@@ -92,7 +92,7 @@ class SVAE(nn.Module):
         number = int(at.sum())
         total = query.new_zeros(())
         table = self.output_table()
-        for ahead in range(self.num_next):
+        for ahead in range(min(self.num_next, batch.target.shape[1])):
             target = F.pad(batch.target[:, ahead:], (0, ahead))
             kept = (target != 0) & at
             share = item_cross_entropy(query[kept], table, target[kept])

@@ -89,7 +89,7 @@ def train_collab(
             **metrics,
             "num_parameters": sum(weight.numel() for weight in model.parameters()),
             "num_targets": rows.num_targets,
-            "items_never_trained": data.num_items - len(np.unique(sequences.item)),
+            "items_never_trained": data.num_items - rows.num_items,
             "trained_on": list(splits),
             **item_groups(model),
         },

@@ -62,7 +62,8 @@ def taus(model: MMESID, data: Interactions, collab: np.ndarray, seed: int = 0) -
     """Kendall's tau-b of behaviour-target distances under each table against those of the frozen vectors.
 
     Projections and code sums are held to the vectors of their own modality, everything else to the
-    collaborative ones. Tables whose distances are all equal are left out.
+    collaborative ones, over samples of items that have such vectors. Tables whose distances are all equal
+    are left out.
 
     Args:
         model: whole, on any device.
@@ -76,12 +77,16 @@ def taus(model: MMESID, data: Interactions, collab: np.ndarray, seed: int = 0) -
         for name, part in model.item_tokens.parts.items()
         if isinstance(part, ProjectedVectors)
     }
-    references: dict[str, np.ndarray] = {}
+    references: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
-    def reference(name: str) -> np.ndarray:
+    def reference(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Items of the samples that count, twice, and their distances."""
         if name not in references:
             vectors = collab if name == "" else frozen[f"vectors_{name}"]
-            references[name] = distances(lambda items: vectors[items], pairs.history, pairs.target)
+            known = vectors.any(axis=1)
+            counted = known[pairs.history] & known[pairs.target]
+            history, target = pairs.history[counted], pairs.target[counted]
+            references[name] = history, target, distances(lambda items: vectors[items], history, target)
         return references[name]
 
     found = {}
@@ -89,8 +94,8 @@ def taus(model: MMESID, data: Interactions, collab: np.ndarray, seed: int = 0) -
         part = dict(model.item_tokens.parts.items()).get(name)
         own = name.partition("_")[2] if isinstance(part, (ProjectedVectors, CodeSums)) else ""
         own = own if f"vectors_{own}" in frozen else ""
-        ours = distances(on_host(model, table), pairs.history, pairs.target)
-        tau, _ = kendall_tau(reference(own), ours)
+        history, target, theirs = reference(own)
+        tau, _ = kendall_tau(theirs, distances(on_host(model, table), history, target))
         if tau is not None:
             found[name] = tau
     return found

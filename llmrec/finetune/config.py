@@ -298,10 +298,6 @@ class FinetuneConfig(Settings, path="finetune"):
             self.select == "last" or self.eval_every_epochs > 0,
             "finetune.select='valid' needs finetune.eval_every_epochs >= 1, got 0",
         )
-        require(
-            self.select == "valid" or self.patience is None,
-            "finetune.patience has no effect with select='last'; set finetune.select=valid",
-        )
         self._check_combinations()
         self._refuse_settings_without_effect()
 
@@ -344,37 +340,29 @@ class FinetuneConfig(Settings, path="finetune"):
         )
 
     def _refuse_settings_without_effect(self) -> None:
-        idle: tuple[str, ...]
+        """A setting that cannot change the result is a mistake of whoever set it."""
         if self.is_mini:
-            idle = ("revision", "lora_rank", "lora_alpha", "lora_dropout_rate", "lora_targets", "quantize")
+            lora = ["lora_rank", "lora_alpha", "lora_dropout_rate", "lora_targets"]
             reason = "base_model='mini', which is trained in full"
+            self.refuse_changed(["revision", *lora, "quantize"], reason)
         else:
-            idle = ("mini",)
-            reason = f"base_model={self.base_model!r}"
+            self.refuse_changed(["mini"], f"base_model={self.base_model!r}")
         if self.fusion_used != "frequency":
-            idle += ("fusion_temperature", "fusion_weights", "count_valid")
-        method = self.method
-        unused = without_effect(method)
-        if method == "se_random" and self.fusion not in ("auto", "target"):
-            unused.append("fusion")
-        if self.ctrl_stage == "joint":
-            unused.append("ctrl_epochs")
-        else:
-            unused.append("ctrl_weight")
-        defaults = {name: spec.default for name, spec in self.__dataclass_fields__.items()}
-        defaults |= {"mini": MiniConfig(), "own": {}}
-        for name in idle:
-            require(
-                getattr(self, name) == defaults[name],
-                f"finetune.{name} has no effect with "
-                + (f"fusion={self.fusion_used!r}" if name in FREQUENCY_FIELDS else reason),
-            )
-        for name in unused:
-            stage = f", ctrl_stage={self.ctrl_stage!r}" if method == "ctrl_mm" else ""
-            require(
-                getattr(self, name) == defaults[name],
-                f"finetune.{name} has no effect with method={method!r}{stage}",
-            )
+            self.refuse_changed(FREQUENCY_FIELDS, f"fusion={self.fusion_used!r}")
+        reason = f"method={self.method!r}"
+        unused = without_effect(self.method)
+        if self.method == "se_random":
+            unused += ["vectors"] + ["fusion"] * (self.fusion != "target")
+        if self.method == "ctrl_mm":
+            reason += f", ctrl_stage={self.ctrl_stage!r}"
+        unused += ["ctrl_epochs"] if self.ctrl_stage == "joint" else ["ctrl_weight"]
+        self.refuse_changed(unused, reason)
+        if self.loss == "bce_sampled":
+            self.refuse_changed(["mask_pad"], "loss='bce_sampled', which draws items alone")
+        if self.targets == "last_only":
+            self.refuse_changed(["max_targets"], "targets='last_only'")
+        if self.select == "last":
+            self.refuse_changed(["patience"], "select='last'")
 
     def incidental_fields(self) -> tuple[str, ...]:
         """Settings that change how this is computed, but beyond rounding nothing of what."""

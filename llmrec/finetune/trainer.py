@@ -96,10 +96,10 @@ class Trainer:
             progress(None, "finetune", total=self.num_steps, unit="step", initial=state.step) as bar,
         ):
             while state.epoch <= self.config.epochs and not self._waited_enough():
+                last = state.epoch == self.config.epochs
                 try:
                     self._train_epoch(bar, stop)
-                    if every and (state.epoch % every == 0 or state.epoch == self.config.epochs):
-                        self._validate()
+                    self._end_epoch(validate=bool(every) and (last or state.epoch % every == 0))
                 except torch.OutOfMemoryError:
                     raise TrainingError(self._out_of_memory()) from None
                 state.epoch, state.done = state.epoch + 1, 0
@@ -222,15 +222,25 @@ class Trainer:
             self._tell(row)
         self.state.window.targets -= sum(row["targets"] for row in left_out)
 
-    def _validate(self) -> None:
-        targets = self.data.targets("valid")
-        if not len(targets):
-            return
-        rank = rank_users(self.engine.scorer(), self.data, targets, shard=True).rank
+    def _end_epoch(self, *, validate: bool) -> None:
+        """Log where the fusion weights are, and what validation says if it is time for that."""
+        row = {"epoch": self.state.epoch, "step": self.state.step}
         with torch.no_grad():
             weights = self.engine.wrapped("weights")
         sources = ("target", *self.model.item_scores.modalities)
-        fusion = analysis.fusion_shares(weights, sources, self.data.train_count)
+        found = self._validate() if validate else {}
+        if fusion := analysis.fusion_shares(weights, sources, self.data.train_count):
+            found["fusion"] = fusion
+        if found:
+            self._tell(row | found)
+        self.state.window.started = time.perf_counter()
+
+    def _validate(self) -> dict[str, Any]:
+        """Rank the validation items, and keep the weights if they are the best so far."""
+        targets = self.data.targets("valid")
+        if not len(targets):
+            return {}
+        rank = rank_users(self.engine.scorer(), self.data, targets, shard=True).rank
         state = self.state
         ndcg = float(ndcg_at_k(rank, 10).mean())
         loss = next((f"loss {row['loss']:.4f}, " for row in reversed(state.log) if "loss" in row), "")
@@ -241,19 +251,12 @@ class Trainer:
             state.best = (ndcg, state.epoch)
             if self.config.select == "valid":
                 self.best_weights = self.engine.weights()
-        row = {
-            "epoch": state.epoch,
-            "step": state.step,
-            "valid_ndcg@10": ndcg,
-            "valid_recall@10": float(recall_at_k(rank, 10).mean()),
-            "fusion": fusion,
-        }
-        self._tell(row)
+        recall = float(recall_at_k(rank, 10).mean())
         logger.info(
             "finetune: epoch %s, %svalid ndcg@10 %.4f, recall@10 %.4f%s",
-            state.epoch, loss, ndcg, row["valid_recall@10"], best,
+            state.epoch, loss, ndcg, recall, best,
         )  # fmt: skip
-        state.window.started = time.perf_counter()
+        return {"valid_ndcg@10": ndcg, "valid_recall@10": recall}
 
     def _out_of_memory(self) -> str:
         """What to turn when the GPU is full: the one thing that helps most."""

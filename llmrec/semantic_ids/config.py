@@ -236,14 +236,6 @@ class LearnSemanticIdsConfig(Settings, path="learn_semantic_ids"):
             idle = [name for name in self.__dataclass_fields__ if name not in RKMEANS_FIELDS]
             self.refuse_changed(idle, "method='rkmeans'")
 
-    def refuse_changed(self, names: list[str], reason: str) -> None:
-        """Raise ConfigError if one of the settings, which have no effect, differs from its default."""
-        for name in names:
-            require(
-                getattr(self, name) == type(self).__dataclass_fields__[name].default,
-                f"learn_semantic_ids.{name} has no effect with {reason}; leave it out",
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSemanticIdsConfig(Settings, path="report_semantic_ids"):

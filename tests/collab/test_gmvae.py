@@ -209,9 +209,9 @@ def test_the_weights_of_divergence_and_interests_follow_step_and_epoch(monkeypat
         return float(rest) / found.num_targets, float(found.parts["kl"]) / found.num_targets
 
     rest, kl = extra(0, 1)
-    assert rest == pytest.approx(0.1 * 199 * 3, rel=1e-4)
+    assert rest == pytest.approx(0.1 * 200 * 3, rel=1e-4)
     rest, _ = extra(2, 150)
-    assert rest == pytest.approx(0.1 * 50 * 3 + 0.2 * 2 * kl, rel=1e-4)
+    assert rest == pytest.approx(0.1 * 51 * 3 + 0.2 * 2 * kl, rel=1e-4)
     rest, _ = extra(10**6, 500)
     assert rest == pytest.approx(0.1 * 1 * 3 + 0.5 * 2 * kl, rel=1e-4)
 
@@ -246,6 +246,60 @@ def test_collapsed_interests_are_seen_through_the_noise_of_training(temporal):
     assert figures["collapsed"]["interest_overlap"] == pytest.approx(1, abs=1e-4)
     assert figures["collapsed"]["category_use"] == pytest.approx([1 / 3] * 3, abs=1e-4)
     assert figures["apart"]["interest_overlap"] < 0.7
+    assert ("interest_overlap_with_hard" in figures["apart"]) == bool(temporal)
+
+
+def test_the_overlap_with_hard_interests_is_that_of_the_means_of_evaluation():
+    gm = model(temporal_from_epoch=1).train()
+    rows = rows_of(9, 6)
+    reported = logged(gm.loss(rows))["interest_overlap_with_hard"]
+    gm.eval()
+    means = gm.prior_of(part(rows, slice(None, None, 4))).mean[:, 0]
+    cosines = [F.cosine_similarity(row[a], row[b], 0) for row in means for a in range(3) for b in range(a)]
+    assert reported == pytest.approx(float(torch.stack(cosines).mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "prefix"])
+def test_the_interest_loss_equals_loops_over_rows_and_interests(monkeypatch, scope):
+    gm = model(prior_scope=scope, temporal_from_epoch=0, interest_negatives=4, orthogonal_weight=3.0)
+    gm = gm.double().eval()
+    rows = batch([1, 2, 3, 4], [5, 6, 7, 0], [9, 0, 0, 0])  # the last one has no target
+    drawn = torch.tensor([4, 11, 12, 4])
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: drawn)
+    prior = gm.prior_of(rows)
+    found, parts = gm.interest_loss(rows, prior, 0.25)
+    ranking, strengths, divergences = [], [], []
+    for row, target in ((0, 4), (1, 7)):
+        place = len(rows.item[row].nonzero()) - 1 if scope == "prefix" else 0
+        means, table = prior.mean[row, place], gm.item.weight
+        scores = [max(float(m @ table[item]) for m in means) for item in [target, *drawn.tolist()]]
+        kept = [
+            score / 0.1
+            for score, item in zip(scores, [None, *drawn.tolist()])
+            if item is None or item != target
+        ]
+        ranking.append(torch.tensor(kept, dtype=torch.float64).logsumexp(0) - kept[0])
+        strengths.append(prior.intensity[row, place])
+        for m, v in zip(means, prior.log_variance[row, place]):
+            divergences.append(0.5 * (m**2 + v.exp() - 1 - v).sum())
+    use = torch.stack(strengths).mean(0)
+    uneven = ((use - use.mean()).square().sum() / 2).sqrt() / use.mean()
+    undecided = [
+        torch.logsumexp(share / 0.1, 0) - share.max() / 0.1
+        for share, item in zip(prior.assignment.flatten(0, 1), rows.item.flatten())
+        if item
+    ]
+    expected = {
+        "interest_ranking": torch.stack(ranking).mean(),
+        "orthogonality": gm.interests.orthogonality(),
+        "uneven_use": uneven,
+        "indecision": torch.stack(undecided).mean(),
+        "interest_kl": torch.stack(divergences).mean(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(parts[name], value, msg=name)
+    small = 3 * expected["orthogonality"] + uneven + expected["indecision"] + 0.25 * expected["interest_kl"]
+    torch.testing.assert_close(found, expected["interest_ranking"] + 0.01 * small)
 
 
 def test_means_that_do_not_depend_on_the_input_are_inactive_whatever_dropout_does():

@@ -26,8 +26,9 @@ def model(**settings) -> SVAE:
     return SVAE(**SIZES | settings).double()
 
 
-@pytest.mark.parametrize(("num_next", "scope"), [(1, "user"), (3, "user"), (1, "target")])
+@pytest.mark.parametrize(("num_next", "scope"), [(1, "user"), (3, "user"), (9, "user"), (1, "target")])
 def test_the_loss_equals_a_loop_over_positions_and_next_items(num_next, scope):
+    """More next items may be asked for than rows have."""
     svae = model(num_next=num_next, kl_scope=scope).eval()
     sequences = [[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]]
     found = svae.loss(replace(batch(*sequences), step=2))

@@ -44,6 +44,23 @@ def test_tau_is_that_of_the_distances_of_behaviour_and_target():
         assert found[name] == pytest.approx(expected, abs=5e-3), name
 
 
+def test_items_without_a_vector_have_no_part_in_tau():
+    data, net = tiny()
+    collab = vectors(data.num_items, DIMS)["collab"].copy()
+    pairs = behaviour_target_pairs(data, 0)
+    collab[pairs.target[0]] = 0
+    counted = collab.any(1)[pairs.history] & collab.any(1)[pairs.target]
+    assert 0 < counted.sum() < len(counted)
+    with torch.no_grad():
+        token = net.item_tokens(torch.arange(data.num_items + 1)).float().numpy()
+    apart = [
+        np.linalg.norm(table[pairs.history] - table[pairs.target], axis=1)[counted]
+        for table in (collab, token)
+    ]
+    found = analysis.taus(net, data, collab)["token"]
+    assert found == pytest.approx(kendalltau(*apart).statistic, abs=5e-3)
+
+
 def test_an_orthogonal_projection_keeps_every_distance():
     data, net = tiny(method="e4srec", fusion_temperature=1e-3)
     part = net.item_tokens.parts["vectors_collab"]

@@ -107,6 +107,16 @@ def test_every_epoch_trains_every_target_once():
         assert sorted(np.concatenate(steps).tolist()) == list(range(9))
 
 
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_fusion_weights_are_logged_every_epoch_whether_it_is_validated_or_not(every):
+    adapter, _ = fit(dataclasses.replace(TINY, epochs=3, eval_every_epochs=every))
+    logged = [row for row in adapter.log if "fusion" in row]
+    assert [row["epoch"] for row in logged] == [1, 2, 3]
+    assert all(sum(row["fusion"]["mean_weight"].values()) == pytest.approx(1) for row in logged)
+    validated = {0: [], 1: [1, 2, 3], 2: [2, 3]}[every]
+    assert [row["epoch"] for row in adapter.log if "valid_ndcg@10" in row] == validated
+
+
 def test_the_best_epoch_is_kept_when_asked():
     adapter, _ = fit(dataclasses.replace(TINY, epochs=4, select="valid"))
     valid = {row["epoch"]: row["valid_ndcg@10"] for row in adapter.log if "valid_ndcg@10" in row}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrec.collab.configs.common import check_at_least_one, check_dropout, check_negatives
-from llmrec.config import Settings, require
+from llmrec.config import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,5 @@ class ComirecConfig(Settings, path="train_collab.comirec"):
         check_at_least_one("comirec", self, names)
         check_dropout("comirec", self)
         check_negatives("comirec", self)
-        require(
-            self.routing == "capsule" or self.num_routings == ComirecConfig.num_routings,
-            "train_collab.comirec.num_routings has no effect with routing='attention'",
-        )
+        if self.routing != "capsule":
+            self.refuse_changed(["num_routings"], f"routing={self.routing!r}")

@@ -29,7 +29,5 @@ def check_heads(provider: str, config: Any) -> None:
 
 def check_negatives(provider: str, config: Any) -> None:
     """num_negatives is left alone where it cannot take effect."""
-    require(
-        config.loss == "sampled_ce" or config.num_negatives == type(config).num_negatives,
-        f"train_collab.{provider}.num_negatives has no effect with loss={config.loss!r}",
-    )
+    if config.loss != "sampled_ce":
+        config.refuse_changed(["num_negatives"], f"loss={config.loss!r}")

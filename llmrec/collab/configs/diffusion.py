@@ -54,7 +54,8 @@ class DiffusionConfig(Settings, path="train_collab.diffusion"):
     """How the noisy target reaches the history: it attends over it, or is added to it as in DiffuRec."""
 
     strength: float = 0.001
-    """Mean and standard deviation lambda of the strength with which the noisy target is injected."""
+    """Mean and standard deviation lambda of the strength with which the noisy target is injected, for
+    injection='add' and variant='released'."""
 
     rounding: Literal["inner", "distance"] = "inner"
     """Items for the recovered vector: by inner product, or by Euclidean distance."""
@@ -63,9 +64,9 @@ class DiffusionConfig(Settings, path="train_collab.diffusion"):
     """Standard deviation of the initial item vectors (published code: 1, with hundreds of epochs)."""
 
     variant: Literal["corrected", "released"] = "corrected"
-    """corrected: blocks follow each other, attention over places, padding hidden; released: trained as the
-    published code is, where only the last block counts and row 0 is in the softmax. Scores of both take the
-    mean strength and noise drawn once."""
+    """corrected: blocks follow each other, attention over places, padding hidden; released: the published
+    code's blocks, of which only the last counts, and row 0 in the softmax (that code has offset=0 and
+    init_std=1). Scores of both take the mean strength and noise drawn once."""
 
     max_history: int = 50
     """Most recent items the model sees, in items (200 suits MovieLens-1M)."""
@@ -77,10 +78,10 @@ class DiffusionConfig(Settings, path="train_collab.diffusion"):
         super().__post_init__()
         check_diffusion("diffusion", self)
         require(self.offset >= 0, f"train_collab.diffusion.offset must be at least 0, got {self.offset}")
-        require(
-            self.offset > 0 or self.offset_kind == "row",
-            "train_collab.diffusion.offset_kind has no effect with offset=0",
-        )
+        if not self.offset:
+            self.refuse_changed(["offset_kind"], "offset=0")
+        if self.variant == "corrected" and self.injection == "cross_attention":
+            self.refuse_changed(["strength"], "injection='cross_attention', whose queries are normalised")
         require(
             self.variant == "corrected" or self.injection == "cross_attention",
             "train_collab.diffusion.injection must be cross_attention with variant='released', got "

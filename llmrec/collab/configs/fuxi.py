@@ -82,7 +82,5 @@ def check_fuxi(provider: str, config: Any, width: int) -> None:
         config.semantic or config.positional or config.temporal,
         f"{where}.semantic, positional or temporal must be true: one channel at least is needed",
     )
-    require(
-        not config.single_stage or config.inner_multiplier == type(config).inner_multiplier,
-        f"{where}.inner_multiplier has no effect with single_stage=true",
-    )
+    if config.single_stage:
+        config.refuse_changed(["inner_multiplier"], "single_stage=true")

@@ -49,7 +49,8 @@ class GmvaeConfig(Settings, path="train_collab.gmvae"):
     """Optimiser steps in which the annealing weight would rise from 0 to 1."""
 
     interest_weight: float = 1e-3
-    """Weight of the interest loss; times max(1, 200 - epoch), as released."""
+    """Weight of the interest loss; times 200 in the first epoch, 199 in the second and so on down to 1, as
+    released."""
 
     interest_negatives: int = 256
     """Random items that a row's interests tell its last target from, drawn once for all rows of a forward
@@ -64,8 +65,9 @@ class GmvaeConfig(Settings, path="train_collab.gmvae"):
     gumbel_temperature: float = 1.0
     """Temperature of the random soft assignment while training."""
 
-    temporal_from_epoch: int = 31
-    """First epoch in which hard interests, read in order by a GRU, are half of every interest; 0: never."""
+    temporal_from_epoch: int = 32
+    """First epoch, from 1, in which hard interests, read in order by a GRU, are half of every interest; 0:
+    never. (Released: those after the 31st.)"""
 
     eval_add_std: bool = False
     """Score with the mean plus one standard deviation, as the released code does."""
@@ -98,12 +100,9 @@ class GmvaeConfig(Settings, path="train_collab.gmvae"):
         if self.prior == "standard":
             idle = [*("num_interests", "prior_scope", "kl", "interest_weight", "orthogonal_weight")]
             idle += ["assignment_temperature", "gumbel_temperature", "temporal_from_epoch"]
-            idle += ["interest_negatives"]
-            for name in idle:
-                require(
-                    getattr(self, name) == getattr(GmvaeConfig, name),
-                    f"train_collab.gmvae.{name} has no effect with prior='standard'",
-                )
+            self.refuse_changed([*idle, "interest_negatives"], "prior='standard'")
+        if self.num_interests == 1:
+            self.refuse_changed(["orthogonal_weight"], "num_interests=1")
         require(
             self.prior_scope == "sequence" or self.temporal_from_epoch == 0,
             "train_collab.gmvae.temporal_from_epoch must be 0 with prior_scope='prefix' (hard interests read "

@@ -94,16 +94,8 @@ class MambaConfig(Settings, path="train_collab.mamba"):
             f"none with flip={self.flip!r} and gru={self.gru}",
         )
         require(
-            self.flip == "partial" or self.kept_items == MambaConfig.kept_items,
-            "train_collab.mamba.kept_items has no effect with flip='none'",
-        )
-        require(
             self.kept_rate is None or 0 < self.kept_rate < 1,
             f"train_collab.mamba.kept_rate must be none or lie between 0 and 1, got {self.kept_rate}",
-        )
-        require(
-            self.kept_rate is None or self.kept_items == MambaConfig.kept_items,
-            "train_collab.mamba.kept_items has no effect with kept_rate",
         )
         require(
             self.kept_rate is None or (self.flip == "partial" and self.variant == "corrected"),
@@ -114,10 +106,16 @@ class MambaConfig(Settings, path="train_collab.mamba"):
             f"train_collab.mamba.mixing={self.mixing!r} is not of the released code; set variant=corrected",
         )
         require(
-            self.mixing != "none" or self.mixing_weights == MambaConfig.mixing_weights,
-            "train_collab.mamba.mixing_weights has no effect with mixing='none'",
-        )
-        require(
             min(self.mixing_weights) > 0,
             f"train_collab.mamba.mixing_weights must be greater than 0, got {self.mixing_weights}",
         )
+        if not self.ssm:
+            self.refuse_changed(["state_dim", "conv_width", "expand"], "ssm=false")
+        if self.flip == "none":
+            self.refuse_changed(["kept_items"], "flip='none'")
+        if self.kept_rate is not None:
+            self.refuse_changed(["kept_items"], "kept_rate")
+        if self.mixing == "none":
+            self.refuse_changed(["mixing_weights"], "mixing='none'")
+        elif single and self.variant == "corrected":
+            self.refuse_changed(["mixing_weights"], "one path, whose weight is 1")

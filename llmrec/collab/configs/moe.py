@@ -95,6 +95,11 @@ class MoeConfig(Settings, path="train_collab.moe"):
                 f"{self.top_k} and {self.num_experts}",
             )
             require(bool(self.moe_targets), "train_collab.moe.moe_targets must name a part, got none")
+        else:
+            idle = ["top_k", "moe_targets", "router_noise", "balance", "balance_weight"]
+            self.refuse_changed(idle, "num_experts=1")
+        if self.balance == "none":
+            self.refuse_changed(["balance_weight"], "balance='none'")
         require(
             len(set(self.moe_targets)) == len(self.moe_targets),
             f"train_collab.moe.moe_targets must be different, got {','.join(self.moe_targets)}",

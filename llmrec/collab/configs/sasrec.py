@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from llmrec.collab.configs.common import check_negatives
 from llmrec.config import Settings, require
 
 
@@ -63,11 +64,6 @@ class SASRecConfig(Settings, path="train_collab.sasrec"):
             len(set(self.content)) == len(self.content),
             f"train_collab.sasrec.content names a modality twice: {', '.join(self.content)}",
         )
-        require(
-            bool(self.content) or self.content_dim == SASRecConfig.content_dim,
-            "train_collab.sasrec.content_dim has no effect without train_collab.sasrec.content",
-        )
-        require(
-            self.loss == "sampled_ce" or self.num_negatives == SASRecConfig.num_negatives,
-            f"train_collab.sasrec.num_negatives has no effect with loss={self.loss!r}",
-        )
+        if not self.content:
+            self.refuse_changed(["content_dim"], "content none")
+        check_negatives("sasrec", self)
