@@ -739,7 +739,8 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
         rng = np.random.default_rng(seed)
         ranks = {name: np.floor(rng.exponential(12, 50)) for name in ("mme_sid", "popularity")}
         rows = {name: {"recall@10": float((rank < 10).mean())} for name, rank in ranks.items()}
-        costs = {"seconds": 1.0, "memory": 1, "metrics": {"parameters": {"trainable": 1}, "tokens": 1}}
+        metrics = {"parameters": {"trainable": 1}, "tokens": 1, "train_seconds": 3.0, "align_seconds": 4.0}
+        costs = {"memory": 1, "metrics": metrics}
         labels = {"popularity": "popularity"}
         return {
             "seed": seed,
@@ -755,6 +756,7 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
     table = compare.summarise({"mme_sid": cells, "me": []}, [0, 1])
     wanted = np.mean([ndcg_at_k(one["ranks"]["mme_sid"], 20).mean() for one in cells])
     assert table[0]["ndcg@20"]["mean"] == pytest.approx(wanted)
+    assert table[0]["seconds"] == 7
     assert "missing" in compare.markdown(table)
 
 

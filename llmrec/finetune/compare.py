@@ -156,7 +156,6 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
                 "trained_on": evaluated.get("trained_on", {}),
                 "ranks": {name: ranks_in(ranks, name) for name in rows},
                 "metrics": read_json(folder / "finetune" / "metrics.json"),
-                "seconds": manifest["seconds"],
                 "memory": peak_memory_of(manifest),
                 "analysis": read_json(analysis) if analysis.is_file() else {},
             }
@@ -189,7 +188,7 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
                 "trained_on": found[0]["trained_on"].get(found[0]["fine_tuned"], ""),
                 "trained": found[0]["metrics"]["parameters"]["trainable"],
                 "tokens": found[0]["metrics"]["tokens"],
-                "seconds": float(np.mean([cell["seconds"] for cell in found])),
+                "seconds": float(np.mean([training_seconds(cell["metrics"]) for cell in found])),
                 "memory": max(cell["memory"] for cell in found),
             }
             entry |= after_tuning(found)
@@ -219,6 +218,11 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> list[
     return table
 
 
+def training_seconds(metrics: dict[str, Any]) -> float:
+    """Seconds of optimiser steps, those before fine-tuning included; without validation and analyses."""
+    return metrics["train_seconds"] + metrics.get("align_seconds", 0.0)
+
+
 def after_tuning(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Numerical rank of the item tokens (before their activation, where there is one), and tau of the
     collaborative codes after fine-tuning, of the first seed, where they were measured."""
@@ -243,7 +247,7 @@ def markdown(table: list[dict[str, Any]]) -> str:
         "rank",
         "tau",
     ]
-    head += ["trained", "tokens", "seconds", "peak MiB"]
+    head += ["trained", "tokens", "train seconds", "peak MiB"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for entry in table:
         cells = [f"`{entry.get('label', entry['row'])}`", f"{entry['seeds']} of {entry['of']}"]

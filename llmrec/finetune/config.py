@@ -85,7 +85,7 @@ class FinetuneConfig(Settings, path="finetune"):
     """method=me: the collaborative vector and the table's row concatenated, or added."""
 
     concat_mode: Literal["sequence", "feature"] = "sequence"
-    """method=concat: one token per modality, or one token that they share."""
+    """method=concat: one token per modality, collaborative, image, text, or one token that they share."""
 
     own_dim: int = 64
     """method=me, se_random: width of the table trained from random numbers."""

@@ -27,8 +27,10 @@ PRESETS: dict[str, FinetuneConfig] = {
         lora_dropout_rate=0.05,
         mask_pad=False,
         pad_quirk=True,
+        target_std=0.00902,  # a linear layer of 4,096 inputs starts as U(-1, 1) / sqrt(4096)
         epochs=4,
     ),
 }
-"""default: what we recommend; paper: MME-SID as printed, and the published code where the paper says nothing;
-official: the published code (Applied-Machine-Learning-Lab/MME-SID@bc95e1a), in packed prompts."""
+"""default: what we recommend; paper: MME-SID as printed, our default where the paper says nothing;
+official: the published code (Applied-Machine-Learning-Lab/MME-SID@bc95e1a), in packed prompts and bfloat16 in
+place of float16 with scaled losses."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,16 +57,7 @@ def finetune(
         TrainingError: the loss became NaN or infinite.
     """
     check_same_catalog(data, collab, content, ids)
-    if collab.knows_valid and config.eval_every_epochs:
-        raise ConfigError(
-            "train_collab.include_valid made the collaborative vectors from validation items, so these can "
-            "measure nothing here; set finetune.eval_every_epochs=0 and finetune.select=last"
-        )
-    if config.select == "valid" and not len(data.targets("valid")):
-        raise ConfigError(
-            "finetune.select='valid' needs validation targets to choose the epoch by, and the data set has "
-            "none; set finetune.select=last, or change the split"
-        )
+    refuse_what_cannot_be_measured(config, data, collab)
     device = distributed.device()
     distributed.seed_everything(config.seed)
     prompt = base_model.load_prompt(config)
@@ -79,29 +71,19 @@ def finetune(
     longest = data.targets("train", "valid", "test", max_history=config.max_history)
     items = int((longest.stop - longest.start).max(initial=0)) * model.item_tokens.tokens_per_item
     base_model.check_context(config, base, len(prompt.instruction) + items + len(prompt.response))
-    if config.ctrl_stage == "two":
-        align_first(config, model, data.num_items)
+    align_seconds = align_first(config, model, data.num_items) if config.ctrl_stage == "two" else 0.0
     before = analysis.taus(model, data, collab.vectors) if config.analyse and distributed.is_main() else {}
     trainer = Trainer(config, data, model, checkpoints_here(("analyse",)))
     trainer.run()
     expected = trainer.sample_scores()
     trainer.engine.close()
-    trained = {name: value.cpu() for name, value in trainer.engine.weights().items()}
-    heads = {name: value for name, value in trained.items() if not name.startswith("base.")}
-    of_base = {name.removeprefix("base."): trained[name] for name in trained.keys() - heads.keys()}
-    weights: dict[str, Any] = {}
-    if config.is_mini:
-        weights = {"base": of_base, "base_config": base.config.to_dict()}
-    else:
-        from llmrec.finetune.lora import lora_weights
-
-        weights["lora"], weights["lora_config"] = lora_weights(base, config, of_base)
+    heads, weights = weights_of(config, base, trainer.engine.weights())
     adapter = Adapter(
         catalog=data.catalog,
         settings=build.settings_of(config, prompt, base),
         heads={**heads, "train_count": train_count},
         scaling=scaling,
-        metrics=trainer.metrics(),
+        metrics=trainer.metrics() | {"align_seconds": round(align_seconds, 3)},
         log=trainer.state.log,
         **weights,
     )
@@ -119,6 +101,41 @@ def finetune(
             }
             adapter = dataclasses.replace(adapter, analysis=found)
     return adapter
+
+
+def refuse_what_cannot_be_measured(
+    config: FinetuneConfig, data: Interactions, collab: CollabEmbeddings
+) -> None:
+    """Refuse to validate on what was learned from, and to choose an epoch by nothing.
+
+    Raises:
+        ConfigError: that was asked for.
+    """
+    if collab.knows_valid and config.eval_every_epochs:
+        raise ConfigError(
+            "train_collab.include_valid made the collaborative vectors from validation items, so these can "
+            "measure nothing here; set finetune.eval_every_epochs=0 and finetune.select=last"
+        )
+    if config.select == "valid" and not len(data.targets("valid")):
+        raise ConfigError(
+            "finetune.select='valid' needs validation targets to choose the epoch by, and the data set has "
+            "none; set finetune.select=last, or change the split"
+        )
+
+
+def weights_of(
+    config: FinetuneConfig, base: Any, weights: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What was trained, on the host: beside the base model, and of it, as an `Adapter` holds them."""
+    trained = {name: value.cpu() for name, value in weights.items()}
+    heads = {name: value for name, value in trained.items() if not name.startswith("base.")}
+    of_base = {name.removeprefix("base."): trained[name] for name in trained.keys() - heads.keys()}
+    if config.is_mini:
+        return heads, {"base": of_base, "base_config": base.config.to_dict()}
+    from llmrec.finetune.lora import lora_weights
+
+    lora, lora_config = lora_weights(base, config, of_base)
+    return heads, {"lora": lora, "lora_config": lora_config}
 
 
 def check_saved(
@@ -156,8 +173,13 @@ def check_saved(
     return cast(CatalogueScores, loaded.score).run
 
 
-def align_first(config: FinetuneConfig, model: MMESID, num_items: int) -> None:
-    """Train the item tokens' alignment loss alone, over all items, before the language model is tuned."""
+def align_first(config: FinetuneConfig, model: MMESID, num_items: int) -> float:
+    """Train the item tokens' alignment loss alone, over all items, before the language model is tuned.
+
+    Returns:
+        Seconds.
+    """
+    begun = time.perf_counter()
     parameters = [value for value in model.item_tokens.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     rng = np.random.default_rng(config.seed)
@@ -173,3 +195,4 @@ def align_first(config: FinetuneConfig, model: MMESID, num_items: int) -> None:
                 loss.backward()
                 optimizer.step()
     logger.info("finetune: alignment before fine-tuning, loss %.4f", float(loss.detach()))
+    return time.perf_counter() - begun

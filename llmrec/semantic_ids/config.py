@@ -322,8 +322,10 @@ PRESETS: dict[str, LearnSemanticIdsConfig] = {
         min_utilisation=0.0,
     ),
 }
-"""default: what keeps distances best (README); paper: MME-SID section 4.2 as printed, and the published code
-where the paper says nothing; official: the published code."""
+"""default: what keeps distances best (README); paper: MME-SID section 4.2 as printed, with the widths and the
+length of training of the published code, else our default; official: the published code
+(Applied-Machine-Learning-Lab/MME-SID@bc95e1a, which aligns by MMD), but for its choice of the epoch with the
+lowest training loss: the last one is kept."""
 
 
 def size_bounds(num_rows: int, num_clusters: int) -> tuple[int, int]:

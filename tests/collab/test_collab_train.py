@@ -330,8 +330,8 @@ def test_items_never_trained_are_counted():
 
 
 def test_items_that_only_stand_outside_every_row_were_never_trained():
-    """Train items 1 2 3, 4 5 2 3 and 6: histories of 2 see the last three of a user at most, and one item alone
-    has nothing to predict."""
+    """Train items 1 2 3, 4 5 2 3 and 6: histories of 2 see the last three of a user at most, and one item has
+    nothing to predict."""
     data = interactions([[1, 2, 3, 7, 8], [4, 5, 2, 3, 7, 8], [6, 7, 8]], 8)
     collab = train_collab(tiny(epochs=1, sasrec=replace(TINY, max_history=2)), data)
     assert collab.metrics["items_never_trained"] == len({4, 6, 7, 8})
