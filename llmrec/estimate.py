@@ -1,4 +1,5 @@
-"""What fine-tuning a recipe will cost, before it is paid: counts from the real data, the rest by formula.
+"""What a recipe will cost, fine-tuning above all, before it is paid: counts from the real data, the rest by
+formula.
 
 Exact: users, items, targets, tokens, optimiser steps, trainable parameters (the model is built without
 memory, on torch's meta device), but for widths that only the items tell, which are told as the most they can
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,21 +36,9 @@ from llmrec.manifest import MANIFEST
 from llmrec.network import resolves
 from llmrec.preflight import to_fetch
 from llmrec.recipe import TO_DO, UNCERTAIN, Recipe, statuses
+from llmrec.stage_times import UTILISATION, Gpu, Work, duration, work_before
 
 logger = logging.getLogger("llmrec")
-
-
-class Gpu(NamedTuple):
-    """A GPU by its maker's data sheet."""
-
-    peak: float
-    """Dense bfloat16 operations per second"""
-    memory: float
-    """Bytes"""
-    bandwidth: float
-    """Bytes moved per second"""
-    peak_fp32: float
-    """float32 operations per second, without TF32"""
 
 
 GPUS = {
@@ -64,9 +53,6 @@ ITEM_MATRICES = 4.4
 """Tables of items x model width that a step holds at its peak beside the target table: folded or joined keys,
 their gradient, and those of the sources they were folded from. Counted on a CPU."""
 
-UTILISATION = 0.4
-"""Share of the peak in matrix products, which grow with tokens."""
-
 MOVED = 3.0
 """What a step takes beside them, in times of reading the frozen weights twice and of updating the trained
 ones once. Both fitted to an H200 with Llama-3-8B at 16, 64 and 256 targets a step (tools/engine.md)."""
@@ -77,7 +63,7 @@ BOUNDED = ("tfidf", "classical")
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Costs of one epoch of fine-tuning."""
+    """Costs of one epoch of fine-tuning, and what the other stages ask."""
 
     counts: dict[str, int]
     """users, items, interactions, targets, steps, tokens, tokens_per_prefix, item_tokens: of one epoch;
@@ -95,6 +81,8 @@ class Estimate:
     """Of products: see finetune.precision"""
     memory: dict[str, float]
     """Bytes on one GPU by part"""
+    others: dict[str, Work | str]
+    """What the other stages ask of a GPU, or why that is not known, in order"""
 
     @property
     def total_flops(self) -> float:
@@ -170,6 +158,8 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
     return Estimate(
         counts=counts, parameters=parameters, bounds=bounds, flops=flops, memory=memory, moved=moved,
         precision=config.precision,
+        others=work_before(recipe, data, widths)
+        | {"evaluate": ranking(config, model, data, options, shared=shared)},
     )  # fmt: skip
 
 
@@ -355,6 +345,20 @@ def operations(model: Any, counts: dict[str, int], parameters: dict[str, int]) -
     }
 
 
+def ranking(
+    config: FinetuneConfig, model: Any, data: Interactions, options: dict[str, Any], *, shared: bool
+) -> Work | str:
+    """Ranking the catalogue for every test user: one pass over the histories, and all scores."""
+    if config.is_mini:
+        return "not known for a mini base"
+    targets = data.targets("test", max_history=config.max_history)
+    tokens = count_tokens(targets, layout=config.layout, shared=shared, **options)
+    linear = [module for module in model.base.modules() if isinstance(module, nn.Linear)]
+    weights = sum(module.in_features * module.out_features for module in linear)
+    scores = len(targets) * (data.num_items + 1) * model.base.config.hidden_size
+    return Work(flops=2.0 * (weights * tokens + scores), half=config.precision == "bf16")
+
+
 def bytes_used(
     config: FinetuneConfig, model: Any, widths: dict[str, int], counts: dict[str, int]
 ) -> dict[str, float]:
@@ -427,13 +431,19 @@ def shown(found: Estimate, gpu: str) -> str:
         f"            {scaled(value, 'B'):>15}  {name}" for name, value in found.memory.items() if value
     ]
     if found.moved is None:
-        lines.append("time        not known for a mini base, 4 bits, 8-bit states or recomputed activations")
-        return "\n".join(lines)
-    seconds = found.total_flops / (peak * UTILISATION) + MOVED * found.moved / bandwidth
-    lines.append(
-        f"time        {duration(seconds)} per epoch, {duration(seconds * counts['epochs'])} for "
-        f"{counts['epochs']} epochs on one {gpu} (rough)"
-    )
+        fine = "not known for a mini base, 4 bits, 8-bit states or recomputed activations"
+    else:
+        seconds = found.total_flops / (peak * UTILISATION) + MOVED * found.moved / bandwidth
+        fine = f"{duration(seconds * counts['epochs'])}: {counts['epochs']} epochs of {duration(seconds)}"
+    times = {
+        stage: work if isinstance(work, str) else work.shown(GPUS[gpu])
+        for stage, work in found.others.items()
+    }
+    lines.append(f"time        on one {gpu} (rough)")
+    lines += [
+        f"            {stage:18}  {times.get(stage, fine)}"
+        for stage in ("train_collab", "encode_items", "learn_semantic_ids", "finetune", "evaluate")
+    ]
     return "\n".join(lines)
 
 
@@ -443,10 +453,3 @@ def scaled(value: float, unit: str) -> str:
         if value >= size:
             return f"{value / size:.3g} {prefix}{unit}"
     return f"{value / 1e3:.3g} k{unit}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours."""
-    if seconds < 90:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

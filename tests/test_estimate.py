@@ -15,17 +15,17 @@ from tiny import tokenizer
 from tiny_recipe import tiny
 from worlds import cycle
 
-from llmrec import cli, doctor
-from llmrec.collab.config import TrainCollabConfig
+from llmrec import cli, doctor, stage_times
+from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
+from llmrec.encoders.encode import item_texts
 from llmrec.errors import ConfigError
 from llmrec.estimate import (
     GPUS,
     MOVED,
     collab_width,
     distinct_items,
-    duration,
     encoder_width,
     estimate,
     fitting,
@@ -36,7 +36,9 @@ from llmrec.finetune import base_model
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.pipeline import RunDir
 from llmrec.recipe import Recipe, recipe_of, with_preset
+from llmrec.runs import Run
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.stage_times import duration
 from llmrec.stages import STAGES
 
 
@@ -70,7 +72,7 @@ def test_a_width_that_only_the_items_tell_is_told_as_a_bound(tmp_path):
     assert content.vectors["text"].shape[1] < 128
     after = estimate(recipe, tmp_path)
     assert after.bounds == {} and after.parameters["trainable"] < before.parameters["trainable"]
-    assert "at most" not in shown(after, "H100")
+    assert "widths" not in shown(after, "H100") and "at most " not in shown(after, "H100").split("time ")[0]
 
 
 def test_the_published_size_is_counted_without_building_it(tmp_path):
@@ -103,13 +105,17 @@ def test_the_published_size_is_counted_without_building_it(tmp_path):
     )  # 4 x 7e9 a token
     assert found.memory["frozen weights"] == pytest.approx(15.0e9, rel=0.02)
     assert found.total_memory == pytest.approx(21.5e9, rel=0.02)
-    assert "fits one RTX4090 (24 GB)" in shown(found, "RTX4090") and "one H200 (rough)" in shown(
+    assert "fits one RTX4090 (24 GB)" in shown(found, "RTX4090") and "on one H200 (rough)" in shown(
         found, "H200"
     )
     slow = dataclasses.replace(found, precision="fp32")
-    assert (
-        f"time        {duration(slow.total_flops / (67e12 * 0.4) + MOVED * slow.moved / 3.35e12)}"
-        in shown(slow, "H100")
+    # One pass over 300 histories, whose instruction stands in front once, and a product with every item.
+    tokens = 300 * (8 + len(base_model.load_prompt(recipe.finetune).response))
+    forward = 2 * (7e9 * tokens + 300 * rows * 4096)
+    assert found.others["evaluate"].flops == pytest.approx(forward, rel=0.02)
+    seconds = slow.total_flops / (67e12 * 0.4) + MOVED * slow.moved / 3.35e12
+    assert f"finetune            {duration(3 * seconds)}: 3 epochs of {duration(seconds)}" in shown(
+        slow, "H100"
     )
     # What a step of this shape takes beside its tokens, as measured on an H200 (tools/engine.md).
     beside = MOVED * found.moved / found.counts["steps"] / GPUS["H200"][2]
@@ -139,6 +145,47 @@ def test_what_settings_cost_is_counted(finished):
     # On a GPU one instruction serves all prompts of a pass, however many there are.
     assert plain.counts["tokens"] < single.counts["tokens"] < single.counts["tokens_per_prefix"]
     assert with_settings(method="ctrl_mm", fusion_temperature=1e-3).parameters["trainable"] < trained
+
+
+def test_every_sequence_model_has_a_time_or_a_reason_why_not(tmp_path):
+    """MovieLens-1M's step and epoch of SASRec, from which the figures come."""
+    data = cycle()
+    assert set(stage_times.PER_MILLION_TARGETS) == set(PROVIDER_FIELDS)
+    for provider in PROVIDER_FIELDS:
+        work = stage_times.sequence_model(TrainCollabConfig(provider=provider), data)
+        assert work.on(GPUS["H200"]) > 0 and work.shown(GPUS["H200"]).startswith("at most ")
+    one = TrainCollabConfig(epochs=2, batch_size=8, select="last")
+    work = stage_times.sequence_model(one, data)
+    users = [length for length in np.diff(data.sequences("train").offset).tolist() if length > 1]
+    assert work.steps == 2 * -(-len(users) // 8) and not work.most
+    assert work.seconds == pytest.approx(2 * (sum(users) - len(users)) / 1e6 * 0.48)
+    assert work.on(GPUS["A100"]) == max(work.steps * stage_times.SMALL_STEP, work.seconds)
+    for settings, reason in (
+        ({"provider": "own_models:Tiny"}, "not known for a model of one's own"),
+        ({"provider": "precomputed", "vectors": "x.parquet"}, "read from a file"),
+    ):
+        assert stage_times.sequence_model(TrainCollabConfig(**settings), data) == reason
+
+
+def test_encoders_and_quantisers_are_reckoned_by_their_operations(finished):
+    data = Run(finished).data
+    clip = EncodeItemsConfig(
+        text=TextEncoderConfig(encoder="llm2clip"), image=ImageEncoderConfig(encoder="llm2clip")
+    )
+    letters = sum(len(text) for text in item_texts(clip.text, data.items)[0])
+    pictures = sum(map(bool, data.items["image_path"].to_pylist()))
+    wanted = 2 * (7.0e9 * letters / 4 + 0.3e9 * 577 * pictures)
+    assert pictures and stage_times.encoders(clip, data).flops == pytest.approx(wanted)
+    assert stage_times.encoders(tiny().encode_items, data) == "on the CPU"
+    some = EncodeItemsConfig(text=TextEncoderConfig(encoder="huggingface", model="x"), image=clip.image)
+    assert stage_times.encoders(some, data) == "not known for huggingface"
+
+    config = LearnSemanticIdsConfig(code_dim=8, hidden_dims=(16,), epochs=3, batch_size=50)
+    work = stage_times.quantiser(config, 120, {"collab": 4, "text": 6})
+    numbers = sum(2 * (dim * 16 + 16 * 8) + (16 + 8) + (16 + dim) for dim in (4, 6))
+    assert work.flops == 6 * numbers * 120 * 3 and work.steps == 3 * 3 and not work.half
+    simple = LearnSemanticIdsConfig(method="rkmeans")
+    assert stage_times.quantiser(simple, 120, {"collab": 4}).startswith("not known for rkmeans")
 
 
 @pytest.mark.real_data

@@ -1,0 +1,155 @@
+"""How long the stages of a recipe take on a GPU, roughly, before any of it is paid; for fine-tuning see
+`llmrec.estimate`.
+
+Large networks are reckoned by their operations. Small ones wait for the CPU that asks for these: their times
+are what an H200 took (tools/README.md), whatever the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from llmrec.collab.config import TrainCollabConfig
+from llmrec.collab.provider import make_provider
+from llmrec.collab.train import training_rows
+from llmrec.encoders.config import EncodeItemsConfig
+from llmrec.encoders.encode import item_texts
+from llmrec.interactions import Interactions
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.semantic_ids.learn import model_settings
+from llmrec.semantic_ids.mm_rqvae import MMRQVAE
+
+
+class Gpu(NamedTuple):
+    """A GPU by its maker's data sheet."""
+
+    peak: float
+    """Dense bfloat16 operations per second"""
+    memory: float
+    """Bytes"""
+    bandwidth: float
+    """Bytes moved per second"""
+    peak_fp32: float
+    """float32 operations per second, without TF32"""
+
+
+UTILISATION = 0.4
+"""Share of the peak in matrix products, which grow with tokens. Fitted to an H200 with Llama-3-8B
+(tools/engine.md)."""
+
+PER_MILLION_TARGETS = {
+    **{"sasrec": 0.48, "comirec": 0.45, "fuxi": 1.4, "gmvae": 1.9, "moe": 2.9, "bert4rec": 3.9, "svae": 6.6},
+    **{"gru4rec": 2.2, "mamba4rec": 4.9, "mind": 11, "mamba": 13, "diffurec": 66, "diffusion": 83},
+}
+"""Seconds per million targets that an H200 took on MovieLens-1M, settings of recipes/providers_ml1m.py:
+seconds per epoch (tools/README.md) over 0.647 million targets, or 0.981 of all windows."""
+
+SMALL_STEP = 0.0065
+"""Seconds of an optimiser step of SASRec there (0.31 s in 48 steps), for small steps in general."""
+
+TEXT_NUMBERS, PICTURE_NUMBERS, PICTURE_TOKENS = 7.0e9, 0.3e9, 577
+"""LLM2CLIP: weights of linear layers in Llama-3-8B and in CLIP ViT-L/14-336, and tokens of a picture."""
+
+CHARACTERS = 4
+"""Of a token, about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a stage asks of a GPU; its time is the longest of what each part takes."""
+
+    flops: float = 0.0
+    """Operations of matrix products"""
+    half: bool = True
+    """Whether these are in bfloat16"""
+    steps: int = 0
+    """Optimiser steps too small to keep a GPU busy"""
+    seconds: float = 0.0
+    """What it took where it was measured"""
+    most: bool = False
+    """Whether it may end earlier"""
+
+    def on(self, gpu: Gpu) -> float:
+        """Seconds."""
+        peak = gpu.peak if self.half else gpu.peak_fp32
+        return max(self.flops / (peak * UTILISATION), self.steps * SMALL_STEP, self.seconds)
+
+    def shown(self, gpu: Gpu) -> str:
+        """Its time as people read it."""
+        return f"{'at most ' if self.most else ''}{duration(self.on(gpu))}"
+
+
+def work_before(recipe: Any, data: Interactions, widths: Mapping[str, int]) -> dict[str, Work | str]:
+    """What the stages between the data and fine-tuning ask, or why that is not known, by stage.
+
+    Args:
+        recipe: a `llmrec.recipe.Recipe`.
+        data: what it prepares.
+        widths: of the item vectors by modality.
+    """
+    return {
+        "train_collab": sequence_model(recipe.train_collab, data),
+        "encode_items": encoders(recipe.encode_items, data),
+        "learn_semantic_ids": quantiser(recipe.learn_semantic_ids, data.num_items, widths),
+    }
+
+
+def sequence_model(config: TrainCollabConfig, data: Interactions) -> Work | str:
+    """Training a sequence model for all its epochs."""
+    if config.provider == "precomputed":
+        return "read from a file"
+    if config.is_own:
+        return "not known for a model of one's own"
+    with torch.device("meta"):
+        model: Any = make_provider(config.provider, {"num_items": 1, **config.of_model})
+    splits = ("train", "valid") if config.include_valid else ("train",)
+    rows = training_rows(model, config, data.sequences(*splits))
+    epochs, each = config.epochs, config.batch_size
+    steps = -(-(rows.num_users if config.batch_by == "users" else rows.num_targets) // each)
+    return Work(
+        steps=epochs * steps,
+        seconds=epochs * rows.num_targets / 1e6 * PER_MILLION_TARGETS[config.provider],
+        most=config.select == "valid" and bool(config.eval_every_epochs),
+    )
+
+
+def encoders(config: EncodeItemsConfig, data: Interactions) -> Work | str:
+    """Encoding all texts and pictures, once they are read."""
+    flops, text, image = 0.0, config.text.encoder, config.image.encoder
+    unknown = [name for name in (text, image) if name in ("openclip", "huggingface")]
+    if unknown:
+        return f"not known for {' and '.join(dict.fromkeys(unknown))}"
+    if text == "llm2clip":
+        texts, _ = item_texts(config.text, data.items)
+        flops += 2 * TEXT_NUMBERS * sum(map(len, texts)) / CHARACTERS
+    if image == "llm2clip":
+        pictures = sum(map(bool, data.items["image_path"].to_pylist()))
+        flops += 2 * PICTURE_NUMBERS * PICTURE_TOKENS * pictures
+    return Work(flops=flops) if flops else "on the CPU"
+
+
+def quantiser(config: LearnSemanticIdsConfig, num_items: int, widths: Mapping[str, int]) -> Work | str:
+    """Training MM-RQ-VAE; forward and backward take 6 operations a weight and item."""
+    if config.method == "rkmeans":
+        return "not known for rkmeans (no training)"
+    with torch.device("meta"):
+        model = MMRQVAE(**model_settings(config, widths))
+    names = ("encoder", "decoder")  # of each modality
+    parts = (part for name, part in model.named_parameters() if name.split(".")[2] in names)
+    numbers = sum(part.numel() for part in parts)
+    return Work(
+        flops=6.0 * numbers * num_items * config.epochs,
+        half=config.precision == "bfloat16",
+        steps=config.epochs * -(-num_items // config.batch_size),
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
