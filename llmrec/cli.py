@@ -95,7 +95,7 @@ def doctor(options: argparse.Namespace) -> None:
         if found.status != "ok" or options.all:
             print(f"{found.status:8} {found.what}{'; ' if found.advice else ''}{found.advice}")
     if problems:
-        raise ConfigError(f"{problems} problems; each line says what to do")
+        raise ConfigError(f"{problems} problem{'s' * (problems > 1)}; each line says what to do")
     print("ready")
 
 

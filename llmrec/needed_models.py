@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from llmrec.files import read_json
 from llmrec.findings import Finding
+from llmrec.finetune.config import FinetuneConfig
 from llmrec.network import resolves
 from llmrec.recipe import Recipe
 
@@ -50,9 +52,9 @@ def model_finding(where: str, model: str, revision: str | None) -> Finding:
     from huggingface_hub.errors import HFValidationError
 
     if Path(model).is_dir():
-        if any(Path(model).glob("*.safetensors")):
-            return Finding("ok", f"{where}={model}")
-        return Finding("problem", f"{where}={model} holds no .safetensors weights", "give a complete model")
+        if lacks := lacking(where, Path(model)):
+            return Finding("problem", f"{where}={model} holds no {lacks}", "give a complete model")
+        return Finding("ok", f"{where}={model}")
     try:
         cached = try_to_load_from_cache(model, "config.json", revision=revision)
     except HFValidationError:
@@ -67,6 +69,41 @@ def model_finding(where: str, model: str, revision: str | None) -> Finding:
             f"run `hf download {model}` online",
         )
     return on_the_hub(where, model, revision)
+
+
+def lacking(where: str, folder: Path) -> str | None:
+    """What a folder with a model lacks, if anything: weights, all their parts, settings, a tokenizer."""
+    if not any(folder.glob("*.safetensors")):
+        return ".safetensors weights"
+    if where.endswith(".adapter"):
+        return None  # whose files have other names
+    index = folder / "model.safetensors.index.json"
+    whole = (folder / "model.safetensors").is_file() or not index.is_file()
+    wanted = ["config.json", *(() if whole else sorted(set(read_json(index)["weight_map"].values())))]
+    tokenizers = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+    if where == "finetune.base_model" and not any((folder / name).is_file() for name in tokenizers):
+        return "tokenizer"
+    return next((name for name in wanted if not (folder / name).is_file()), None)
+
+
+def hidden_size(config: FinetuneConfig) -> int | None:
+    """Width of the base model, where its settings are on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if config.is_mini:
+        return config.mini.hidden_size
+    path: Any = Path(config.base_model) / "config.json"
+    if not path.is_file():
+        try:
+            path = try_to_load_from_cache(config.base_model, "config.json", revision=config.revision)
+        except HFValidationError:
+            return None
+    if not isinstance(path, str | Path):
+        return None
+    found = read_json(Path(path))
+    width = found.get("hidden_size", found.get("text_config", {}).get("hidden_size"))
+    return width if isinstance(width, int) else None
 
 
 def is_whole(where: str, model: str, revision: str | None) -> bool:

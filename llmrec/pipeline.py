@@ -325,9 +325,11 @@ def check_folder(folder: Path, wanted: dict[str, Any], config: Any) -> str:
             "another folder, or move it away"
         )
     manifest = stage_manifest(folder)
-    changes = changes_of(manifest, config, wanted["sources"])
     if manifest["stage"] != wanted["stage"]:
-        changes.append(f"stage={manifest['stage']} (now {wanted['stage']})")
+        raise StaleArtifactError(
+            f"{folder} holds the output of {manifest['stage']}; give another folder to {wanted['stage']}"
+        )
+    changes = changes_of(manifest, config, wanted["sources"])
     old, new = manifest["inputs"], wanted["inputs"]
     changes += [f"another {name}" for name in new if old.get(name) != new[name]]
     changes += [f"{name}, which is not given now" for name in old if name not in new]

@@ -12,7 +12,7 @@ from pathlib import Path
 from llmrec.errors import ConfigError
 from llmrec.findings import Finding
 from llmrec.finetune.method_table import method_of
-from llmrec.needed_models import models
+from llmrec.needed_models import hidden_size, models
 from llmrec.own import check_takes, is_own
 from llmrec.recipe import Recipe
 from llmrec.stages import STAGES
@@ -164,11 +164,12 @@ def fine_tuning(recipe: Recipe) -> Iterator[Finding]:
     ids = recipe.learn_semantic_ids
     reads_codes = method_of(config.method).reads_codes and not config.project_codes
     # Residual k-means makes codes of the vectors' own width.
-    if config.is_mini and reads_codes and ids.method != "rkmeans" and ids.code_dim != config.mini.hidden_size:
+    width = hidden_size(config) if reads_codes and ids.method != "rkmeans" else None
+    if width is not None and ids.code_dim != width:
+        of = "finetune.mini.hidden_size=" if config.is_mini else f"the width of {config.base_model}, "
         yield Finding(
             "problem",
-            f"learn_semantic_ids.code_dim={ids.code_dim} differs from finetune.mini.hidden_size="
-            f"{config.mini.hidden_size}",
+            f"learn_semantic_ids.code_dim={ids.code_dim} differs from {of}{width}",
             "make them equal, or set finetune.project_codes=true",
         )
     if recipe.train_collab.include_valid and config.eval_every_epochs:

@@ -23,7 +23,7 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError, StaleArtifactError
 from llmrec.evaluation.config import EvaluateConfig
-from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.config import LORA_FIELDS, FinetuneConfig
 from llmrec.finetune.method_table import FREQUENCY_FIELDS, METHODS, method_of, without_effect
 from llmrec.finetune.presets import PRESETS as FINETUNE_PRESETS
 from llmrec.own import is_own
@@ -43,6 +43,7 @@ REFIT: dict[str, tuple[str, dict[str, Any]]] = {
 """Stages that choose an epoch by validation: its name in their metrics, and settings without validation."""
 PRESETS = tuple(FINETUNE_PRESETS)
 TO_DO = "would be computed"
+MADE_WITH = "was made with"
 UNCERTAIN = "is kept if what it was made from comes out the same again, else refused"
 
 
@@ -130,7 +131,10 @@ def recipe_of(path: Path) -> Recipe:
         sys.path.pop(0)
     if not callable(getattr(module, "recipe", None)):
         raise ConfigError(f"{path} defines no function `recipe`")
-    return module.recipe()
+    made = module.recipe()
+    if not isinstance(made, Recipe):
+        raise ConfigError(f"{path}: recipe() must return a Recipe, got {type(made).__name__}")
+    return made
 
 
 def push_run(root: Path, repo: str) -> None:
@@ -225,8 +229,17 @@ def refit(recipe: Recipe, run_dir: Path) -> Recipe:
 
     precomputed = recipe.train_collab.provider == "precomputed"
     require_run(run_dir, [stage for stage in REFIT if stage != "train_collab" or not precomputed])
+    refuse_refit_of_another(recipe, run_dir)
     changed = {stage: refit_stage(stage, getattr(recipe, stage), run_dir / stage) for stage in REFIT}
     return replace(recipe, **changed)
+
+
+def refuse_refit_of_another(recipe: Recipe, run_dir: Path) -> None:
+    """Raise ConfigError if the epochs of a run were chosen on other data, content or semantic IDs."""
+    for name, status in statuses(recipe, run_dir, "learn_semantic_ids").items():
+        if name not in REFIT and status.startswith(MADE_WITH):
+            what = status.partition(";")[0]
+            raise ConfigError(f"--refit: {run_dir / name} {what}; run with the same settings first")
 
 
 def refit_stage(stage: str, config: C, folder: Path) -> C:
@@ -293,8 +306,11 @@ def without_what_goes(recipe: Recipe, pairs: dict[str, str]) -> Recipe:
         idle |= set(without_effect(method))
         if pairs.get("finetune.fusion", "auto") == "auto" and method_of(method).fusion != "frequency":
             idle |= {"fusion", *FREQUENCY_FIELDS}
-    if chosen("finetune.base_model", finetune.base_model) and finetune.is_mini:
-        idle.add("mini")
+    if base := chosen("finetune.base_model", finetune.base_model):
+        if finetune.is_mini:
+            idle.add("mini")
+        elif base == "mini":
+            idle |= {"revision", *LORA_FIELDS, "quantize"}
     defaults = FinetuneConfig()
     if method is not None and is_own(finetune.method) and "finetune.own" not in pairs:
         finetune = replace(finetune, method="mme_sid", own={}, ctrl_weight=defaults.ctrl_weight)
@@ -362,7 +378,7 @@ def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
                 and manifest["inputs"].get(other) != fingerprint_of(stage_manifest(root / other))
             ),
         ]:
-            status = f"was made with {', '.join(changes)}; use another --run-dir or delete the folder"
+            status = f"{MADE_WITH} {', '.join(changes)}; use another --run-dir or delete the folder"
         elif new.intersection(stage.made_from(config)):
             status = UNCERTAIN
         else:

@@ -317,6 +317,11 @@ class PrepareDataConfig(Settings, path="prepare_data"):
             "prepare_data.rating_column and prepare_data.min_rating must be given together, got "
             f"{self.rating_column!r} and {self.min_rating}",
         )
+        require(
+            len({self.user_column, self.item_column, self.timestamp_column}) == 3,
+            "prepare_data.user_column, item_column and timestamp_column must be different, got "
+            f"{self.user_column}, {self.item_column} and {self.timestamp_column}",
+        )
         if self.column_names is not None:
             read = (self.user_column, self.item_column, self.timestamp_column, self.rating_column)
             absent = [name for name in read if name is not None and name not in self.column_names]

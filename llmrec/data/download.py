@@ -23,7 +23,7 @@ from typing import Any
 
 from urllib3.exceptions import HTTPError
 
-from llmrec.data.web import RefusedError, RetryError, request, short, shown
+from llmrec.data.web import RefusedError, RetryError, number_of, request, short, shown
 from llmrec.errors import DataError
 from llmrec.manifest import sha256
 from llmrec.progress import progress
@@ -74,7 +74,8 @@ def download(
         file: what to fetch.
         folder: where to; made if absent.
         offline: use what is there, or fail.
-        retries: rounds over all mirrors after the first, with growing pauses.
+        retries: rounds over all mirrors after the first that may bring nothing, with growing pauses; one that
+            cuts, but sends more each time, is asked on and on.
         timeout_seconds: for connections, for reads, and for LEAST_BYTES to arrive.
         pause_seconds: pause before the first repeat; doubled each time, at most a minute.
         public_only: refuse private addresses, see `web.request`.
@@ -92,10 +93,13 @@ def download(
             f"{path} is not there and may not be fetched (offline); put it there, from {file.urls[0]}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    mirrors, reasons = list(file.urls), {}
-    for attempt in range(retries + 1):
-        wait, told = None, set()
-        for url in list(mirrors):
+    mirrors, reasons, part = list(file.urls), {}, part_of(path)
+    failed = 0  # rounds in a row that brought nothing
+    while True:
+        wait, told, grew = None, set(), False
+        # First the mirror whose bytes are here: those of another would have to begin anew.
+        for url in sorted(mirrors, key=lambda one: one != read_note(part).get("url")):
+            before = size_of(part)
             try:
                 fetch(file, url, path, timeout_seconds, public_only)
                 return path
@@ -108,9 +112,12 @@ def download(
             if reasons[url] not in told:  # http and https fail for one reason where a host has no address
                 logger.warning("download of %s: %s", file.name, reasons[url])
             told.add(reasons[url])
-        if not mirrors or attempt == retries:
+            if grew := size_of(part) >= before + LEAST_BYTES:
+                break
+        failed = 0 if grew else failed + 1
+        if not mirrors or failed > retries:
             break
-        pause = min(60.0, pause_seconds * 2**attempt) * random.uniform(0.75, 1.25)
+        pause = min(60.0, pause_seconds * 2 ** max(failed - 1, 0)) * random.uniform(0.75, 1.25)
         sleep(max(pause, min(wait or 0.0, 300.0)))
     raise DataError(
         f"{file.name} could not be fetched: {'; '.join(dict.fromkeys(reasons.values()))}. Run the same "
@@ -126,9 +133,9 @@ def fetch(file: RemoteFile, url: str, path: Path, timeout_seconds: float, public
         RetryError: something that may pass.
         DataError: the disk is full.
     """
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
     known = read_note(part)
-    have = part.stat().st_size if part.exists() else 0
+    have = size_of(part)
     # What came from elsewhere may be continued only if the hash will tell whether it fits.
     if have and not (known.get("url") == url or file.sha256):
         have = 0
@@ -157,8 +164,7 @@ def extent(response: Any) -> tuple[int, int | None]:
         if match is None:
             raise RetryError("an answer in part does not say which part (Content-Range)")
         return int(match[1]), None if match[2] == "*" else int(match[2])
-    length = response.headers.get("Content-Length", "")
-    return 0, int(length) if length.isdigit() else None
+    return 0, number_of(response.headers.get("Content-Length", ""))
 
 
 def receive(
@@ -257,6 +263,16 @@ def whole_gzip(path: Path) -> bool:
     except (EOFError, gzip.BadGzipFile, zlib.error):
         return False
     return True
+
+
+def part_of(path: Path) -> Path:
+    """Where bytes of a file go before all of them are there."""
+    return path.with_name(path.name + ".part")
+
+
+def size_of(part: Path) -> int:
+    """Bytes that have arrived."""
+    return part.stat().st_size if part.exists() else 0
 
 
 def note_of(part: Path) -> Path:

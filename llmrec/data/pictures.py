@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from urllib3.exceptions import HTTPError
 
-from llmrec.data.web import RefusedError, RetryError, request, short
+from llmrec.data.web import RefusedError, RetryError, number_of, request, short
 from llmrec.errors import DataError
 from llmrec.progress import progress
 
@@ -110,20 +110,27 @@ def fetch_pictures(
     folder.mkdir(parents=True, exist_ok=True)
     jobs = list(wanted)
     found: dict[tuple[str, str], Picture] = {}
-    before = {picture.url: picture for picture in read_status(folder) if picture.status == "refused"}
+    earlier = read_status(folder)
+    before = {picture.url: picture for picture in earlier if picture.status in ("refused", "ok")}
     there = {path.stem: path.name for path in folder.iterdir() if path.suffix in ENDINGS.values()}
     open_jobs: dict[str, list[str]] = {}
     for item, url in jobs:
         name = there.get(name_of(url))
         if name is not None:
-            found[item, url] = kept(item, url, folder / name)
-        elif url in before:
+            found[item, url] = kept(item, url, folder / name, before.get(url))
+        elif url in before and before[url].status == "refused":
             found[item, url] = Picture(item=item, url=url, status="refused", reason=before[url].reason)
         elif offline:
             found[item, url] = Picture(item=item, url=url, status="offline", reason="not there, offline")
         else:
             open_jobs.setdefault(url, []).append(item)
     saved, lock = time.monotonic(), threading.Lock()
+    asked = set(jobs)
+    others = [picture for picture in earlier if (picture.item, picture.url) not in asked]
+
+    def note() -> None:
+        """Write down what is known, of other data sets with pictures in this folder too."""
+        write_status(folder, [*others, *found.values()])
 
     def one(url: str) -> None:
         nonlocal saved
@@ -132,7 +139,7 @@ def fetch_pictures(
             for item in open_jobs[url]:
                 found[item, url] = Picture(**{**vars(picture), "item": item})
             if time.monotonic() - saved > SAVE_SECONDS:
-                write_status(folder, list(found.values()))
+                note()
                 saved = time.monotonic()
 
     pool = ThreadPoolExecutor(limits.num_threads)
@@ -142,7 +149,7 @@ def fetch_pictures(
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-        write_status(folder, list(found.values()))
+        note()
     return [found[job] for job in jobs]
 
 
@@ -187,8 +194,7 @@ def read_body(url: str, limits: PictureLimits) -> bytes:
     with request(url, timeout_seconds=timeout, public_only=limits.public_only) as response:
         if response.status != 200:
             raise RetryError(f"answers {response.status}")
-        length = response.headers.get("Content-Length", "")
-        announced = int(length) if length.isdigit() else None
+        announced = number_of(response.headers.get("Content-Length", ""))
         if announced is not None and announced > limits.max_bytes:
             raise RefusedError(f"{announced:,} bytes, more than {limits.max_bytes:,}")
         try:
@@ -233,9 +239,10 @@ def name_of(url: str) -> str:
     return hashlib.sha256(url.encode()).hexdigest()[:32]
 
 
-def kept(item: str, url: str, path: Path) -> Picture:
-    """A picture that is already there."""
-    return Picture(item=item, url=url, status="ok", path=path.name, num_bytes=path.stat().st_size)
+def kept(item: str, url: str, path: Path, before: Picture | None) -> Picture:
+    """A picture that is already there, with the size that was written down when it came."""
+    known = before if before and before.status == "ok" else Picture(item=item, url=url, status="ok")
+    return replace(known, item=item, path=path.name, num_bytes=path.stat().st_size)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -17,7 +17,7 @@ from llmrec.data.named import resolve, warnings_of_counts
 from llmrec.data.sample_market import sample_market
 from llmrec.data.sources import Log, read_log, read_sequences
 from llmrec.data.summary import future_rate, leaking_user_rate, log_summary, summarise, warnings_of
-from llmrec.data.table_file import TableFile
+from llmrec.data.table_file import TableFile, no_file, not_utf8
 from llmrec.errors import DataError
 from llmrec.interactions import Interactions
 from llmrec.manifest import sha256
@@ -159,8 +159,11 @@ def drop_items(config: PrepareDataConfig, rows: Rows, item_file: ItemFile) -> No
     if config.exclude_items is not None:
         path = Path(config.exclude_items)
         if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        names = {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()} - {""}
+            raise no_file(path)
+        try:
+            names = {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()} - {""}
+        except UnicodeDecodeError:
+            raise not_utf8(path) from None
         excluded = np.array([item in names for item in rows.items.tolist()], dtype=bool)
         if not excluded.any():
             raise DataError(
@@ -241,6 +244,8 @@ def assemble(
     summary |= {"dropped": rows.dropped, **counts, **summarise(rows.offset, split, train_count)}
     if rows.incomplete:
         summary["incomplete_items"] = rows.incomplete
+    if summary.get("times_are_positions") is False:
+        summary["times"] = {"first": int(rows.timestamp.min()), "last": int(rows.timestamp.max())}
     summary["warnings"] = unexpected + warnings_of(summary)
     log_summary(summary)
     return Interactions(

@@ -57,15 +57,20 @@ def read_json_lines(path: Path, columns: list[str]) -> pa.Table:
     for number, line in progress(lines_of(path), f"reading {path.name}", unit="line"):
         record = parse_line(path, number, line)
         found.update(record)
-        rows.append([as_text(record.get(name)) for name in columns])
+        try:
+            rows.append([as_text(record.get(name)) for name in columns])
+        except (RecursionError, TypeError) as error:
+            reason = "is too deep" if isinstance(error, RecursionError) else f"is none of JSON ({error})"
+            raise DataError(f"{path}, row {number}: a field {reason}") from None
         if len(rows) == BLOCK_ROWS:
             batches.append(batch_of(rows, columns))
             rows = []
     batches.append(batch_of(rows, columns))
     missing = [name for name in columns if name not in found]
     if missing and found:
+        has = ", ".join(sorted(map(str, found))[:20])
         raise DataError(
-            f"{path}: no line has a field {missing[0]!r}; it has {', '.join(sorted(found)[:20])}. Name the "
+            f"{path}: no line has a field {missing[0]!r}; it has {has}. Name the "
             "columns with prepare_data.user_column, item_column, timestamp_column, title_column and so on"
         )
     return pa.Table.from_batches(batches)
@@ -149,7 +154,7 @@ def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
             reason = f"{error.msg} at character {error.pos + 1}"
         try:
             record = ast.literal_eval(line.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise DataError(
                 f"{path}, row {number}: neither JSON nor a Python literal ({reason}); expected one object a "
                 "line"
@@ -165,12 +170,14 @@ def as_text(value: Any) -> str:
     """A field as text.
 
     Lists become their entries joined by a bar, nested ones one after another (2014 and 2018 categories);
-    of pictures described by objects (2023) each gives its largest address; other objects become JSON.
+    of pictures described by objects (2023) each gives its largest address; other objects become JSON. Halves
+    of characters, as cut texts end in, become question marks.
     """
     if value is None:
         return ""
     if isinstance(value, str):
-        return re.sub(r"\s+", " ", value).strip()
+        whole = value if value.isascii() else value.encode("utf-8", "replace").decode()
+        return re.sub(r"\s+", " ", whole).strip()
     if isinstance(value, float) and not math.isfinite(value):
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -178,8 +185,10 @@ def as_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "|".join(filter(None, map(as_text, value)))
     if isinstance(value, dict):
-        sizes = [value.get(name) for name in ("hi_res", "large", "thumb")]
-        return next(filter(None, sizes), None) or json.dumps(value, ensure_ascii=False, sort_keys=True)
+        sizes = (as_text(value.get(name)) for name in ("hi_res", "large", "thumb"))
+        return next(filter(None, sizes), None) or as_text(
+            json.dumps(value, ensure_ascii=False, sort_keys=True)
+        )
     return str(value)
 
 

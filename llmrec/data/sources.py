@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import uuid
 from collections.abc import Callable
@@ -14,9 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec.data.raw import PACKING_ERRORS, as_text, open_text
-from llmrec.data.table_file import TableFile, not_utf8
+from llmrec.data.table_file import TableFile, no_file, not_utf8
 from llmrec.errors import DataError
 from llmrec.progress import progress
+
+logger = logging.getLogger("llmrec")
 
 TIME = "a number such as 1318896000 (Unix seconds), or ISO 8601 such as 2011-10-18T00:00:00Z"
 ISO_FORMS = {
@@ -25,6 +28,7 @@ ISO_FORMS = {
     r"(\d:\d{2}) ?([+-]\d{2})$": r"\1\2:00",
     r"(\d:\d{2}\.\d+) ?([+-]\d{2})$": r"\1\2:00",
     r"(\d) (Z|[+-]\d{2}:?\d{2})$": r"\1\2",
+    r"(\d) UTC$": r"\1Z",
 }
 """How pandas, Python and data bases write ISO 8601, and how Arrow reads it: a T before the time of day, no
 more than millionths, minutes of the zone."""
@@ -107,7 +111,7 @@ def read_sequences(path: Path) -> Log:
         DataError: missing or empty file, a line without items, a user with two lines.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise no_file(path)
     try:
         with open_text(path, "utf-8-sig") as handle:
             lines = handle.read().splitlines()
@@ -124,9 +128,12 @@ def read_sequences(path: Path) -> Log:
     users, user = numbered(pc.list_element(words, 0))
     if (length == 0).any():
         place = int(np.argmin(length))
+        line = lines[filled[place]]
+        marks = [mark for mark in ",;|" if mark in line]
+        what = f"put spaces in place of {marks[0]!r}" if marks else "delete the line"
         raise DataError(
-            f"{path}, row {filled[place] + 1}: user {users[user[place]]!r} has no items; expected "
-            "`user item item ...`, so delete the line"
+            f"{path}, row {filled[place] + 1}: user {users[user[place]]!r:.60} has no items; expected "
+            f"`user item item ...`, so {what}"
         )
     if (np.bincount(user) > 1).any():
         twice = int(np.argmax(np.bincount(user) > 1))
@@ -151,11 +158,12 @@ def read_sequences(path: Path) -> Log:
 
 
 def id_column(table: pa.Table, file: TableFile, name: str) -> pa.ChunkedArray:
-    """A column of raw ids as text, exactly as given; a missing one is an error with its row."""
+    """A column of raw ids as text, without spaces around them; a missing one is an error with its row."""
     if pa.types.is_nested(table[name].type):
         raise DataError(f"{file}, column {name!r} holds {table[name].type}, expected ids: numbers or texts")
     values = text_column(table, file, name)
-    missing = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(values)), pa.array(NO_ID)).to_numpy()
+    trimmed = pc.utf8_trim_whitespace(values)
+    missing = pc.is_in(pc.utf8_lower(trimmed), pa.array(NO_ID)).to_numpy()
     if missing.any():
         index = int(np.argmax(missing))
         got = repr(values[index].as_py()) if values[index].as_py() else "empty"
@@ -163,7 +171,9 @@ def id_column(table: pa.Table, file: TableFile, name: str) -> pa.ChunkedArray:
             f"{file}, row {file.row(index)}, column {name!r}: {got}, expected an id; delete the row or "
             f"fill it in ({missing.sum()} such rows)"
         )
-    return values
+    if spaced := pc.sum(pc.not_equal(trimmed, values)).as_py():
+        logger.warning("%s, column %r: %d ids have spaces around them, left out here", file, name, spaced)
+    return trimmed
 
 
 def text_column(table: pa.Table, file: TableFile, name: str) -> pa.ChunkedArray:
@@ -271,8 +281,9 @@ def _moments(table: pa.Table, file: TableFile, name: str) -> pa.ChunkedArray:
     except pa.ArrowInvalid:
         index = _first_that_fails(text, kind)
     raise DataError(
-        f"{file}, row {file.row(index)}, column {name!r}: {column[index].as_py()!r} is no time as "
-        f"those before it; expected {TIME}, with a zone in every row or in none"
+        f"{file}, row {file.row(index)}, column {name!r}: {column[index].as_py()!r} is no time"
+        f"{' as those before it' if index else ''}; expected {TIME}, with a zone in every row or in none, or "
+        "prepare_data.timestamp_format"
     )
 
 

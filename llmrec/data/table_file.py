@@ -35,7 +35,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t"}
 ATOMIC = (".inter", ".item")
 """RecBole's atomic files: columns are named with their type, as ``user_id:token``."""
 LOOSE = (".txt", ".data")
-"""Names that do not say what separates columns: the first of tab, comma, bar and space that is there."""
+"""Names that do not say what separates columns: the first of tab, comma, semicolon, bar, space there is."""
 NAMES = "prepare_data.user_column, item_column, timestamp_column, title_column and so on"
 
 
@@ -62,7 +62,7 @@ class TableFile:
         if self.on_hub:
             return plain_texts(read_hub(str(path), columns))
         if not path.is_file():
-            raise DataError(f"{path}: no such file")
+            raise no_file(path)
         try:
             table = self._read(columns)
         except (pa.ArrowException, OSError, UnicodeDecodeError, *PACKING_ERRORS) as error:
@@ -115,11 +115,16 @@ class TableFile:
 
     def delimiter(self) -> str:
         """What separates the columns of a text file."""
-        if self.kind in DELIMITERS:
-            return DELIMITERS[self.kind]
-        with open_text(self.path, "utf-8-sig") as handle:
-            first = next((line for line in handle if line.strip()), "")
-        return next((mark for mark in "\t,|" if mark in first), " ")
+        usual = DELIMITERS.get(self.kind, " ")
+        if self.kind not in (".csv", *LOOSE):
+            return usual
+        try:
+            with open_text(self.path, "utf-8-sig") as handle:
+                first = next((line for line in handle if line.strip()), "")
+        except UnicodeDecodeError:
+            return usual  # whoever reads on finds the place
+        # A .csv has commas, or where its first row has none what spreadsheets write in many countries.
+        return next((mark for mark in ("\t,;|" if self.kind in LOOSE else ",;\t") if mark in first), usual)
 
     def _read(self, columns: list[str]) -> pa.Table:
         if self.kind == ".parquet":
@@ -191,8 +196,8 @@ class TableFile:
                 )
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {close[0]!r}? It" if close else "it"
-            if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
-                hint = f"columns must be separated by {DELIMITERS.get(self.kind)!r}. It"
+            if len(names) == 1 and any(mark in names[0] for mark in ",;\t|"):
+                hint = f"columns must be separated by {DELIMITERS.get(self.kind, ' ')!r}. It"
             raise DataError(f"{path} has no column {name!r}; {hint} has: {shown}. Name it with {NAMES}")
 
     def _why_unreadable(self, delimiter: str, reason: str) -> DataError:
@@ -238,7 +243,17 @@ def plain_texts(table: pa.Table) -> pa.Table:
     return table
 
 
+def no_file(path: Path) -> DataError:
+    """What is wrong with a path that is no file."""
+    if path.is_dir():
+        return DataError(f"{path} is a folder; give one file, such as {path / 'all.parquet'}")
+    return DataError(f"{path}: no such file")
+
+
 def not_utf8(path: Path) -> DataError:
+    """Which row of a text file is not UTF-8."""
+    if not is_packed(path) and path.read_bytes()[:2] == b"\x1f\x8b":
+        return DataError(f"{path} is packed; let its name end in .gz")
     content = gzip.decompress(path.read_bytes()) if is_packed(path) else path.read_bytes()
     for number, line in enumerate(content.split(b"\n"), start=1):
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import ipaddress
+import re
 import socket
 import ssl
 import time
@@ -19,9 +20,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import urllib3
-from urllib3.exceptions import HTTPError, LocationValueError
+from urllib3.exceptions import HTTPError
 
 MAX_REDIRECTS = 5
+OBJECT = re.compile(r"<[\w.]+ [^<>]*\bat 0x[0-9a-f]+>:?")
+
+HOLD_IPV4 = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::/96")))
+"""Networks whose addresses end in an IPv4 address: NAT64, and the compatible ones of old."""
+
 AGENT = "llmrec (+https://pypi.org/project/llmrec)"
 
 
@@ -73,7 +79,10 @@ def request(
                 return
         finally:
             response.close()
-        url = urllib.parse.urljoin(url, target)
+        try:
+            url = urllib.parse.urljoin(url, target)
+        except ValueError as error:
+            raise RefusedError(f"{shown(url)} leads to no valid address ({error})") from None
     raise RefusedError(f"more than {MAX_REDIRECTS} redirects, the last to {shown(url)}")
 
 
@@ -81,7 +90,11 @@ def send(
     url: str, headers: dict[str, str], timeout_seconds: float, public_only: bool
 ) -> urllib3.BaseHTTPResponse:
     """Headers of the answer to one GET, nothing followed."""
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+    except ValueError as error:
+        raise RefusedError(f"{shown(url)} is no valid address ({short(error)})") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise RefusedError(f"{shown(url)} is no http or https address")
     try:
@@ -95,7 +108,6 @@ def send(
         "Host": parts.netloc.split("@")[-1],
         **headers,
     }
-    path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
     path += f"?{parts.query}" if parts.query else ""
     options: dict[str, Any] = {
         "headers": headers,
@@ -106,7 +118,8 @@ def send(
     proxy = urllib.request.getproxies().get(parts.scheme)
     try:
         if proxy and not urllib.request.proxy_bypass(parts.hostname):
-            check_public(parts.hostname, port, public_only)
+            if public_only:  # else the proxy may know names that this machine does not
+                check_public(parts.hostname, port, public_only)
             manager = urllib3.ProxyManager(proxy, timeout=timeout)
             return manager.request("GET", urllib.parse.urlunsplit(parts._replace(fragment="")), **options)
         address = check_public(parts.hostname, port, public_only)
@@ -123,8 +136,8 @@ def send(
         else:
             pool = urllib3.HTTPConnectionPool(address, port, timeout=timeout)
         return pool.urlopen("GET", path, **options)
-    except (LocationValueError, UnicodeError) as error:
-        raise RefusedError(f"{shown(url)} is no valid address ({error})") from None
+    except ValueError as error:  # names that cannot be encoded, headers that are no numbers
+        raise RefusedError(f"{shown(url)} cannot be asked ({short(error)})") from None
     except HTTPError as error:
         raise RetryError(f"{shown(url)}: {short(error)}") from None
 
@@ -141,10 +154,24 @@ def check_public(host: str, port: int, public_only: bool) -> str:
     except OSError as error:
         raise RetryError(f"no address for {host} ({error})") from None
     addresses = [str(entry[4][0]) for entry in found]
-    private = [one for one in addresses if not ipaddress.ip_address(one.split("%")[0]).is_global]
+    private = [one for one in addresses if not is_public(one)]
     if public_only and private:
         raise RefusedError(f"{host} is at {private[0]}, which is no public address")
     return addresses[0]
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet, and so is the IPv4 address that it stands for."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
+        if any(found in network for network in HOLD_IPV4):
+            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+        if found.is_site_local:
+            return False
+    return found.is_global and not found.is_multicast
 
 
 def check_status(response: urllib3.BaseHTTPResponse, url: str) -> None:
@@ -162,25 +189,32 @@ def wait_of(header: str | None) -> float | None:
     """Seconds of a Retry-After header, which is a number or a date."""
     if not header:
         return None
-    if header.strip().isdigit():
-        return float(header)
+    if (seconds := number_of(header)) is not None:
+        return float(seconds)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
     except ValueError:
         return None
 
 
+def number_of(header: str) -> int | None:
+    """The whole number that a header holds; None if it is another thing."""
+    text = header.strip()
+    return int(text) if text.isascii() and text.isdecimal() else None
+
+
 def shown(url: str) -> str:
-    """An address without user, password and query, which may be secret, and not too long."""
+    """An address without user, password and query, which may be secret, and not too long; can be printed."""
     try:
         parts = urllib.parse.urlsplit(url)
         text = urllib.parse.urlunsplit((parts.scheme, parts.netloc.split("@")[-1], parts.path, "", ""))
     except ValueError:
         text = url.split("?")[0]
+    text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= 120 else text[:117] + "..."
 
 
 def short(error: BaseException) -> str:
-    """A library's message in one line."""
-    text = " ".join(str(error).split())
+    """A library's message in one line, without objects of this very process."""
+    text = " ".join(OBJECT.sub("", str(error)).split())
     return text if len(text) <= 160 else text[:157] + "..."

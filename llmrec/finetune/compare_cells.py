@@ -25,7 +25,14 @@ from llmrec.errors import BusyError, ConfigError, MissingArtifactError, Training
 from llmrec.files import read_json, write_json
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.method_table import FREQUENCY_FIELDS, method_of, without_effect
-from llmrec.recipe import Recipe, apply_overrides, refit_stage, refuse_what_cannot_finish, statuses
+from llmrec.recipe import (
+    Recipe,
+    apply_overrides,
+    refit_stage,
+    refuse_refit_of_another,
+    refuse_what_cannot_finish,
+    statuses,
+)
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 
 logger = logging.getLogger("llmrec")
@@ -123,6 +130,7 @@ def prepare(recipe: Recipe, root: Path, refit: Path | None = None) -> Recipe:
     from llmrec.pipeline import RunDir, run
 
     if refit is not None:
+        refuse_refit_of_another(recipe, refit)
         collab = refit_stage("train_collab", recipe.train_collab, refit / "train_collab")
         recipe = replace(recipe, train_collab=collab)
     # Fine-tuning itself differs from row to row, and a row that cannot be run leaves the others be.

@@ -36,6 +36,9 @@ class MiniConfig(Settings, path="finetune.mini"):
         require(self.num_layers >= 1, f"finetune.mini.num_layers must be >= 1, got {self.num_layers}")
 
 
+LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_dropout_rate", "lora_targets")
+"""Settings of LoRA, which a base model of random weights does without."""
+
 CHANGE_NO_RESULT = (
     *("micro_batch_tokens", "checkpoint_activations", "rows", "attention", "compile", "kernels"),
     "cuda_graphs",
@@ -342,9 +345,8 @@ class FinetuneConfig(Settings, path="finetune"):
     def _refuse_settings_without_effect(self) -> None:
         """A setting that cannot change the result is a mistake of whoever set it."""
         if self.is_mini:
-            lora = ["lora_rank", "lora_alpha", "lora_dropout_rate", "lora_targets"]
             reason = "base_model='mini', which is trained in full"
-            self.refuse_changed(["revision", *lora, "quantize"], reason)
+            self.refuse_changed(["revision", *LORA_FIELDS, "quantize"], reason)
         else:
             self.refuse_changed(["mini"], f"base_model={self.base_model!r}")
         if self.fusion_used != "frequency":

@@ -85,6 +85,8 @@ class BaseHandler(BaseHTTPRequestHandler):
             self.answer(200, body[: len(body) // 2])
         elif how == "cut":  # breaks off in the middle, the first time
             self.partial(body, most=len(body) // 2 if first_time else None)
+        elif how == "bits":  # breaks off a fifth further on, every time
+            self.partial(body, most=len(body) * state.times[self.path] // 5)
         elif how == "cutchunks":
             self.chunks(body, whole=not first_time)
         elif how == "stall" and first_time:

@@ -27,7 +27,7 @@ BAD_TABLES: dict[str, tuple[str | bytes, str | None, dict, list[str]]] = {
     ),
     "column named twice": (GOOD.replace("item_id", "user_id"), None, {}, ["2 columns named 'user_id'"]),
     "other separator": (
-        GOOD.replace(",", ";"),
+        GOOD.replace(",", "|"),
         None,
         {},
         ["no column 'user_id'", "columns must be separated by ','"],
@@ -181,6 +181,7 @@ def test_bad_tables_are_refused_in_one_line(tmp_path, name, packed):
         (b"1 2 3 4\n2 1 2 3\n1 5 6 7\n", ["log.txt, row 3: user '1' already stands in row 1"]),
         (b"1 2 3 4\n2 \xff 3\n", ["log.txt, row 2: byte 0xff is not UTF-8"]),
         (b"1 2 3 4\n2 1 3\n", ["1 of 2 users", "the first is '2' with 2"]),
+        (b"u1,b2,b3,b4\n", ["row 1: user 'u1,b2,b3,b4' has no items", "put spaces in place of ','"]),
     ],
 )
 def test_bad_sequences_are_refused_in_one_line(tmp_path, content, words):
@@ -191,7 +192,10 @@ def test_bad_sequences_are_refused_in_one_line(tmp_path, content, words):
 def test_files_that_are_not_there_or_not_tables_are_refused(tmp_path):
     refused(tmp_path / "log.csv", ["log.csv: no such file"], source="table")
     refused(tmp_path / "log.txt", ["log.txt: no such file"], source="sequences")
-    refused(tmp_path, ["no such file"], source="table")
+    for source in ("table", "sequences"):
+        refused(tmp_path, ["is a folder; give one file, such as"], source=source)
+    (tmp_path / "log.csv").write_bytes(gzip.compress(GOOD.encode()))
+    refused(tmp_path / "log.csv", ["log.csv is packed; let its name end in .gz"], source="table")
     (tmp_path / "log.xlsx").write_bytes(b"x")
     refused(tmp_path / "log.xlsx", ["unknown kind of file, expected .csv, .tsv"], source="table")
     (tmp_path / "log.parquet").write_bytes(b"PAR1 but no more of it")

@@ -44,6 +44,14 @@ def get(server, folder, *ways, name="a.bin", sha=SHA, size=None, **options):
     return download(file, folder, timeout_seconds=0.5, sleep=pauses.append, **options)
 
 
+def begin(server, folder):
+    """Half of a file, from a mirror that cut."""
+    folder.mkdir(exist_ok=True)
+    file = RemoteFile(name="a.bin", urls=(server.url("/cut/a.bin"),))
+    with pytest.raises(web.RetryError, match="broke off after 100,000"):
+        module.fetch(file, file.urls[0], folder / "a.bin", 0.5, False)
+
+
 def left(folder):
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
@@ -62,8 +70,7 @@ def test_what_has_arrived_is_not_asked_for_again(server, tmp_path, way):
 
 
 def test_a_file_that_changed_meanwhile_is_fetched_from_its_beginning(server, tmp_path):
-    with pytest.raises(DataError):
-        get(server, tmp_path, "cut", sha=None, retries=0)
+    begin(server, tmp_path)
     assert left(tmp_path) == ["a.bin.part", "a.bin.part.json"]
     server.etag = '"two"'
     assert get(server, tmp_path, "cut", sha=None).read_bytes() == CONTENT
@@ -72,8 +79,7 @@ def test_a_file_that_changed_meanwhile_is_fetched_from_its_beginning(server, tmp
 def test_a_part_of_another_mirror_is_continued_only_if_the_hash_can_tell(server, tmp_path):
     for sha, expected in ((SHA, "bytes=100000-"), (None, None)):
         folder = tmp_path / str(sha)
-        with pytest.raises(DataError):
-            get(server, folder, "cut", sha=sha, retries=0)
+        begin(server, folder)
         server.times.clear()
         assert get(server, folder, "good", sha=sha).read_bytes() == CONTENT
         assert server.asked[-1] == ("/good/a.bin", expected)
@@ -138,6 +144,15 @@ def test_the_next_mirror_is_asked_and_a_lost_one_never_again(server, tmp_path):
     assert [path.split("/")[1] for path, _ in server.asked] == ["missing", "broken", "broken", "broken"]
 
 
+@pytest.mark.parametrize("mirrors", [("bits",), ("bits", "broken"), ("broken", "bits"), ("bits", "missing")])
+@pytest.mark.parametrize("sha", [SHA, None])
+def test_a_mirror_that_cuts_is_asked_on_as_long_as_it_sends_more(server, tmp_path, mirrors, sha):
+    """From where it cut, whatever other mirrors there are, and with no repeat that brings nothing."""
+    assert get(server, tmp_path, *mirrors, sha=sha, retries=0).read_bytes() == CONTENT
+    asked = [wanted for path, wanted in server.asked if "bits" in path]
+    assert asked == [None, *(f"bytes={done}-" for done in (40_000, 80_000, 120_000, 160_000))]
+
+
 def test_pauses_grow_and_the_server_may_ask_for_longer_ones(server, tmp_path):
     pauses = []
     with pytest.raises(DataError):
@@ -173,6 +188,74 @@ def test_a_full_disk_is_named_before_a_byte_is_written(server, tmp_path, monkeyp
     with pytest.raises(DataError, match=r"do not fit on the disk"):
         get(server, tmp_path, "good")
     assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://[bad/x", "http://\u2100.com/x", "http://a.example/\ud83d", "http://a.example:99999/x"],
+    ids=["brackets", "letters", "half a character", "port"],
+)
+def test_addresses_that_are_none_are_refused(url, tmp_path):
+    with pytest.raises(DataError, match=r"no valid address|no valid port|cannot be asked"):
+        download(RemoteFile(name="x", urls=(url,)), tmp_path, retries=0)
+
+
+def test_a_redirect_to_no_address_is_refused(server, tmp_path, monkeypatch):
+    answer = type("", (), {"get_redirect_location": lambda self: "http://[bad", "close": lambda self: None})
+    monkeypatch.setattr(web, "send", lambda *_: answer())
+    with pytest.raises(DataError, match="leads to no valid address"):
+        download(RemoteFile(name="x", urls=(server.url("/good/a.bin"),)), tmp_path, retries=0)
+
+
+def test_headers_that_are_no_numbers_mean_nothing():
+    assert [web.number_of(text) for text in ("12", " 7 ", "", "-1", "\u00b2", "\u0663")] == [12, 7] + [
+        None
+    ] * 4
+    assert web.wait_of("\u00b2") is None and web.wait_of("3") == 3
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("64:ff9b::808:808", True),
+        ("64:ff9b::7f00:1", False),
+        ("64:ff9b::a00:1", False),
+        ("2002:7f00:1::", False),
+        ("::127.0.0.1", False),
+        ("::1", False),
+        ("fec0::1", False),
+        ("224.0.0.1", False),
+        ("ff02::1", False),
+        ("fe80::1%eth0", False),
+    ],
+)
+def test_an_address_is_as_public_as_the_one_it_stands_for(address, public):
+    assert web.is_public(address) == public
+
+
+def test_a_proxy_is_asked_for_names_that_only_it_knows(server, tmp_path, monkeypatch):
+    """The proxy here answers itself, for the whole address."""
+    monkeypatch.setenv("http_proxy", server.url(""))
+    monkeypatch.setenv("no_proxy", "")
+    asked = []
+    monkeypatch.setattr(web.socket, "getaddrinfo", recorded(web.socket.getaddrinfo, asked))
+    file = RemoteFile(name="a.bin", urls=("http://data.example.invalid/good/a.bin",), sha256=SHA)
+    with pytest.raises(DataError, match="could not be fetched"):
+        download(file, tmp_path, retries=0, public_only=True)
+    assert asked == ["data.example.invalid"] and not server.asked
+    with pytest.raises(DataError, match="answers with bytes"):
+        download(file, tmp_path, retries=0)  # the server takes the address for a path, of nothing
+    assert [path for path, _ in server.asked] == ["http://data.example.invalid/good/a.bin"]
+
+
+def recorded(function, asked):
+    def call(host, *arguments, **options):
+        asked.append(host)
+        return function(host, *arguments, **options)
+
+    return call
 
 
 def test_names_cannot_leave_the_folder():

@@ -89,6 +89,27 @@ def test_what_is_there_or_refused_is_not_asked_for_again_and_failures_are(server
     again = run(server, tmp_path, *paths)
     assert [one.status for one in again] == ["ok", "refused", "failed", "ok"]
     assert {path for path, _ in server.asked} == {"/broken/b.jpg"}
+    assert (again[0].width, again[0].height) == (first[0].width, first[0].height) == (60, 40)
+
+
+def test_another_data_set_in_the_same_folder_leaves_what_is_known(server, tmp_path):
+    run(server, tmp_path, "/good/a.png", "/missing/a.png")
+    run(server, tmp_path, "/good/b.jpg")
+    server.asked.clear()
+    assert [one.status for one in run(server, tmp_path, "/good/a.png", "/missing/a.png")] == ["ok", "refused"]
+    assert server.asked == []
+
+
+def test_reasons_are_the_same_in_every_run(server, tmp_path):
+    (found,) = run(server, tmp_path, "/good/text.jpg")
+    assert found.reason == "no picture that can be read (cannot identify image file)"
+
+
+def test_an_address_that_is_none_is_refused_alone(server, tmp_path):
+    bad = "http://[bad/pic.jpg"
+    wanted = [("x", bad), ("y", server.url("/good/a.png"))]
+    found = fetch_pictures(wanted, tmp_path, LIMITS, sleep=lambda seconds: None)
+    assert [one.status for one in found] == ["refused", "ok"]
 
 
 def test_offline_asks_nobody(server, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.prepare import prepare_data
+from llmrec.errors import ConfigError
 from llmrec.interactions import Interactions
 
 SMALL = "user_id,item_id,timestamp\nann,9,3\nann,10,1\nann,8,2\nbob,10,5\nbob,9,4\nbob,7,6\n"
@@ -52,6 +53,34 @@ def test_users_are_ordered_in_time_and_split_from_the_end(tmp_path):
     assert histories(data) == {"ann": ["10", "8", "9"], "bob": ["9", "10", "7"]}
     assert data.split.tolist() == [0, 1, 2, 0, 1, 2]
     assert data.summary["split_counts"] == {"train": 2, "valid": 2, "test": 2, "context": 0}
+
+
+def test_spaces_around_ids_make_no_others(tmp_path, caplog):
+    spaced = SMALL.replace("ann,10,", "ann , 10,").replace("bob,9,", "bob,9 ,")
+    assert same(prepare(tmp_path, spaced), prepare(tmp_path, SMALL))
+    assert "column 'user_id': 1 ids have spaces" in caplog.text and "column 'item_id': 2 ids" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", ["0", "1600000005000"])
+def test_times_of_two_units_are_pointed_out(tmp_path, caplog, wrong):
+    rows = [f"u{user},{item},{1_600_000_000 + 9 * item + user}" for user in range(3) for item in range(5)]
+    data = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]))
+    assert data.summary["times"] == {"first": 1_600_000_000, "last": 1_600_000_038}
+    assert "cannot be in one unit" not in caplog.text
+    rows[7] = f"u1,2,{wrong}"
+    prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]))
+    assert "cannot be in one unit" in caplog.text
+
+
+def test_users_and_items_are_different_columns():
+    with pytest.raises(ConfigError, match="must be different, got x, x and timestamp"):
+        PrepareDataConfig(source="table", interactions="a.csv", user_column="x", item_column="x")
+
+
+def test_utc_may_be_written_after_a_time(tmp_path):
+    rows = [f"u,{item},2011-10-15 16:43:5{item} UTC" for item in range(4)]
+    data = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]))
+    assert data.timestamp.tolist() == [1318697030 + item for item in range(4)]
 
 
 def test_whole_number_ids_are_ordered_as_numbers_and_others_as_text(tmp_path):

@@ -87,6 +87,10 @@ def test_the_metadata_of_2014_are_python_literals_and_never_run(tmp_path):
         ([["a", "b"], [], ["c"]], "a|b|c"),
         ([{"thumb": "t", "large": "l", "hi_res": None}, {"thumb": "u"}], "l|u"),
         ({"Size:": "7 oz"}, '{"Size:": "7 oz"}'),
+        ({"large": 5, "thumb": "t"}, "5"),
+        ("tea \ud83d", "tea ?"),
+        ({"a": "\ud83d"}, '{"a": "?"}'),
+        ("caf\u00e9 \U0001f375", "caf\u00e9 \U0001f375"),
     ],
     ids=str,
 )
@@ -101,7 +105,15 @@ def test_every_kind_of_field_becomes_text(value, text):
         ('{"asin": "B1"}\n\n[1, 2]\n', "row 3: list, expected an object"),
         ('{"asin": "B1"}\n', "no line has a field 'title'; it has asin"),
         ("", "has no rows of data"),
+        ("{[1]: 2}\n", "row 1: neither JSON nor a Python literal"),
+        ("{'asin': {1: 2, 'a': 3}, 'title': ''}\n", "row 1: a field is none of JSON"),
+        (
+            '{"asin": ' + "[" * 900 + "]" * 900 + ', "title": ""}\n',
+            "row 1: (a field is too deep|neither JSON)",
+        ),
+        ("{1: 2}\n", "no line has a field 'asin'; it has 1"),
     ],
+    ids=str,
 )
 def test_faults_are_named_with_their_row(lines, message, tmp_path):
     path = tmp_path / "items.json"

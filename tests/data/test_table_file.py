@@ -238,6 +238,15 @@ def test_json_lines_may_hold_nan_and_a_mark_of_their_order(tmp_path):
     assert data.titles == ["Thing 0", "", "Thing 2"] and data.summary["items_without_title"] == 1
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_without_commas_is_read_by_what_spreadsheets_write(mark, tmp_path):
+    path = tmp_path / "items.csv"
+    path.write_text(f'item_id{mark}title\n1{mark}"red, {mark} blue"\n\n2{mark}b,c\n')
+    table = TableFile(path).read(["item_id", "title"])
+    assert table.to_pydict() == {"item_id": ["1", "2"], "title": [f"red, {mark} blue", "b,c"]}
+    assert TableFile(path).row(1) == 4
+
+
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"item_id": ' + "9" * 5000 + "}"])
 def test_lines_that_no_reader_takes_are_refused_in_one_line(tmp_path, line):
     (tmp_path / "log.jsonl").write_text(line + "\n")
