@@ -317,6 +317,9 @@ class EpochCheckpoints:
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
 
+END_OF_EPOCH = "ending this epoch first; asked again, at once, and going on from the checkpoint before it"
+
+
 class StopRequests:
     """Whether this run was asked to stop (SIGTERM, or Ctrl-C once)."""
 
@@ -325,10 +328,13 @@ class StopRequests:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequests]:
+def stop_requests(first: str = "ending this step first") -> Iterator[StopRequests]:
     """Turn SIGTERM and SIGINT into requests while work goes on; a second one acts at once.
 
     Outside of the main thread, where Python allows no handlers, nothing changes.
+
+    Args:
+        first: what is done before the work stops, for the log.
     """
     found = StopRequests()
     if threading.current_thread() is not threading.main_thread():
@@ -338,7 +344,7 @@ def stop_requests() -> Iterator[StopRequests]:
 
     def ask(number: int, _frame: Any) -> None:
         found.asked = True
-        logger.warning("asked to stop: ending this step first")
+        logger.warning("asked to stop: %s", first)
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:

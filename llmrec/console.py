@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from tqdm import tqdm
@@ -19,6 +22,9 @@ from llmrec.errors import LlmrecError, StoppedError
 USER_ERROR = 2
 INTERRUPTED = 130
 CLOSED_PIPE = 141
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent ends."""
 
 HIDDEN = "[hidden]"
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
@@ -37,15 +43,18 @@ SHORTEST_SECRET = 8
 def guarded(command: Callable[[], None]) -> int:
     """Run a command; errors meant for users become one line and an exit code.
 
-    What an interrupted command keeps it says in its KeyboardInterrupt, see `pipeline.run_stage`.
+    What an interrupted command keeps it says in its KeyboardInterrupt, see `pipeline.run_stage`; SIGTERM is
+    taken for Ctrl-C.
 
     Returns:
         0 done, 2 something the user gave cannot work, 130 interrupted or asked to stop, 141 nobody reads the
         output any more.
     """
     sys.excepthook = show_traceback
+    end_with_launcher()
     try:
-        command()
+        with terminated_like_interrupted():
+            command()
         sys.stdout.flush()
     except StoppedError as error:
         say(str(error))
@@ -70,6 +79,26 @@ def guarded(command: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
     return 0
+
+
+@contextlib.contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C, in the main thread, which alone may say what signals do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def end_with_launcher() -> None:
+    """Be asked to stop (SIGTERM) when `accelerate launch` ends, which tells its one process nothing. Linux
+    alone."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def say(text: str) -> None:

@@ -92,7 +92,7 @@ def run(cells: list[Cell], jobs: int) -> list[str]:
     done = len(cells) - len(work.remaining)
     logger.info("compare: %d cells, %d to run, %d at a time", len(cells), len(work.remaining), jobs)
     with (
-        stop_requests() as stop,
+        stop_requests("stopping what runs, which keeps its work") as stop,
         progress(None, "compare", total=len(cells), unit="cell", initial=done) as bar,
     ):
         try:

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -82,13 +83,14 @@ class Track:
 
     def begin(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Start the trackers, and the file anew, with the rows that a run before the last stop left."""
+        rows = list(rows)
         self.unfinished.mkdir(parents=True, exist_ok=True)
         with (self.unfinished / LINES).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         choose(None)
         settings = {path: plain(value) for path, value in flatten(self.config)}
         for name in chosen():
-            tracker = self.trackers[name] = made(name, self.folder)
+            tracker = self.trackers[name] = made(name, self.folder, rows)
             self.call(name, tracker.start)
             if name != "tensorboard":  # it would make a run of its own of them
                 self.call(name, tracker.store_init_configuration, settings)
@@ -166,10 +168,11 @@ def log(row: Mapping[str, Any], step: int) -> None:
         track.log(row, step)
 
 
-def made(name: str, folder: Path) -> Any:
+def made(name: str, folder: Path, rows: Sequence[Mapping[str, Any]] = ()) -> Any:
     """An accelerate tracker for the stage whose output will be folder, not yet started.
 
-    The run is named after its folder; TensorBoard's files go beside it, to ``tensorboard/STAGE``.
+    The run is named after its folder; TensorBoard's files go beside it, to ``tensorboard/STAGE``, where those
+    of another run of the stage go, and what came after the rows that are kept is not shown.
     """
     from accelerate import tracking as of_accelerate
 
@@ -180,7 +183,12 @@ def made(name: str, folder: Path) -> Any:
     parts = folder.resolve().parts
     run, group = "/".join(parts[-2:]), parts[-2]
     if name == "tensorboard":
-        return kind(parts[-1], logging_dir=folder.parent / "tensorboard")
+        files = folder.parent / "tensorboard"
+        if not rows:
+            shutil.rmtree(files / parts[-1], ignore_errors=True)
+            return kind(parts[-1], logging_dir=files)
+        last = rows[-1].get("step", rows[-1].get("epoch"))
+        return kind(parts[-1], logging_dir=files, purge_step=None if last is None else last + 1)
     if name == "mlflow":
         return kind(PROJECT, run_name=run)
     if name == "swanlab":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -205,3 +206,47 @@ def test_python_m_is_the_command():
         [sys.executable, "-m", "llmrec", "finetune", "--help"], capture_output=True, text=True
     )
     assert done.stdout.startswith("usage: llmrec finetune"), done.stdout[:200]
+
+
+WAITS = """
+import sys, time
+from llmrec.console import guarded
+
+def wait():
+    print("begun", flush=True)
+    time.sleep(30)
+
+sys.exit(guarded(wait))
+"""
+
+
+@pytest.mark.parametrize("launched", [False, True], ids=["python", "accelerate"])
+def test_a_command_that_is_terminated_ends_as_an_interrupted_one(launched, tmp_path):
+    """SIGTERM goes to the launcher alone, as from `timeout` or a container that stops."""
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS)
+    command = [sys.executable]
+    if launched:
+        command += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    said = tmp_path / "said.txt"
+    with said.open("w") as out:
+        process = subprocess.Popen([*command, str(script)], stdout=out, stderr=out)
+        wait_for(lambda: "begun" in said.read_text())
+        process.terminate()
+        code = process.wait(30)
+    wait_for(lambda: "interrupted" in said.read_text())
+    assert launched or code == console.INTERRUPTED
+    assert "Traceback" not in said.read_text()
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    """Until it is so; a test that waits longer fails."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_a_command_leaves_signals_as_it_found_them():
+    before = signal.getsignal(signal.SIGTERM)
+    assert console.guarded(lambda: None) == 0 and signal.getsignal(signal.SIGTERM) is before

@@ -670,6 +670,10 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main(tiny, [*command, "--rows", "me", "mme_sid", "--summarise"])
     assert "missing" in capsys.readouterr().out
+    assert json.loads((tmp_path / "table.json").read_text())[1]["row"] == "e4srec", "as it was"
+    with pytest.raises(SystemExit):
+        compare.main(tiny, [*command, "--summarise", "--set", "finetune.learning_rate=0.5"])
+    assert "mme_sid/seed0 was made with learning_rate=" in capsys.readouterr().err
 
 
 def test_settings_of_ones_own_are_compared_like_methods(finished, tmp_path, capsys):

@@ -72,6 +72,20 @@ def test_tensorboard_shows_what_the_logs_of_a_run_hold(tmp_path):
             assert shown[f"evaluate/{method}/{name}"] == [(0, pytest.approx(value, rel=1e-6))]
 
 
+def test_tensorboard_shows_one_run_of_a_stage_and_what_was_kept_of_it(tmp_path):
+    def tell(rows: list[dict], steps: range) -> list[int]:
+        tracker = tracking.made("tensorboard", tmp_path / "train_collab", rows)
+        tracker.start()
+        for step in steps:
+            tracker.log({"loss": 1.0}, step)
+        tracker.finish()
+        return [step for step, _ in scalars(tmp_path / "tensorboard" / "train_collab")["loss"]]
+
+    assert tell([], range(1, 5)) == [1, 2, 3, 4]
+    assert tell([{"epoch": 2}], range(3, 5)) == [1, 2, 3, 4], "epochs 3 and 4 were lost, and came again"
+    assert tell([], range(1, 3)) == [1, 2], "another run of the stage"
+
+
 def test_lines_grow_while_a_model_trains_and_begin_with_those_of_the_run_before(tmp_path, monkeypatch):
     folder = tmp_path / "train_collab"
     lines = tmp_path / ".train_collab.unfinished" / tracking.LINES

@@ -101,16 +101,19 @@ def prepare_cell(folder: Path, config: TrainCollabConfig, what: str) -> None:
     Raises:
         ConfigError: the cell was begun with others.
     """
-    file = folder / "config.json"
-    if file.exists():
-        changes = changed_settings(read_json(file), config)
-        if changes:
-            raise ConfigError(
-                f"{folder} ({what}) was made with {', '.join(changes)}; use another folder, or delete it"
-            )
+    if (folder / "config.json").exists():
+        check_settings(folder, config, what)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, as_dict(config))
+    write_json(folder / "config.json", as_dict(config))
+
+
+def check_settings(folder: Path, config: TrainCollabConfig, what: str) -> None:
+    """Raise ConfigError if a cell was begun with other settings."""
+    if changes := changed_settings(read_json(folder / "config.json"), config):
+        raise ConfigError(
+            f"{folder} ({what}) was made with {', '.join(changes)}; use another folder, or delete it"
+        )
 
 
 def check_made_from(folder: Path, data: Interactions, content: ContentEmbeddings | None = None) -> None:
@@ -202,6 +205,9 @@ def summarise_cells(
     A row's metric of a user is its mean over seeds. Differences to the reference row are tested user by
     user (t-test, bootstrap interval) on these means, and p is corrected for the number of rows by Holm's
     method; the spread over seeds stands beside them.
+
+    Raises:
+        ConfigError: a cell was trained with other settings, or on other data.
     """
     from llmrec.evaluation.evaluate import popularity
     from llmrec.evaluation.rank import rank_users
@@ -212,11 +218,12 @@ def summarise_cells(
     found: dict[str, Any] = {}
     users: dict[str, dict[str, np.ndarray]] = {}
     for name in rows:
-        cells = [root / "cells" / name / f"seed{seed}" for seed in seeds]
-        done = [cell for cell in cells if (cell / "metrics.json").exists()]
-        for cell in done:
-            check_made_from(cell, data)
-        config = rows[name]
+        config, done = rows[name], []
+        for _, seed, cell, settings in cells_of({name: config}, seeds, root):
+            if (cell / "metrics.json").exists():
+                check_settings(cell, settings, f"{name}, seed {seed}")
+                check_made_from(cell, data)
+                done.append(cell)
         found[name] = {"num_seeds": len(done), "num_wanted": len(seeds)}
         found[name] |= {"select": config.select, "include_valid": config.include_valid}
         if not done:

@@ -48,6 +48,7 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
     """Train what is missing and write results.json, table.md and report.html."""
     options = parser(rows, data_config, name, description).parse_args()
     of_data, of_rows = by_stage(options.set, data_config is not None)
+    every = set(rows)
     rows = chosen_rows(rows, options.rows, of_rows)
     reference = options.reference or ("sasrec" if "sasrec" in rows else next(iter(rows)))
     if reference not in rows:
@@ -83,12 +84,15 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
     results = summarise_cells(rows, options.seeds, data, root, reference=reference)
     results |= {
         "machine": machine.describe(),
-        "jobs": at_a_time,
+        "jobs": None if options.summarise else at_a_time,
         "command": shlex.join(["python", *sys.argv]),
         "failed": failed,
     }
-    write_json(root / "results.json", results)
     text = markdown(results)
+    if options.summarise and set(rows) != every and (root / "results.json").exists():
+        print(text)  # the files may be of more rows
+        return
+    write_json(root / "results.json", results)
     (root / "table.md").write_text(text, encoding="utf-8")
     (root / "report.html").write_text(page(results), encoding="utf-8")
     print(text)
@@ -136,7 +140,9 @@ def parser(
         + ("" if data_config is None else ", or of the data (prepare_data.k_core=10)"),
     )
     made.add_argument(
-        "--summarise", action="store_true", help="train nothing; make the table of what there is"
+        "--summarise",
+        action="store_true",
+        help="train nothing; make the table of what there is (a table of some --rows takes no other's place)",
     )
     return made
 

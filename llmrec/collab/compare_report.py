@@ -89,13 +89,15 @@ def markdown(results: dict[str, Any]) -> str:
 
 def notes(results: dict[str, Any]) -> list[str]:
     """What a reader must know to trust the figures."""
+    jobs, where = results["jobs"], results["machine"]
+    trained = f"Machine: {where}; {jobs} trained at a time" if jobs else f"Summed up on {where}"
     return [
         f"{results['num_users']:,} users, {results['num_items']:,} items, split {results['split']}; every "
         "item is ranked, items of the history left out unless 'seen kept'. ± is the standard deviation over "
         "seeds; intervals (95 %) and p (paired t-test, corrected by Holm) are over users, of the mean over "
         "seeds. Settings are to be chosen by the validation column, not by what test items say.",
         *how_epochs_were_chosen(results["rows"]),
-        f"Machine: {results['machine']}; {results['jobs']} trained at a time. Command: {results['command']}",
+        f"{trained}. Command: {results['command']}",
     ]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmrec import distributed, tracking
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, check_same_catalog
-from llmrec.checkpoint import EpochCheckpoints, stop_requests
+from llmrec.checkpoint import END_OF_EPOCH, EpochCheckpoints, stop_requests
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.content import principal_components
 from llmrec.collab.losses import Loss, Pooled
@@ -195,7 +195,7 @@ def fit(
     log: list[dict[str, Any]] = loop.get("log", [])
     best = loop.get("best", {"best_epoch": config.epochs})
     tracking.begin(log)
-    with stop_requests() as stop:
+    with stop_requests(END_OF_EPOCH) as stop:
         for epoch in range(done + 1, config.epochs + 1):
             if finished(config, best, log):
                 break

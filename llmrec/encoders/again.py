@@ -58,7 +58,9 @@ class ItemEncoders:
             else:
                 self.loaded["text"] = text_encoder(config, chosen)
         vectors = encode_texts(self.loaded["text"], chosen, config.batch_size)
-        return self._finish("text", vectors, present, items)
+        known = vectors.any(axis=1)  # of words that were never seen TF-IDF makes nothing
+        present[present] = known
+        return self._finish("text", vectors[known], present, items)
 
     def image(self, items: pa.Table, pictures: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Vectors float32 (n, D) of items, and which have a picture that can be read.
@@ -97,6 +99,12 @@ class ItemEncoders:
         present[chosen] = readable
         return self._finish("image", vectors, present, items)
 
+    def given(self, modality: str, vectors: np.ndarray, items: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors float32 (n, D) of items that come ready-made, scaled as the catalogue's, and which are not
+        zero."""
+        present = np.asarray(vectors.any(axis=1))
+        return self._finish(modality, vectors[present], present, items)
+
     def _as_recorded(self, kind: Any, name: str) -> Any:
         """The encoder's settings, at the commits that the catalogue's vectors were made with."""
         about = self._about(name)
@@ -107,7 +115,7 @@ class ItemEncoders:
     def _finish(
         self, modality: str, vectors: np.ndarray, present: np.ndarray, items: pa.Table
     ) -> tuple[np.ndarray, np.ndarray]:
-        about = self._about(modality)
+        about = self.content.encoders[modality]
         rows, missing = finish(
             vectors, present, normalise=about["normalised"], missing="zero", what=f"new items, {modality}",
             raw_ids=items["raw_id"].to_pylist(),

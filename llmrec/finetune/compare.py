@@ -21,6 +21,7 @@ from llmrec.finetune.compare_cells import (
     BESIDE,
     ROWS,
     cells_to_run,
+    check_settings,
     own_rows,
     prepare,
     run_cells,
@@ -73,7 +74,11 @@ def parser(names_recipe: bool, description: str | None) -> argparse.ArgumentPars
     )
     jobs.add_argument(made)
     tracking.add_argument(made)
-    made.add_argument("--summarise", action="store_true", help="train nothing, show what there is")
+    made.add_argument(
+        "--summarise",
+        action="store_true",
+        help="train nothing; make the table of what there is (a table of some --rows takes no other's place)",
+    )
     made.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="STAGE.FIELD=VALUE", help="change settings"
     )
@@ -101,8 +106,10 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
     if at_a_time > 1 and distributed.world_size() > 1:
         raise ConfigError("--jobs starts processes of its own; leave it out under a launcher of several")
     failed: list[str] = []
-    if not options.summarise:
-        refit = Path(options.refit) if options.refit else None
+    refit = Path(options.refit) if options.refit else None
+    if options.summarise:
+        check_settings(chosen, rows, options.seeds, out, refit)
+    else:
         work = (prepare(chosen, root, refit), rows, options.seeds, root, out, refit)
         if at_a_time > 1:
             failed = jobs.run(cells_to_run(*work), at_a_time)
@@ -117,7 +124,8 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
             reasons[entry["row"]] = entry["why_missing"] = why.read_text(encoding="utf-8").strip()
     text = markdown(found)
     print(text)
-    if out.is_dir():
+    some = options.summarise and options.rows and (out / "table.md").exists()
+    if out.is_dir() and not some:  # the files may be of more rows
         (out / "table.md").write_text(text + "\n", encoding="utf-8")
         write_json(out / "table.json", found)
     if failed:

@@ -20,7 +20,7 @@ from typing import Any
 
 from llmrec import jobs
 from llmrec.collab.config import PROVIDER_FIELDS
-from llmrec.config import as_dict, from_dict
+from llmrec.config import as_dict, changed_settings, from_dict
 from llmrec.errors import BusyError, ConfigError, MissingArtifactError, TrainingError
 from llmrec.files import read_json, write_json
 from llmrec.finetune.config import FinetuneConfig
@@ -214,9 +214,8 @@ def run_cell(
             ids_config = ids_settings(recipe.learn_semantic_ids, row)
             ids = run_stage(STAGES["learn_semantic_ids"], ids_config, inputs[:3], ids_folder(out, name))
             inputs = (*inputs[:3], ids)
-        config = replace(settings_for(recipe, row), seed=seed)
-        if refit is not None:
-            config = refit_stage("finetune", config, folder_of(refit / "methods", name, seed) / "finetune")
+        chosen = folder_of(refit / "methods", name, seed) if refit is not None else None
+        config = cell_settings(recipe, row, chosen, seed)
         adapter = run_stage(STAGES["finetune"], config, inputs, folder / "finetune")
         run_stage(STAGES["evaluate"], recipe.evaluate, (*inputs, adapter), folder / "evaluate")
 
@@ -281,6 +280,33 @@ def folder_of(out: Path, name: str, seed: int) -> Path:
 def why_missing(out: Path, name: str) -> Path:
     """Where it stands why a row cannot be run."""
     return out / name / "why_missing.txt"
+
+
+def check_settings(
+    recipe: Recipe, rows: dict[str, Row], seeds: list[int], out: Path, refit: Path | None
+) -> None:
+    """Refuse finished cells that were made with other settings; arguments as of `run_cells`.
+
+    Raises:
+        ConfigError: one was.
+    """
+    from llmrec.finished import stage_manifest
+
+    for (name, row), seed in itertools.product(rows.items(), seeds):
+        folder = folder_of(out, name, seed)
+        if not finished(folder):
+            continue
+        config = cell_settings(recipe, row, folder_of(refit / "methods", name, seed) if refit else None, seed)
+        if changes := changed_settings(stage_manifest(folder / "finetune")["config"], config):
+            raise ConfigError(
+                f"{folder} was made with {', '.join(changes)}; use another folder, or delete it"
+            )
+
+
+def cell_settings(recipe: Recipe, row: Row, refit: Path | None, seed: int) -> FinetuneConfig:
+    """Settings of fine-tuning of one cell; `refit`: the one that chose its epochs."""
+    config = replace(settings_for(recipe, row), seed=seed)
+    return config if refit is None else refit_stage("finetune", config, refit / "finetune")
 
 
 def ids_folder(out: Path, name: str) -> Path:

@@ -202,8 +202,11 @@ def read_histories(options: argparse.Namespace) -> Iterator[tuple[str, list[str]
     """Histories as lists of ids, each with the place where it stands.
 
     Raises:
+        ConfigError: both ways to give them are taken.
         DataError: a line is neither; names file and line.
     """
+    if options.history and options.file:
+        raise ConfigError("--history and --file are two ways to give histories; leave one out")
     if options.history:
         yield from ((f"history {number}", ids_of(text)) for number, text in enumerate(options.history, 1))
         return

@@ -51,8 +51,8 @@ def extended(
         ConfigError: there is no content modality to go by.
     """
     check_ids(package, items)
-    if neighbours < 1:
-        raise DataError(f"neighbours must be at least 1, got {neighbours}")
+    if isinstance(neighbours, bool) or not isinstance(neighbours, int | np.integer) or neighbours < 1:
+        raise DataError(f"neighbours must be a whole number of at least 1, got {neighbours!r}")
     if not content:
         raise ConfigError("new items need text or image vectors, and this catalogue has neither")
     if present is None:

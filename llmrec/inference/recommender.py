@@ -206,13 +206,14 @@ class Recommender:
         vectors: Mapping[str, np.ndarray] | None = None,
         neighbours: int = 10,
     ) -> None:
-        """Make items known that came after training; nothing is trained (see `new_items`).
+        """Make items known that came after training; nothing is trained (see `new_items`). Encoders run on
+        the GPU of the process, whatever this recommender's device is.
 
         Args:
             items: each with `item_id`, the catalogue's text columns as far as they are known (`title`...),
                 and `image`, a picture's path, where there is one; a recommender that was trained without
                 pictures makes no use of it, and warns.
-            vectors: content vectors float32 (n, D_m) by modality, in place of encoding.
+            vectors: content vectors (n, D_m) by modality, in place of encoding; scaled as the catalogue's.
             neighbours: see `new_items.extended`.
 
         Raises:
@@ -243,11 +244,11 @@ class Recommender:
                 "trained without pictures", named, len(items),
             )  # fmt: skip
         encoders = ItemEncoders(self.package.content)
-        present = {name: np.asarray(rows.any(axis=1)) for name, rows in content.items()}
+        present: dict[str, np.ndarray] = {}
         for name in self.package.content.vectors:
             if name in content:
-                continue
-            if name == "text":
+                content[name], present[name] = encoders.given(name, content[name], table)
+            elif name == "text":
                 content[name], present[name] = encoders.text(table)
             else:
                 content[name], present[name] = encoders.image(table, pictures)

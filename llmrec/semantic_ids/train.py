@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmrec import tracking
-from llmrec.checkpoint import EpochCheckpoints, stop_requests
+from llmrec.checkpoint import END_OF_EPOCH, EpochCheckpoints, stop_requests
 from llmrec.errors import TrainingError
 from llmrec.progress import progress
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
@@ -131,7 +131,7 @@ def fit(model: MMRQVAE, config: LearnSemanticIdsConfig, items: TrainingItems) ->
     log: list[dict[str, Any]] = loop.get("log", [])
     tracking.begin(log)
     with (
-        stop_requests() as stop,
+        stop_requests(END_OF_EPOCH) as stop,
         progress(None, "learn_semantic_ids", total=config.epochs, unit="epoch", initial=done) as bar,
     ):
         for epoch in range(done + 1, config.epochs + 1):

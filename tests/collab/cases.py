@@ -51,7 +51,9 @@ CASES: dict[str, Case] = {
         GMVAE | {"loss": "bce", "kl": "convex", "temporal_from_epoch": 3},
         {"epochs": 40, "learning_rate": 5e-3, "patience": 20},
     ),
-    "gmvae-sampled_ce": Case("gmvae", GMVAE | {"loss": "sampled_ce", "num_negatives": 16}),
+    "gmvae-sampled_ce": Case(
+        "gmvae", GMVAE | {"loss": "sampled_ce", "num_negatives": 16}, {"epochs": 40, "patience": 20}
+    ),
     "gmvae-prefix": Case(
         "gmvae",
         GMVAE | {"prior_scope": "prefix", "temporal_from_epoch": 0, "kl": "monte_carlo"},
@@ -116,7 +118,7 @@ CASES: dict[str, Case] = {
     "mamba-adaptive": Case("mamba", MAMBA | {"kept_rate": 0.5, "mixing": "gated"}),
     "mamba-attention": Case("mamba", MAMBA | {"kept_items": 2, "mixing": "attention"}),
     "mamba-one-direction": Case("mamba", MAMBA | {"flip": "none"}),
-    "mamba-gru-alone": Case("mamba", MAMBA | {"flip": "none", "gate": False, "ssm": False}),
+    "mamba-gru-alone": Case("mamba", MAMBA | {"flip": "none", "gate": False, "ssm": False, "state_dim": 32}),
     "fuxi-ce": Case("fuxi", FUXI),
     "fuxi-sampled_ce": Case("fuxi", FUXI | {"loss": "sampled_ce", "num_negatives": 16}),
     "fuxi-one-channel": Case("fuxi", FUXI | {"semantic": False, "temporal": False, "single_stage": True}),

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,14 @@ def test_cells_of_other_data_are_refused(finished, tmp_path):
         summarise_cells(only, [0], other, root, reference="sasrec", samples=50)
 
 
+def test_cells_of_other_settings_are_not_summed_up(finished):
+    root = finished[0]
+    data = load(Interactions, root / "prepare_data")
+    other = {"sasrec": replace(rows()["sasrec"], learning_rate=0.5)}
+    with pytest.raises(ConfigError, match=r"seed 0\) was made with learning_rate=.* \(now 0.5\)"):
+        summarise_cells(other, [0], data, root, reference="sasrec", samples=50)
+
+
 def test_cells_with_other_texts_are_refused(finished, tmp_path):
     root, _, _ = finished
     folder = tmp_path / "cell"
@@ -229,7 +238,12 @@ def test_the_tool_makes_its_table_from_unfinished_work(finished, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "| mind | 0 of 1 | missing" in done.stdout
-    assert (tmp_path / "report.html").exists() and (tmp_path / "results.json").exists()
+    written = (tmp_path / "results.json").read_text()
+    assert (tmp_path / "report.html").exists() and "Summed up on" in done.stdout
+    command[command.index("mind")] = "gru4rec"  # a table of some rows takes the place of no other
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert "| gru4rec | 0 of 1 | missing" in done.stdout
+    assert (tmp_path / "results.json").read_text() == written
 
 
 def test_a_comparison_needs_data():

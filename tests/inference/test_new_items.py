@@ -33,7 +33,7 @@ def picture(finished, number: int):
 def test_known_items_keep_every_score(fresh):
     asked = [fresh.raw_ids[:3], [], fresh.raw_ids[4:9]]
     before = fresh.score(asked)
-    fresh.add_items([{"item_id": "n1", "title": "Plain red drum"}, {"item_id": "n2", "title": "zzz"}])
+    fresh.add_items([{"item_id": "n1", "title": "Plain red drum"}, {"item_id": "n2", "title": "Red kite"}])
     after = fresh.score(asked)
     assert after.shape == (3, before.shape[1] + 2)
     np.testing.assert_allclose(after[:, :-2], before, rtol=0, atol=1e-5)
@@ -153,15 +153,37 @@ def test_a_picture_that_nothing_looks_at_is_told(finished, tmp_path, caplog):
     recommender.add_items([{"item_id": "a", "title": "Red drum", "image": None}])
     assert not caplog.records
     recommender.add_items(
-        [{"item_id": "b", "title": "Red drum", "image": "b.png"}, {"item_id": "c", "title": "Kettle"}]
+        [{"item_id": "b", "title": "Red drum", "image": "b.png"}, {"item_id": "c", "title": "Blue kettle"}]
     )
     assert "1 of 2 items come with a picture, which is not used" in caplog.text
     assert recommender.raw_ids[-3:] == ["a", "b", "c"]
 
 
 def test_at_least_one_neighbour_is_needed(fresh):
-    with pytest.raises(DataError, match="neighbours must be at least 1, got 0"):
-        fresh.add_items([{"item_id": "a", "title": "x"}], neighbours=0)
+    for wrong in (0, 1.5, True, "3"):
+        with pytest.raises(DataError, match="neighbours must be a whole number of at least 1, got"):
+            fresh.add_items([{"item_id": "a", "title": "Red drum"}], neighbours=wrong)
+
+
+def test_words_that_nobody_knows_say_nothing(fresh):
+    """TF-IDF makes nothing of them, and nothing is near to nothing."""
+    with pytest.raises(DataError, match="nothing is known of 'a'"):
+        fresh.add_items([{"item_id": "a", "title": "zzzz qqqq"}])
+
+
+@pytest.mark.parametrize("encoder", ["tfidf", "precomputed"])
+def test_vectors_that_are_given_are_scaled_as_the_catalogues(packaged, encoder):
+    package = load_package(packaged)
+    about = package.content.encoders["text"]
+    about |= {"encoder": encoder, "normalised": True}
+    vectors = package.content.vectors["text"]
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+    recommender = Recommender(package)
+    number = int(np.argmax(vectors.any(axis=1)))
+    recommender.add_items([{"item_id": "twin"}], vectors={"text": 7 * vectors[number : number + 1]})
+    made = recommender.package
+    np.testing.assert_allclose(made.content.vectors["text"][-1], vectors[number], atol=1e-6)
+    assert np.array_equal(made.ids.codes["text"][-1], made.ids.codes["text"][number])
 
 
 def test_what_is_not_known_of_an_item_has_no_say_in_who_is_near(packaged):
