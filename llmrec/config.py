@@ -320,6 +320,17 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default
 
 
+def format_value(value: Any) -> str:
+    """A setting as it is typed after ``--set``."""
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        return ",".join(f"{name}={json.dumps(part)}" for name, part in value.items())
+    if isinstance(value, (tuple, list)):
+        return ",".join(str(part) for part in value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def type_name(hint: Any) -> str:
     """An annotation as people read it: ``int``, ``'a' | 'b'``, ``str | none``."""
     if hint is type(None):

@@ -408,8 +408,9 @@ def shown(found: Estimate, gpu: str) -> str:
         f"{counts['interactions']:,} interactions",
         f"per epoch   {counts['targets']:,} targets in {counts['steps']:,} steps; {counts['tokens']:,} "
         f"tokens ({fewer:.1f} times fewer than one prompt per target)",
-        f"parameters  {'at most ' if found.bounds else ''}{parts['trainable']:,} trained beside a base of "
-        f"{parts['base_total']:,}",
+        f"parameters  {'at most ' if found.bounds else ''}{parts['trainable']:,} trained, "
+        + ("with" if parts["base_trainable"] == parts["base_total"] else "beside")
+        + f" a base of {parts['base_total']:,}",
     ]
     lines += [
         f"            {count:>15,}  {name.replace('_', ' ')}"
@@ -434,7 +435,8 @@ def shown(found: Estimate, gpu: str) -> str:
         fine = "not known for a mini base, 4 bits, 8-bit states or recomputed activations"
     else:
         seconds = found.total_flops / (peak * UTILISATION) + MOVED * found.moved / bandwidth
-        fine = f"{duration(seconds * counts['epochs'])}: {counts['epochs']} epochs of {duration(seconds)}"
+        epochs = f"{counts['epochs']} epoch{'s' * (counts['epochs'] != 1)}"
+        fine = f"{duration(seconds * counts['epochs'])}: {epochs} of {duration(seconds)}"
     times = {
         stage: work if isinstance(work, str) else work.shown(GPUS[gpu])
         for stage, work in found.others.items()

@@ -146,3 +146,21 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+LONGEST_TRIANGLE = 4096
+"""Numbers on an axis up to which sums up to each of them are made by a product with a triangle of ones."""
+
+
+def running_sum(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sums along an axis up to each of its numbers: torch's cumsum, but where a GPU must add up in the same
+    order every time ($LLMREC_DETERMINISTIC), for which torch 2.11 has none."""
+    import torch
+
+    if not (values.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return values.cumsum(dim)
+    count = values.shape[dim]
+    if count > LONGEST_TRIANGLE:
+        return values.cpu().cumsum(dim).to(values.device)
+    triangle = torch.ones(count, count, dtype=torch.float64, device=values.device).triu()
+    return (values.movedim(dim, -1).double() @ triangle).to(values.dtype).movedim(-1, dim)

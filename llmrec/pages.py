@@ -18,6 +18,7 @@ from cycler import cycler
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from llmrec.config import format_value
 from llmrec.encoders.pictures import BROKEN, to_rgb
 
 COLOURS = ("#3565c4", "#d1701f", "#888888", "#2f9661", "#8e4bb8")
@@ -56,7 +57,12 @@ def environment(folder: Path) -> jinja2.Environment:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    made.filters |= {"figure": figure, "percent": "{:.1%}".format, "share": "{:.0%}".format}
+    made.filters |= {
+        "figure": figure,
+        "setting": format_value,
+        "percent": "{:.1%}".format,
+        "share": "{:.0%}".format,
+    }
     return made
 
 

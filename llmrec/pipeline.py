@@ -71,6 +71,9 @@ def run(recipe: Any, run_dir: RunDir, *, until: str | None = None) -> Report | N
         config = getattr(recipe, name)
         made[name] = run_dir.stage(stage, config, *(made[one] for one in stage.made_from(config)))
         if name == "prepare_data":
+            from llmrec.data.items import with_pictures_found
+
+            made[name] = with_pictures_found(config, made[name])
             # Settings that these data rule out are told before anything is trained.
             for later in names:
                 check: Callable[[Any], None] | None = getattr(getattr(recipe, later), "check_data", None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 from llmrec import tracking
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
-from llmrec.config import Settings, changed_settings, flatten, override
+from llmrec.config import Settings, changed_settings, flatten, format_value, override
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
@@ -389,14 +388,3 @@ def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
         if name == until:
             break
     return found
-
-
-def format_value(value: Any) -> str:
-    """A setting as it is typed after ``--set``."""
-    if value is None:
-        return "none"
-    if isinstance(value, dict):
-        return ",".join(f"{name}={json.dumps(part)}" for name, part in value.items())
-    if isinstance(value, (tuple, list)):
-        return ",".join(str(part) for part in value)
-    return value if isinstance(value, str) else json.dumps(value)

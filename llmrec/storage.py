@@ -86,7 +86,8 @@ def locked(stage: Path) -> Iterator[None]:
     try:
         if not lock(handle):
             raise BusyError(
-                f"another process is computing {stage.name} in {stage.parent}; wait for it, or use another"
+                f"another process is computing {stage.name} in {stage.parent}; wait for it, or use another "
+                "folder"
             )
         try:
             yield

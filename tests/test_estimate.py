@@ -267,6 +267,9 @@ def test_the_command_prints_and_says_what_is_wrong(tmp_path, capsys, finished):
         captured = capsys.readouterr()
         assert left.value.code == code and message in captured.out + captured.err
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "nothing.py").write_text("def recipe():\n    return None\n")
+    with pytest.raises(ConfigError, match=r"recipe\(\) must return a Recipe, got NoneType"):
+        recipe_of(tmp_path / "nothing.py")
     with pytest.raises(ConfigError, match="defines no function `recipe`"):
         recipe_of(tmp_path / "empty.py")
 

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from tiny_recipe import tiny
 
 from llmrec import needed_models, network
+from llmrec.preflight import fine_tuning
 from llmrec.recipe import main
 from llmrec.stages import STAGES
 
@@ -88,6 +89,35 @@ def test_what_the_hub_says_of_a_model(model, status, words, asked):
     assert asked == [f"/{model}/resolve/v1/config.json"]
     if model == "meta-llama/gated":
         assert f"{constants.ENDPOINT}/meta-llama/gated" in found.advice
+
+
+def test_a_folder_that_lacks_a_part_of_its_model_is_a_problem(tmp_path):
+    def found(where: str = "finetune.base_model") -> str:
+        return needed_models.model_finding(where, str(tmp_path), None).what.partition(" holds no ")[2]
+
+    assert found() == ".safetensors weights"
+    (tmp_path / "model-00001.safetensors").touch()
+    assert found() == "tokenizer" and found("encode_items.text.model") == "config.json"
+    assert found("encode_items.text.adapter") == ""
+    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "config.json").write_text('{"hidden_size": 48}')
+    assert found() == ""
+    index = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert found() == "model-00002.safetensors"
+    (tmp_path / "model.safetensors").touch()
+    assert found() == ""
+
+
+def test_a_base_model_is_as_wide_as_code_embeddings(tmp_path, asked):
+    (tmp_path / "config.json").write_text('{"text_config": {"hidden_size": 48}}')
+    made = tiny()
+    config = dataclasses.replace(made.finetune, base_model=str(tmp_path), mini=type(made.finetune.mini)())
+    assert needed_models.hidden_size(config) == 48
+    assert needed_models.hidden_size(dataclasses.replace(config, base_model="ann/there")) is None
+    said = [one.what for one in fine_tuning(dataclasses.replace(made, finetune=config))]
+    width = made.learn_semantic_ids.code_dim
+    assert f"learn_semantic_ids.code_dim={width} differs from the width of {tmp_path}, 48" in said
 
 
 def test_a_run_does_not_begin_with_a_base_model_that_is_not_there(asked, tmp_path, capsys):

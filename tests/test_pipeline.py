@@ -215,6 +215,14 @@ def test_the_output_of_another_stage_is_refused(tmp_path):
         finished.load(Doubled, tmp_path / "count")
 
 
+def test_the_folder_of_another_stage_is_never_offered_for_deletion(tmp_path):
+    both(tmp_path)
+    with pytest.raises(
+        StaleArtifactError, match=r"holds the output of count; give another folder to double$"
+    ):
+        pipeline.check_folder(tmp_path / "count", {"stage": "double", "sources": {}, "inputs": {}}, Config())
+
+
 def test_two_processes_cannot_compute_one_stage(tmp_path):
     import multiprocessing
 

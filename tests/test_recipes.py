@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from tiny_recipe import tiny
 
 from llmrec import cli, pipeline
@@ -29,6 +30,7 @@ from llmrec.errors import ConfigError
 from llmrec.files import read_json
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.interactions import Interactions
+from llmrec.pipeline import RunDir
 from llmrec.preflight import in_the_way
 from llmrec.recipe import (
     TO_DO,
@@ -40,6 +42,7 @@ from llmrec.recipe import (
     statuses,
     with_preset,
 )  # fmt: skip
+from llmrec.runs import Run
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stages import STAGES, in_order
 
@@ -354,6 +357,12 @@ def test_a_refit_takes_the_epochs_that_validation_chose_and_says_what_it_learned
     assert code == 2 and "train_collab was made with include_valid=true (now false)" in error
     code, _, error = go("--refit", first, "--set", "train_collab.learning_rate=0.5")
     assert code == 2 and "learning_rate" in error and "run with the same settings first" in error
+    for setting, what in (
+        ("prepare_data.seed=5", "prepare_data was made with seed="),
+        ("learn_semantic_ids.num_codes=5", "learn_semantic_ids was made with num_codes="),
+    ):
+        code, _, error = go("--refit", first, "--run-dir", str(tmp_path / "third"), "--set", setting)
+        assert code == 2 and what in error and "run with the same settings first" in error, error
     code, _, error = go("--refit", str(tmp_path / "nowhere"))
     assert code == 2 and "nowhere is no folder; give a recipe's run folder" in error
 
@@ -559,6 +568,8 @@ def test_a_provider_method_or_base_is_exchanged_by_one_setting():
     )
     large = apply_overrides(base, ["finetune.base_model=meta-llama/x", "finetune.prompt=chat"])
     assert not large.finetune.is_mini
+    official = with_preset(base, "official")
+    assert apply_overrides(official, ["finetune.base_model=mini"]).finetune.quantize == "none"
     for settings in (
         ["train_collab.provider=gmvae", "train_collab.sasrec.dropout_rate=0.3"],
         [*own, "train_collab.epochs=3"],
@@ -616,6 +627,41 @@ def test_the_downstream_table_names_what_it_shows():
     ):
         with pytest.raises(ConfigError, match=why):
             providers_sample.run_all(["--providers", "sasrec", "--set", setting])
+
+
+def test_pictures_that_moved_are_looked_for_where_the_settings_say(shop_with_pictures, tmp_path):
+    old, new = shop_with_pictures, tmp_path / "moved"
+
+    def recipe(folder: Path) -> Recipe:
+        data = PrepareDataConfig(
+            source="table",
+            interactions=str(folder / "interactions.csv"),
+            items=str(folder / "items.csv"),
+            image_column="image",
+            k_core=0,
+        )
+        return dataclasses.replace(tiny(), prepare_data=data)
+
+    run_dir = RunDir(tmp_path / "run")
+    pipeline.run(recipe(old), run_dir, until="prepare_data")
+    old.rename(new)
+    pipeline.run(recipe(new), run_dir, until="encode_items")
+    found = Run(tmp_path / "run").content
+    assert not found.missing["image"][1:].any()
+
+
+@pytest.fixture
+def shop_with_pictures(tmp_path) -> Path:
+    """Twelve users of eight items, each with a picture of one colour."""
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    lines = [f"u{user},i{(user + step) % 8},{step}" for user in range(12) for step in range(5)]
+    (folder / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *lines]))
+    rows = [f"i{item},Thing {item},i{item}.png" for item in range(8)]
+    (folder / "items.csv").write_text("\n".join(["item_id,title,image", *rows]))
+    for item in range(8):
+        Image.new("RGB", (8, 8), (30 * item, 90, 200 - 20 * item)).save(folder / f"i{item}.png")
+    return folder
 
 
 def test_there_are_recipes():

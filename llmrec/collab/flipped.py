@@ -25,6 +25,7 @@ from llmrec.collab.mamba4rec import MambaCore
 from llmrec.collab.selective_scan import rows_per_block
 from llmrec.config import given
 from llmrec.data.batches import sent
+from llmrec.machine import running_sum
 
 
 def flipped_ends(core: MambaCore, hidden: Tensor, kept: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def flipped_ends(core: MambaCore, hidden: Tensor, kept: Tensor) -> Tensor:
     middle_u = F.silu(given(core.conv1d.bias) + sum_of_taps(core, u))
     middle_delta, middle_b, _ = parameters(core, middle_u)
     number = (flipped - core.edge).clamp(min=0)
-    total = F.pad(middle_delta.cumsum(1), (0, 0, 1, 0))
+    total = F.pad(running_sum(middle_delta, 1), (0, 0, 1, 0))
     a = -torch.exp(core.A_log)
     from_middle = decayed_sums(
         a,
@@ -58,7 +59,7 @@ def flipped_ends(core: MambaCore, hidden: Tensor, kept: Tensor) -> Tensor:
     )
     # An item is worth what the steps read after it leave of it: those of the tail, and for the first items
     # also the whole middle.
-    rest = delta.flip(2).cumsum(2).flip(2) - delta
+    rest = running_sum(delta.flip(2), 2).flip(2) - delta
     rest = torch.cat([rest[:, :, : core.edge] + total[:, number, None], rest[:, :, core.edge :]], dim=2)
     y = from_middle + decayed_tail(a, delta * tail_u, rest, b, c[:, :, -1]) + core.D * tail_u[:, :, -1]
     return core.out_proj(y * F.silu(gate))
@@ -130,7 +131,7 @@ def decayed_sums(
 
     def block(inputs: Tensor, before: Tensor, b: Tensor, rest: Tensor, c: Tensor, a: Tensor) -> Tensor:
         terms = torch.exp(before[..., None] * a) * inputs[..., None] * b[:, :, None]
-        states = terms.cumsum(1)[:, (number - 1).clamp(min=0)] * (number > 0)[:, None, None]
+        states = running_sum(terms, 1)[:, (number - 1).clamp(min=0)] * (number > 0)[:, None, None]
         return ((states * torch.exp(rest[..., None] * a)) @ c[..., None])[..., 0]
 
     return in_blocks(block, (inputs, before, b, rest, c), a, inputs.shape[1])

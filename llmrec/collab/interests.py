@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmrec.collab.layers import mean_cosine
 from llmrec.collab.losses import Pooled, ratio
+from llmrec.machine import running_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,8 @@ class Interests(nn.Module):
         """
         assignment = self.assign(items, valid)
         if prefix:
-            weight = assignment.cumsum(1)
-            gathered = torch.einsum("btk,btd->btkd", assignment, items).cumsum(1)
+            weight = running_sum(assignment, 1)
+            gathered = running_sum(torch.einsum("btk,btd->btkd", assignment, items), 1)
         else:
             weight = assignment.sum(1, keepdim=True)
             gathered = torch.einsum("btk,btd->bkd", assignment, items)[:, None]

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llmrec.machine import running_sum
+
 BLOCK_CELLS = {"cpu": 1 << 19, "gpu": 1 << 27}
 """Numbers of one state tensor held at once: 2 MB on a CPU, 512 MB on a GPU."""
 
@@ -127,7 +129,7 @@ class Chunks:
             states[step].addcmul_(self.decay[step], states[step - 1])
         before = torch.zeros_like(states[0])
         if self.number > 1:
-            decayed = torch.exp(self.delta.cumsum(0)[..., None] * self.a)
+            decayed = torch.exp(running_sum(self.delta, 0)[..., None] * self.a)
             by_chunk = before.unflatten(0, (self.rows, self.number))
             ends = states[-1].unflatten(0, (self.rows, self.number))
             rates = decayed[-1].unflatten(0, (self.rows, self.number))
@@ -144,7 +146,7 @@ class Chunks:
         for step in range(self.size - 2, -1, -1):
             found[step].addcmul_(self.decay[step + 1], found[step + 1])
         if self.number > 1:
-            total = self.delta.cumsum(0)
+            total = running_sum(self.delta, 0)
             decayed = torch.exp((total[-1] - total)[..., None] * self.a)
             after = torch.zeros_like(found[0])
             by_chunk = after.unflatten(0, (self.rows, self.number))

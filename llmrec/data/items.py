@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,28 @@ from llmrec.data.pictures import Picture, PictureLimits, fetch_pictures
 from llmrec.data.sources import Log, id_column, text_column
 from llmrec.data.table_file import TableFile
 from llmrec.errors import DataError
+from llmrec.interactions import Interactions
+
+logger = logging.getLogger("llmrec")
 
 PICTURE_LIMITS = PictureLimits()
+
+
+def picture_root(config: PrepareDataConfig) -> Path | None:
+    """Folder that picture paths are relative to, by the settings; None where they name no pictures."""
+    if config.image_url_column is not None:
+        return Path(given(config.image_folder)).resolve()
+    on_disk = config.items is not None and config.image_column is not None and config.source == "table"
+    return Path(given(config.items)).resolve().parent if on_disk else None
+
+
+def with_pictures_found(config: PrepareDataConfig, data: Interactions) -> Interactions:
+    """The data, which look for their pictures where the settings say, if these are not where they were."""
+    root = picture_root(config)
+    if root is not None and data.image_root is not None and not data.image_root.is_dir() and root.is_dir():
+        logger.info("prepare_data: pictures are looked for in %s, no longer in %s", root, data.image_root)
+        object.__setattr__(data, "image_root", root)
+    return data
 
 
 class ItemFile:

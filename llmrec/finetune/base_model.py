@@ -71,6 +71,11 @@ def load_base(
                 "eos_token_id": None,
             }
         )
+    if config.quantize == "nf4" and spread:
+        raise ConfigError(
+            "finetune.quantize=nf4 has not been tried with FSDP, which cuts 4-bit weights like others; use "
+            "recipes/accelerate/ddp.yaml, or finetune.quantize=none"
+        )
     options: dict[str, Any] = {"dtype": torch.bfloat16 if config.precision == "bf16" else torch.float32}
     if config.quantize == "nf4":
         options["quantization_config"] = four_bits()

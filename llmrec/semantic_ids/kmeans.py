@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmrec.errors import ConfigError
+from llmrec.machine import running_sum
 from llmrec.semantic_ids.config import size_bounds
 from llmrec.semantic_ids.quantizer import ResidualQuantizer, squared_distances
 
@@ -122,7 +123,7 @@ def plus_plus(rows: Tensor, num_clusters: int, generator: torch.Generator) -> Te
     nearest_so_far = torch.ones_like(norms)
     chosen: list[Tensor] = []
     for draw in draws:
-        total = nearest_so_far.double().cumsum(dim=0)
+        total = running_sum(nearest_so_far.double(), 0)
         if total[-1] <= 0:
             total = torch.arange(1, len(rows) + 1, device=rows.device, dtype=torch.float64)
         index = torch.searchsorted(total, total[-1:] * draw, right=True).clamp_max_(len(rows) - 1)

@@ -1,4 +1,5 @@
-"""Number formats of matrix products: lower ones for encoders and decoders, never for distances and losses."""
+"""Number formats of matrix products: lower ones for encoders and decoders, never for distances and
+losses (but for the gradients of InfoNCE's products)."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmrec.config import given
+from llmrec.machine import running_sum
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class ResidualQuantizer(nn.Module):
         chosen = self.lookup(codes)
         fixed = chosen.detach()
         if self.commitment == "all":
-            targets = latent[:, None] - (fixed.cumsum(dim=1) - fixed)
+            targets = latent[:, None] - (running_sum(fixed, 1) - fixed)
         else:
             targets = torch.cat([latent[:, None], residuals[:, 1:]], dim=1)
         loss = self.commitment_weight * self.distance(targets, fixed)

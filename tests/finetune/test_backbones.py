@@ -110,6 +110,8 @@ def test_four_bit_bases_train_and_keep_their_scores(tmp_path_factory):
     assert losses[-1] < losses[0]
     with pytest.raises(ConfigError, match="quantize='nf4' computes in bfloat16"):
         dataclasses.replace(config, precision="fp32")
+    with pytest.raises(ConfigError, match="nf4 has not been tried with FSDP"):
+        base_model.load_base(config, PROMPT, spread=True)
     assert load_scorer(adapter, *made).score(torch.tensor([[1, 2]])).dtype == torch.float32
 
 
