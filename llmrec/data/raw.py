@@ -26,6 +26,9 @@ from llmrec.progress import progress
 PACKING_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 """What reading a packed file raises that was cut or changed."""
 
+DEEPEST = 50
+"""Lists and objects in one another that a field may have; public files have three."""
+
 BLOCK_ROWS = 1 << 16
 """Rows held as Python objects at once."""
 
@@ -166,13 +169,18 @@ def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
     return record
 
 
-def as_text(value: Any) -> str:
-    """A field as text.
+def as_text(value: Any, depth: int = 0) -> str:
+    """A field as text; `depth` counts the lists and objects around it.
 
     Lists become their entries joined by a bar, nested ones one after another (2014 and 2018 categories);
     of pictures described by objects (2023) each gives its largest address; other objects become JSON. Halves
     of characters, as cut texts end in, become question marks.
+
+    Raises:
+        RecursionError: more than DEEPEST of them lie in one another.
     """
+    if depth > DEEPEST:
+        raise RecursionError
     if value is None:
         return ""
     if isinstance(value, str):
@@ -183,9 +191,9 @@ def as_text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, list | tuple):
-        return "|".join(filter(None, map(as_text, value)))
+        return "|".join(filter(None, (as_text(part, depth + 1) for part in value)))
     if isinstance(value, dict):
-        sizes = (as_text(value.get(name)) for name in ("hi_res", "large", "thumb"))
+        sizes = (as_text(value.get(name), depth + 1) for name in ("hi_res", "large", "thumb"))
         return next(filter(None, sizes), None) or as_text(
             json.dumps(value, ensure_ascii=False, sort_keys=True)
         )
