@@ -107,10 +107,7 @@ def test_every_kind_of_field_becomes_text(value, text):
         ("", "has no rows of data"),
         ("{[1]: 2}\n", "row 1: neither JSON nor a Python literal"),
         ("{'asin': {1: 2, 'a': 3}, 'title': ''}\n", "row 1: a field is none of JSON"),
-        (
-            '{"asin": ' + "[" * 900 + "]" * 900 + ', "title": ""}\n',
-            "row 1: (a field is too deep|neither JSON)",
-        ),
+        ('{"asin": ' + "[" * 60 + "]" * 60 + ', "title": ""}\n', "row 1: a field is too deep"),
         ("{1: 2}\n", "no line has a field 'asin'; it has 1"),
     ],
     ids=str,
