@@ -9,7 +9,8 @@ import urllib.parse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llmrec.errors import ConfigError
+from llmrec.data.config import PrepareDataConfig
+from llmrec.errors import ConfigError, DataError
 from llmrec.findings import Finding
 from llmrec.finetune.method_table import method_of
 from llmrec.needed_models import hidden_size, models
@@ -55,20 +56,47 @@ def data_files(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
             if name in named:
                 continue
             where = f"{stage}.{name}={path}"
-            if path.startswith("hub:") or Path(path).exists():
+            if path.startswith("hub:") or Path(path).is_file():
                 yield Finding("ok", where)
             else:
-                yield Finding("problem", f"{where}: no such file", f"put it there, or set {stage}.{name}")
+                what = "is a folder" if Path(path).is_dir() else "no such file"
+                yield Finding("problem", f"{where}: {what}", f"put it there, or set {stage}.{name}")
     prepare = recipe.prepare_data
     if "prepare_data" in stages:
+        yield from columns_of_tables(prepare)
         for path in prepare.named_files():
             if path.is_file():
                 yield Finding("ok", str(path))
             elif prepare.offline:
                 advice = "put it there, or set prepare_data.offline=false"
                 yield Finding("problem", f"{path} is absent, and prepare_data.offline=true", advice)
-            else:
-                yield Finding("note", f"{path} is absent", "fetched by the run")
+
+
+def columns_of_tables(config: PrepareDataConfig) -> Iterator[Finding]:
+    """Whether tables have the columns that they will be asked for, by their heads."""
+    from llmrec.data.table_file import TableFile
+
+    if config.source != "table":
+        return
+    asked = {
+        "interactions": (
+            *(config.user_column, config.item_column),
+            *(config.timestamp_column, config.rating_column),
+        ),
+        "items": (
+            *(config.items_item_column or config.item_column, config.title_column),
+            *(*config.text_columns, config.image_column, config.image_url_column),
+        ),
+    }
+    for name, columns in asked.items():
+        path = getattr(config, name)
+        if path is None or not Path(path).is_file():
+            continue
+        table = TableFile(Path(path), config.column_names if name == "interactions" else None)
+        try:
+            table.check([column for column in columns if column is not None])
+        except (DataError, OSError) as error:
+            yield Finding("problem", str(error), f"mend it, or set prepare_data.{name}")
 
 
 def to_fetch(recipe: Recipe) -> tuple[list[str], list[str]]:

@@ -52,6 +52,32 @@ def test_a_model_that_is_neither_a_folder_nor_a_hub_id_is_a_finding(model):
     assert f"encode_items.text.adapter{said}" in problems(recipe, "encode_items")
 
 
+@pytest.mark.parametrize(
+    ("log", "items", "settings", "said"),
+    [
+        ("user_id,item_id,timestamp\n", "item_id,title\n", {}, []),
+        ("user,item_id,timestamp\n", "item_id,title\n", {}, ["log.csv has no column 'user_id'"]),
+        ("user_id;item_id;timestamp\n", "item_id\tname\n", {}, ["items.csv has no column 'title'"]),
+        ("a,1,2\n", "item_id,title\n", {"column_names": ("user_id", "item_id", "timestamp")}, []),
+        ("a,1\n", "item_id,title\n", {"column_names": ("user_id", "item_id", "timestamp")}, ["2 columns"]),
+        ("", "item_id,title\n", {}, ["log.csv is empty"]),
+    ],
+)
+def test_tables_without_the_columns_that_are_asked_for_are_a_finding(tmp_path, log, items, settings, said):
+    (tmp_path / "log.csv").write_text(log)
+    (tmp_path / "items.csv").write_text(items)
+    paths = {"interactions": str(tmp_path / "log.csv"), "items": str(tmp_path / "items.csv")}
+    data = PrepareDataConfig(source="table", **paths, **settings)
+    found = problems(dataclasses.replace(tiny(), prepare_data=data), "prepare_data")
+    assert len(found) == len(said) and all(words in one for words, one in zip(said, found)), found
+
+
+def test_a_folder_is_no_table(tmp_path):
+    data = PrepareDataConfig(source="table", interactions=str(tmp_path))
+    (found,) = problems(dataclasses.replace(tiny(), prepare_data=data), "prepare_data")
+    assert found.endswith(f"interactions={tmp_path}: is a folder")
+
+
 def test_recipes_and_commands_say_so_in_one_line(tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text("from tiny_recipe import tiny as recipe\n")

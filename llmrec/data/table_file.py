@@ -142,8 +142,28 @@ class TableFile:
             "or .parquet"
         )
 
-    def _read_csv(self, columns: list[str]) -> pa.Table:
-        path, delimiter = self.path, self.delimiter()
+    def check(self, columns: Sequence[str]) -> None:
+        """Look for columns in the head of a file that has one; nothing is read of others.
+
+        Raises:
+            DataError: no such file, or no such column.
+        """
+        if self.on_hub:
+            return
+        if not self.path.is_file():
+            raise no_file(self.path)
+        if self.kind in (*DELIMITERS, *LOOSE):
+            self._raw_names(list(columns))
+        elif self.kind == ".parquet":
+            try:
+                names = pq.read_schema(self.path).names
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{self.path} cannot be read as parquet: {error}") from None
+            self._check(names, list(columns))
+
+    def _raw_names(self, columns: list[str]) -> dict[str, str]:
+        """The columns of a text file by the names that they go by, as its head has them."""
+        path = self.path
         try:
             with open_text(path, "utf-8-sig", newline="") as handle:
                 first = next((row for row in self.reader(handle) if row), [])
@@ -160,12 +180,16 @@ class TableFile:
             )
         names = [name.partition(":")[0] for name in raw] if self.kind in ATOMIC else raw
         self._check(names, columns)
-        raw_name = dict(zip(names, raw))
+        return dict(zip(names, raw))
+
+    def _read_csv(self, columns: list[str]) -> pa.Table:
+        path, delimiter = self.path, self.delimiter()
+        raw_name = self._raw_names(columns)
         wanted = [raw_name[name] for name in columns]
         try:
             table = pacsv.read_csv(
                 pa.input_stream(str(path), compression="gzip" if is_packed(path) else None),
-                read_options=pacsv.ReadOptions(column_names=None if self.names is None else raw),
+                read_options=pacsv.ReadOptions(column_names=None if self.names is None else list(self.names)),
                 parse_options=pacsv.ParseOptions(
                     delimiter=delimiter,
                     quote_char='"' if self.quoted else False,
