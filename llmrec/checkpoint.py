@@ -343,8 +343,9 @@ def stop_requests(first: str = "ending this step first") -> Iterator[StopRequest
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(number: int, _frame: Any) -> None:
+        if not found.asked:
+            logger.warning("asked to stop: %s", first)
         found.asked = True
-        logger.warning("asked to stop: %s", first)
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:

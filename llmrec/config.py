@@ -8,6 +8,8 @@ line (``stage.field=value``) are typed by the field's annotation.
 from __future__ import annotations
 
 import ast
+import contextlib
+import contextvars
 import copy
 import dataclasses
 import difflib
@@ -41,6 +43,10 @@ WORDS = {
 """What a value of a type is, as people say it."""
 
 
+_recorded: contextvars.ContextVar[bool] = contextvars.ContextVar("recorded", default=False)
+"""Whether settings are being read that were written down."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What all configs are: their values have the types that their fields say, also where Python code made
@@ -67,7 +73,8 @@ class Settings:
                 object.__setattr__(self, field.name, typed(type(self), field.name, value))
 
     def refuse_changed(self, names: Iterable[str], reason: str) -> None:
-        """Refuse settings that differ from their defaults and cannot change the result.
+        """Refuse settings that differ from their defaults and cannot change the result. Where settings are
+        read that were written down (`from_dict`), perhaps before that was noticed, they get their defaults.
 
         Args:
             names: those that have no effect.
@@ -78,10 +85,12 @@ class Settings:
         """
         fields = {field.name: field for field in dataclasses.fields(self)}
         for name in names:
-            require(
-                getattr(self, name) == default_of(fields[name]),
-                f"{self.prefix}{name} has no effect with {reason}; leave it out",
-            )
+            default = default_of(fields[name])
+            if getattr(self, name) == default:
+                continue
+            if not _recorded.get():
+                raise ConfigError(f"{self.prefix}{name} has no effect with {reason}; leave it out")
+            object.__setattr__(self, name, default)
 
 
 def typed(cls: type, name: str, value: Any) -> Any:
@@ -142,7 +151,11 @@ def from_dict(cls: type[C], data: dict[str, Any]) -> C:
             values[name] = from_dict(inner, value)
         else:
             values[name] = typed(cls, name, value)
-    return cls(**values)
+    token = _recorded.set(True)
+    try:
+        return cls(**values)
+    finally:
+        _recorded.reset(token)
 
 
 def override(config: C, assignments: dict[str, str], *, prefix: str = "") -> C:
@@ -268,8 +281,11 @@ def changed_settings(before: dict[str, Any], config: Any) -> list[str]:
         before: the JSON settings it was made with.
         config: the settings asked for now.
     """
+    before = with_defaults(before, config)
+    with contextlib.suppress(ConfigError):  # which another version's settings may give
+        before = as_dict(from_dict(type(config), before))  # without those that had no effect
     now = without_incidental(as_dict(config), config)
-    return changed_fields(without_incidental(with_defaults(before, config), config), now)
+    return changed_fields(without_incidental(before, config), now)
 
 
 def with_defaults(values: dict[str, Any], config: Any) -> dict[str, Any]:

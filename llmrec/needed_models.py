@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ from llmrec.findings import Finding
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.network import resolves
 from llmrec.recipe import Recipe
+
+INDEX = "model.safetensors.index.json"
+"""Which part of a large model's weights holds what."""
 
 SECONDS = 5.0
 """How long the Hub is waited for."""
@@ -77,9 +81,13 @@ def lacking(where: str, folder: Path) -> str | None:
         return ".safetensors weights"
     if where.endswith(".adapter"):
         return None  # whose files have other names
-    index = folder / "model.safetensors.index.json"
-    whole = (folder / "model.safetensors").is_file() or not index.is_file()
-    wanted = ["config.json", *(() if whole else sorted(set(read_json(index)["weight_map"].values())))]
+    wanted = ["config.json"]
+    if not (folder / "model.safetensors").is_file():
+        try:
+            shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return f"model.safetensors, nor an {INDEX} that can be read"
+        wanted += sorted(set(map(str, shards)))
     tokenizers = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
     if where == "finetune.base_model" and not any((folder / name).is_file() for name in tokenizers):
         return "tokenizer"
@@ -120,7 +128,7 @@ def is_whole(where: str, model: str, revision: str | None) -> bool:
         return False
     if cached("model.safetensors") is not None:
         return True
-    index = cached("model.safetensors.index.json")
+    index = cached(INDEX)
     if index is None:
         return False
     shards = set(read_json(index)["weight_map"].values())

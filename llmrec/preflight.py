@@ -95,7 +95,7 @@ def columns_of_tables(config: PrepareDataConfig) -> Iterator[Finding]:
         table = TableFile(Path(path), config.column_names if name == "interactions" else None)
         try:
             table.check([column for column in columns if column is not None])
-        except (DataError, OSError) as error:
+        except DataError as error:
             yield Finding("problem", str(error), f"mend it, or set prepare_data.{name}")
 
 

@@ -75,6 +75,7 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
     root = Path(options.run_dir or Path("runs") / (f"{name}_refit" if options.refit else name))
     if options.refit:
         chosen = refit(chosen, Path(options.refit))
+    tracking.choose(options.track)
     if options.print_config:
         print("\n".join(f"{path}={format_value(value)}" for path, value in flatten(chosen)))
         return
@@ -85,7 +86,6 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
         refuse_what_cannot_finish(chosen, stages)
         return
     set_up_logging()
-    tracking.choose(options.track)
     if options.push_to_hub and options.until not in (None, "evaluate"):
         raise ConfigError(f"--push-to-hub pushes a finished run, which --until {options.until} does not make")
     if options.push_to_hub:

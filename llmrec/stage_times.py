@@ -2,7 +2,7 @@
 `llmrec.estimate`.
 
 Large networks are reckoned by their operations. Small ones wait for the CPU that asks for these: their times
-are what an H200 took (tools/README.md), whatever the GPU.
+are what an H200 took on MovieLens-1M (tools/README.md), whatever the GPU, width and length of histories.
 """
 
 from __future__ import annotations
@@ -121,6 +121,8 @@ def encoders(config: EncodeItemsConfig, data: Interactions) -> Work | str:
     """Encoding all texts and pictures, once they are read."""
     flops, text, image = 0.0, config.text.encoder, config.image.encoder
     unknown = [name for name in (text, image) if name in ("openclip", "huggingface")]
+    if {text, image} <= {"precomputed", "none"}:
+        return "read from files"
     if unknown:
         return f"not known for {' and '.join(dict.fromkeys(unknown))}"
     if text == "llm2clip":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field, is_dataclass
 from typing import Literal
 
 import pytest
 
 from llmrec.collab.config import TrainCollabConfig
+from llmrec.collab.configs.gmvae import GmvaeConfig
 from llmrec.config import (
     Settings,
     as_dict,
@@ -218,3 +220,21 @@ def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default():
     found = changed_settings(before, FinetuneConfig(select="valid", patience=3))
     assert found == ['select="last" (now "valid")', "patience=null (now 3)"]
     assert changed_settings(before | {"gone": 1}, FinetuneConfig()) == ["gone=1 (now null)"]
+
+
+def test_settings_that_were_written_down_before_they_were_refused_are_still_read():
+    """They had no effect, so a run that was made with them is the same as one without."""
+    for config, idle in (
+        (FinetuneConfig(loss="bce_sampled"), {"mask_pad": False}),
+        (FinetuneConfig(targets="last_only"), {"max_targets": 5}),
+    ):
+        with pytest.raises(ConfigError, match="has no effect with"):
+            dataclasses.replace(config, **idle)
+        before = as_dict(config) | idle
+        assert from_dict(FinetuneConfig, before) == config
+        assert changed_settings(before, config) == []
+        assert changed_settings(before | {"epochs": 17}, config) == ["epochs=17 (now 3)"]
+    collab = TrainCollabConfig(provider="gmvae", gmvae=GmvaeConfig(prior="standard"))
+    before = as_dict(collab)
+    before["gmvae"]["temporal_from_epoch"] = 31
+    assert from_dict(TrainCollabConfig, before) == collab and changed_settings(before, collab) == []

@@ -247,6 +247,31 @@ def wait_for(condition, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+CLEANS_UP = """
+import os, signal, sys, time
+from llmrec.console import guarded
+
+def work():
+    try:
+        os.kill(os.getpid(), signal.{first})
+        time.sleep(30)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)  # the launcher was interrupted too, and ended
+        time.sleep(0.2)
+        print("cleaned up")
+
+sys.exit(guarded(work))
+"""
+
+
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
+def test_what_comes_after_an_interrupt_breaks_off_no_clean_up(first):
+    command = [sys.executable, "-c", CLEANS_UP.format(first=first)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == console.INTERRUPTED, done.stderr
+    assert done.stdout == "cleaned up\n" and done.stderr == "interrupted\n"
+
+
 def test_a_command_leaves_signals_as_it_found_them():
     before = signal.getsignal(signal.SIGTERM)
     assert console.guarded(lambda: None) == 0 and signal.getsignal(signal.SIGTERM) is before

@@ -97,13 +97,15 @@ def test_a_folder_that_lacks_a_part_of_its_model_is_a_problem(tmp_path):
 
     assert found() == ".safetensors weights"
     (tmp_path / "model-00001.safetensors").touch()
-    assert found() == "tokenizer" and found("encode_items.text.model") == "config.json"
     assert found("encode_items.text.adapter") == ""
+    index = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}
+    for text in ("", "{}", "[]", "{"):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        assert found().endswith("index.json that can be read")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert found() == "tokenizer" and found("encode_items.text.model") == "config.json"
     (tmp_path / "tokenizer.json").touch()
     (tmp_path / "config.json").write_text('{"hidden_size": 48}')
-    assert found() == ""
-    index = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert found() == "model-00002.safetensors"
     (tmp_path / "model.safetensors").touch()
     assert found() == ""

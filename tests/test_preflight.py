@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 
 import pytest
 from tiny_recipe import tiny
@@ -70,6 +71,15 @@ def test_tables_without_the_columns_that_are_asked_for_are_a_finding(tmp_path, l
     data = PrepareDataConfig(source="table", **paths, **settings)
     found = problems(dataclasses.replace(tiny(), prepare_data=data), "prepare_data")
     assert len(found) == len(said) and all(words in one for words, one in zip(said, found)), found
+
+
+def test_a_packed_table_that_is_damaged_is_a_finding(tmp_path):
+    packed = gzip.compress(b"user_id,item_id,timestamp\n" * 50)
+    for content in (packed[:15], packed[:12] + b"\xff" * 8 + packed[20:]):
+        (tmp_path / "log.csv.gz").write_bytes(content)
+        data = PrepareDataConfig(source="table", interactions=str(tmp_path / "log.csv.gz"))
+        (found,) = problems(dataclasses.replace(tiny(), prepare_data=data), "prepare_data")
+        assert "log.csv.gz is cut or damaged" in found
 
 
 def test_a_folder_is_no_table(tmp_path):

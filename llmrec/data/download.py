@@ -34,6 +34,9 @@ CHUNK = 1 << 16
 SPARE_BYTES = 1 << 26
 """Disk space that must stay free."""
 
+PROGRESS_BYTES = 1 << 20
+"""A mirror that cuts has to bring so many bytes more than there ever were to be asked on."""
+
 LEAST_BYTES = 1024
 """A server that sends fewer bytes than this in `timeout_seconds` has stalled."""
 
@@ -75,7 +78,7 @@ def download(
         folder: where to; made if absent.
         offline: use what is there, or fail.
         retries: rounds over all mirrors after the first that may bring nothing, with growing pauses; one that
-            cuts, but sends more each time, is asked on and on.
+            cuts is asked on and on as long as it brings PROGRESS_BYTES more each time.
         timeout_seconds: for connections, for reads, and for LEAST_BYTES to arrive.
         pause_seconds: pause before the first repeat; doubled each time, at most a minute.
         public_only: refuse private addresses, see `web.request`.
@@ -94,12 +97,11 @@ def download(
         )
     folder.mkdir(parents=True, exist_ok=True)
     mirrors, reasons, part = list(file.urls), {}, part_of(path)
-    failed = 0  # rounds in a row that brought nothing
+    most, failed = size_of(part), 0  # bytes that there ever were; rounds in a row that brought no more
     while True:
         wait, told, grew = None, set(), False
         # First the mirror whose bytes are here: those of another would have to begin anew.
         for url in sorted(mirrors, key=lambda one: one != read_note(part).get("url")):
-            before = size_of(part)
             try:
                 fetch(file, url, path, timeout_seconds, public_only)
                 return path
@@ -112,7 +114,8 @@ def download(
             if reasons[url] not in told:  # http and https fail for one reason where a host has no address
                 logger.warning("download of %s: %s", file.name, reasons[url])
             told.add(reasons[url])
-            if grew := size_of(part) >= before + LEAST_BYTES:
+            if grew := size_of(part) >= most + PROGRESS_BYTES:
+                most = size_of(part)
                 break
         failed = 0 if grew else failed + 1
         if not mirrors or failed > retries:

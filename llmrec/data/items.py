@@ -26,8 +26,8 @@ PICTURE_LIMITS = PictureLimits()
 
 def picture_root(config: PrepareDataConfig) -> Path | None:
     """Folder that picture paths are relative to, by the settings; None where they name no pictures."""
-    if config.image_url_column is not None:
-        return Path(given(config.image_folder)).resolve()
+    if config.image_folder is not None:
+        return Path(config.image_folder).resolve()
     on_disk = config.items is not None and config.image_column is not None and config.source == "table"
     return Path(given(config.items)).resolve().parent if on_disk else None
 

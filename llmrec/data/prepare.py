@@ -16,7 +16,14 @@ from llmrec.data.items import ItemFile
 from llmrec.data.named import resolve, warnings_of_counts
 from llmrec.data.sample_market import sample_market
 from llmrec.data.sources import Log, read_log, read_sequences
-from llmrec.data.summary import future_rate, leaking_user_rate, log_summary, summarise, warnings_of
+from llmrec.data.summary import (
+    future_rate,
+    leaking_user_rate,
+    log_summary,
+    summarise,
+    warnings_of,
+    warnings_of_times,
+)
 from llmrec.data.table_file import TableFile, no_file, not_utf8
 from llmrec.errors import DataError
 from llmrec.interactions import Interactions
@@ -244,9 +251,9 @@ def assemble(
     summary |= {"dropped": rows.dropped, **counts, **summarise(rows.offset, split, train_count)}
     if rows.incomplete:
         summary["incomplete_items"] = rows.incomplete
-    if summary.get("times_are_positions") is False:
-        summary["times"] = {"first": int(rows.timestamp.min()), "last": int(rows.timestamp.max())}
     summary["warnings"] = unexpected + warnings_of(summary)
+    if summary.get("times_are_positions") is False:
+        summary["warnings"] += warnings_of_times(int(rows.timestamp.min()), int(rows.timestamp.max()))
     log_summary(summary)
     return Interactions(
         user_raw_ids=rows.users.tolist(),

@@ -27,7 +27,7 @@ PACKING_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 """What reading a packed file raises that was cut or changed."""
 
 DEEPEST = 50
-"""Lists and objects in one another that a field may have; public files have three."""
+"""Lists in one another that a field may have; public files have three."""
 
 BLOCK_ROWS = 1 << 16
 """Rows held as Python objects at once."""
@@ -170,14 +170,14 @@ def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def as_text(value: Any, depth: int = 0) -> str:
-    """A field as text; `depth` counts the lists and objects around it.
+    """A field as text; `depth` counts the lists around it.
 
     Lists become their entries joined by a bar, nested ones one after another (2014 and 2018 categories);
     of pictures described by objects (2023) each gives its largest address; other objects become JSON. Halves
     of characters, as cut texts end in, become question marks.
 
     Raises:
-        RecursionError: more than DEEPEST of them lie in one another.
+        RecursionError: more than DEEPEST lists lie in one another.
     """
     if depth > DEEPEST:
         raise RecursionError

@@ -56,18 +56,22 @@ REAL_TIME = 100_000_000
 """A number above it is a time since 1970, in seconds (1973) or less, and no place or day."""
 
 
+def warnings_of_times(first: int, last: int) -> list[str]:
+    """A sentence if the first and last time can hardly be in one unit."""
+    if last <= REAL_TIME or not 0 <= first < last / 100:
+        return []
+    return [
+        f"Times run from {first} to {last}, which can hardly be in one unit: some rows may have milliseconds "
+        "where others have seconds, or 0 where the time is not known. Histories are in the order of these "
+        "numbers."
+    ]
+
+
 def warnings_of(summary: dict[str, Any]) -> list[str]:
     """Sentences for the log and the report."""
     found = []
     if "ties" in summary and (sentence := ties.warning(summary["ties"])):
         found.append(sentence)
-    times = summary.get("times", {"first": 0, "last": 0})
-    if times["last"] > REAL_TIME and times["first"] < times["last"] / 100:
-        found.append(
-            f"Times run from {times['first']} to {times['last']}, which cannot be in one unit: some rows may "
-            "have milliseconds where others have seconds, or 0 where the time is not known. Histories are in "
-            "the order of these numbers."
-        )
     if summary.get("train_after_test_rate") or summary.get("leaking_user_rate"):
         found.append(
             "Leave-one-out lets a model train on the future of other users: "

@@ -6,6 +6,7 @@ begin with row 1 of data.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import gzip
@@ -63,13 +64,8 @@ class TableFile:
             return plain_texts(read_hub(str(path), columns))
         if not path.is_file():
             raise no_file(path)
-        try:
+        with self._explained():
             table = self._read(columns)
-        except (pa.ArrowException, OSError, UnicodeDecodeError, *PACKING_ERRORS) as error:
-            reason = str(error).splitlines()[0]
-            if is_packed(path) and not isinstance(error, PermissionError):
-                raise DataError(f"{path} is cut or damaged ({reason}); get the file again") from None
-            raise DataError(f"{path} cannot be read as {self.kind[1:]}: {reason}") from None
         if table.num_rows == 0:
             raise DataError(f"{path} has no rows of data; expected at least one")
         return table
@@ -152,14 +148,22 @@ class TableFile:
             return
         if not self.path.is_file():
             raise no_file(self.path)
-        if self.kind in (*DELIMITERS, *LOOSE):
-            self._raw_names(list(columns))
-        elif self.kind == ".parquet":
-            try:
-                names = pq.read_schema(self.path).names
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{self.path} cannot be read as parquet: {error}") from None
-            self._check(names, list(columns))
+        with self._explained():
+            if self.kind in (*DELIMITERS, *LOOSE):
+                self._raw_names(list(columns))
+            elif self.kind == ".parquet":
+                self._check(pq.read_schema(self.path).names, list(columns))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say in a sentence why the file cannot be read."""
+        try:
+            yield
+        except (pa.ArrowException, OSError, UnicodeDecodeError, *PACKING_ERRORS) as error:
+            reason = str(error).splitlines()[0]
+            if is_packed(self.path) and not isinstance(error, PermissionError):
+                raise DataError(f"{self.path} is cut or damaged ({reason}); get the file again") from None
+            raise DataError(f"{self.path} cannot be read as {self.kind[1:]}: {reason}") from None
 
     def _raw_names(self, columns: list[str]) -> dict[str, str]:
         """The columns of a text file by the names that they go by, as its head has them."""

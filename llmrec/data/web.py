@@ -193,14 +193,14 @@ def wait_of(header: str | None) -> float | None:
         return float(seconds)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 def number_of(header: str) -> int | None:
-    """The whole number that a header holds; None if it is another thing."""
+    """The whole number that a header holds; None if it is another thing, or absurd."""
     text = header.strip()
-    return int(text) if text.isascii() and text.isdecimal() else None
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
 
 
 def shown(url: str) -> str:

@@ -100,7 +100,7 @@ def _id_column(table: pa.Table, file: Path, what: str) -> list[str]:
     if column.null_count:
         row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0]) + 1
         raise DataError(f"{what}: {file} row {row} has no item_id; remove the row or name its item")
-    return column.cast(pa.large_string()).to_pylist()
+    return [name.strip() for name in column.cast(pa.large_string()).to_pylist()]  # as tables are read
 
 
 def _vector_column(table: pa.Table, ids: list[str], file: Path, what: str) -> tuple[np.ndarray, np.ndarray]:

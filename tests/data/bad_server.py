@@ -87,6 +87,9 @@ class BaseHandler(BaseHTTPRequestHandler):
             self.partial(body, most=len(body) // 2 if first_time else None)
         elif how == "bits":  # breaks off a fifth further on, every time
             self.partial(body, most=len(body) * state.times[self.path] // 5)
+        elif how == "wobbly":  # knows no ranges, and breaks off now later, now sooner
+            most = len(body) // (2 if state.times[self.path] % 2 else 5)
+            self.partial(body, most=most, ranges=False)
         elif how == "cutchunks":
             self.chunks(body, whole=not first_time)
         elif how == "stall" and first_time:
@@ -105,11 +108,11 @@ class BaseHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def partial(self, body, *, most=None, announced=None, then=None, drip=None) -> None:
+    def partial(self, body, *, most=None, announced=None, then=None, drip=None, ranges=True) -> None:
         """The body or the range of it that was asked for; at most so many bytes of it."""
         total = announced or len(body)
         match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        start = int(match[1]) if match else 0
+        start = int(match[1]) if match and ranges else 0
         condition = self.headers.get("If-Range")
         if condition and condition != self.server_state.etag:
             start = 0

@@ -146,11 +146,24 @@ def test_the_next_mirror_is_asked_and_a_lost_one_never_again(server, tmp_path):
 
 @pytest.mark.parametrize("mirrors", [("bits",), ("bits", "broken"), ("broken", "bits"), ("bits", "missing")])
 @pytest.mark.parametrize("sha", [SHA, None])
-def test_a_mirror_that_cuts_is_asked_on_as_long_as_it_sends_more(server, tmp_path, mirrors, sha):
+def test_a_mirror_that_cuts_is_asked_on_as_long_as_it_sends_more(server, tmp_path, mirrors, sha, monkeypatch):
     """From where it cut, whatever other mirrors there are, and with no repeat that brings nothing."""
+    monkeypatch.setattr(module, "PROGRESS_BYTES", 40_000)
     assert get(server, tmp_path, *mirrors, sha=sha, retries=0).read_bytes() == CONTENT
     asked = [wanted for path, wanted in server.asked if "bits" in path]
     assert asked == [None, *(f"bytes={done}-" for done in (40_000, 80_000, 120_000, 160_000))]
+
+
+@pytest.mark.parametrize("ways", [("wobbly",), ("wobbly", "good")])
+def test_a_mirror_that_brings_no_more_than_before_is_not_asked_for_ever(server, tmp_path, ways, monkeypatch):
+    """It begins anew every time, and cuts here and there; another mirror has its turn."""
+    monkeypatch.setattr(module, "PROGRESS_BYTES", 40_000)
+    if len(ways) == 1:
+        with pytest.raises(DataError, match="broke off"):
+            get(server, tmp_path, *ways, sha=None, retries=3)
+        assert len(server.asked) <= 2 * 4
+    else:
+        assert get(server, tmp_path, *ways, sha=None, retries=3).read_bytes() == CONTENT
 
 
 def test_pauses_grow_and_the_server_may_ask_for_longer_ones(server, tmp_path):
@@ -208,6 +221,8 @@ def test_a_redirect_to_no_address_is_refused(server, tmp_path, monkeypatch):
 
 
 def test_headers_that_are_no_numbers_mean_nothing():
+    for long in ("9" * 400, "9" * 5000, "Wed, 21 Oct 99999999999999 07:28:00 GMT"):
+        assert web.number_of(long) is None and web.wait_of(long) is None
     assert [web.number_of(text) for text in ("12", " 7 ", "", "-1", "\u00b2", "\u0663")] == [12, 7] + [
         None
     ] * 4

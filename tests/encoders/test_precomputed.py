@@ -52,6 +52,11 @@ def test_whole_number_and_dictionary_ids_match_raw_ids_as_text(tmp_path):
         assert np.array_equal(read_vectors(path, ["10", "20", "30"], "text")[0], TABLE)
 
 
+def test_spaces_around_ids_are_left_out_as_in_tables(tmp_path):
+    path = parquet(tmp_path / "v.parquet", [" b", "a ", "c"], ROWS.tolist())
+    assert np.array_equal(read_vectors(path, RAW_IDS, "text")[0], TABLE)
+
+
 def test_a_null_vector_says_that_the_item_has_none(tmp_path):
     kinds = [pa.list_(pa.float32())]
     if int(pa.__version__.split(".")[0]) >= 26:  # 25 cannot read back a null list of fixed size
