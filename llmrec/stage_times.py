@@ -104,8 +104,7 @@ def sequence_model(config: TrainCollabConfig, data: Interactions) -> Work | str:
         return "read from a file"
     if config.is_own:
         return "not known for a model of one's own"
-    with torch.device("meta"):
-        model: Any = make_provider(config.provider, {"num_items": 1, **config.of_model})
+    model: Any = make_provider(config.provider, {"num_items": 1, **config.of_model})
     splits = ("train", "valid") if config.include_valid else ("train",)
     rows = training_rows(model, config, data.sequences(*splits))
     epochs, each = config.epochs, config.batch_size
