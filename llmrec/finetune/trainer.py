@@ -225,10 +225,11 @@ class Trainer:
     def _end_epoch(self, *, validate: bool) -> None:
         """Log where the fusion weights are, and what validation says if it is time for that."""
         row = {"epoch": self.state.epoch, "step": self.state.step}
+        found = self._validate() if validate else {}
+        self.model.eval()
         with torch.no_grad():
             weights = self.engine.wrapped("weights")
         sources = ("target", *self.model.item_scores.modalities)
-        found = self._validate() if validate else {}
         if fusion := analysis.fusion_shares(weights, sources, self.data.train_count):
             found["fusion"] = fusion
         if found:
