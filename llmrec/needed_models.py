@@ -109,8 +109,11 @@ def hidden_size(config: FinetuneConfig) -> int | None:
             return None
     if not isinstance(path, str | Path):
         return None
-    found = read_json(Path(path))
-    width = found.get("hidden_size", found.get("text_config", {}).get("hidden_size"))
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        width = found.get("hidden_size", (found.get("text_config") or {}).get("hidden_size"))
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever loads the model says what is wrong with it
     return width if isinstance(width, int) else None
 
 

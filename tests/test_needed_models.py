@@ -116,6 +116,10 @@ def test_a_base_model_is_as_wide_as_code_embeddings(tmp_path, asked):
     made = tiny()
     config = dataclasses.replace(made.finetune, base_model=str(tmp_path), mini=type(made.finetune.mini)())
     assert needed_models.hidden_size(config) == 48
+    for text in ("{", "[]", '{"text_config": null}'):
+        (tmp_path / "config.json").write_text(text)
+        assert needed_models.hidden_size(config) is None
+    (tmp_path / "config.json").write_text('{"text_config": {"hidden_size": 48}}')
     assert needed_models.hidden_size(dataclasses.replace(config, base_model="ann/there")) is None
     said = [one.what for one in fine_tuning(dataclasses.replace(made, finetune=config))]
     width = made.learn_semantic_ids.code_dim

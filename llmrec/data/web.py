@@ -24,6 +24,7 @@ from urllib3.exceptions import HTTPError
 
 MAX_REDIRECTS = 5
 OBJECT = re.compile(r"<[\w.]+ [^<>]*\bat 0x[0-9a-f]+>:?")
+"""An object of this very process in a library's message."""
 
 HOLD_IPV4 = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::/96")))
 """Networks whose addresses end in an IPv4 address: NAT64, and the compatible ones of old."""
