@@ -102,19 +102,34 @@ def _launched_with_fsdp() -> bool:
 
 
 def num_threads() -> int:
-    """Threads for this process on a CPU: $LLMREC_NUM_THREADS, or its share of the cores.
+    """Threads for this process on a CPU: what `asked_threads` says, or its share of the cores.
 
     Raises:
-        ConfigError: the variable is no whole number of at least 1.
+        ConfigError: as `asked_threads`.
     """
     from llmrec import machine
 
+    return asked_threads() or max(1, machine.cores() // processes_here())
+
+
+def asked_threads() -> int | None:
+    """$LLMREC_NUM_THREADS, or else $OMP_NUM_THREADS; None where neither says anything.
+
+    The second is left aside under a launcher: accelerate and torchrun write 1 into it for whoever said
+    nothing, and one that was asked for looks the same.
+
+    Raises:
+        ConfigError: $LLMREC_NUM_THREADS is no whole number of at least 1.
+    """
     text = os.environ.get("LLMREC_NUM_THREADS")
-    if text is None:
-        return max(1, machine.cores() // processes_here())
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"$LLMREC_NUM_THREADS must be a whole number of at least 1, got {text!r}")
-    return int(text)
+    if text is not None:
+        if not text.isdecimal() or int(text) < 1:
+            raise ConfigError(f"$LLMREC_NUM_THREADS must be a whole number of at least 1, got {text!r}")
+        return int(text)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ:
+        return None
+    outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": 2 inside of the 4
+    return int(outermost) if outermost.isdecimal() and int(outermost) else None
 
 
 def world_size() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from llmrec import machine
 from llmrec.findings import Finding
 from llmrec.network import resolves
 from llmrec.preflight import in_the_way, to_fetch
@@ -60,7 +60,7 @@ def accelerator() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         advice = "small recipes run on the CPU; for Llama-3-8B take a machine with a GPU of 24 GB or more"
-        yield Finding("note", f"no CUDA device, {os.cpu_count()} CPU cores", advice)
+        yield Finding("note", f"no CUDA device, {machine.cores()} CPU cores for this process", advice)
         return
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)

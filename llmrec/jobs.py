@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmrec import machine, storage
+from llmrec import distributed, machine, storage
 from llmrec.errors import BusyError, LlmrecError, StoppedError
 
 logger = logging.getLogger("llmrec")
@@ -274,7 +274,7 @@ def share(job: int, jobs: int) -> dict[str, str]:
         job: its number, counted from 0.
         jobs: how many run at a time.
     """
-    threads = os.environ.get("LLMREC_NUM_THREADS") or str(max(1, machine.cores() // jobs))
+    threads = str(distributed.asked_threads() or max(1, machine.cores() // jobs))
     found = {"LLMREC_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
     if len(visible := gpus()) > 1:
         found["CUDA_VISIBLE_DEVICES"] = visible[job % len(visible)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import platform
 import resource
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 PROCESS = Path("/proc") / "self"
+CGROUPS = Path("/sys") / "fs" / "cgroup"
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +38,36 @@ def describe() -> str:
 
 
 def cores() -> int:
-    """Cores that this process may use: the physical ones, or as many as it was given of them."""
+    """Cores that this process may use: the physical ones, or as many as it was given of them, by its
+    affinity or by the share of time that a container is granted (``docker run --cpus 2``)."""
     # Where the system does not tell, as on macOS, all of them.
     given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(psutil.cpu_count(logical=False) or given or 1, given or 1))
+    here = min(psutil.cpu_count(logical=False) or given or 1, given or 1)
+    return max(1, math.ceil(min(here, granted())))
+
+
+def granted() -> float:
+    """Cores' worth of time that Linux control groups grant this process; infinity where none limits it."""
+    files: list[tuple[Path, ...]] = []
+    for line in _text_of(PROCESS / "cgroup").splitlines():  # number:controllers:group
+        controllers, _, group = line.partition(":")[2].partition(":")
+        if not controllers:  # version 2: every group above may limit it too
+            inner = CGROUPS / group.lstrip("/")
+            folders = [inner, *inner.parents]
+            files += [(folder / "cpu.max",) for folder in folders[: folders.index(CGROUPS) + 1]]
+        elif "cpu" in controllers.split(","):
+            files.append((CGROUPS / "cpu" / "cpu.cfs_quota_us", CGROUPS / "cpu" / "cpu.cfs_period_us"))
+    limits = [" ".join(map(_text_of, pair)).split() for pair in files]
+    granted = [int(found[0]) / int(found[1]) for found in limits if len(found) == 2 and found[0].isdecimal()]
+    return min(granted, default=math.inf)
+
+
+def _text_of(path: Path) -> str:
+    """What a file of the kernel holds; nothing where there is no such file."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:

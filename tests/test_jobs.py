@@ -162,7 +162,7 @@ def test_a_cell_ends_with_its_reason(error, code, capsys):
 
 @pytest.fixture
 def no_settings(monkeypatch):
-    for name in ("LLMREC_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+    for name in ("LLMREC_NUM_THREADS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 12)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
@@ -179,6 +179,9 @@ def test_without_a_gpu_the_cores_are_shared(no_settings, monkeypatch):
     assert jobs.share(0, 20)["LLMREC_NUM_THREADS"] == "1"
     monkeypatch.setenv("LLMREC_NUM_THREADS", "2")
     assert jobs.share(0, 20)["OMP_NUM_THREADS"] == "2"
+    monkeypatch.delenv("LLMREC_NUM_THREADS")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert jobs.share(0, 1) == {"LLMREC_NUM_THREADS": "5", "OMP_NUM_THREADS": "5"}
 
 
 def test_each_job_gets_a_gpu_of_its_own(no_settings, monkeypatch):
@@ -234,6 +237,52 @@ def test_threads_are_at_most_the_cores_that_a_process_was_given(no_settings, mon
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert distributed.num_threads() == 2
+
+
+def test_threads_that_were_asked_for_are_taken_and_a_launchers_are_not(no_settings, monkeypatch):
+    from llmrec import distributed
+
+    for text, expected in (("3", 3), ("4,2", 4), ("", 12), ("0", 12), ("many", 12)):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        assert distributed.num_threads() == expected, text
+    for launcher in ("ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"):
+        with monkeypatch.context() as under:
+            under.setenv("OMP_NUM_THREADS", "1")
+            under.setenv(launcher, "0")
+            assert distributed.num_threads() == 12, launcher
+            under.setenv("LLMREC_NUM_THREADS", "7")
+            assert distributed.num_threads() == 7, launcher
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/", {"cpu.max": "250000 100000"}, 3),  # docker run --cpus 2.5
+        ("0::/a/b", {"a/cpu.max": "400000 100000", "a/b/cpu.max": "max 100000"}, 4),
+        ("0::/a/b", {"a/cpu.max": "400000 100000", "a/b/cpu.max": "50000 100000"}, 1),
+        ("0::/../outside", {"cpu.max": "200000 100000"}, 2),
+        ("3:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "60000", "cpu/cpu.cfs_period_us": "10000"}, 6),
+        ("3:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "10000"}, 12),
+        ("0::/", {"cpu.max": "max 100000"}, 12),
+        ("0::/", {}, 12),
+        (None, {}, 12),
+    ],
+)  # fmt: skip
+def test_a_container_counts_the_cores_it_is_granted(
+    groups, files, expected, no_settings, monkeypatch, tmp_path
+):
+    from llmrec import machine
+
+    monkeypatch.setattr(machine, "PROCESS", tmp_path / "self")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+    (tmp_path / "self").mkdir()
+    if groups is not None:
+        (tmp_path / "self" / "cgroup").write_text(groups + "\n")
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert machine.cores() == expected
 
 
 @pytest.mark.parametrize("text", ["abc", "0", "-1", "1.5", ""])
