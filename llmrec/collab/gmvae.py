@@ -25,6 +25,8 @@ from llmrec.data.batches import Batch
 
 LOG_VARIANCE = 8.0
 """Logarithms of variances are kept in [-this, this]; ours."""
+INTEREST_TEMPERATURE = 0.1
+"""Of items under interests, and of hyper-categories in `indecision`; released."""
 
 
 class GMVAE(nn.Module):
@@ -159,45 +161,43 @@ class GMVAE(nn.Module):
     def interest_loss(self, batch: Batch, prior: Prior, anneal: float) -> tuple[Tensor, dict[str, Tensor]]:
         """What makes interests useful, apart and evenly used; a mean over rows, and its parts.
 
-        Of every row the last target is to be told from interest_negatives items, by its best interest and
-        with temperature 0.1. Orthogonality, uniform use, decided assignment and N(0, I) enter with 0.01.
+        Of every row the last target is to be told from interest_negatives items by its best interest
+        (`interest_ranking`). Orthogonality, uniform use, decided assignment and N(0, I) enter with 0.01.
+
+        All terms are of one forward pass: uneven_use is of the mean over its rows, and a pass weighs as much
+        as it has targets.
+        """
+        last = last_targets(batch.target)
+        mixture = prior.at(last)
+        ranking = self.interest_ranking(mixture.mean, batch.target[last])
+        terms = {
+            "orthogonality": self.interests.orthogonality(),
+            "uneven_use": uneven_use(mixture.intensity),
+            "indecision": indecision(prior.assignment[batch.item != 0]),
+            "interest_kl": gaussian_kl(mixture.mean, mixture.log_variance, 0.0, 0.0).sum(-1).mean(),
+        }
+        small = self.orthogonal_weight * terms["orthogonality"] + terms["uneven_use"]
+        small = small + terms["indecision"] + anneal * terms["interest_kl"]
+        return ranking + 0.01 * small, {"interest_ranking": ranking, **terms}
+
+    def interest_ranking(self, means: Tensor, target: Tensor) -> Tensor:
+        """Mean loss of telling each target from random items by the best of its row's interests.
 
         Negatives are drawn from all items, once for the pass; one that is a row's target is left out of that
         row. The release shares the negatives of a batch, one outside each row's items; a pass here is often a
         part of a batch, and their number must not depend on how it is cut.
 
-        All terms are of one forward pass: uneven_use is of the mean over its rows, and a pass weighs as much
-        as it has targets.
+        Args:
+            means: of the interests, (n, K, D).
+            target: int64 (n,).
         """
-        row = torch.arange(len(batch.item), device=batch.item.device)
-        counted = (batch.target != 0).any(1)
-        last = (batch.target != 0).long() * torch.arange(1, batch.target.shape[1] + 1, device=row.device)
-        place = last.argmax(1)
-        target = batch.target[row, place][counted]
-        means = prior.mean[row, place if self.prefix_prior else 0][counted]
-        drawn = self.interest_negatives
-        negative = torch.randint(1, self.item.num_embeddings, (drawn,), device=target.device)
+        drawn = (self.interest_negatives,)
+        negative = torch.randint(1, self.item.num_embeddings, drawn, device=target.device)
         wanted = torch.einsum("bkd,bd->bk", means, self.item(target)).amax(1)
         unwanted = torch.einsum("bkd,nd->bkn", means, self.item(negative)).amax(1)
         unwanted = unwanted.masked_fill(negative == target[:, None], -torch.inf)
-        logits = torch.cat([wanted[:, None], unwanted], 1) / 0.1
-        ranking = (logits.logsumexp(1) - logits[:, 0]).mean()
-        strength = prior.intensity[row, place if self.prefix_prior else 0][counted]
-        use = strength.mean(0)
-        kept = prior.assignment[batch.item != 0]
-        terms = {
-            "orthogonality": self.interests.orthogonality(),
-            "uneven_use": (use.std() if len(use) > 1 else torch.zeros_like(use[0])) / use.mean(),
-            "indecision": F.cross_entropy(kept / 0.1, kept.argmax(1)),
-            "interest_kl": gaussian_kl(
-                means, prior.log_variance[row, place if self.prefix_prior else 0][counted], 0.0, 0.0
-            )
-            .sum(-1)
-            .mean(),
-        }
-        small = self.orthogonal_weight * terms["orthogonality"] + terms["uneven_use"]
-        small = small + terms["indecision"] + anneal * terms["interest_kl"]
-        return ranking + 0.01 * small, {"interest_ranking": ranking, **terms}
+        logits = torch.cat([wanted[:, None], unwanted], 1) / INTEREST_TEMPERATURE
+        return (logits.logsumexp(1) - logits[:, 0]).mean()
 
     def score(self, history: Tensor) -> Tensor:
         """Scores of all items after each history, (B, N + 1), from int64 (B, T)."""
@@ -238,6 +238,23 @@ class CausalLayer(nn.Module):
             hidden.shape[1], device=hidden.device, dtype=hidden.dtype
         )
         return self.layer(hidden, src_mask=mask, is_causal=True)
+
+
+def last_targets(target: Tensor) -> Tensor:
+    """Where the last target of each row stands, if it has any: bool (B, T), from int64 (B, T)."""
+    place = (target != 0).long() * torch.arange(1, target.shape[1] + 1, device=target.device)
+    return (target != 0) & (place == place.amax(1, keepdim=True))
+
+
+def uneven_use(intensity: Tensor) -> Tensor:
+    """How unevenly rows use the K interests, from (n, K): deviation over mean, 0 if all are used alike."""
+    use = intensity.mean(0)
+    return (use.std() if len(use) > 1 else torch.zeros_like(use[0])) / use.mean()
+
+
+def indecision(assignment: Tensor) -> Tensor:
+    """How far items are from belonging to one hyper-category alone: the cross entropy of their best one."""
+    return F.cross_entropy(assignment / INTEREST_TEMPERATURE, assignment.argmax(1))
 
 
 def sample(mean: Tensor, log_variance: Tensor) -> Tensor:
