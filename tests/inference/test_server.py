@@ -14,7 +14,7 @@ import httpx
 import pytest
 import uvicorn
 
-from llmrec.inference import server as module
+from llmrec.inference import batcher
 from llmrec.inference.recommender import Recommender
 from llmrec.inference.server import MAX_BODY, application
 
@@ -215,8 +215,8 @@ def test_requests_that_wait_are_answered_in_one_pass(recommender, monkeypatch):
 
 
 def test_too_many_requests_are_told_to_come_back(recommender, monkeypatch):
-    monkeypatch.setattr(module, "MAX_WAITING", 1)
-    monkeypatch.setattr(module, "MOST_TOGETHER", 1)
+    monkeypatch.setattr(batcher, "MAX_WAITING", 1)
+    monkeypatch.setattr(batcher, "MOST_TOGETHER", 1)
     real = recommender.recommend
     monkeypatch.setattr(recommender, "recommend", lambda *a, **o: (time.sleep(0.3), real(*a, **o))[1])
 
@@ -253,8 +253,8 @@ def test_large_requests_are_answered_in_slices_and_mistakes_keep_their_place(rec
         "recommend",
         lambda histories, *a, **o: (calls.append(histories), real(histories, *a, **o))[1],
     )
-    monkeypatch.setattr(module, "MOST_ITEMS", 6)
-    monkeypatch.setattr(module, "MOST_TOGETHER", 4)
+    monkeypatch.setattr(batcher, "MOST_ITEMS", 6)
+    monkeypatch.setattr(batcher, "MOST_TOGETHER", 4)
     ids = recommender.raw_ids
     histories = [ids[:3], ids[3:6], ids[:1], [], [], [], [], ids[:9], ids[2:4]]
     expected = real(histories, 2)
