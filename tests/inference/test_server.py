@@ -103,7 +103,7 @@ def test_answers_are_the_recommenders(address, recommender):
         (b"0" * (MAX_BODY + 1), 413, "larger than"),
         (b"0" * (10 * MAX_BODY), 413, "larger than"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_bad_requests_are_told_so(body, status, message, address):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
