@@ -668,6 +668,15 @@ def test_there_are_recipes():
     assert {"mme_sid_sample", "mme_sid_beauty"} <= {path.stem for path in RECIPES}
 
 
+def tables_in(text: str) -> list[dict[str, dict[str, str]]]:
+    """Markdown tables: cells by row and column."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+        found.append({row[0].strip("`"): dict(zip(head, row)) for row in rows})
+    return found
+
+
 def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     from llmrec.finetune import compare
 
@@ -681,42 +690,31 @@ def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
         assert (
             "concat_feature cannot be run with these settings; the table says" in said or not left.value.code
         )
-        *lines, _, reason = out.splitlines()
-    assert reason.startswith(
-        "`concat_feature` cannot be run with these settings: finetune.concat_mode='feature'"
-    )
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert [row[0] for row in table[2:]] == [
-        f"`{name}`"
-        for name in (
-            "mme_sid",
-            "e4srec",
-            "concat",
-            "se_sid_mmd",
-            "concat_feature",
-            "sasrec (ce)",
-            "popularity",
-        )
-    ]
-    rows = {row[0].strip("`"): dict(zip(table[0], row)) for row in table[2:]}
+    reason = "\n`concat_feature` cannot be run with these settings: finetune.concat_mode='feature'"
+    assert reason in out
+    written = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert written == {"table.md", "results.json", "report.html"}
+    rows, costs = tables_in(out)[:2]
+    names = ["mme_sid", "e4srec", "concat", "se_sid_mmd", "concat_feature", "sasrec (ce)", "popularity"]
+    assert list(rows) == names and list(costs) == names[:4]
     assert all(rows[name]["seeds"] == "2 of 2" for name in ("mme_sid", "e4srec", "concat"))
     assert re.fullmatch(r"0\.\d{4} ± 0\.\d{4}", rows["mme_sid"]["ndcg@10"])
-    assert rows["concat_feature"]["recall@5"] == "missing", "three modalities do not share a width of 16"
-    difference = "ndcg@10 to the first (95 % interval)"
+    assert rows["concat_feature"]["recall@10"] == "missing", "three modalities do not share a width of 16"
+    difference = "ndcg@10 minus mme_sid (95 % interval)"
     assert all(
         re.match(r"[+-]\d\.\d{4} \(", rows[name][difference])
         for name in ("e4srec", "sasrec (ce)", "popularity")
     )
-    tokens = {name: int(rows[name]["tokens"].replace(",", "")) for name in ("mme_sid", "e4srec", "concat")}
+    tokens = {name: int(costs[name]["tokens"].replace(",", "")) for name in ("mme_sid", "e4srec", "concat")}
     assert tokens["concat"] > tokens["mme_sid"] == tokens["e4srec"]  # three tokens an item
-    assert int(rows["e4srec"]["rank"]) <= tiny().train_collab.sasrec.embed_dim + 1  # Eq. 7
+    assert int(costs["e4srec"]["rank"]) <= tiny().train_collab.sasrec.embed_dim + 1  # Eq. 7
     own = json.loads((tmp_path / "learn_semantic_ids" / "se_sid_mmd" / "manifest.json").read_text())["config"]
     assert (own["modalities"], own["reconstruction"], own["alignment"]) == (["collab"], "mmd", "none")
-    assert json.loads((tmp_path / "table.json").read_text())[1]["row"] == "e4srec"
+    assert json.loads((tmp_path / "results.json").read_text())["rows"][1]["row"] == "e4srec"
     with pytest.raises(SystemExit):
         compare.main(tiny, [*command, "--rows", "me", "mme_sid", "--summarise"])
     assert "missing" in capsys.readouterr().out
-    assert json.loads((tmp_path / "table.json").read_text())[1]["row"] == "e4srec", "as it was"
+    assert json.loads((tmp_path / "results.json").read_text())["rows"][1]["row"] == "e4srec", "as it was"
     with pytest.raises(SystemExit):
         compare.main(tiny, [*command, "--summarise", "--set", "finetune.learning_rate=0.5"])
     assert "mme_sid/seed0 was made with learning_rate=" in capsys.readouterr().err
@@ -732,9 +730,7 @@ def test_settings_of_ones_own_are_compared_like_methods(finished, tmp_path, caps
     with pytest.raises(SystemExit) as left:
         compare.main(tiny, command)
     assert not left.value.code, capsys.readouterr().err
-    lines = capsys.readouterr().out.splitlines()
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    rows = {row[0].strip("`"): dict(zip(table[0], row)) for row in table[2:]}
+    rows, *_ = tables_in(capsys.readouterr().out)
     assert list(rows)[:3] == ["mme_sid", "slow", "e4"]
     assert all(rows[name]["seeds"] == "2 of 2" for name in ("mme_sid", "slow", "e4"))
     assert re.fullmatch(r"0\.\d{4} ± 0\.\d{4}", rows["slow"]["valid ndcg@10"])
@@ -783,7 +779,7 @@ def test_rows_that_cannot_be_are_refused_before_anything_is_trained(row, message
 def test_a_table_of_methods_needs_no_more_than_the_ranks():
     """Whatever cut-offs the evaluations were asked for."""
     from llmrec.evaluation.metrics import ndcg_at_k
-    from llmrec.finetune import compare
+    from llmrec.finetune import compare_report
 
     def cell(seed: int) -> dict:
         rng = np.random.default_rng(seed)
@@ -800,14 +796,38 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
             "labels": labels,
             "analysis": {},
             "trained_on": {},
+            "history_length": np.arange(50),
+            "target_group": np.array(["head"] * 30 + ["cold"] * 20),
+            "log": [{"step": 3, "loss": 1.0}, {"step": 3, "valid_ndcg@10": 0.25}],
+            "of_data": {"num_users": 50, "num_items": 100, "split": "leave_one_out"},
         } | costs
 
     cells = [cell(0), cell(1)]
-    table = compare.summarise({"mme_sid": cells, "me": []}, [0, 1])
+    results = compare_report.summarise({"mme_sid": cells, "me": []}, [0, 1])
+    table = results["rows"]
     wanted = np.mean([ndcg_at_k(one["ranks"]["mme_sid"], 20).mean() for one in cells])
     assert table[0]["ndcg@20"]["mean"] == pytest.approx(wanted)
     assert table[0]["seconds"] == 7
-    assert "missing" in compare.markdown(table)
+    parts = results["slices"]["popularity of the target"]
+    assert parts == {"head": 30, "cold": 20} and sum(results["slices"]["history length"].values()) == 50
+    shares = table[0]["slices"]["popularity of the target"]
+    weighted = sum(shares[part] * number for part, number in parts.items()) / 50
+    assert weighted == pytest.approx(table[0]["recall@10"]["mean"])
+    head = np.mean([(one["ranks"]["mme_sid"][:30] < 10).mean() for one in cells])
+    assert shares["head"] == pytest.approx(head)
+    text, shown = compare_report.markdown(results), compare_report.page(results)
+    assert tables_in(text)[0]["me"]["recall@10"] == "missing" and "50 users, 100 items" in text
+    assert "missing" in shown and "http" not in shown.replace("http://www.w3", "")
+    assert shown.count("<svg") == 6, "quality, differences, cost, two slices, validation"
+    assert 'href="mme_sid/seed1/evaluate/report.html"' in shown
+
+
+def test_a_comparison_without_a_finished_cell_is_shown_as_such():
+    from llmrec.finetune import compare_report
+
+    results = compare_report.summarise({"mme_sid": [], "me": []}, [0])
+    assert tables_in(compare_report.markdown(results))[0]["me"]["recall@10"] == "missing"
+    assert "<svg" not in compare_report.page(results)
 
 
 def test_a_comparison_is_refitted_with_the_epochs_that_each_cell_chose(tmp_path, capsys):
@@ -825,7 +845,7 @@ def test_a_comparison_is_refitted_with_the_epochs_that_each_cell_chose(tmp_path,
     first, second = tmp_path / "first", tmp_path / "second"
     assert not any("Learned from" in line for line in go("--run-dir", str(first)))
     lines = go("--run-dir", str(second), "--refit", str(first))
-    assert lines[-1] == "Learned from train and validation items: `mme_sid`, `e4srec`, `sasrec`."
+    assert "Learned from train and validation items: `mme_sid`, `e4srec`, `sasrec`." in lines
     for row in ("mme_sid", "e4srec"):
         place = Path("methods") / row / "seed0" / "finetune"
         chosen = json.loads((first / place / "metrics.json").read_text())["epoch_kept"]

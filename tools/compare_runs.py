@@ -2,10 +2,10 @@
 
     python tools/compare_runs.py sasrec=runs/a:sasrec ours=runs/a ours=runs/b
 
-Every argument is NAME=FOLDER or NAME=FOLDER:METHOD (mme_sid unless said otherwise), FOLDER a finished run or
-the output of evaluate. Several folders under one name are seeds. All must have ranked the same targets. The
-first name is what the others are compared with; ± is the standard deviation over seeds, intervals and p
-(paired t-test, corrected by Holm) are over users, of the mean over seeds.
+Every argument is NAME=FOLDER or NAME=FOLDER:METHOD (what was fine-tuned, unless said otherwise), FOLDER a
+finished run or the output of evaluate. Several folders under one name are seeds. All must have ranked the
+same targets. The first name is what the others are compared with; ± is the standard deviation over seeds,
+intervals and p (paired t-test, corrected by Holm) are over users, of the mean over seeds.
 """
 
 from __future__ import annotations

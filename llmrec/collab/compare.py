@@ -214,7 +214,10 @@ def summarise_cells(
 
     targets = data.targets("test")
     groups = analysis.item_groups(data.train_count, 0.1, 0.4)[targets.item]
-    slices = {"history length": length_slices(targets), "popularity of the target": group_slices(groups)}
+    slices = {
+        "history length": analysis.parts_by_length(targets.stop - targets.start),
+        "popularity of the target": analysis.parts_by_group(np.array(analysis.GROUPS)[groups]),
+    }
     found: dict[str, Any] = {}
     users: dict[str, dict[str, np.ndarray]] = {}
     for name in rows:
@@ -290,23 +293,6 @@ def add_differences(
         corrected = analysis.holm([found[name]["difference"][metric]["p_value"] for name in tested])
         for name, p in zip(tested, corrected):
             found[name]["difference"][metric]["holm_p"] = p
-
-
-def length_slices(targets: Any) -> dict[str, np.ndarray]:
-    """Users by the length of their history."""
-    length = targets.stop - targets.start
-    masks = {
-        f"{low}+" if high is None else f"{low}-{high}": (length >= low)
-        & (length <= (length.max() if high is None else high))
-        for low, high in analysis.LENGTHS
-    }
-    return {name: mask for name, mask in masks.items() if mask.any()}
-
-
-def group_slices(groups: np.ndarray) -> dict[str, np.ndarray]:
-    """Users by how popular their target is in training."""
-    masks = {name: groups == number for number, name in enumerate(analysis.GROUPS)}
-    return {name: mask for name, mask in masks.items() if mask.any()}
 
 
 def main(arguments: list[str]) -> None:

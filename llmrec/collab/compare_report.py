@@ -1,22 +1,18 @@
-"""The comparison of sequence models as text, markdown and one page that stands alone."""
+"""The comparison of sequence models as Markdown and as one page that stands alone."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.ticker import LogLocator, NullFormatter
-
-from llmrec import __version__
+from llmrec.evaluation import comparison
+from llmrec.evaluation.comparison import Compared, Section
 from llmrec.evaluation.report import part_curves
-from llmrec.evaluation.tables import p_text, spread_text
-from llmrec.pages import drawing, environment, epochs_along, legend_above, line_colours, svg
+from llmrec.evaluation.tables import Table, difference_cells, spread_text
 
-COLUMNS = ("recall@10", "ndcg@10")
-MORE_COLUMNS = ("recall@5", "recall@20", "ndcg@5", "ndcg@20", "mrr@10")
-"""What stands behind the difference to the reference, where a narrow window does not reach."""
+METRICS = ("recall@10", "ndcg@10", "recall@5", "recall@20", "ndcg@5", "ndcg@20", "mrr@10")
+KEPT = ("recall@10", "ndcg@10")
+"""Metrics shown with items of the history kept, too."""
 
 
 def label(name: str, row: dict[str, Any]) -> str:
@@ -25,80 +21,137 @@ def label(name: str, row: dict[str, Any]) -> str:
     return name if loss is None or loss in name else f"{name} ({loss})"
 
 
-def difference(row: dict[str, Any], metric: str) -> str:
-    """Difference to the reference with its interval and corrected p."""
-    found = row.get("difference", {}).get(metric)
-    if found is None:
-        return ""
-    inside = f"{found['low']:+.4f} to {found['high']:+.4f}"
-    if p := p_text(found.get("holm_p")):
-        inside += f", p {p}"
-    return f"{found['difference']:+.4f} ({inside})"
+def difference(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's difference to the reference in ndcg@10, with the corrected p; nothing without one."""
+    found = row.get("difference", {}).get(comparison.MAIN, {})
+    return found | {"p": found.get("holm_p")}
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Quality, costs and slices as markdown tables; rows without a finished cell are shown as missing."""
-    rows = ordered(results["rows"])
-    reference = results["reference"]
-    head = ["method", "seeds", "recall@10", "ndcg@10", "seen kept: recall@10", "ndcg@10"]
-    head += [
-        f"ndcg@10 minus {reference}",
-        "valid ndcg@10",
-        "parameters",
-        "s / epoch",
-        "epochs (best)",
-        "peak MiB",
+    """Quality, costs and slices as Markdown tables; rows without a finished cell are shown as missing."""
+    return comparison.as_markdown(sections(results), notes(results))
+
+
+def page(results: dict[str, Any]) -> str:
+    """One HTML page with the tables and the plots."""
+    return comparison.as_page("Sequence models compared", sections(results), notes(results))
+
+
+def sections(results: dict[str, Any]) -> list[Section]:
+    """What the text and the page show."""
+    rows, reference = ordered(results["rows"]), results["reference"]
+    done = {name: row for name, row in rows.items() if row["num_seeds"]}
+    shown = [compared(name, row) for name, row in done.items()]
+    quality = Section(table=quality_table(rows, results))
+    if not shown:
+        return [quality]
+    charts = [functools.partial(comparison.quality_chart, shown)]
+    if any(row.difference for row in shown):
+        charts.append(functools.partial(comparison.difference_chart, shown, reference))
+    inside = {
+        label(name, row): functools.partial(part_curves, row["log"])
+        for name, row in done.items()
+        if any(entry.get("parts") for entry in row["log"])
+    }
+    found = [
+        Section(table=quality.table, charts=charts),
+        Section(
+            title="Costs",
+            table=cost_table(done),
+            charts=[functools.partial(comparison.cost_chart, shown)],
+        ),
+        *comparison.slice_sections(shown, results["slices"]),
+        Section(
+            title="Validation while training",
+            charts=[functools.partial(comparison.validation_chart, shown, "epoch")],
+        ),
     ]
-    lines = [table_line(head), table_line(["---"] * len(head))]
+    if inside:
+        note = "Means per predicted item of what each model reports about itself, first seed."
+        found.append(Section(title="Inside the models", note=note, folded=inside))
+    return found
+
+
+def compared(name: str, row: dict[str, Any]) -> Compared:
+    """A row as charts show it."""
+    return Compared(
+        name=label(name, row),
+        test=row["test"],
+        difference=difference(row) if "difference" in row else None,
+        minutes=row["seconds"] / 60,
+        slices={
+            what: {part: figures["recall@10"] for part, figures in parts.items()}
+            for what, parts in row["slices"].items()
+        },
+        validation=[
+            (entry["epoch"], entry["valid_ndcg@10"]) for entry in row["log"] if "valid_ndcg@10" in entry
+        ],
+    )
+
+
+def quality_table(rows: dict[str, Any], results: dict[str, Any]) -> Table:
+    """Metrics of every row, missing ones too, and popularity for scale."""
+    first, more = METRICS[:2], METRICS[2:]
+    head = ["method", "seeds", *first, f"ndcg@10 minus {results['reference']} (95 % interval)", "p"]
+    head += ["valid ndcg@10", *(f"seen kept: {name}" for name in KEPT), *more]
+    lines = []
     for name, row in rows.items():
         if not row["num_seeds"]:
-            lines.append(table_line([name, f"0 of {row['num_wanted']}", *["missing"] * (len(head) - 2)]))
+            lines.append([name, f"0 of {row['num_wanted']}", "missing"])
             continue
+        valid = row["valid"].get("ndcg@10")
         lines.append(
-            table_line(
-                [
-                    label(name, row),
-                    f"{row['num_seeds']} of {row['num_wanted']}",
-                    spread_text(row["test"]["recall@10"]),
-                    spread_text(row["test"]["ndcg@10"]),
-                    spread_text(row["test_seen_kept"]["recall@10"]),
-                    spread_text(row["test_seen_kept"]["ndcg@10"]),
-                    difference(row, "ndcg@10"),
-                    spread_text(row["valid"]["ndcg@10"]) if "ndcg@10" in row["valid"] else "",
-                    f"{row['num_parameters']:,}",
-                    f"{row['seconds_per_epoch']:.1f}",
-                    f"{row['epochs']:.0f} ({row['best_epoch']:.0f})",
-                    f"{row['peak_memory_bytes'] / 2**20:,.0f}",
-                ]
-            )
+            [
+                label(name, row),
+                f"{row['num_seeds']} of {row['num_wanted']}",
+                *(spread_text(row["test"][metric]) for metric in first),
+                *difference_cells(difference(row)),
+                "" if valid is None else spread_text(valid),
+                *(spread_text(row["test_seen_kept"][metric]) for metric in KEPT),
+                *(spread_text(row["test"][metric]) for metric in more),
+            ]
         )
     if popular := results.get("popularity"):
-        figures = [popular[kind][name] for kind in ("test", "test_seen_kept") for name in COLUMNS]
-        cells = ["popularity", "", *(f"{value:.4f}" for value in figures)]
-        lines.append(table_line([*cells, *[""] * (len(head) - len(cells))]))
-    for what, parts in results["slices"].items():
-        lines += ["", f"recall@10 by {what}:", ""]
-        lines.append(table_line(["method", *(f"{part} ({count:,} users)" for part, count in parts.items())]))
-        lines.append(table_line(["---"] * (len(parts) + 1)))
-        for name, row in rows.items():
-            if row["num_seeds"]:
-                values = [f"{row['slices'][what][part]['recall@10']:.4f}" for part in parts]
-                lines.append(table_line([label(name, row), *values]))
-    return "\n".join([*lines, "", *notes(results)]) + "\n"
+        test = {name: f"{value:.4f}" for name, value in popular["test"].items()}
+        kept = [f"{popular['test_seen_kept'][name]:.4f}" for name in KEPT]
+        before, after = ([test[name] for name in names] for names in (first, more))
+        lines.append(["popularity", "", *before, "", "", "", *kept, *after])
+    return Table(head, lines)
+
+
+def cost_table(rows: dict[str, Any]) -> Table:
+    """What finished rows took."""
+    head = ["method", "parameters", "s / epoch", "targets / s", "epochs", "best epoch", "minutes in all"]
+    return Table(
+        [*head, "peak MiB"],
+        [
+            [
+                label(name, row),
+                f"{row['num_parameters']:,}",
+                f"{row['seconds_per_epoch']:.1f}",
+                f"{row['targets_per_second']:,.0f}",
+                f"{row['epochs']:.0f}",
+                f"{row['best_epoch']:.0f}",
+                f"{row['seconds'] / 60:.1f}",
+                f"{row['peak_memory_bytes'] / 2**20:,.0f}",
+            ]
+            for name, row in rows.items()
+        ],
+    )
 
 
 def notes(results: dict[str, Any]) -> list[str]:
     """What a reader must know to trust the figures."""
-    jobs, where = results["jobs"], results["machine"]
-    trained = f"Machine: {where}; {jobs} trained at a time" if jobs else f"Summed up on {where}"
-    return [
-        f"{results['num_users']:,} users, {results['num_items']:,} items, split {results['split']}; every "
-        "item is ranked, items of the history left out unless 'seen kept'. ± is the standard deviation over "
-        "seeds; intervals (95 %) and p (paired t-test, corrected by Holm) are over users, of the mean over "
-        "seeds. Settings are to be chosen by the validation column, not by what test items say.",
+    found = [
+        comparison.protocol(results),
+        "Items of the history are left out, unless 'seen kept'.",
         *how_epochs_were_chosen(results["rows"]),
-        f"{trained}. Command: {results['command']}",
     ]
+    if rate := (results.get("ties") or {}).get("tie_rate"):
+        found.append(
+            f"{rate:.1%} of neighbouring interactions carry the same time; order: {results['ties']['order']}."
+        )
+    return [*found, comparison.provenance(results)]
 
 
 def how_epochs_were_chosen(rows: dict[str, Any]) -> list[str]:
@@ -118,10 +171,6 @@ def how_epochs_were_chosen(rows: dict[str, Any]) -> list[str]:
     return [f"{', '.join(names)} {what}." for what, names in found.items()]
 
 
-def table_line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def ordered(rows: dict[str, Any]) -> dict[str, Any]:
     """Rows by test ndcg@10, best first; missing ones last."""
 
@@ -129,115 +178,3 @@ def ordered(rows: dict[str, Any]) -> dict[str, Any]:
         return -rows[name]["test"]["ndcg@10"]["mean"] if rows[name]["num_seeds"] else 1.0
 
     return {name: rows[name] for name in sorted(rows, key=key)}
-
-
-def page(results: dict[str, Any]) -> str:
-    """One HTML page with the table and the plots."""
-    rows = {name: row for name, row in ordered(results["rows"]).items() if row["num_seeds"]}
-    with drawing():
-        charts = {
-            "quality": quality_chart(rows),
-            "cost": cost_chart(rows),
-            "slices": {what: slice_chart(rows, what, parts) for what, parts in results["slices"].items()},
-            "curves": validation_chart(rows),
-            "parts": {
-                label(name, row): part_curves(row["log"])
-                for name, row in rows.items()
-                if any(entry.get("parts") for entry in row["log"])
-            },
-        }
-    return (
-        environment(Path(__file__).parent)
-        .get_template("compare.html.j2")
-        .render(
-            rows=ordered(results["rows"]),
-            columns=COLUMNS,
-            more_columns=MORE_COLUMNS,
-            label=label,
-            spread=spread_text,
-            difference=difference,
-            popularity=results.get("popularity"),
-            reference=results["reference"],
-            charts=charts,
-            notes=notes(results),
-            ties=results.get("ties"),
-            version=__version__,
-        )
-    )
-
-
-def quality_chart(rows: dict[str, Any]) -> str:
-    """Dots for means, bars for one standard deviation over seeds; SVG."""
-    figure, axes = plt.subplots(figsize=(6, 0.7 + 0.28 * len(rows)))
-    place = np.arange(len(rows))[::-1]
-    for offset, metric in ((0.12, "recall@10"), (-0.12, "ndcg@10")):
-        figures = [row["test"][metric] for row in rows.values()]
-        axes.errorbar(
-            [found["mean"] for found in figures],
-            place + offset,
-            xerr=[found["sd"] or 0 for found in figures],
-            fmt="o",
-            markersize=4,
-            label=metric,
-        )
-    axes.set_yticks(place, [label(name, row) for name, row in rows.items()])
-    axes.set_ylim(-0.5, len(rows) - 0.5)
-    axes.set_xlim(left=0)
-    axes.grid(axis="x", alpha=0.3)
-    legend_above(axes)
-    return svg(figure)
-
-
-def cost_chart(rows: dict[str, Any]) -> str:
-    """Quality against training time, both as measured; SVG."""
-    figure, axes = plt.subplots(figsize=(6, 3))
-    for name, row in rows.items():
-        minutes = row["seconds"] / 60
-        axes.plot(minutes, row["test"]["ndcg@10"]["mean"], "o", markersize=5)
-        axes.annotate(
-            name,
-            (minutes, row["test"]["ndcg@10"]["mean"]),
-            xytext=(5, 2),
-            textcoords="offset points",
-            fontsize=8,
-        )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("minutes of training, one seed")
-    axes.set_ylabel("ndcg@10")
-    return svg(figure)
-
-
-def slice_chart(rows: dict[str, Any], what: str, parts: dict[str, int]) -> str:
-    """recall@10 of every row in each slice of users; SVG."""
-    figure, axes = plt.subplots(figsize=(6, 2.8))
-    place = np.arange(len(parts))
-    colours = line_colours(len(rows))
-    for number, (name, row) in enumerate(rows.items()):
-        values = [row["slices"][what][part]["recall@10"] for part in parts]
-        axes.plot(place, values, marker="o", markersize=3, color=colours[number], label=label(name, row))
-    axes.set_xticks(place, [f"{part}\n{count:,} users" for part, count in parts.items()])
-    axes.set_xlabel(what)
-    axes.set_ylabel("recall@10")
-    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    return svg(figure)
-
-
-def validation_chart(rows: dict[str, Any]) -> str:
-    """Validation ndcg@10 over epochs, first seed of every row; SVG."""
-    figure, axes = plt.subplots(figsize=(6, 2.8))
-    colours = line_colours(len(rows))
-    for number, (name, row) in enumerate(rows.items()):
-        shown = [entry for entry in row["log"] if "valid_ndcg@10" in entry]
-        axes.plot(
-            [entry["epoch"] for entry in shown],
-            [entry["valid_ndcg@10"] for entry in shown],
-            color=colours[number],
-            label=label(name, row),
-        )
-    epochs_along(axes)
-    axes.set_ylabel("valid ndcg@10")
-    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    return svg(figure)

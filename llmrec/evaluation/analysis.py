@@ -34,23 +34,29 @@ def by_group(
     rankings: dict[str, Ranking], targets: Targets, group_of_item: np.ndarray, ks: tuple[int, ...]
 ) -> dict[str, Any]:
     """Metrics of every method over the users whose target is in each group of items."""
-    group = group_of_item[targets.item]
-    return {
-        name: _slice(rankings, group == number, ks)
-        for number, name in enumerate(GROUPS)
-        if (group == number).any()
-    }
+    parts = parts_by_group(np.array(GROUPS)[group_of_item[targets.item]])
+    return {name: _slice(rankings, chosen, ks) for name, chosen in parts.items()}
 
 
 def by_length(rankings: dict[str, Ranking], targets: Targets, ks: tuple[int, ...]) -> dict[str, Any]:
     """Metrics of every method over users with histories of each length, in items."""
-    length = targets.stop - targets.start
-    found = {}
-    for low, high in LENGTHS:
-        chosen = (length >= low) & (length <= (length.max() if high is None else high))
-        if chosen.any():
-            found[f"{low}+" if high is None else f"{low}-{high}"] = _slice(rankings, chosen, ks)
-    return found
+    parts = parts_by_length(targets.stop - targets.start)
+    return {name: _slice(rankings, chosen, ks) for name, chosen in parts.items()}
+
+
+def parts_by_group(group: np.ndarray) -> dict[str, np.ndarray]:
+    """Which users' target is in each group of items, bool (U,), from the names of the groups (U,)."""
+    masks = {name: group == name for name in GROUPS}
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def parts_by_length(length: np.ndarray) -> dict[str, np.ndarray]:
+    """Which users have a history of each length, bool (U,), from lengths in items (U,)."""
+    masks = {
+        f"{low}+" if high is None else f"{low}-{high}": (length >= low) & (high is None or length <= high)
+        for low, high in LENGTHS
+    }
+    return {name: mask for name, mask in masks.items() if mask.any()}
 
 
 def _slice(rankings: dict[str, Ranking], chosen: np.ndarray, ks: tuple[int, ...]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import METRICS, per_user
 from llmrec.evaluation.rankings import key_of, ranks_in
-from llmrec.evaluation.tables import difference_cells, mean_and_spread, spread_text
+from llmrec.evaluation.tables import Table, difference_cells, mean_and_spread, spread_text
 from llmrec.finished import load
 
 KS = (5, 10, 20)
@@ -120,10 +120,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     metrics = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20")
     head = ["", "runs", "learned from", *metrics, f"ndcg@10 minus {rows[0]['name']} (95 % interval)", "p"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        cells = [row["name"], str(row["runs"]), row["trained_on"]]
-        cells += [spread_text(row[metric]) for metric in metrics]
-        cells += difference_cells(row)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = [
+        [
+            *(row["name"], str(row["runs"]), row["trained_on"]),
+            *(spread_text(row[metric]) for metric in metrics),
+            *difference_cells(row),
+        ]
+        for row in rows
+    ]
+    return Table(head, lines).markdown()

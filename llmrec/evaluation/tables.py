@@ -3,7 +3,28 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text, to be read as Markdown or on a page."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    """Cells; where a row has fewer than the head, the others are blank"""
+
+    def lines(self) -> list[list[str]]:
+        """The rows with all their cells."""
+        return [[*row, *[""] * (len(self.head) - len(row))] for row in self.rows]
+
+    def markdown(self, *, code: bool = False) -> str:
+        """The table, first cells as code if asked for."""
+        rows = [[f"`{first}`" if code else first, *rest] for first, *rest in self.lines()]
+        lines = [self.head, ["---"] * len(self.head), *rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def fine_tuned_in(metrics: dict[str, Any]) -> str:

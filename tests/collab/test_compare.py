@@ -187,9 +187,8 @@ def test_the_table_and_the_page_show_what_is_there_and_what_is_missing(finished)
     assert "0 of 2" in lines[0] and "missing" in lines[0]
     assert "| sasrec (ce) | 2 of 2 |" in text and "ndcg@10 minus sasrec" in text
     shown = page(results)
-    assert (
-        shown.count("<svg") >= 5 and "missing" in shown and "http" not in shown.replace("http://www.w3", "")
-    )
+    assert shown.count("<svg") == 6, "quality, differences, cost, two slices, validation"
+    assert "missing" in shown and "http" not in shown.replace("http://www.w3", "")
     assert label("sasrec-bce", {"loss": "bce"}) == "sasrec-bce"
 
 
