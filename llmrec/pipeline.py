@@ -27,6 +27,7 @@ from llmrec.config import as_dict, changed_settings, without_incidental
 from llmrec.contents import content_digests
 from llmrec.encoders.config import PICTURES
 from llmrec.errors import (
+    ConfigError,
     MissingArtifactError,
     StaleArtifactError,
 )
@@ -40,7 +41,7 @@ from llmrec.manifest import (
     sha256,
     write_manifest,
 )
-from llmrec.stages import STAGES, Stage, in_order
+from llmrec.stages import COMMANDS, STAGES, Stage, in_order
 from llmrec.storage import locked, open_like_folder, unfinished, writing
 
 logger = logging.getLogger("llmrec")
@@ -48,23 +49,28 @@ logger = logging.getLogger("llmrec")
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "safetensors")
 
 
-def run(recipe: Any, run_dir: RunDir, *, until: str | None = None) -> Report | None:
+def run(recipe: Any, run_dir: RunDir | str | Path, *, until: str | None = None) -> Report | None:
     """Run, in order, every stage that run_dir does not already hold.
 
     Args:
         recipe: a `llmrec.recipe.Recipe`.
-        run_dir: where stages keep their output.
+        run_dir: where stages keep their output, a sub-folder each.
         until: name of the last stage to run; None runs all.
 
     Returns:
         The evaluation report, or None if `until` stopped the run before it.
 
     Raises:
+        ConfigError: there is no stage named `until`.
         LlmrecError: a stage cannot be computed, or a later one could not with these data.
     """
+    if not isinstance(run_dir, RunDir):
+        run_dir = RunDir(run_dir)
     made: dict[str, Any] = {}
     names = [stage.name for stage in in_order(recipe)]
     if until is not None:
+        if until not in names:
+            raise ConfigError(f"until must be one of {', '.join(names)}, got {until!r}")
         names = names[: names.index(until) + 1]
     for name in names:
         stage = STAGES[name]
@@ -85,8 +91,8 @@ def run(recipe: Any, run_dir: RunDir, *, until: str | None = None) -> Report | N
 class RunDir:
     """A folder with one sub-folder per finished stage."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
 
     def stage(self, stage: Stage | Callable[..., Any], config: Any, *inputs: Any) -> Any:
         """What the stage makes of the config and inputs, from disk if this run has already computed it."""
@@ -94,26 +100,35 @@ class RunDir:
         return run_stage(stage, config, inputs, self.root / name)
 
 
-def run_stage(stage: Stage | Callable[..., Any], config: Any, inputs: tuple[Any, ...], folder: Path) -> Any:
+def run_stage(
+    stage: Stage | str | Callable[..., Any], config: Any, inputs: tuple[Any, ...], folder: str | Path
+) -> Any:
     """Compute one stage into folder unless folder already holds it, and load the result.
 
     Under several processes, only the main one computes and writes, unless the function is marked
     `distributed.every_process`; all of them load.
 
     Args:
-        stage: one of `stages.COMMANDS`, whose libraries are imported only if there is something to compute;
-            or a function, whose return type is the artefact.
+        stage: one of `stages.COMMANDS` or its name, whose libraries are imported only if there is something
+            to compute; or a function, whose return type is the artefact.
         config: its settings.
-        inputs: the artefacts it reads.
+        inputs: the artefacts it reads, in the order of `Stage.inputs`.
         folder: where its output lies.
 
     Raises:
+        ConfigError: there is no stage of this name; or its settings or inputs are of another one.
         StaleArtifactError: if the folder was made with another config or other inputs.
         BusyError: if another process is computing it.
         MissingArtifactError: if the folder holds something else, or is damaged.
         KeyboardInterrupt: says what is kept.
     """
+    folder = Path(folder)
+    if isinstance(stage, str):
+        if stage not in COMMANDS:
+            raise ConfigError(f"there is no stage {stage!r}, but {', '.join(COMMANDS)}")
+        stage = COMMANDS[stage]
     if isinstance(stage, Stage):
+        check_given(stage, config, inputs)
         name, artifact = stage.name, stage.artifact_class()
     else:
         name, artifact = stage.__name__, typing.get_type_hints(stage)["return"]
@@ -131,6 +146,16 @@ def run_stage(stage: Stage | Callable[..., Any], config: Any, inputs: tuple[Any,
     except KeyboardInterrupt as error:
         error.args = ("finished stages are kept; the same command goes on from there",)
         raise
+
+
+def check_given(stage: Stage, config: Any, inputs: tuple[Any, ...]) -> None:
+    """Refuse settings and inputs of another stage, by what they are."""
+    if not isinstance(config, stage.config):
+        raise ConfigError(f"{stage.name} takes a {stage.config.__name__}, got {type(config).__name__}")
+    wanted = [COMMANDS[name].artifact_class() for name in stage.made_from(config)]
+    if [type(one) for one in inputs] != wanted:
+        named, got = (", ".join(kind.__name__ for kind in kinds) for kinds in (wanted, map(type, inputs)))
+        raise ConfigError(f"{stage.name} reads ({named}), in this order, got ({got})")
 
 
 def compute(

@@ -110,12 +110,13 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
         push_run(root, options.push_to_hub)
 
 
-def recipe_of(path: Path) -> Recipe:
+def recipe_of(path: str | Path) -> Recipe:
     """The recipe that a file defines.
 
     Raises:
         ConfigError: no such file, or it defines none.
     """
+    path = Path(path)
     if not path.is_file() or path.suffix != ".py":
         raise ConfigError(f"{path}: no such recipe; give a Python file such as recipes/mme_sid_sample.py")
     sys.path.insert(0, str(path.resolve().parent))
@@ -166,7 +167,8 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--preset",
         choices=PRESETS,
-        help="settings of learn_semantic_ids and finetune as in the paper, or the published code",
+        help="put the settings of the paper, or of the published code, in place of all that the recipe has for "
+        "learn_semantic_ids and finetune, base model included; --set changes them (default: the recipe's own)",
     )
     made.add_argument(
         "--refit",
@@ -204,10 +206,11 @@ TABLE_4: dict[str | None, dict[str, dict[str, Any]]] = {
 
 
 def with_preset(recipe: Recipe, name: str | None) -> Recipe:
-    """The recipe with the settings of that name wherever a stage has some, those of its data set included."""
-    if name is None:
+    """The recipe with the settings of that name wherever a stage has some, those of its data set included;
+    ``default`` and None leave it as it is."""
+    if name in (None, "default"):
         return recipe
-    own = TABLE_4.get(recipe.prepare_data.category, {}) if name != "default" else {}
+    own = TABLE_4.get(recipe.prepare_data.category, {})
     return replace(
         recipe,
         learn_semantic_ids=replace(ID_PRESETS[name], **own.get("learn_semantic_ids", {})),

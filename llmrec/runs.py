@@ -3,7 +3,7 @@
 run = Run("runs/mme_sid_sample")
 run.report.metrics["rows"]["sasrec"]["ndcg@10"]
 run.per_user()["ndcg@10"]                   # one number a user, of what was fine-tuned
-run.recommender().recommend([["P001"]])
+run.recommender().recommend([run.history("U0001")])
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Report, SemanticIds
+from llmrec.errors import DataError
 from llmrec.evaluation.metrics import per_user
 from llmrec.evaluation.rankings import ranks_of
 from llmrec.finished import load, require_run
@@ -74,6 +75,28 @@ class Run:
     def report(self) -> Report:
         """Metrics, and ranks of every user (evaluate)."""
         return self._load(Report)
+
+    def history(self, user: str) -> list[str]:
+        """What a user interacted with, raw ids in order, validation and test items included.
+
+        Args:
+            user: raw id.
+
+        Raises:
+            DataError: there is no such user.
+        """
+        data = self.data
+        if user not in self._places:
+            raise DataError(
+                f"{user!r} is none of this run's {data.num_users:,} users; prepare_data leaves out those "
+                "with few interactions (prepare_data.k_core)"
+            )
+        place = self._places[user]
+        return [data.raw_ids[item - 1] for item in data.item[data.offset[place] : data.offset[place + 1]]]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {user: place for place, user in enumerate(self.data.user_raw_ids)}
 
     def ranks(self, method: str | None = None) -> np.ndarray:
         """The rank of every user's target by a method, 1 the best, float64 (U,); ties in the middle.

@@ -6,8 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tiny_recipe
 
-from llmrec.errors import ConfigError, MissingArtifactError
+import llmrec
+from llmrec.data.config import PrepareDataConfig
+from llmrec.errors import ConfigError, DataError, MissingArtifactError
+from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.rankings import key_of
 from llmrec.inference.recommender import Recommender
 from llmrec.interactions import Interactions
@@ -67,3 +71,57 @@ def test_what_is_no_run_is_said_to_be_none(finished, tmp_path):
     (tmp_path / "prepare_data").symlink_to(finished / "prepare_data")
     with pytest.raises(MissingArtifactError, match="evaluate"):
         Run(tmp_path).report  # noqa: B018
+
+
+def test_a_users_history_is_what_the_data_say(finished):
+    run = llmrec.Run(finished)
+    sequences = run.data.sequences("train", "valid", "test")
+    for place in (0, 7, 119):
+        user = run.data.user_raw_ids[place]
+        items = sequences.item[sequences.offset[place] : sequences.offset[place + 1]]
+        assert run.history(user) == [run.data.raw_ids[item - 1] for item in items] != []
+    with pytest.raises(DataError, match="'nobody' is none of this run's 120 users"):
+        run.history("nobody")
+
+
+def test_a_run_is_made_in_python_by_names_and_paths_as_text(finished, tmp_path):
+    recipe = tiny_recipe.tiny()
+    with pytest.raises(ConfigError, match=r"until must be one of prepare_data, .*, got 'tune'"):
+        llmrec.run(recipe, str(tmp_path / "run"), until="tune")
+    assert llmrec.run(recipe, str(tmp_path / "run"), until="prepare_data") is None
+    data = llmrec.Run(str(tmp_path / "run")).data
+    again = llmrec.run_stage("prepare_data", recipe.prepare_data, (), str(tmp_path / "run" / "prepare_data"))
+    assert again.catalog == data.catalog
+    collab = llmrec.run_stage("train_collab", recipe.train_collab, (data,), str(tmp_path / "collab"))
+    assert collab.vectors.shape[0] == data.num_items + 1
+    text = len(repr(llmrec.Run(finished).adapter))
+    assert text < 2000
+
+
+@pytest.mark.parametrize(
+    ("stage", "config", "message"),
+    [
+        (
+            "finetune_all",
+            PrepareDataConfig(),
+            "there is no stage 'finetune_all', but prepare_data",
+        ),
+        ("prepare_data", EvaluateConfig(), "prepare_data takes a PrepareDataConfig, got EvaluateConfig"),
+        (
+            "evaluate",
+            EvaluateConfig(),
+            r"evaluate reads \(Interactions, .*Adapter\), in this order, got",
+        ),
+    ],
+)
+def test_what_belongs_to_another_stage_is_refused(stage, config, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        llmrec.run_stage(stage, config, (), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_name_that_is_not_there_is_answered_by_those_that_are():
+    with pytest.raises(AttributeError, match="it has Recipe, Recommender, Run, recipe_of, run, run_stage"):
+        llmrec.fit  # noqa: B018
+    for name in llmrec.PUBLIC:
+        assert getattr(llmrec, name).__name__ == name

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmrec.files import load_tensors, read_json, read_jsonl, write_json, write_jsonl
+from llmrec.shown import Shown
 
 PER_ITEM = ("target_table", "table", "train_count")
 """Last parts of the names of those heads that have one row per item."""
@@ -20,8 +21,8 @@ def per_item(name: str) -> bool:
     return name.rpartition(".")[2] in PER_ITEM
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adapter:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Adapter(Shown):
     """The trained weights of MME-SID; made by finetune.
 
     Files: heads.safetensors (item tokens, gate, target table), log.jsonl, llmrec_config.json, either
