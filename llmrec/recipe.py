@@ -167,8 +167,8 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--preset",
         choices=PRESETS,
-        help="put the settings of the paper, or of the published code, in place of all that the recipe has for "
-        "learn_semantic_ids and finetune, base model included; --set changes them (default: the recipe's own)",
+        help="put the settings of the paper, or of the published code, in place of all that the recipe has "
+        "for learn_semantic_ids and finetune, base model included; --set changes them (default: no change)",
     )
     made.add_argument(
         "--refit",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import runpy
 import shlex
@@ -132,25 +133,32 @@ def test_commands_for_a_trained_recommender_are_accepted():
 
 
 def test_the_python_example_runs(packaged, finished, tmp_path):
-    """As it stands, with the tiny recipe's package, ids and a picture of its own."""
+    """As it stands, with the tiny recipe, its package and ids."""
     examples = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     example = "".join(examples)
     from llmrec.finished import load
     from llmrec.interactions import Interactions
 
     data = load(Interactions, finished / "prepare_data")
+    recipe = tmp_path / "small.py"
+    recipe.write_text("from tiny_recipe import tiny as recipe\n")
     for old, new in (
         ("runs/mme_sid_sample", str(finished)),
         ('"market"', repr(str(packaged))),
         ("market_and_more", str(tmp_path / "more")),
         ("P001", data.raw_ids[0]),
         ("P002", data.raw_ids[1]),
-        ("drum.png", str(data.image_file(1))),
+        ("recipes/mme_sid_sample.py", str(recipe)),
+        ('"runs/py', f'"{tmp_path}/py'),
     ):
         assert old in example
         example = example.replace(old, new)
     script = tmp_path / "example.py"
     script.write_text(example)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT)
+    known = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": known},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
