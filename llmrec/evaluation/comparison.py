@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,13 +120,9 @@ def slice_sections(rows: Sequence[Compared], counts: Mapping[str, Mapping[str, i
     for what, parts in counts.items():
         head = ["method", *(f"{part} ({count:,} users)" for part, count in parts.items())]
         cells = [[row.name, *(f"{row.slices[what][part]:.4f}" for part in parts)] for row in rows]
-        charts = [_bound(slice_chart, rows, what, parts)] if rows else []
+        charts = [functools.partial(slice_chart, rows, what, list(parts))] if rows else []
         found.append(Section(title=f"recall@10 by {what}", table=Table(head, cells), charts=charts))
     return found
-
-
-def _bound(draw: Callable[..., str], *arguments: Any) -> Chart:
-    return lambda: draw(*arguments)
 
 
 def quality_chart(rows: Sequence[Compared]) -> str:
@@ -187,14 +184,14 @@ def cost_chart(rows: Sequence[Compared]) -> str:
     return svg(figure)
 
 
-def slice_chart(rows: Sequence[Compared], what: str, parts: Mapping[str, int]) -> str:
+def slice_chart(rows: Sequence[Compared], what: str, parts: Sequence[str]) -> str:
     """recall@10 of every row in each slice of users; SVG."""
     figure, axes = plt.subplots(figsize=(6, 2.8))
     place = np.arange(len(parts))
     for row, colour in zip(rows, line_colours(len(rows))):
         values = [row.slices[what][part] for part in parts]
         axes.plot(place, values, marker="o", markersize=3, color=colour, label=row.name)
-    axes.set_xticks(place, [f"{part}\n{count:,} users" for part, count in parts.items()])
+    axes.set_xticks(place, list(parts))
     axes.set_xlabel(what)
     axes.set_ylabel("recall@10")
     _legend_beside(axes)
@@ -211,7 +208,8 @@ def validation_chart(rows: Sequence[Compared], along: str) -> str:
     rows = [row for row in rows if row.validation]
     figure, axes = plt.subplots(figsize=(6, 2.8))
     for row, colour in zip(rows, line_colours(len(rows))):
-        axes.plot(*zip(*row.validation), marker="o", markersize=2, color=colour, label=row.name)
+        few = len(row.validation) < 20
+        axes.plot(*zip(*row.validation), marker="." if few else None, color=colour, label=row.name)
     axes.set_xlabel(along)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_ylabel(f"valid {MAIN}")
