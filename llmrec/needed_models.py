@@ -18,6 +18,9 @@ from llmrec.recipe import Recipe
 INDEX = "model.safetensors.index.json"
 """Which part of a large model's weights holds what."""
 
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+"""Files of which a tokenizer has one at least."""
+
 SECONDS = 5.0
 """How long the Hub is waited for."""
 
@@ -88,8 +91,7 @@ def lacking(where: str, folder: Path) -> str | None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return f"model.safetensors, nor an {INDEX} that can be read"
         wanted += sorted(set(map(str, shards)))
-    tokenizers = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
-    if where == "finetune.base_model" and not any((folder / name).is_file() for name in tokenizers):
+    if where == "finetune.base_model" and not any((folder / name).is_file() for name in TOKENIZERS):
         return "tokenizer"
     return next((name for name in wanted if not (folder / name).is_file()), None)
 
@@ -115,6 +117,24 @@ def hidden_size(config: FinetuneConfig) -> int | None:
     except (OSError, ValueError, AttributeError):
         return None  # whoever loads the model says what is wrong with it
     return width if isinstance(width, int) else None
+
+
+def tokenizer_folder(config: FinetuneConfig) -> Path | None:
+    """Where the base model's tokenizer is on this machine: its folder, or that of the Hub's cache; None where
+    it is not here, or the base model has none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    folder = Path(config.base_model)
+    if config.is_mini:
+        return None
+    if folder.is_dir():
+        return folder if any((folder / name).is_file() for name in TOKENIZERS) else None
+    try:
+        found = try_to_load_from_cache(config.base_model, "tokenizer_config.json", revision=config.revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def is_whole(where: str, model: str, revision: str | None) -> bool:

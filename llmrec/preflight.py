@@ -12,8 +12,9 @@ from pathlib import Path
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError, DataError
 from llmrec.findings import Finding
+from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.method_table import method_of
-from llmrec.needed_models import hidden_size, models
+from llmrec.needed_models import hidden_size, models, tokenizer_folder
 from llmrec.own import check_takes, is_own
 from llmrec.recipe import Recipe
 from llmrec.stages import STAGES
@@ -169,14 +170,8 @@ def contents(recipe: Recipe) -> Iterator[Finding]:
 
 def fine_tuning(recipe: Recipe) -> Iterator[Finding]:
     """The template, what needs a GPU, and widths that must agree."""
-    from llmrec.finetune.prompt import read_template
-
     config = recipe.finetune
-    try:
-        read_template(config.prompt)
-        yield Finding("ok", f"finetune.prompt={config.prompt}")
-    except ConfigError as error:
-        yield Finding("problem", str(error), "set finetune.prompt")
+    yield template(config)
     needs_gpu = [
         f"finetune.{name}={value}"
         for name, value in (("attention", "flex"), ("kernels", "liger"))
@@ -207,6 +202,47 @@ def fine_tuning(recipe: Recipe) -> Iterator[Finding]:
             "can measure nothing in finetune",
             "set finetune.eval_every_epochs=0 and finetune.select=last, or leave it out",
         )
+
+
+def template(config: FinetuneConfig) -> Finding:
+    """Whether the template can be read, and its markers are tokens of the base model, if that has a tokenizer
+    and it is on this machine; loads no more than that."""
+    from llmrec.finetune.prompt import read_template
+
+    try:
+        read_template(config.prompt)
+    except ConfigError as error:
+        return Finding("problem", str(error), "set finetune.prompt")
+    folder = tokenizer_folder(config)
+    problem = None if folder is None else in_tokens_of(config, folder)
+    return problem or Finding("ok", f"finetune.prompt={config.prompt}")
+
+
+def in_tokens_of(config: FinetuneConfig, folder: Path) -> Finding | None:
+    """What is wrong with the template in the tokens of the base model, or with these, if anything.
+
+    Args:
+        config: settings.
+        folder: with the tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    from llmrec.finetune.base_model import NOT_LOADABLE
+    from llmrec.finetune.prompt import tokenize
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (*NOT_LOADABLE, KeyError, TypeError) as error:
+        if not Path(config.base_model).is_dir():
+            return None  # files that the cache lacks are fetched by the run
+        said = f"the tokenizer of finetune.base_model={config.base_model} cannot be loaded: {error!r:.100}"
+        return Finding("problem", said, "give a complete model")
+    try:
+        tokenize(config.prompt, tokenizer)
+    except ConfigError as error:
+        what, _, advice = str(error).partition("; ")
+        return Finding("problem", what.replace("this base model", config.base_model), advice)
+    return None
 
 
 def modalities(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:

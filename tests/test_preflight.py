@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+from pathlib import Path
 
 import pytest
+from backbones import save_backbone
+from huggingface_hub import constants
 from tiny_recipe import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from llmrec import cli, network, pipeline
 from llmrec.config import override
@@ -15,7 +20,7 @@ from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEn
 from llmrec.errors import ConfigError
 from llmrec.estimate import estimate
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
-from llmrec.preflight import in_the_way
+from llmrec.preflight import in_the_way, template
 from llmrec.recipe import Recipe, main
 from llmrec.stages import STAGES
 
@@ -206,3 +211,66 @@ def test_stages_that_do_not_go_together_are_told_before_the_first_one(settings, 
     found = problems(recipe, *STAGES)
     assert len(found) == 1 and said in found[0]
     assert problems(tiny(), *STAGES) == []
+
+
+def save_tokenizer(folder: Path, *special: str) -> Path:
+    """A tokenizer with these special tokens."""
+    words = ["<unk>", "user", *special]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    made.add_special_tokens({"additional_special_tokens": list(special)})
+    made.save_pretrained(folder)
+    return folder
+
+
+def with_prompt(base: object, prompt: str) -> FinetuneConfig:
+    return dataclasses.replace(with_base(str(base)).finetune, prompt=prompt)
+
+
+def test_a_template_in_another_base_models_format_is_a_problem(tmp_path):
+    save_tokenizer(tmp_path, "<|im_start|>", "<|im_end|>")
+    found = template(with_prompt(tmp_path, "chat"))
+    assert found.status == "problem"
+    assert found.what == f"finetune.prompt=chat uses <|begin_of_text|>, which is not a token of {tmp_path}"
+    assert "(of chat, chatml, compact, gemma, mistral, official17 these do: chatml, compact)" in found.advice
+    assert template(with_prompt(tmp_path, "chatml")).status == "ok"
+    own = tmp_path / "own.toml"
+    own.write_text("text = '<|im_start|>{history}<|im_over|>'")
+    assert "uses <|im_over|>, which is not a token" in template(with_prompt(tmp_path, str(own))).what
+
+
+def test_templates_of_every_family_fit_by_their_own_markers(tmp_path):
+    save_tokenizer(tmp_path / "gemma", "<bos>", "<start_of_turn>", "<end_of_turn>")
+    save_tokenizer(tmp_path / "mistral", "<s>", "[INST]")
+    for family in ("gemma", "mistral"):
+        assert f"these do: compact, {family})" in template(with_prompt(tmp_path / family, "chat")).advice
+
+
+def test_a_tokenizer_in_the_cache_is_read_and_none_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    config = with_prompt("ann/qwen", "chat")
+    assert template(config).status == "ok", "it is not here, so nothing is known of it"
+    commit = "0" * 40
+    (tmp_path / "models--ann--qwen" / "refs").mkdir(parents=True)
+    (tmp_path / "models--ann--qwen" / "refs" / "main").write_text(commit)
+    folder = save_tokenizer(tmp_path / "models--ann--qwen" / "snapshots" / commit, "<|im_start|>")
+    assert template(config).what.endswith("which is not a token of ann/qwen")
+    (folder / "tokenizer.json").unlink()
+    assert template(config).status == "ok", "the run fetches the rest"
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]"])
+def test_a_tokenizer_that_cannot_be_read_is_a_problem(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    found = template(with_prompt(tmp_path, "chat"))
+    assert found.what.startswith(f"the tokenizer of finetune.base_model={tmp_path} cannot be loaded: ")
+
+
+def test_a_template_that_does_not_fit_keeps_a_run_from_beginning(tmp_path, capsys):
+    base = save_backbone(tmp_path / "base")
+    settings = [f"finetune.base_model={base}", "finetune.prompt=chatml", "finetune.project_codes=true"]
+    with pytest.raises(SystemExit) as left:
+        main(tiny, ["--run-dir", str(tmp_path / "run"), "--set", *settings])
+    assert left.value.code == 2 and not (tmp_path / "run").exists()
+    assert "finetune.prompt=chatml uses <|im_start|>, which is not a token of" in capsys.readouterr().err

@@ -23,6 +23,8 @@ else:
 SLOT = "{history}"
 WORD = re.compile(r"<\|\w+\|>|\w+|[^\w\s]")
 MARKER = re.compile(r"<\|\w+\|>")
+SPECIAL = re.compile(r"<\|?\w+\|?>")
+"""What stands for one token in the chat format of any family, such as ``<bos>``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +71,29 @@ def tokenize(name: str, tokenizer: Any) -> Prompt:
     """
     before, after = read_template(name)
     for marker in MARKER.findall(before + after):
-        if len(tokenizer(marker, add_special_tokens=False).input_ids) != 1:
+        if not is_token(marker, tokenizer):
             raise ConfigError(
-                f"prompt {name!r} uses {marker}, which is not a token of this base model. Write a "
-                "template in the base model's own format and give its path as finetune.prompt"
+                f"finetune.prompt={name} uses {marker}, which is not a token of this base model; set "
+                f"finetune.prompt to one that fits (of {', '.join(shipped())} these do: "
+                f"{', '.join(fitting(tokenizer))}), or to the path of a template of your own in the base "
+                "model's format"
             )
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     return Prompt(instruction=encode(before), response=encode(after), vocab_size=len(tokenizer))
+
+
+def is_token(marker: str, tokenizer: Any) -> bool:
+    """Whether a marker is one token."""
+    return len(tokenizer(marker, add_special_tokens=False).input_ids) == 1
+
+
+def fitting(tokenizer: Any) -> list[str]:
+    """Shipped templates whose markers are all tokens of a tokenizer."""
+    return [
+        name
+        for name in shipped()
+        if all(is_token(marker, tokenizer) for marker in SPECIAL.findall("".join(read_template(name))))
+    ]
 
 
 def tokenize_words(name: str) -> Prompt:
@@ -95,10 +113,17 @@ def _template_path(name: str) -> Path:
         if not path.is_file():
             raise ConfigError(f"finetune.prompt={name!r}: no such file")
         return path
-    package = Path(__file__).resolve().parents[1]
-    folders = [package.parent / "prompts", package / "prompts"]
-    for folder in folders:
+    for folder in _folders():
         if (folder / f"{name}.toml").is_file():
             return folder / f"{name}.toml"
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.toml")})
-    raise ConfigError(f"finetune.prompt={name!r} is unknown; known: {', '.join(known)}, or a .toml path")
+    raise ConfigError(f"finetune.prompt={name!r} is unknown; known: {', '.join(shipped())}, or a .toml path")
+
+
+def shipped() -> list[str]:
+    """Names of the templates that come with the package."""
+    return sorted({path.stem for folder in _folders() for path in folder.glob("*.toml")})
+
+
+def _folders() -> list[Path]:
+    package = Path(__file__).resolve().parents[1]
+    return [package.parent / "prompts", package / "prompts"]
