@@ -57,6 +57,11 @@ def test_methods_have_the_names_of_the_table_too(finished):
         key_of(other, "me")
 
 
+def test_a_device_that_is_not_there_is_named(finished):
+    with pytest.raises(ConfigError, match="device='gpu': expected cpu, cuda or a GPU by its number"):
+        Run(finished).recommender(device="gpu")
+
+
 def test_a_run_recommends_as_its_package_does(finished, packaged):
     mine, theirs = Run(finished).recommender(device="cpu"), Recommender.from_pretrained(packaged)
     histories = [mine.raw_ids[:3], []]

@@ -68,7 +68,7 @@ class Recommender:
             and compares with these, which may miss some: for catalogues of millions (pip install faiss-cpu).
 
     Raises:
-        ConfigError: faiss is not installed.
+        ConfigError: faiss is not installed, or torch can use no such device here.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Recommender:
             raise ConfigError(f"index must be 'exact' or 'faiss', got {index!r}")
         self.index = index
         self.package = package
-        self.device = torch.device(device) if device is not None else default_device()
+        self.device = default_device() if device is None else usable(device)
         self._load()
 
     @classmethod
