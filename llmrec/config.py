@@ -33,6 +33,9 @@ T = TypeVar("T")
 MOST_HINTS = 6
 """Settings named in a hint at most."""
 
+MOST_LISTED = 12
+"""Settings listed at most where none is like the one that was given."""
+
 WORDS = {
     type(None): "none",
     int: "a whole number",
@@ -106,7 +109,8 @@ def typed(cls: type, name: str, value: Any) -> Any:
             return adapter_of(hint).validate_python(value)
         if isinstance(value, group) or (value is None and type(None) in typing.get_args(hint)):
             return value
-        raise ConfigError(f"{getattr(cls, 'prefix', '')}{name}={value!r:.60}: expected a {group.__name__}")
+        wanted = with_article(group.__name__)
+        raise ConfigError(f"{getattr(cls, 'prefix', '')}{name}={value!r:.60}: expected {wanted}")
     except pydantic.ValidationError:
         wanted = in_words(hint) + _meant_choice(str(value), hint)
         before = getattr(cls, "prefix", "") or f"{cls.__name__}."
@@ -145,7 +149,8 @@ def from_dict(cls: type[C], data: dict[str, Any]) -> C:
     hints = type_hints(cls)
     for name, value in data.items():
         if name not in hints:
-            raise ConfigError(f"{cls.__name__} has no field {name!r}{_nearest(name, hints)}")
+            hint = _nearest(name, hints, stage=_stage_of(cls))
+            raise ConfigError(f"{cls.__name__} has no field {name!r}{hint}")
         inner = dataclass_of(hints[name])
         if inner is not None and value is not None:
             values[name] = from_dict(inner, value)
@@ -380,6 +385,11 @@ def in_words(hint: Any) -> str:
     )
 
 
+def with_article(word: str) -> str:
+    """A noun as one of its kind: ``a table``, ``an item``."""
+    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `ConfigError` unless condition holds; for ``__post_init__`` checks."""
     if not condition:
@@ -408,7 +418,7 @@ def _meant(path: str, config: Any, prefix: str) -> str:
     same = [f"{prefix}{known}" for known, _ in flatten(config) if known.rpartition(".")[2] == name]
     if 0 < len(same) <= MOST_HINTS:
         return f"; did you mean {' or '.join(same)}?"
-    return _nearest(path.partition(".")[0], type_hints(type(config)), prefix)
+    return _nearest(path.partition(".")[0], type_hints(type(config)), prefix, _stage_of(config))
 
 
 def _meant_choice(text: str, hint: Any) -> str:
@@ -426,8 +436,27 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return tuple(itertools.chain.from_iterable(map(_choices, typing.get_args(hint))))
 
 
-def _nearest(name: str, known: Any, prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def _stage_of(config: Any) -> str:
+    """Whose settings a config or its class holds; empty if no stage's."""
+    return getattr(config, "prefix", "").partition(".")[0]
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "", stage: str = "") -> str:
+    """What a name that does not exist may stand for: by its initials, its letters, or as a part; else those
+    that there are, or how to list them if they are many.
+
+    Args:
+        name: what was given.
+        known: names that there are.
+        prefix: what stands before them in messages.
+        stage: whose settings they are, if any's.
+    """
+    known = list(known)
+    initials = [one for one in known if "".join(part[:1] for part in one.split("_")) == name]
+    parts = [one for one in known if len(name) > 2 and name in one]
+    close = initials or difflib.get_close_matches(name, known, n=1, cutoff=0.5) or parts
     if close:
-        return f"; did you mean {prefix}{close[0]}?"
-    return f"; known: {', '.join(prefix + other for other in known)}"
+        return f"; did you mean {' or '.join(prefix + one for one in close[:MOST_HINTS])}?"
+    if len(known) <= MOST_LISTED or not stage:
+        return f"; known: {', '.join(prefix + one for one in known)}"
+    return f"; `llmrec {stage} --help` lists the {len(known)} that there are"

@@ -22,6 +22,7 @@ from llmrec.config import (
     override,
     require,
 )
+from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.recipe import Recipe
@@ -165,6 +166,22 @@ def test_a_setting_of_another_group_is_hinted_at():
         assert words in str(caught.value)
 
 
+def test_of_many_settings_a_few_are_named_or_the_command_that_lists_them():
+    for setting, said in (
+        ("finetune.lr", "'finetune.lr'; did you mean finetune.lora_rank or finetune.learning_rate?"),
+        ("finetune.rank", "'finetune.rank'; did you mean finetune.lora_rank?"),
+        ("finetune.zzz", "'finetune.zzz'; `llmrec finetune --help` lists the "),
+        ("finetune.vocab", "'finetune.vocab'; `llmrec finetune --help` lists the "),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            override(Recipe(), {setting: "1"})
+        assert said in str(caught.value) and len(str(caught.value)) < 120
+    with pytest.raises(ConfigError, match=r"'lr'; did you mean lora_rank or learning_rate\?"):
+        override(FinetuneConfig(), {"lr": "1"})
+    with pytest.raises(ConfigError, match=r"no field 'zzz'; `llmrec finetune --help` lists"):
+        from_dict(FinetuneConfig, {"zzz": 1})
+
+
 def test_groups_that_come_with_a_choice_are_not_spelt_out():
     before = {"provider": "sasrec", "sasrec": {"width": 64, "layers": 2}}
     after = {"provider": "gru4rec", "gru4rec": {"width": 32}}
@@ -197,6 +214,13 @@ def test_a_choice_that_does_not_exist_is_refused_with_the_nearest():
         FinetuneConfig(method="mme_sidd")
     with pytest.raises(ConfigError, match=r"train_collab\.provider='sasrecc': .* did you mean sasrec\?"):
         TrainCollabConfig(provider="sasrecc")
+
+
+def test_a_group_is_called_with_its_article():
+    with pytest.raises(ConfigError, match="image='none': expected an ImageEncoderConfig"):
+        EncodeItemsConfig(image="none")
+    with pytest.raises(ConfigError, match="mini=3: expected a MiniConfig"):
+        FinetuneConfig(mini=3)
 
 
 def test_values_that_say_the_same_are_taken_as_from_a_command_line():
