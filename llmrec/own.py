@@ -53,8 +53,23 @@ def own_class(name: str, setting: str) -> Any:
 
 def check_takes(kind: Any, name: str, setting: str, *first: object, **settings: object) -> None:
     """Raise ConfigError unless a class takes these arguments; those by name come from `setting`."""
+    signature = inspect.signature(kind)
     try:
-        inspect.signature(kind).bind(*first, **settings)
+        signature.bind(*first, **settings)
     except TypeError as error:
-        what = f"does not take {', '.join(settings)}" if settings else "needs settings"
-        raise ConfigError(f"{setting}: {name} {what} ({error})") from None
+        what = misfit(list(signature.parameters.values())[len(first) :], list(settings))
+        raise ConfigError(f"{setting}: {name} {what or f'cannot be made ({error})'}") from None
+
+
+def misfit(parameters: list[inspect.Parameter], given: list[str]) -> str:
+    """What names have no parameter, and what parameters have no name; empty if neither is the matter."""
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    takes = {one.name: one for one in parameters if one.kind in by_name}
+    takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
+    unknown = [] if takes_all else [name for name in given if name not in takes]
+    lacks = [name for name, one in takes.items() if one.default is one.empty and name not in given]
+    said = [f"does not take {', '.join(unknown)}"] if unknown else []
+    said += [f"needs {', '.join(lacks)}"] if lacks else []
+    if not said:
+        return ""
+    return f"{' and '.join(said)}; its constructor takes {', '.join(takes) or 'no settings'}"

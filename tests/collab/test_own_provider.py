@@ -106,8 +106,14 @@ def test_cells_of_a_comparison_find_it_beside_the_recipe(tmp_path, monkeypatch, 
         ),
         ("own_models:Bog", {}, r"cannot be imported \(module 'own_models' has no attribute 'Bog'\)"),
         ("own_models:Half", {}, "must be a torch.nn.Module with loss, score, item_embeddings"),
-        ("own_models:Bag", {"width": 3}, r"own_models:Bag does not take num_items, width \(missing"),
-        ("own_models:Bag", {}, "does not take num_items .*embed_dim"),
+        (
+            "own_models:Bag",
+            {"width": 3},
+            "own: own_models:Bag does not take width and needs embed_dim; its constructor takes num_items, "
+            "embed_dim, decay, max_history$",
+        ),
+        ("own_models:Bag", {"embed_dim": 4, "dim": 3}, "own_models:Bag does not take dim; its constructor"),
+        ("own_models:Bag", {}, "own: own_models:Bag needs embed_dim; its constructor takes"),
         ("own_models:Counts", {}, "has no parameters to learn; write its item vectors to a file"),
     ],
 )
