@@ -17,6 +17,7 @@ import functools
 import inspect
 import itertools
 import json
+import os
 import textwrap
 import types
 import typing
@@ -65,13 +66,15 @@ class Settings:
         cls.prefix = f"{path}." if path else cls.prefix
 
     def __post_init__(self) -> None:
-        """Take values as `from_dict` does, so that lists become tuples.
+        """Take values as `from_dict` does, so that lists become tuples, and paths as text.
 
         Raises:
             ConfigError: a value that the field cannot have.
         """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
             if value is not field.default:
                 object.__setattr__(self, field.name, typed(type(self), field.name, value))
 

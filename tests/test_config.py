@@ -22,6 +22,7 @@ from llmrec.config import (
     override,
     require,
 )
+from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig
@@ -262,3 +263,8 @@ def test_settings_that_were_written_down_before_they_were_refused_are_still_read
     before = as_dict(collab)
     before["gmvae"]["temporal_from_epoch"] = 31
     assert from_dict(TrainCollabConfig, before) == collab and changed_settings(before, collab) == []
+
+
+def test_paths_are_taken_as_text(tmp_path):
+    made = PrepareDataConfig(source="table", interactions=tmp_path / "a.csv")
+    assert made.interactions == str(tmp_path / "a.csv")
