@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from llmrec import __version__, tracking
 from llmrec.config import describe
@@ -104,11 +105,11 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="llmrec",
         description="Fine-tune large language models for sequential recommendation (MME-SID).\n\n"
-        "Each verb runs one stage of the pipeline; recipes/ run all of them.",
+        "A command runs one stage of the pipeline, or uses what stages made; recipes/ run all of them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--version", action="version", version=f"llmrec {__version__}")
-    verbs = made.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    verbs = made.add_subparsers(dest="stage", metavar="COMMAND", required=True)
     for stage in COMMANDS.values():
         add_arguments(verbs.add_parser(stage.name, help=stage.summary, **help_of(stage)), stage)
     command.add_parsers(verbs)
@@ -125,24 +126,62 @@ def parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--all", action="store_true", help="also show what is in order")
     for one in (costs, check):
-        one.add_argument("--set", metavar="STAGE.FIELD=VALUE", action="extend", nargs="+", default=[])
+        one.add_argument(
+            "--set",
+            metavar="STAGE.FIELD=VALUE",
+            action="extend",
+            nargs="+",
+            default=[],
+            help="change settings",
+        )
     return made
 
 
 def help_of(stage: Stage) -> dict:
-    """Description and epilog of a stage's help: what it does, and every setting it has."""
-    lines = ["settings (--set FIELD=VALUE):"]
-    for path, kind, default, meaning in describe(stage.config):
-        lines.append(f"  {path}: {kind} = {default}")
-        lines.append(f"      {meaning}")
+    """What a stage's help begins with."""
     return {
         "description": stage.summary[0].upper() + stage.summary[1:] + ".",
-        "epilog": "\n".join(lines),
         "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "add_help": False,
     }
 
 
+def settings_help(config: type, word: str | None) -> str:
+    """Every setting of a config, or those with a word in their name or meaning; groups of settings last."""
+    wanted = (word or "").lower()
+    found = [one for one in describe(config) if wanted in one[0].lower() or wanted in one[3].lower()]
+    named = f" with {word!r} in their name or meaning" if word else ""
+    if not found:
+        return f"there are no settings{named}; --help alone lists all"
+    lines = [f"settings{named} (--set FIELD=VALUE):"]
+    for path, kind, default, meaning in sorted(found, key=lambda one: "." in one[0]):
+        lines.append(f"  {path}: {kind} = {default}")
+        lines.append(f"      {meaning}")
+    return "\n".join(lines)
+
+
+class Help(argparse.Action):
+    """Help with all settings, or with those that have a word in them."""
+
+    def __init__(
+        self, option_strings: list[str], dest: str, *, settings: type, metavar: str, help: str
+    ) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs="?", metavar=metavar, help=help)
+        self.settings = settings
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        parser.epilog = settings_help(self.settings, values)
+        parser.print_help()
+        parser.exit()
+
+
 def add_arguments(made: argparse.ArgumentParser, stage: Stage) -> None:
+    made.add_argument(
+        "-h", "--help", metavar="WORD", action=Help, settings=stage.config,
+        help="show this, and all settings or those with WORD in their name or meaning",
+    )  # fmt: skip
     for name in stage.inputs:
         made.add_argument(
             f"--{name.replace('_', '-')}", dest=name, metavar="DIR", required=True,

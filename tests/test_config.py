@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field, is_dataclass
 from typing import Literal
 
 import pytest
 
+from llmrec import cli
+from llmrec.cli import settings_help
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.configs.gmvae import GmvaeConfig
 from llmrec.config import (
@@ -268,3 +271,16 @@ def test_settings_that_were_written_down_before_they_were_refused_are_still_read
 def test_paths_are_taken_as_text(tmp_path):
     made = PrepareDataConfig(source="table", interactions=tmp_path / "a.csv")
     assert made.interactions == str(tmp_path / "a.csv")
+
+
+def test_help_lists_all_settings_or_those_with_a_word():
+    everything = settings_help(TrainCollabConfig, None)
+    assert everything.index("  epochs: ") < everything.index("  sasrec.embed_dim: "), "groups come last"
+    assert len(re.findall(r"^  \S", everything, re.MULTILINE)) == len(list(describe(TrainCollabConfig)))
+    some = settings_help(TrainCollabConfig, "GMVAE")
+    names = re.findall(r"^  ([\w.]+):", some, re.MULTILINE)
+    assert {name.partition(".")[0] for name in names} >= {"gmvae"} and not any("sasrec." in n for n in names)
+    assert settings_help(TrainCollabConfig, "zzz").startswith("there are no settings with 'zzz'")
+    with pytest.raises(SystemExit) as left:
+        cli.parser().parse_args(["finetune", "--help", "fusion"])
+    assert left.value.code == 0

@@ -33,7 +33,7 @@ def add_parsers(verbs: Any) -> None:
         "push_to_hub", help="push a packaged recommender, or a run, to a Hugging Face hub"
     )
     made.add_argument("source", metavar="PACKAGE", help="a package, or a recipe's run folder")
-    made.add_argument("--repo", required=True, metavar="OWNER/NAME")
+    made.add_argument("--repo", required=True, metavar="OWNER/NAME", help="made if it is not there")
     made.add_argument(
         "--public", action="store_true", help="if the repository is created, for everyone to see"
     )
@@ -56,7 +56,12 @@ def add_parsers(verbs: Any) -> None:
         "--skip-unknown", action="store_true", help="pass over ids that are not in the catalogue"
     )
     made.add_argument("--explain", action="store_true", help="what each source added to a score")
-    made.add_argument("--format", choices=("table", "jsonl"), default="table")
+    made.add_argument(
+        "--format",
+        choices=("table", "jsonl"),
+        default="table",
+        help="for people, or a line of JSON a history",
+    )
     made = verbs.add_parser("serve", help="answer over HTTP, with a page for people")
     add_source(made)
     made.add_argument("--compare", metavar="PACKAGE", help="a second recommender, side by side on the page")
