@@ -5,6 +5,9 @@ PEFT and FlexAttention, which take seconds to import, are imported where they ar
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -84,14 +87,34 @@ def load_base(
         # Straight to the GPU: processes side by side would each fill the host's memory with a whole one.
         options["device_map"] = {"": device}
     try:
-        base = AutoModel.from_pretrained(
-            config.base_model, revision=config.revision, attn_implementation="sdpa", **options
-        )
+        with without_head():
+            base = AutoModel.from_pretrained(
+                config.base_model, revision=config.revision, attn_implementation="sdpa", **options
+            )
     except NOT_LOADABLE as error:
         raise ConfigError(_cannot_load("base model", config.base_model, error)) from None
     from llmrec.finetune.lora import add_lora
 
     return add_lora(base, config)
+
+
+@contextlib.contextmanager
+def without_head() -> Iterator[None]:
+    """Keep transformers from reporting that a decoder takes no head; other reports, such as of weights that
+    are missing, are shown."""
+    log = logging.getLogger("transformers.modeling_utils")
+    log.addFilter(tells_more)
+    try:
+        yield
+    finally:
+        log.removeFilter(tells_more)
+
+
+def tells_more(record: logging.LogRecord) -> bool:
+    """Whether a record is anything but a report of loading (a table) in which the head alone is left over."""
+    text = record.getMessage()
+    rows = [line for line in text.splitlines() if "|" in line][1:]
+    return not rows or "LOAD REPORT" not in text or not all(row.startswith("lm_head.") for row in rows)
 
 
 def mini(settings: dict[str, Any]) -> LlamaModel:

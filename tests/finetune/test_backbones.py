@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from backbones import KINDS, save_backbone
+from safetensors.torch import load_file, save_file
 from test_packing import plain_prompts, random_users
 from test_train import TINY, fit
 from tiny_mme_sid import PROMPT, semantic_ids, tiny_base, vectors
@@ -82,6 +85,27 @@ def test_names_of_layers_that_are_not_there_are_refused_also_beside_others(backb
         ConfigError, match=rf"no linear layers called {wrong}, but q_proj, .*down_proj; give some"
     ):
         base_model.load_base(config, PROMPT)
+
+
+def test_weights_that_a_base_lacks_are_reported_and_its_head_is_not(tmp_path, caplog, monkeypatch):
+    """A decoder has no head, so that it is left over says nothing."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    config = dataclasses.replace(LORA, base_model=str(save_backbone(tmp_path)))
+
+    def said() -> set[str]:
+        caplog.clear()
+        base_model.load_base(config, PROMPT)
+        return {text for text in map(logging.LogRecord.getMessage, caplog.records) if "LOAD REPORT" in text}
+
+    assert said() == set()
+    weights = load_file(tmp_path / "model.safetensors")
+    for changed in ({"layers.0.extra": torch.ones(1)}, {"model.norm.weight": None}):
+        kept = {name: value for name, value in {**weights, **changed}.items() if value is not None}
+        save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+        (report,) = said()
+        assert ("MISSING" in report) == ("model.norm.weight" in changed) and "lm_head" in report
+    transformers.AutoModel.from_pretrained(tmp_path)
+    assert "LOAD REPORT" in caplog.text, "elsewhere it is as it was"
 
 
 def test_prompts_longer_than_the_window_are_refused(tmp_path_factory):
