@@ -231,13 +231,17 @@ class Report(Shown):
 
 def check_item_rows(vectors: np.ndarray, what: str, *, num_items: int | None = None) -> None:
     """Raise unless vectors are finite float32 (N + 1, D) with an all-zero row 0."""
-    if vectors.ndim != 2 or vectors.shape[1] == 0 or vectors[0].any():
+    if vectors.ndim != 2 or 0 in vectors.shape:
         raise ArtifactMismatchError(
-            f"{what} must be (num_items + 1, dim) with an all-zero padding row 0, "
-            f"got shape {tuple(vectors.shape)}"
+            f"{what} must be of shape (num_items + 1, dim), got {tuple(vectors.shape)}"
         )
     if vectors.dtype != np.float32:
         raise ArtifactMismatchError(f"{what} must be float32, got {vectors.dtype}")
+    if vectors[0].any():
+        raise ArtifactMismatchError(
+            f"{what}: row 0 is padding and must be zero, got values up to {np.abs(vectors[0]).max():.3g}; "
+            "items are rows 1 to num_items"
+        )
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(bad):
         raise ArtifactMismatchError(

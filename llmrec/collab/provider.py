@@ -30,6 +30,7 @@ from llmrec.collab.mamba import SigmaMamba
 from llmrec.collab.mamba4rec import Mamba4Rec
 from llmrec.collab.mind import MIND
 from llmrec.collab.moe import FuxiMME
+from llmrec.collab.own_checks import check_attributes
 from llmrec.collab.sasrec import SASRec
 from llmrec.collab.svae import SVAE
 from llmrec.data.batches import Batch
@@ -128,9 +129,7 @@ def make_provider(name: str, settings: dict[str, Any]) -> Any:
         return kind(**settings)
     check_takes(kind, name, "train_collab.own", **settings)
     model = kind(**settings)
-    for part in ("layout", "uses_time", "max_history"):
-        if not hasattr(model, part):
-            raise ConfigError(f"train_collab.provider={name} has no {part}; see CollabProvider")
+    check_attributes(f"train_collab.provider={name}", model)
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ConfigError(
             f"train_collab.provider={name} has no parameters to learn; write its item vectors to a file, and "

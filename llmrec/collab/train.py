@@ -22,6 +22,7 @@ from llmrec.checkpoint import END_OF_EPOCH, EpochCheckpoints, stop_requests
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.content import principal_components
 from llmrec.collab.losses import Loss, Pooled
+from llmrec.collab.own_checks import check_provider
 from llmrec.collab.provider import make_provider, scorer_of
 from llmrec.collab.rows import TrainingRows
 from llmrec.data.batches import Batch
@@ -37,6 +38,9 @@ logger = logging.getLogger("llmrec")
 SHOWN_ITEMS = 8
 """Most typical items of a group that metrics name."""
 
+FEW_ROWS = 4
+"""Rows that a model of the user's own is tried on before it is trained."""
+
 
 def train_collab(
     config: TrainCollabConfig, data: Interactions, content: ContentEmbeddings | None = None
@@ -49,7 +53,8 @@ def train_collab(
         content: text and image vectors, for models whose settings ask for them.
 
     Raises:
-        ConfigError: a setting does not fit the data; or content is missing, or nobody asked for it.
+        ConfigError: a setting does not fit the data; or content is missing, or nobody asked for it; or a
+            model of the user's own does not do what it must.
         DataError: there is nothing to train on, or the file of vectors is unusable.
         TrainingError: the loss became NaN or infinite.
     """
@@ -77,6 +82,8 @@ def train_collab(
     sequences = data.sequences(*splits)
     rows = training_rows(model, config, sequences)
     valid = validation_targets(config, data)
+    if config.is_own:
+        check_provider(config.provider, model, first_batch(rows), data.num_items)
     metrics, log = fit(model, config, data, rows, valid)
     state = {name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()}
     return CollabEmbeddings(
@@ -104,6 +111,11 @@ def training_rows(model: Any, config: TrainCollabConfig, sequences: Sequences) -
     if windows == "auto":
         windows = "all" if model.layout == "prefixes" else "last"
     return TrainingRows.of(sequences, model.max_history, layout, distributed.device(), windows)
+
+
+def first_batch(rows: TrainingRows) -> Batch:
+    """Of a few rows."""
+    return next(rows.batches(np.arange(min(FEW_ROWS, rows.num_rows))))
 
 
 def item_groups(model: Any) -> dict[str, Any]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec.collab.losses import Loss, last_of, next_item_loss
@@ -53,3 +57,123 @@ class Half(nn.Module):
 
     def loss(self, batch: Batch) -> Loss:
         raise NotImplementedError
+
+
+class Simple(Bag):
+    """With defaults, for those below."""
+
+    def __init__(self, *, num_items: int) -> None:
+        super().__init__(num_items=num_items, embed_dim=4)
+
+
+class Sideways(Simple):
+    """Trained on rows that there are none of."""
+
+    layout = "suffixes"
+
+
+class Endless(Simple):
+    """Any history."""
+
+    def __init__(self, *, num_items: int) -> None:
+        super().__init__(num_items=num_items)
+        self.max_history = None
+
+
+class Bare(Simple):
+    """The loss alone."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch).total
+
+
+class Averaged(Simple):
+    """A loss for each target."""
+
+    def loss(self, batch: Batch) -> Loss:
+        loss = super().loss(batch)
+        return Loss(total=loss.total.expand(2), num_targets=loss.num_targets)
+
+
+class Deaf(Simple):
+    """A loss that no weight has a part in."""
+
+    def loss(self, batch: Batch) -> Loss:
+        return Loss(total=super().loss(batch).total.detach(), num_targets=1)
+
+
+class Short(Simple):
+    """Scores of items alone."""
+
+    def score(self, history: Tensor) -> Tensor:
+        return super().score(history)[:, 1:]
+
+
+class ShortQuick(Simple):
+    """The same of its cheaper scores."""
+
+    def quick_score(self, history: Tensor) -> Tensor:
+        return self.score(history)[:, 1:]
+
+
+class Endful(Simple):
+    """Infinite scores."""
+
+    def score(self, history: Tensor) -> Tensor:
+        return super().score(history) / 0.0
+
+
+class Padded(Simple):
+    """A vector for padding, which is noise."""
+
+    def __init__(self, *, num_items: int) -> None:
+        super().__init__(num_items=num_items)
+        nn.init.ones_(self.item.weight)
+
+
+class Drifting(Simple):
+    """Its padding competes with the items, so that it learns a vector."""
+
+    def loss(self, batch: Batch) -> Loss:
+        seen = batch.target != 0
+        scores = self.encode(batch.item)[seen] @ self.item.weight.T
+        total = F.cross_entropy(scores, batch.target[seen], reduction="sum")
+        return Loss(total=total, num_targets=int(seen.sum()))
+
+
+class Flat(Simple):
+    """A number an item."""
+
+    def item_embeddings(self) -> Tensor:
+        return super().item_embeddings()[:, 0]
+
+
+class Few(Simple):
+    """No row for padding."""
+
+    def item_embeddings(self) -> Tensor:
+        return super().item_embeddings()[1:]
+
+
+class Listed(Simple):
+    """No tensor."""
+
+    def item_embeddings(self) -> list[float]:
+        return super().item_embeddings().tolist()
+
+
+class Restless(Simple):
+    """Draws random numbers of every kind, keeps statistics, and freezes a part of itself."""
+
+    def __init__(self, *, num_items: int) -> None:
+        super().__init__(num_items=num_items)
+        self.register_buffer("calls", torch.zeros(()))
+        self.norm = nn.BatchNorm1d(4)
+        self.frozen = nn.Dropout().eval()
+
+    def encode(self, history: Tensor) -> Tensor:
+        noise = random.random() + np.random.rand()
+        states = super().encode(history) * noise
+        if self.training:
+            self.calls += 1
+        return self.frozen(F.dropout(self.norm(states.transpose(1, 2)).transpose(1, 2), 0.3))

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
+import own_models
 import pytest
+import torch
 from tiny_recipe import tiny
 from worlds import cycle
 
 from llmrec.artifacts import CollabEmbeddings
 from llmrec.cli import main as llmrec
+from llmrec.collab import train
 from llmrec.collab.config import TrainCollabConfig
+from llmrec.collab.own_checks import check_provider
 from llmrec.collab.provider import load_provider, provider_scorer
 from llmrec.collab.train import train_collab
+from llmrec.data.batches import Batch
 from llmrec.errors import ConfigError
 from llmrec.estimate import collab_width
 from llmrec.evaluation.rank import rank_users
@@ -120,6 +126,60 @@ def test_cells_of_a_comparison_find_it_beside_the_recipe(tmp_path, monkeypatch, 
 def test_what_is_no_model_is_said_to_be_none(name, own, message):
     with pytest.raises(ConfigError, match=message):
         train_collab(TrainCollabConfig(provider=name, own=own, epochs=1), cycle())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Sideways", "layout must be one of positions, prefixes, got 'suffixes'"),
+        ("Endless", "max_history must be a whole number of items, at least 1, got None"),
+        ("Bare", r"loss\(\) gave a Tensor; return llmrec.collab.losses.Loss\(total=SUM, num_targets=N\)"),
+        ("Averaged", r"total of loss\(\) must be a scalar to differentiate, got the shape \(2,\); return"),
+        ("Deaf", r"must be a scalar to differentiate, got the shape \(\), without a gradient; return"),
+        ("Short", r"score\(\) of 4 histories must have the shape \(4, 13\), .*got the shape \(4, 12\)"),
+        ("ShortQuick", r"quick_score\(\) of 4 histories must have the shape \(4, 13\)"),
+        ("Endful", r"score\(\) gave NaN or infinity"),
+        ("Padded", r"item_embeddings\(\): row 0 is padding and must be zero, got values up to 1; items are"),
+        (
+            "Drifting",
+            r"item_embeddings\(\) after a step of training: row 0 is padding and must be",
+        ),
+        ("Flat", r"item_embeddings\(\) must be of shape \(num_items \+ 1, dim\), got \(13,\)"),
+        ("Few", r"item_embeddings\(\): row 0 is padding"),
+        ("Listed", r"item_embeddings\(\) must be a tensor \(num_items \+ 1, dim\), got a list"),
+    ],
+)
+def test_a_model_that_does_not_keep_to_the_protocol_is_refused_before_it_is_trained(
+    name, message, monkeypatch
+):
+    monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(ConfigError, match=f"^train_collab.provider=own_models:{name}: .*{message}"):
+        train_collab(TrainCollabConfig(provider=f"own_models:{name}", epochs=1), cycle())
+
+
+def test_checks_of_it_change_nothing_of_its_training(monkeypatch):
+    config = TrainCollabConfig(provider="own_models:Restless", epochs=2)
+    states = []
+    for check in (train.check_provider, lambda *_: None):
+        monkeypatch.setattr(train, "check_provider", check)
+        random.seed(3)
+        np.random.seed(3)
+        made = train_collab(config, cycle())
+        states.append({**made.state, "vectors": made.vectors, "next": np.random.rand(2)})
+    assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
+    assert states[0]["calls"] > 0
+
+
+def test_checks_of_it_leave_its_modes_and_weights_alone():
+    model = own_models.Restless(num_items=12).train(False)
+    model.next.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    shown = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    batch = Batch(item=shown, target=shown.roll(-1, 1), time=torch.zeros_like(shown))
+    check_provider("own_models:Restless", model, batch, 12)
+    assert [name for name, part in model.named_modules() if part.training] == ["next"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
 
 
 def test_a_model_that_is_not_there_is_told_before_anything_is_computed(tmp_path, capsys):

@@ -1,0 +1,154 @@
+"""Whether a sequence model of the user's own does what `CollabProvider` says, tried before it is trained.
+
+Models of this package are held to it by their tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llmrec.artifacts import check_item_rows
+from llmrec.collab.losses import Loss
+from llmrec.data.batches import Batch
+from llmrec.errors import ArtifactMismatchError, ConfigError
+
+LAYOUTS = ("positions", "prefixes")
+
+STEP = 1e-3
+"""How far weights are moved to see what changes."""
+
+TINY = 1e-20
+"""Smallest norm of a gradient to divide by."""
+
+
+def check_provider(name: str, model: Any, batch: Batch, num_items: int) -> None:
+    """Try the model's methods on a small batch, and leave it and all random numbers as they were.
+
+    Args:
+        name: package.module:Class.
+        model: a fresh one, on the batch's device.
+        batch: of the rows that it will be trained on.
+        num_items: N.
+
+    Raises:
+        ConfigError: names the class, the method, what it gave and what it must give.
+    """
+    where = f"train_collab.provider={name}"
+    with as_it_was(model, batch.item.device):
+        model.train()
+        loss = checked_loss(where, model.loss(batch))
+        model.eval()
+        with torch.no_grad():
+            check_scores(where, model, batch, num_items)
+            check_vectors(f"{where}: item_embeddings()", model, num_items)
+        with one_step_later(model, loss), torch.no_grad():
+            check_vectors(f"{where}: item_embeddings() after a step of training", model, num_items)
+
+
+def check_attributes(where: str, model: Any) -> None:
+    """Raise ConfigError unless a model says on what rows it is trained, and how long they may be."""
+    for part in ("layout", "uses_time", "max_history"):
+        if not hasattr(model, part):
+            raise ConfigError(f"{where} has no {part}; see CollabProvider")
+    if model.layout not in LAYOUTS:
+        raise ConfigError(f"{where}: layout must be one of {', '.join(LAYOUTS)}, got {model.layout!r:.60}")
+    if not isinstance(model.max_history, int) or model.max_history < 1:
+        raise ConfigError(
+            f"{where}: max_history must be a whole number of items, at least 1, got {model.max_history!r:.60}"
+        )
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Afterwards, what is random goes on as if nothing had been drawn, and the model has its modes and
+    buffers again; those of its weights that `one_step_later` moves are put back there."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(value, value.clone()) for value in model.buffers()]
+    plain, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(arrays)
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for value, before in buffers:
+                value.copy_(before)
+
+
+@contextlib.contextmanager
+def one_step_later(model: nn.Module, loss: Loss) -> Iterator[None]:
+    """The model with its weights moved against the gradient of a loss, and put back afterwards."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    gradients = torch.autograd.grad(loss.total, weights, allow_unused=True)
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients):
+                if gradient is not None:
+                    weight.sub_(gradient * (STEP / gradient.norm().clamp(min=TINY)))
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, before):
+                weight.copy_(value)
+
+
+def checked_loss(where: str, loss: Any) -> Loss:
+    """What a model's ``loss`` returned.
+
+    Raises:
+        ConfigError: it is no `Loss`, or not what can be differentiated.
+    """
+    wanted = (
+        "return llmrec.collab.losses.Loss(total=SUM, num_targets=N), SUM the sum over the N items predicted"
+    )
+    if not isinstance(loss, Loss):
+        raise ConfigError(f"{where}: loss() gave a {type(loss).__name__}; {wanted}")
+    total = loss.total
+    if not isinstance(total, Tensor) or total.ndim or not total.requires_grad:
+        got = described(total) + ("" if getattr(total, "requires_grad", True) else ", without a gradient")
+        raise ConfigError(f"{where}: total of loss() must be a scalar to differentiate, got {got}; {wanted}")
+    return loss
+
+
+def check_scores(where: str, model: Any, batch: Batch, num_items: int) -> None:
+    """Raise ConfigError unless a model scores every item after each history."""
+    shown = (batch.item, batch.time) if model.uses_time else (batch.item,)
+    expected = (len(batch.item), num_items + 1)
+    for part in ("score", "quick_score"):
+        if part == "quick_score" and not hasattr(model, part):
+            continue
+        scores = getattr(model, part)(*shown)
+        if not isinstance(scores, Tensor) or tuple(scores.shape) != expected:
+            raise ConfigError(
+                f"{where}: {part}() of {expected[0]} histories must have the shape {expected}, a column for "
+                f"each of {num_items} items and column 0 for padding, got {described(scores)}"
+            )
+        if not scores[:, 1:].isfinite().all():
+            raise ConfigError(f"{where}: {part}() gave NaN or infinity, expected finite numbers")
+
+
+def check_vectors(what: str, model: Any, num_items: int) -> None:
+    """Raise ConfigError unless a model has a vector of each item, and zeros for padding."""
+    vectors = model.item_embeddings()
+    if not isinstance(vectors, Tensor):
+        raise ConfigError(f"{what} must be a tensor (num_items + 1, dim), got {described(vectors)}")
+    try:
+        check_item_rows(vectors.detach().float().cpu().numpy(), what, num_items=num_items)
+    except ArtifactMismatchError as error:
+        raise ConfigError(f"{error}; see llmrec.collab.provider.CollabProvider") from None
+
+
+def described(value: Any) -> str:
+    """A value by its shape, or its type."""
+    return f"the shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
