@@ -41,6 +41,7 @@ from llmrec import __version__
 from llmrec.errors import ConfigError, LlmrecError, MissingArtifactError
 from llmrec.evaluation.tables import fine_tuned_in
 from llmrec.files import read_json
+from llmrec.own import is_own
 
 if TYPE_CHECKING:
     from llmrec.inference.package import Package
@@ -414,6 +415,11 @@ def card(package: Package) -> str:
         f'for item in recommender.recommend([["{first_id(package)}"]], k=10)[0]:\n'
         "    print(item.item_id, item.title, item.score)\n```\n"
     )
+    if is_own(settings["method"]):
+        parts.append(
+            f"Needs the Python class `{settings['method']}`, which is not in this repository: install its "
+            "package, or start Python in the folder that it is in.\n"
+        )
     if package.adapter.lora:
         parts.append(
             "The LoRA matrices alone load with plain PEFT on the base model; the item tables and the fusion "

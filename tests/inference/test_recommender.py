@@ -194,6 +194,20 @@ def test_the_card_says_what_was_ranked(packaged):
     assert "items of the history kept; one run" in hub.card(kept)
 
 
+def test_the_card_says_which_class_of_ones_own_is_needed(packaged):
+    """That of the method, which makes the item tokens; of the sequence model the vectors are there."""
+    package = load_package(packaged)
+    settings = package.adapter.settings
+    own = {**settings, "config": {**settings["config"], "method": "mine.methods:Gated"}}
+    needs = dataclasses.replace(package, adapter=dataclasses.replace(package.adapter, settings=own))
+    said = "Needs the Python class `mine.methods:Gated`, which is not in this repository: install its package"
+    assert said in hub.card(needs) and "Needs the Python class" not in hub.card(package)
+    made_by = dataclasses.replace(package.collab, provider="far_away:Model", model={"num_items": 96})
+    other = dataclasses.replace(package, collab=made_by)
+    assert "Needs the Python class" not in hub.card(other)
+    assert Recommender(other, "cpu").score([[]]).shape == (1, 96), "and it is not asked for"
+
+
 def test_who_may_read_the_folder_may_read_what_is_in_it(packaged):
     modes = {path.name: path.stat().st_mode & 0o777 for path in packaged.rglob("*") if path.is_file()}
     assert any(name.endswith(".safetensors") for name in modes)
