@@ -48,8 +48,9 @@ def check_provider(name: str, model: Any, batch: Batch, num_items: int) -> None:
         with torch.no_grad():
             check_scores(where, model, batch, num_items)
             check_vectors(f"{where}: item_embeddings()", model, num_items)
-        with one_step_later(model, loss), torch.no_grad():
-            check_vectors(f"{where}: item_embeddings() after a step of training", model, num_items)
+        if loss.num_targets:
+            with one_step_later(model, loss), torch.no_grad():
+                check_vectors(f"{where}: item_embeddings() after a step of training", model, num_items)
 
 
 def check_attributes(where: str, model: Any) -> None:
@@ -115,6 +116,8 @@ def checked_loss(where: str, loss: Any) -> Loss:
     if not isinstance(loss, Loss):
         raise ConfigError(f"{where}: loss() gave a {type(loss).__name__}; {wanted}")
     total = loss.total
+    if not loss.num_targets:
+        return loss  # a few rows may hold nothing to predict, where that is drawn
     if not isinstance(total, Tensor) or total.ndim or not total.requires_grad:
         got = described(total) + ("" if getattr(total, "requires_grad", True) else ", without a gradient")
         raise ConfigError(f"{where}: total of loss() must be a scalar to differentiate, got {got}; {wanted}")

@@ -170,6 +170,12 @@ def test_checks_of_it_change_nothing_of_its_training(monkeypatch):
     assert states[0]["calls"] > 0
 
 
+def test_a_model_may_find_nothing_to_predict_in_a_few_rows():
+    config = TrainCollabConfig(provider="own_models:Sparing", own={"embed_dim": 8}, epochs=1)
+    made = train_collab(config, cycle())
+    assert made.metrics["epochs"] == 1
+
+
 def test_checks_of_it_leave_its_modes_and_weights_alone():
     model = own_models.Restless(num_items=12).train(False)
     model.next.train()
