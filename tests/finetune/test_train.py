@@ -324,7 +324,7 @@ def test_missing_base_models_and_layers_are_explained(pretrained, tmp_path):
     config = FinetuneConfig(base_model=str(pretrained), prompt="compact", lora_targets=("nothing",))
     with pytest.raises(ConfigError, match="has no linear layers called nothing, but q_proj"):
         fit(config)
-    with pytest.raises(ConfigError, match=r"prompt 'chat' uses <\|begin_of_text\|>"):
+    with pytest.raises(ConfigError, match=r"finetune.prompt=chat uses <\|begin_of_text\|>"):
         fit(dataclasses.replace(config, prompt="chat"))
 
 
