@@ -7,7 +7,9 @@ started: what another one is at is left to it, and taken up if it stops.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -260,6 +262,21 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r:.40}")
     return int(text)
+
+
+def from_zero(text: str) -> int:
+    """A whole number of at least 0, such as a seed, as an argument."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r:.40}")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0, such as seconds, as an argument."""
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r:.40}")
 
 
 def default() -> int:

@@ -297,3 +297,18 @@ def test_variables_that_are_no_numbers_are_refused(text, monkeypatch):
     monkeypatch.setenv("LLMREC_TIMEOUT_MINUTES", "inf" if text == "1.5" else text)
     with pytest.raises(ConfigError, match="LLMREC_TIMEOUT_MINUTES must be a number above 0"):
         distributed.timeout()
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (jobs.positive, {"1": 1, "12": 12}, ("0", "-3", "1.5", "", "x")),
+        (jobs.from_zero, {"0": 0, "7": 7}, ("-1", "0.5", "", "x")),
+        (jobs.positive_number, {"0.5": 0.5, "3": 3.0}, ("0", "-1", "nan", "inf", "", "x")),
+    ],
+)
+def test_numbers_as_arguments(kind, good, bad):
+    assert {text: kind(text) for text in good} == good
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=r"must be a .*number .*, got "):
+            kind(text)
