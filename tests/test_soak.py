@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -74,3 +75,38 @@ def test_what_grows_is_named(kib, threads, said):
     ]
     found[:5] = [tool.Usage(bytes=2**33, files=99, threads=99)] * 5
     assert tool.judge(found, 500.0) == said
+
+
+@pytest.mark.parametrize(
+    ("cycles", "said"),
+    [("11", "must be at least 12, got 11"), ("1", "got 1:"), ("0", "got '0'"), ("-3", "got '-3'")],
+)
+def test_too_few_cycles_are_refused(cycles, said, capsys):
+    """With fewer, growth would be sought between cycles that are the same ones."""
+    with pytest.raises(SystemExit) as left:
+        load("soak").main(["--cycles", cycles])
+    assert left.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_growth_shows_in_the_fewest_cycles():
+    tool = load("soak")
+    found = [tool.Usage(bytes=2**30, files=9 + (cycle > 6), threads=1) for cycle in range(tool.FEWEST)]
+    assert tool.judge(found, 1.0) == ["files grow from 9 to 10"]
+
+
+@pytest.mark.parametrize("grows", [0, 1])
+def test_growth_leaves_with_1(grows, monkeypatch, capsys):
+    tool, numbers = load("soak"), iter(range(12))
+    logger = logging.getLogger("llmrec")
+    before = logger.level
+    monkeypatch.setenv("LLMREC_NUM_THREADS", "1")
+    monkeypatch.setattr(tool, "whole_cycle", lambda root: lambda number: None)
+    monkeypatch.setattr(
+        tool, "usage", lambda: tool.Usage(bytes=2**30, files=9 + grows * next(numbers), threads=1)
+    )
+    try:
+        with pytest.raises(SystemExit) as left:
+            tool.main(["--cycles", "12"])
+    finally:
+        logger.setLevel(before)
+    assert left.value.code == grows and ("files grow" in capsys.readouterr().out) == bool(grows)
