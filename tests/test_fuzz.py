@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import signal
 
 import pytest
@@ -67,6 +68,49 @@ def test_the_tool_sees_faults(tmp_path):
     said = "\n".join(faults)
     assert "KeyError" in said and "refuses refuses what is good: never" in said and "SlowError" in said
     assert "6" in fuzz.report(results, faults)
+
+
+@pytest.fixture
+def two_targets(monkeypatch):
+    """The tool with two targets that take everything, and no model."""
+    fuzz = load("fuzz")
+    before = logging.getLogger("llmrec").level
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(fuzz, "tiny_run", lambda root: (root, root))
+    targets = [fuzz.Target(name=name, case=lambda change: None) for name in ("settings", "prompt file")]
+    monkeypatch.setattr(fuzz, "all_targets", lambda *_: targets)
+    yield fuzz
+    logging.getLogger("llmrec").setLevel(before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "nosuchthing"], "is in no target's name; give a part of one of: settings; prompt file"),
+        (["--cases", "0"], "at least 1, got '0'"),
+        (["--seconds", "0"], "above 0, got '0'"),
+        (["--seed", "-1"], "at least 0, got '-1'"),
+    ],
+)  # fmt: skip
+def test_nothing_tried_is_no_pass(arguments, said, two_targets, capsys):
+    with pytest.raises(SystemExit) as left:
+        two_targets.main(arguments)
+    shown = capsys.readouterr()
+    assert left.value.code == 2 and said in shown.err and not shown.out
+
+
+def test_targets_are_chosen_by_a_part_of_their_names(two_targets, capsys):
+    with pytest.raises(SystemExit) as left:
+        two_targets.main(["--cases", "3", "--only", "prompt"])
+    lines = capsys.readouterr().out.splitlines()
+    assert not left.value.code and [line.split()[0] for line in lines] == ["target", "prompt", "all"]
+
+
+def test_nothing_is_said_of_a_report_that_will_be_gone(tmp_path, capsys):
+    fuzz = load("fuzz")
+    finished, packaged = fuzz.tiny_run(tmp_path)
+    assert (finished / "evaluate" / "manifest.json").is_file() and packaged.is_dir()
+    assert not capsys.readouterr().out
 
 
 @FEW

@@ -36,18 +36,21 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors.numpy import save_file
 
+from llmrec import pipeline
+from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.prepare import prepare_data
 from llmrec.encoders.pictures import read_picture
 from llmrec.encoders.precomputed import read_vectors
-from llmrec.errors import LlmrecError
+from llmrec.errors import ConfigError, LlmrecError
 from llmrec.finetune.prompt import tokenize_words
 from llmrec.finished import SCHEMA_VERSION, load
 from llmrec.inference import package
 from llmrec.inference.command import parse_lines
 from llmrec.inference.recommender import Recommender
+from llmrec.jobs import from_zero, positive, positive_number
 from llmrec.manifest import MANIFEST, describe_files, read_manifest, write_manifest
-from llmrec.recipe import Recipe, apply_overrides, format_value, main, with_preset
+from llmrec.recipe import Recipe, apply_overrides, format_value, with_preset
 from llmrec.stages import STAGES
 
 Rng = np.random.Generator
@@ -420,16 +423,7 @@ evaluate.bootstrap_samples=20 evaluate.num_examples=2
 
 def tiny_run(root: Path) -> tuple[Path, Path]:
     """A small finished run of every stage, and its package."""
-    recipe = apply_overrides(Recipe(), SMALL.split())
-
-    def made() -> Recipe:
-        return recipe
-
-    try:
-        main(made, ["--run-dir", str(root / "run")])
-    except SystemExit as left:
-        if left.code:
-            raise
+    pipeline.run(apply_overrides(Recipe(), SMALL.split()), root / "run")
     return root / "run", package.package_run(root / "run", root / "packaged")
 
 
@@ -456,24 +450,43 @@ def report(results: list[tuple[str, Counter[str]]], faults: list[str]) -> str:
     return "\n".join([*lines, *faults])
 
 
-def command(arguments: list[str] | None = None) -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--cases", type=int, default=200, help="cases of each target (200)")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--seconds", type=float, default=10.0, help="longest time of a case (10)")
-    made.add_argument("--only", default="", metavar="TEXT", help="targets whose names hold this")
-    options = made.parse_args(arguments)
+def chosen(targets: list[Target], text: str) -> list[Target]:
+    """Those whose names hold a text.
+
+    Raises:
+        ConfigError: none does.
+    """
+    found = [one for one in targets if text in one.name]
+    if not found:
+        names = "; ".join(one.name for one in targets)
+        raise ConfigError(f"--only {text!r} is in no target's name; give a part of one of: {names}")
+    return found
+
+
+def command(options: argparse.Namespace) -> None:
+    """Fuzz, print, and leave with 1 if there were faults."""
+    set_up_logging()
     os.environ["TQDM_DISABLE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        run, packaged = tiny_run(root)
+        finished, packaged = tiny_run(root)
         logging.getLogger("llmrec").setLevel(logging.CRITICAL)
         warnings.simplefilter("ignore")
-        targets = [one for one in all_targets(root / "files", run, packaged) if options.only in one.name]
+        targets = chosen(all_targets(root / "files", finished, packaged), options.only)
         results, faults = fuzz(targets, options.cases, options.seconds, options.seed)
     print(report(results, faults))
     sys.exit(bool(faults))
 
 
+def main(arguments: list[str] | None = None) -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--cases", type=positive, default=200, help="cases of each target (200)")
+    made.add_argument("--seed", type=from_zero, default=0, help="of the changes (0)")
+    made.add_argument("--seconds", type=positive_number, default=10.0, help="longest time of a case (10)")
+    made.add_argument("--only", default="", metavar="TEXT", help="targets whose names hold this (all)")
+    options = made.parse_args(arguments)
+    raise SystemExit(guarded(lambda: command(options)))
+
+
 if __name__ == "__main__":
-    command()
+    main()
