@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from llmrec import tracking
@@ -110,15 +111,15 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
         push_run(root, options.push_to_hub)
 
 
-def recipe_of(path: str | Path) -> Recipe:
-    """The recipe that a file defines.
+def module_of(path: str | Path, example: str = "mme_sid_sample") -> ModuleType:
+    """A recipe's file as a module, which may import what lies beside it.
 
     Raises:
-        ConfigError: no such file, or it defines none.
+        ConfigError: no such file.
     """
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
-        raise ConfigError(f"{path}: no such recipe; give a Python file such as recipes/mme_sid_sample.py")
+        raise ConfigError(f"{path}: no such recipe; give a Python file such as recipes/{example}.py")
     sys.path.insert(0, str(path.resolve().parent))
     try:
         # Under a name that is no other module's.
@@ -129,6 +130,16 @@ def recipe_of(path: str | Path) -> Recipe:
         spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
+    return module
+
+
+def recipe_of(path: str | Path) -> Recipe:
+    """The recipe that a file defines.
+
+    Raises:
+        ConfigError: no such file, or it defines none.
+    """
+    module = module_of(path)
     if not callable(getattr(module, "recipe", None)):
         raise ConfigError(f"{path} defines no function `recipe`")
     made = module.recipe()
