@@ -6,7 +6,8 @@
 
 layout: the same model and weights trained by our data path and by that of RecBole-style code (one row per
 target, every row padded to max_history, 2,048 shuffled rows a batch taken from host arrays, all logits
-at once), alternating; beside them the softmax alone, which no data path makes cheaper. epochs: seconds per
+at once), alternating; beside them the softmax alone, which no data path makes cheaper; for models that know
+at a position what they would know of the history up to it, from item ids alone. epochs: seconds per
 epoch of every model, or of a comparison's rows, from some steps of real data. lengths: forward and backward
 on random histories of 50, 200 and 1,000 items.
 """
@@ -15,39 +16,51 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import runpy
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from llmrec import distributed, finished, machine
+from llmrec import distributed, finished, jobs, machine
 from llmrec.collab.compare_cli import every_provider
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
-from llmrec.collab.provider import PROVIDERS
-from llmrec.collab.rows import TrainingRows
-from llmrec.collab.train import Sums, train_step, training_rows
-from llmrec.data.batches import Batch
+from llmrec.console import guarded, set_up_logging
+from llmrec.errors import ConfigError
 from llmrec.interactions import Interactions
-from llmrec.item_softmax import item_cross_entropy
+from llmrec.recipe import module_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from llmrec.data.batches import Batch
 
 LENGTHS = (50, 200, 1000)
+LENGTHS_PROVIDERS = ("sasrec", "gru4rec", "mamba4rec", "mamba", "fuxi")
+LAYOUT_PROVIDERS = ("sasrec", "gru4rec", "mamba4rec")
+"""Models that `padded_step` trains as it should: the others read times, see the items that follow, draw
+noise, or know something else at the end of a history than inside a longer one."""
 
 
 def make(provider: str, num_items: int, **settings: object) -> nn.Module:
     """A fresh model with its default settings, the same weights every time."""
+    import torch
+
+    from llmrec.collab.provider import PROVIDERS
+
     torch.manual_seed(0)
     chosen = asdict(getattr(TrainCollabConfig(), provider)) | settings
     return PROVIDERS[provider](num_items=num_items, **chosen).to(distributed.device()).train()
 
 
 def optimiser(model: nn.Module) -> torch.optim.Optimizer:
+    import torch
+
     return torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 
 
@@ -71,6 +84,10 @@ def padded_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, rows: np.ndarray, targets: np.ndarray
 ) -> int:
     """One update of a model with `encode` and a tied table, as per-prefix code does it."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
     device = distributed.device()
     history, target = torch.from_numpy(rows).to(device), torch.from_numpy(targets).to(device)
     last = (history != 0).sum(1) - 1
@@ -85,6 +102,10 @@ def padded_step(
 
 def softmax_step(model: nn.Module, number: int) -> int:
     """Value and gradients of the loss over all items for some random queries, as in our own steps."""
+    import torch
+
+    from llmrec.item_softmax import item_cross_entropy
+
     items = model.item.weight.detach().requires_grad_()
     query = torch.randn(number, items.shape[1], device=items.device, requires_grad=True)
     target = torch.randint(1, len(items), (number,), device=items.device)
@@ -94,9 +115,10 @@ def softmax_step(model: nn.Module, number: int) -> int:
 
 def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
     """Targets per second of both data paths, in alternating rounds."""
+    from llmrec.collab.rows import TrainingRows
+    from llmrec.collab.train import Sums, train_step
+
     model = make(options.provider, data.num_items)
-    if model.layout != "positions" or not hasattr(model, "encode") or model.uses_time:
-        raise SystemExit(f"error: {options.provider} is not a causal model of item ids alone")
     per_prefix = make(options.provider, data.num_items)
     ours, theirs = optimiser(model), optimiser(per_prefix)
     rows = TrainingRows.of(data.sequences("train"), model.max_history, "positions", distributed.device())
@@ -141,51 +163,86 @@ def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
     print(f"{options.rounds} rounds; {options.provider}, {len(targets):,} targets")
 
 
-def rows_timed(options: argparse.Namespace) -> dict[str, TrainCollabConfig]:
-    """What `epochs` times: the rows of a comparison, or every model with its default settings."""
-    if options.comparison is None:
-        known = every_provider()
-    else:
-        made = runpy.run_path(options.comparison) if Path(options.comparison).is_file() else {}
-        if "rows" not in made:
-            raise SystemExit(f"error: --comparison {options.comparison} is no recipe with a function `rows`")
-        known = made["rows"]()
-    if unknown := [name for name in options.providers or () if name not in known]:
-        raise SystemExit(f"error: --providers must be among {', '.join(known)}, got {', '.join(unknown)}")
-    return {name: known[name] for name in options.providers or known}
+def rows_timed(comparison: str | None, names: list[str] | None) -> dict[str, TrainCollabConfig]:
+    """What `epochs` times: the rows of a comparison, or every model with its default settings; or some."""
+    known = every_provider() if comparison is None else comparison_rows(comparison)
+    if unknown := [name for name in names or () if name not in known]:
+        raise ConfigError(f"--providers must be among {', '.join(known)}, got {', '.join(unknown)}")
+    return {name: known[name] for name in names or known}
 
 
-def time_epochs(options: argparse.Namespace, data: Interactions) -> None:
+def comparison_rows(path: str) -> dict[str, TrainCollabConfig]:
+    """The rows of a comparison, from its recipe.
+
+    Raises:
+        ConfigError: there is none, it cannot be loaded, or it compares something else.
+    """
+    try:
+        made = module_of(path, "providers_ml1m")
+    except (ImportError, SyntaxError) as error:
+        raise ConfigError(f"--comparison {path} cannot be loaded: {error}") from None
+    if not callable(getattr(made, "rows", None)):
+        raise ConfigError(
+            f"--comparison {path} defines no function `rows`; give a recipe that compares sequence models, "
+            "such as recipes/providers_ml1m.py"
+        )
+    rows = made.rows()
+    if not isinstance(rows, dict):
+        raise ConfigError(f"--comparison {path}: rows() must return a dict, got {type(rows).__name__}")
+    for name, row in rows.items():
+        if not isinstance(row, TrainCollabConfig) or row.provider not in PROVIDER_FIELDS:
+            got = row.provider if isinstance(row, TrainCollabConfig) else type(row).__name__
+            raise ConfigError(
+                f"--comparison {path}: row {name} must be a TrainCollabConfig with a model of llmrec "
+                f"({', '.join(PROVIDER_FIELDS)}), got {got}"
+            )
+    return rows
+
+
+def time_epochs(options: argparse.Namespace, rows: dict[str, TrainCollabConfig], data: Interactions) -> None:
     """Seconds per epoch and per 1,000 targets of every row, from some of its steps."""
     print(
-        f"{'row':20}{'layout':>11}{'parameters':>12}{'steps':>8}{'s / epoch':>11}{'ms / 1,000 targets':>20}"
+        f"{'row':20}{'layout':>11}{'parameters':>12}{'steps':>8}{'timed':>7}{'s / epoch':>11}"
+        f"{'ms / 1,000 targets':>20}"
     )
-    for name, config in rows_timed(options).items():
-        model = make(config.provider, data.num_items, **asdict(getattr(config, config.provider)))
-        rows = training_rows(model, config, data.sequences("train"))
-        optimizer = optimiser(model)
-        steps = rows.steps(config.batch_by, config.batch_size, np.random.default_rng(0))
+    for name, config in rows.items():
+        print(epoch_line(name, config, data, options.warm_up, options.steps))
+    print("steps: of an epoch; timed: those that its seconds come from; validation is not in it")
 
-        def run(chosen: list[np.ndarray], model=model, optimizer=optimizer, rows=rows) -> float:
-            wait()
-            started, number = time.perf_counter(), 0
-            for step in chosen:
-                number += train_step(model, optimizer, 5.0, rows.batches(step), Sums())
-            wait()
-            return (time.perf_counter() - started) / number
 
-        run(steps[: options.warm_up])
-        each = run(steps[options.warm_up : options.warm_up + options.steps] or steps)
-        size = sum(weight.numel() for weight in model.parameters())
-        print(
-            f"{name:20}{rows.layout:>11}{size:12,}{len(steps):8,}"
-            f"{each * rows.num_targets:11.2f}{each * 1e6:20.2f}",
-            flush=True,
-        )
-    print(f"from {options.steps} steps; validation is not in it")
+def epoch_line(name: str, config: TrainCollabConfig, data: Interactions, warm_up: int, number: int) -> str:
+    """One row, from `number` steps after those that warm up, or from all where there are no others."""
+    from llmrec.collab.train import Sums, train_step, training_rows
+
+    model = make(config.provider, data.num_items, **asdict(getattr(config, config.provider)))
+    rows = training_rows(model, config, data.sequences("train"))
+    optimizer = optimiser(model)
+    steps = rows.steps(config.batch_by, config.batch_size, np.random.default_rng(0))
+
+    def run(chosen: list[np.ndarray]) -> float:
+        wait()
+        started, number = time.perf_counter(), 0
+        for step in chosen:
+            number += train_step(model, optimizer, 5.0, rows.batches(step), Sums())
+        wait()
+        return (time.perf_counter() - started) / number
+
+    if warm_up:
+        run(steps[:warm_up])
+    timed = steps[warm_up : warm_up + number] or steps
+    each = run(timed)
+    size = sum(weight.numel() for weight in model.parameters())
+    return (
+        f"{name:20}{rows.layout:>11}{size:12,}{len(steps):8,}{len(timed):7,}"
+        f"{each * rows.num_targets:11.2f}{each * 1e6:20.2f}"
+    )
 
 
 def random_batch(length: int, num_items: int, rows: int) -> Batch:
+    import torch
+
+    from llmrec.data.batches import Batch
+
     items = torch.randint(1, num_items + 1, (rows, length + 1), device=distributed.device())
     time_ = torch.arange(length, device=items.device).expand(rows, -1) * 3600
     return Batch(item=items[:, :-1], target=items[:, 1:], time=time_)
@@ -193,23 +250,27 @@ def random_batch(length: int, num_items: int, rows: int) -> Batch:
 
 def time_lengths(options: argparse.Namespace) -> None:
     """Milliseconds of forward and backward per 1,000 positions, so that linear growth is a flat line."""
+    import torch
+
     print(
         f"{'provider':12}"
         + "".join(f"{f'T = {length}':>12}" for length in LENGTHS)
         + "   ms / 1,000 positions"
     )
+    ran = {length: max(options.positions // length, 1) for length in LENGTHS}
     for provider in options.providers:
         found = []
         for length in LENGTHS:
             model = make(provider, 100, max_history=length)
-            batch = random_batch(length, 100, max(options.positions // length, 1))
+            batch = random_batch(length, 100, ran[length])
             if model.layout == "prefixes":  # its cost for one whole history, not for each of its prefixes
                 kept = torch.arange(length, device=batch.target.device) == length - 1
                 batch = replace(batch, target=batch.target * kept)
             best = min(timed_pass(model, batch) for _ in range(options.rounds))
             found.append(best / batch.item.numel() * 1e6)
-        print(f"{provider:12}" + "".join(f"{value:12.2f}" for value in found), flush=True)
-    print(f"best of {options.rounds}; {options.positions:,} positions a pass, 100 items, default widths")
+        print(f"{provider:12}" + "".join(f"{value:12.2f}" for value in found))
+    positions = " / ".join(f"{length * rows:,}" for length, rows in ran.items())
+    print(f"best of {options.rounds}; {positions} positions a pass, 100 items, default widths")
 
 
 def timed_pass(model: nn.Module, batch: Batch) -> float:
@@ -222,37 +283,63 @@ def timed_pass(model: nn.Module, batch: Batch) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser().parse_args(arguments)
+    sys.stdout.reconfigure(line_buffering=True)
+    raise SystemExit(guarded(lambda: measure(options)))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = made.add_subparsers(dest="what", required=True)
+
+    def kind(name: str, text: str) -> argparse.ArgumentParser:
+        return kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    layout = kind("layout", "our data path against one padded row per target, in alternating rounds")
+    epochs = kind("epochs", "seconds per epoch of every model, or of a comparison's rows")
+    lengths = kind("lengths", "milliseconds per 1,000 positions in histories of 50, 200 and 1,000 items")
+    for one in (layout, epochs):
+        one.add_argument(
+            "--prepare-data", metavar="DIR", required=True, help="a finished prepare_data folder"
+        )
+    layout.add_argument(
+        "--provider", default="sasrec", choices=LAYOUT_PROVIDERS, help="the model that both train (sasrec)"
     )
-    parser.add_argument("what", choices=("layout", "epochs", "lengths"))
-    parser.add_argument("--prepare-data", metavar="DIR", help="a finished prepare_data folder")
-    parser.add_argument("--provider", default="sasrec", choices=PROVIDER_FIELDS, help="for layout")
-    parser.add_argument(
-        "--providers", nargs="+", metavar="NAME", help="for epochs and lengths: these rows or models alone"
+    jobs.add_count(
+        layout, "--steps", 16, "steps of 256 users in a round, and an eighth as many of 2,048 rows"
     )
-    parser.add_argument(
-        "--steps", type=int, default=16, help="steps measured, 256 users each for layout (16)"
+    jobs.add_count(layout, "--rounds", 4, "alternating rounds, after one that does not count")
+    epochs.add_argument(
+        "--providers", nargs="+", metavar="NAME", help="these models, or rows of --comparison, alone (all)"
     )
-    parser.add_argument("--warm-up", type=int, default=1, help="steps before them, for epochs (1)")
-    parser.add_argument(
-        "--comparison",
-        metavar="FILE",
-        help="for epochs: time the rows of a comparison (recipes/providers_ml1m.py) as they are set there",
-    )
-    parser.add_argument("--rounds", type=int, default=4, help="alternating rounds, or repeats (4)")
-    parser.add_argument("--positions", type=int, default=8000, help="positions in a pass, for lengths (8000)")
-    options = parser.parse_args(arguments)
+    epochs.add_argument(
+        "--comparison", metavar="FILE",
+        help="time the rows of a comparison, recipes/providers_ml1m.py for example, as they are set there "
+        "(every model with its default settings)",
+    )  # fmt: skip
+    jobs.add_count(epochs, "--steps", 16, "steps that are timed; fewer where an epoch has no more")
+    jobs.add_count(epochs, "--warm-up", 1, "steps before them, 0 for none", jobs.whole)
+    lengths.add_argument(
+        "--providers", nargs="+", metavar="NAME", choices=PROVIDER_FIELDS, default=LENGTHS_PROVIDERS,
+        help=f"of {', '.join(PROVIDER_FIELDS)} ({' '.join(LENGTHS_PROVIDERS)})",
+    )  # fmt: skip
+    jobs.add_count(lengths, "--rounds", 4, "passes of which the best counts")
+    jobs.add_count(lengths, "--positions", 8000, "positions in a pass, in whole histories and at least one")
+    return made
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    set_up_logging()
     if options.what == "lengths":
-        options.providers = options.providers or ["sasrec", "gru4rec", "mamba4rec", "mamba", "fuxi"]
-        if unknown := [name for name in options.providers if name not in PROVIDER_FIELDS]:
-            parser.error(f"--providers must be among {', '.join(PROVIDER_FIELDS)}, got {', '.join(unknown)}")
         time_lengths(options)
+    elif options.what == "layout":
+        compare_layouts(options, finished.load(Interactions, Path(options.prepare_data)))
     else:
-        if options.prepare_data is None:
-            parser.error(f"{options.what} needs --prepare-data")
-        data = finished.load(Interactions, Path(options.prepare_data))
-        compare_layouts(options, data) if options.what == "layout" else time_epochs(options, data)
+        rows = rows_timed(options.comparison, options.providers)
+        time_epochs(options, rows, finished.load(Interactions, Path(options.prepare_data)))
+    import torch
+
     print(f"{machine.describe()}, {torch.get_num_threads()} threads")
 
 

@@ -46,43 +46,86 @@ def test_both_layouts_hold_the_same_targets(tool):
     assert found == sorted((tuple(row[row > 0].tolist()), int(item)) for row, item in zip(rows, targets))
 
 
-def test_layouts_are_compared_as_a_ratio(tool, folder, capsys):
-    tool.main(["layout", "--prepare-data", str(folder), "--steps", "1", "--rounds", "1"])
-    text = capsys.readouterr().out
+@pytest.fixture
+def run(tool, capsys):
+    def called(*arguments: str) -> tuple[int, str, str]:
+        """What the tool leaves with, and its output and errors."""
+        with pytest.raises(SystemExit) as left:
+            tool.main(list(arguments))
+        return (left.value.code or 0, *capsys.readouterr())
+
+    return called
+
+
+def test_layouts_are_compared_as_a_ratio(run, folder):
+    code, text, _ = run("layout", "--prepare-data", str(folder), "--steps", "1", "--rounds", "1")
+    assert code == 0
     for name in ("ours", "softmax alone"):
         assert re.search(rf"{name} / per prefix: median \d+\.\d\d, min", text)
-    with pytest.raises(SystemExit, match="mind is not a causal model"):
-        tool.main(["layout", "--prepare-data", str(folder), "--provider", "mind"])
 
 
-def test_every_provider_is_timed(tool, folder, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["layout", "--providers", "gru4rec"], "unrecognized arguments: --providers gru4rec"),
+        (["layout", "--provider", "svae"], "invalid choice: 'svae'"),
+        (["layout", "--provider", "bert4rec"], "invalid choice: 'bert4rec'"),
+        (["layout", "--rounds", "0"], "at least 1, got '0'"),
+        (["epochs", "--provider", "gru4rec"], "unrecognized arguments: --provider gru4rec"),
+        (["epochs", "--steps", "-1"], "expected one argument|at least 1, got '-1'"),
+        (["epochs", "--warm-up", "x"], "at least 0, got 'x'"),
+        (["lengths", "--prepare-data"], "unrecognized arguments: --prepare-data"),
+        (["lengths", "--providers", "none"], "invalid choice: 'none'"),
+    ],
+)
+def test_what_has_no_effect_or_cannot_be_is_refused_before_anything_is_loaded(arguments, words, run):
+    given = [] if arguments[0] == "lengths" else ["--prepare-data", "no folder"]
+    code, text, said = run(arguments[0], *given, *arguments[1:])
+    assert code == 2 and not text and re.search(words, said), said
+
+
+def test_every_provider_is_timed_and_the_steps_that_were(run, folder):
     names = ["sasrec", "mind", "moe"]
-    tool.main(["epochs", "--prepare-data", str(folder), "--steps", "1", "--providers", *names])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[1:4]] == [
+    given = ["epochs", "--prepare-data", str(folder), "--steps", "16", "--warm-up", "0"]
+    code, text, _ = run(*given, "--providers", *names)
+    lines = [line.split() for line in text.splitlines()]
+    assert code == 0 and [line[:2] for line in lines[1:4]] == [
         ["sasrec", "positions"],
         ["mind", "prefixes"],
         ["moe", "positions"],
     ]
-    tool.main(["lengths", "--positions", "100", "--rounds", "1", "--providers", "gru4rec", "mamba"])
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert lines[0][3:5] == ["steps", "timed"] and {tuple(line[3:5]) for line in lines[1:4]} == {("1", "1")}
 
 
-def test_rows_of_a_comparison_are_timed_as_it_sets_them(tool, folder, capsys, tmp_path):
+def test_lengths_say_how_many_positions_ran(run):
+    code, text, _ = run("lengths", "--positions", "100", "--rounds", "1", "--providers", "gru4rec", "mamba")
+    assert code == 0 and len(text.splitlines()) == 5
+    assert "100 / 200 / 1,000 positions a pass" in text
+
+
+def test_rows_of_a_comparison_are_timed_as_it_sets_them(run, folder, tmp_path):
     recipe = tmp_path / "some.py"
+    (tmp_path / "beside_it.py").write_text("SIZE = 16\n")
     recipe.write_text(
+        "from beside_it import SIZE\n"
         "from llmrec.collab.config import TrainCollabConfig\n"
         "def rows():\n"
-        "    small = TrainCollabConfig(batch_by='targets', batch_size=16)\n"
+        "    small = TrainCollabConfig(batch_by='targets', batch_size=SIZE)\n"
         "    return {'large': TrainCollabConfig(), 'small': small}\n"
     )
     given = ["epochs", "--prepare-data", str(folder), "--steps", "1", "--comparison"]
-    tool.main([*given, str(recipe)])
-    steps = {line.split()[0]: int(line.split()[3]) for line in capsys.readouterr().out.splitlines()[1:3]}
-    assert steps["large"] == 1 < steps["small"]
+    code, text, _ = run(*given, str(recipe))
+    steps = {line.split()[0]: int(line.split()[3]) for line in text.splitlines()[1:3]}
+    assert code == 0 and steps["large"] == 1 < steps["small"]
+    (tmp_path / "broken.py").write_text("def rows(:\n")
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "other.py").write_text("def rows():\n    return {'a': 1}\n")
     for wrong, words in (
         ([str(recipe), "--providers", "none"], "among large, small"),
-        (["no.py"], "no recipe"),
+        (["no.py"], "no.py: no such recipe"),
+        ([str(tmp_path / "broken.py")], "cannot be loaded: .*line 1"),
+        ([str(tmp_path / "empty.py")], "defines no function `rows`"),
+        ([str(tmp_path / "other.py")], "row a must be a TrainCollabConfig .*got int"),
     ):
-        with pytest.raises(SystemExit, match=words):
-            tool.main([*given, *wrong])
+        code, text, said = run(*given, *wrong)
+        assert code == 2 and not text and re.search(f"error: .*{words}", said), said
