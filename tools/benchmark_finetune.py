@@ -9,7 +9,8 @@ packing: the same training targets in packed prompts and in one prompt per targe
 `mini` base. evaluation: histories of test users in blocks with everything kept that can be, and one prompt
 per user. catalogue: memory of training steps and of a full ranking in a very large catalogue. engine: tokens
 per second, share of the measured matrix-product peak, memory and seconds per epoch of a random base of a
-published shape with the whole side network, variant by variant; for a GPU (`--shape tiny` runs anywhere).
+published shape with the whole side network, variant by variant; for a GPU (`--shape tiny` runs anywhere; on
+a CPU, memory is the most of all variants so far).
 """
 
 from __future__ import annotations
@@ -19,29 +20,26 @@ import dataclasses
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from transformers import AutoModel, LlamaConfig
 
-from llmrec import distributed, finished, machine
+from llmrec import distributed, finished, jobs, machine
 from llmrec.artifacts import SemanticIds
-from llmrec.data.batches import pad_histories
+from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
-from llmrec.evaluation.rank import rank_users
-from llmrec.finetune import base_model, build
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
-from llmrec.finetune.lora import add_lora
-from llmrec.finetune.model import MMESID
-from llmrec.finetune.packing import count_tokens
-from llmrec.finetune.prompt import Prompt
-from llmrec.finetune.scoring import scorer_of
-from llmrec.finetune.trainer import Trainer
 from llmrec.interactions import Interactions
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmrec.finetune.model import MMESID
+    from llmrec.finetune.prompt import Prompt
 
 LAYOUTS = ("packed", "per_prefix")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -64,6 +62,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Published configs (llama3-8b: meta-llama/Meta-Llama-3-8B), but for the vocabulary, which only texts use."""
+
+FEWEST_ITEMS = 100
+"""In the random histories of `catalogue`, where a hundred items are popular."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "16 targets": {"batch_size": 16},
@@ -89,6 +90,10 @@ def world(
     data: Interactions, widths: dict[str, int], hidden: int, options: argparse.Namespace
 ) -> tuple[dict[str, np.ndarray], SemanticIds, Prompt]:
     """Random vectors, codes of 4 x 256 and a prompt of the wanted length."""
+    import torch
+
+    from llmrec.finetune.prompt import Prompt
+
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     rows = data.num_items + 1
@@ -110,6 +115,10 @@ def world(
 
 def mini_model(data: Interactions, config: FinetuneConfig, options: argparse.Namespace) -> MMESID:
     """MME-SID on a random mini base, the same for all layouts."""
+    import torch
+
+    from llmrec.finetune import base_model, build
+
     widths = {"collab": 64, "text": 64}
     vectors, ids, prompt = world(data, widths, options.width, options)
     base, count = base_model.load_base(config, prompt), torch.from_numpy(data.train_count)
@@ -125,13 +134,17 @@ def mini_config(options: argparse.Namespace, **settings: Any) -> FinetuneConfig:
 
 def packing(options: argparse.Namespace) -> None:
     """Seconds per training step, one prompt per target over packed."""
+    from llmrec.finetune.packing import count_tokens
+    from llmrec.finetune.trainer import Trainer
+
     data = finished.load(Interactions, Path(options.prepare_data))
     trainers = {}
     for layout in LAYOUTS:
         config = mini_config(options, layout=layout, batch_size=options.batch_size)
         trainers[layout] = Trainer(config, data, mini_model(data, config, options))
     targets = trainers["packed"].targets
-    users = np.random.default_rng(0).choice(np.unique(targets.user), options.users, replace=False)
+    known = np.unique(targets.user)
+    users = np.random.default_rng(0).choice(known, min(options.users, len(known)), replace=False)
     chosen = np.flatnonzero(np.isin(targets.user, users))
     steps = [
         targets.take(part)
@@ -146,11 +159,16 @@ def packing(options: argparse.Namespace) -> None:
     for layout in LAYOUTS:
         tokens = count_tokens(targets, layout=layout, shared=False, **size)
         print(f"{layout:10s} an epoch has {tokens:,} tokens, instruction in every row")
-    print(f"{len(chosen):,} targets of {options.users} users; {machine.describe()}")
+    print(f"{len(chosen):,} targets of {len(users):,} users; {machine.describe()}")
 
 
 def evaluation(options: argparse.Namespace) -> None:
     """Seconds to rank test users, one prompt per user over blocks."""
+    import torch
+
+    from llmrec.evaluation.rank import rank_users
+    from llmrec.finetune.scoring import scorer_of
+
     data = finished.load(Interactions, Path(options.prepare_data))
     config = mini_config(options)
     model = mini_model(data, config, options).eval()
@@ -203,6 +221,14 @@ def print_ratio(runs: dict[str, Callable[[], float]], rounds: int, what: str) ->
 
 def catalogue(options: argparse.Namespace) -> None:
     """Memory of steps of several sizes and of a full ranking, one after the other in one process."""
+    from llmrec.evaluation.rank import rank_users
+    from llmrec.finetune.scoring import scorer_of
+    from llmrec.finetune.trainer import Trainer
+
+    if options.items < FEWEST_ITEMS:
+        raise ConfigError(
+            f"--items must be at least {FEWEST_ITEMS}, which the random histories name, got {options.items}"
+        )
     data = random_data(options.items)
     config = mini_config(options, batch_size=16)
     model = mini_model(data, config, options)
@@ -248,6 +274,8 @@ def random_data(num_items: int, num_users: int = 500) -> Interactions:
 
 def engine(options: argparse.Namespace) -> None:
     """One table: what every variant reaches on this device."""
+    import torch
+
     data = finished.load(Interactions, Path(options.prepare_data))
     device = distributed.device()
     shape = SHAPES[options.shape]
@@ -268,25 +296,47 @@ def engine(options: argparse.Namespace) -> None:
             micro_batch_tokens=options.micro_batch_tokens, **settings,
         )  # fmt: skip
         own_prompt = dataclasses.replace(prompt, response=[]) if config.readout == "item" else prompt
-        try:
-            base = add_lora(random_base(shape, config, device), config)
-            count = torch.from_numpy(data.train_count)
-            model = build.build_model(config, base, own_prompt, vectors, ids, count, device)
-            rows.append({"variant": name, **measure(config, data, model, peak, options)})
-        except (ConfigError, torch.OutOfMemoryError) as error:
-            rows.append({"variant": name, "failed": " ".join(str(error).split())[:200]})
-        print(" ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-        base = model = None
+        rows.append({"variant": name, **variant(config, data, (vectors, ids, own_prompt), peak, options)})
+        print(" ".join(f"{key} {value}" for key, value in rows[-1].items()))
         if device.type == "cuda":
             gc.collect()  # compiled modules hold on to themselves
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         if options.out:  # after every variant: one that ends the process must not take the others along
-            Path(options.out).write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1))
+            options.out.write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1))
+
+
+def variant(
+    config: FinetuneConfig,
+    data: Interactions,
+    made: tuple[dict[str, np.ndarray], SemanticIds, Prompt],
+    peak: float,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """What one of them reaches, or why it cannot be run."""
+    import torch
+
+    from llmrec.finetune import build
+    from llmrec.finetune.lora import add_lora
+
+    vectors, ids, prompt = made
+    device = distributed.device()
+    try:
+        base = add_lora(random_base(SHAPES[options.shape], config, device), config)
+        count = torch.from_numpy(data.train_count)
+        model = build.build_model(config, base, prompt, vectors, ids, count, device)
+        return measure(config, data, model, peak, options)
+    except (ConfigError, torch.OutOfMemoryError) as error:
+        return {"failed": " ".join(str(error).split())[:200]}
 
 
 def random_base(shape: dict[str, Any], config: FinetuneConfig, device: torch.device) -> torch.nn.Module:
     """A decoder of random weights, made on the device; through files where it is to be quantised."""
+    import torch
+    from transformers import AutoModel, LlamaConfig
+
+    from llmrec.finetune import base_model
+
     known = LlamaConfig(**shape, bos_token_id=None, eos_token_id=None)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     with device:
@@ -311,6 +361,13 @@ def measure(
     config: FinetuneConfig, data: Interactions, model: MMESID, peak: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Some steps after a round of the same that does not count, and one ranking of some users."""
+    import torch
+
+    from llmrec.data.batches import pad_histories
+    from llmrec.evaluation.rank import rank_users
+    from llmrec.finetune.scoring import scorer_of
+    from llmrec.finetune.trainer import Trainer
+
     device = distributed.device()
     trainer = Trainer(config, data, model)
     steps = trainer.steps_of(1)
@@ -339,44 +396,76 @@ def measure(
     machine.finish(device)
     ranked = time.perf_counter() - begun
     return {
+        "steps": len(timed),
+        "users_ranked": len(some),
         "tokens_per_second": round(speed),
         "share_of_peak": round(speed * trainer.flops / peak, 4),
         "seconds_per_step": round(seconds / len(timed), 5),
         "seconds_per_epoch": round(seconds / len(timed) * len(steps), 1),
-        "peak_gb": round(memory / 1e9, 2),
+        # A process's largest size is that of all that it has done, variants before this one included.
+        "peak_gb" if device.type == "cuda" else "peak_gb_so_far": round(memory / 1e9, 2),
         "evaluation_seconds": round(ranked * len(targets) / len(some), 1),
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser().parse_args(arguments)
+    sys.stdout.reconfigure(line_buffering=True)
+    raise SystemExit(guarded(lambda: run(options)))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    set_up_logging()
+    verbs = {"packing": packing, "evaluation": evaluation, "catalogue": catalogue, "engine": engine}
+    verbs[options.verb](options)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = made.add_subparsers(dest="verb", required=True)
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    packed = verb("packing", "training with packed prompts against one prompt per target, with a mini base")
+    ranked = verb("evaluation", "ranking in blocks of users against one prompt per user, with a mini base")
+    large = verb("catalogue", "memory and time of training and ranking in a very large catalogue")
+    gpu = verb("engine", "every variant of training on a random base of a published shape; for a GPU")
+    for one, users in ((packed, "whose targets are trained on"), (ranked, "ranked"), (gpu, "ranked")):
+        one.add_argument(
+            "--prepare-data", metavar="DIR", required=True, help="a finished prepare_data folder"
+        )
+        jobs.add_count(one, "--users", 600, f"users that are {users}; all where there are fewer")
+    for one in (packed, ranked):
+        jobs.add_count(one, "--rounds", 5, "timed rounds of each way, after one that does not count")
+    for one in (packed, ranked, large):
+        jobs.add_count(one, "--width", 128, "H of the mini base model, a multiple of 8")
+        jobs.add_count(one, "--layers", 2, "its transformer blocks")
+    for one in (packed, ranked, large, gpu):
+        jobs.add_count(one, "--instruction", 33, "I, instruction tokens", jobs.whole)
+        jobs.add_count(one, "--response", 4, "R, response tokens")
+    jobs.add_count(packed, "--batch-size", 4096, "targets per optimiser step")
+    jobs.add_count(
+        large, "--items", 1_000_000,
+        "N; a million take 5.8 GB of memory and with one thread about 10 s for each of three steps and for "
+        "the ranking, beside building the model",
+    )  # fmt: skip
+    gpu.add_argument(
+        "--shape", choices=SHAPES, default="llama3-8b",
+        help="of the base model; tiny runs anywhere (llama3-8b, which takes up to 32 GB of a GPU)",
+    )  # fmt: skip
+    jobs.add_count(gpu, "--content-width", 1280, "of text and image vectors")
+    jobs.add_count(gpu, "--steps", 30, "timed steps of each variant; fewer where an epoch has no more")
+    jobs.add_count(gpu, "--micro-batch-tokens", 16384, "most tokens of a forward pass")
+    gpu.add_argument(
+        "--only", nargs="+", choices=VARIANTS, metavar="VARIANT",
+        help=f"some of the variants: {', '.join(map(repr, VARIANTS))} (all)",
+    )  # fmt: skip
+    gpu.add_argument(
+        "--out", metavar="FILE", type=jobs.new_file, help="a new file for the rows as JSON (none)"
     )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    made = {name: verbs.add_parser(name) for name in ("packing", "evaluation", "catalogue", "engine")}
-    for name, verb in made.items():
-        if name != "catalogue":
-            verb.add_argument("--prepare-data", required=True, help="output folder of prepare_data")
-            verb.add_argument("--users", type=int, default=600, help="users that are trained on or ranked")
-        if name != "engine":
-            verb.add_argument("--rounds", type=int, default=5, help="timed rounds of each way")
-            verb.add_argument("--width", type=int, default=128, help="H of the mini base model")
-            verb.add_argument("--layers", type=int, default=2, help="its transformer blocks")
-        verb.add_argument("--instruction", type=int, default=33, help="I, instruction tokens")
-        verb.add_argument("--response", type=int, default=4, help="R, response tokens")
-    made["packing"].add_argument("--batch-size", type=int, default=4096, help="targets per optimiser step")
-    made["catalogue"].add_argument("--items", type=int, default=1_000_000, help="N")
-    own = made["engine"]
-    own.add_argument("--shape", choices=SHAPES, default="llama3-8b", help="of the base model")
-    own.add_argument("--content-width", type=int, default=1280, help="of text and image vectors")
-    own.add_argument("--steps", type=int, default=30, help="timed steps of each variant")
-    own.add_argument("--micro-batch-tokens", type=int, default=16384, help="most tokens of a forward pass")
-    own.add_argument("--only", nargs="+", choices=VARIANTS, help="some of the variants")
-    own.add_argument("--out", metavar="FILE", help="JSON with the rows")
-    options = parser.parse_args(arguments)
-    {"packing": packing, "evaluation": evaluation, "catalogue": catalogue, "engine": engine}[options.verb](
-        options
-    )
+    return made
 
 
 if __name__ == "__main__":

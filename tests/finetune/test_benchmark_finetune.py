@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
-from tool import load
+import torch
+from tool import TOOLS, load
 from worlds import cycle
 
 from llmrec.pipeline import describe_stage, seal
@@ -27,25 +30,73 @@ def prepared(tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("verb", ["packing", "evaluation"])
-def test_both_ways_come_to_the_same_and_the_ratio_is_printed(verb, tool, prepared, capsys):
+@pytest.fixture
+def run(tool, capsys):
+    def called(*arguments: str) -> tuple[int, str, str]:
+        """What the tool leaves with, and its output and errors."""
+        with pytest.raises(SystemExit) as left:
+            tool.main(list(arguments))
+        return (left.value.code or 0, *capsys.readouterr())
+
+    return called
+
+
+@pytest.mark.parametrize(("verb", "users"), [("packing", "20"), ("evaluation", "20"), ("packing", "5000")])
+def test_both_ways_come_to_the_same_and_the_ratio_is_printed(verb, users, run, prepared):
     more = ["--batch-size", "64"] if verb == "packing" else []
-    size = ["--users", "20", "--rounds", "1", "--width", "16", "--layers", "1"]
-    tool.main([verb, "--prepare-data", prepared, *size, *more])
-    text = capsys.readouterr().out
+    size = ["--users", users, "--rounds", "1", "--width", "16", "--layers", "1"]
+    code, text, said = run(verb, "--prepare-data", prepared, *size, *more)
+    assert code == 0, said
     values = re.findall(r"(?:mean loss|mean rank) ([\d.]+)", text)
     first, second = values[:2]
     assert float(first) == pytest.approx(float(second), rel=1e-3)
     assert re.search(r"median \d+\.\d\d, \d", text) and "torch" in text
+    assert f"{min(int(users), 40)} users" in text
 
 
-def test_the_catalogue_and_the_engine_run_small(tool, prepared, capsys, tmp_path):
-    tool.main(["catalogue", "--items", "3000", "--width", "16", "--layers", "1"])
-    assert capsys.readouterr().out.count("peak memory so far") == 5
+def test_the_catalogue_and_the_engine_run_small(run, prepared, tmp_path):
+    code, text, said = run("catalogue", "--items", "3000", "--width", "16", "--layers", "1")
+    assert code == 0 and text.count("peak memory so far") == 5, said
     out = tmp_path / "rows.json"
     some = ["--steps", "2", "--out", str(out), "--only", "16 targets", "64, 8-bit states"]
     small = ["--shape", "tiny", "--content-width", "8", "--users", "8"]
-    tool.main(["engine", "--prepare-data", prepared, *small, *some])
+    code, text, said = run("engine", "--prepare-data", prepared, *small, *some)
+    assert code == 0, said
     rows = json.loads(out.read_text())["rows"]
     assert [row["variant"] for row in rows] == ["16 targets", "64, 8-bit states"]
     assert all(row["tokens_per_second"] > 0 and row["seconds_per_epoch"] > 0 for row in rows)
+    memory = "peak_gb" if torch.cuda.is_available() else "peak_gb_so_far"
+    assert all(row["steps"] == 2 and row["users_ranked"] == 8 and memory in row for row in rows)
+    assert text.count(f"{memory} ") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["catalogue", "--rounds", "3"], "unrecognized arguments: --rounds 3"),
+        (["catalogue", "--items", "99"], "error: --items must be at least 100"),
+        (["packing", "--users", "0"], "at least 1, got '0'"),
+        (["engine", "--out", "no/such/folder/rows.json"], "no/such/folder: no such folder; make it"),
+        (["engine", "--out", __file__], "exists; give another file"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(arguments, words, run):
+    given = [] if arguments[0] == "catalogue" else ["--prepare-data", "no folder"]
+    code, text, said = run(arguments[0], *given, *arguments[1:])
+    assert code == 2 and not text and words in said, said
+
+
+@pytest.mark.parametrize("name", ["providers", "finetune"])
+def test_help_is_there_at_once(name):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['benchmark_{name}.py', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(TOOLS / f'benchmark_{name}.py')!r}, run_name='__main__')\n"
+        "except SystemExit as left:\n"
+        "    assert not left.code\n"
+        "heavy = {'torch', 'transformers', 'sklearn', 'accelerate', 'datasets', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TOOLS.parent)
+    assert done.returncode == 0 and not done.stderr, done.stderr
