@@ -443,7 +443,7 @@ def parser() -> argparse.ArgumentParser:
         jobs.add_count(one, "--width", 128, "H of the mini base model, a multiple of 8")
         jobs.add_count(one, "--layers", 2, "its transformer blocks")
     for one in (packed, ranked, large, gpu):
-        jobs.add_count(one, "--instruction", 33, "I, instruction tokens", jobs.whole)
+        jobs.add_count(one, "--instruction", 33, "I, instruction tokens")
         jobs.add_count(one, "--response", 4, "R, response tokens")
     jobs.add_count(packed, "--batch-size", 4096, "targets per optimiser step")
     jobs.add_count(

@@ -12,37 +12,72 @@ encoder and decoder. Rounds alternate; the ratio is that of the medians. catalog
 k-means (or --epochs of training) and the report on it.
 """
 
+from __future__ import annotations
+
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from llmrec import distributed, machine
-from llmrec.semantic_ids import mm_rqvae
+from llmrec import distributed, jobs, machine
+from llmrec.console import guarded, set_up_logging
+from llmrec.errors import ConfigError
 from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig
-from llmrec.semantic_ids.learn import model_settings
-from llmrec.semantic_ids.mm_rqvae import MMRQVAE, mlp
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings
+    from llmrec.interactions import Interactions
 
 H200_FLOPS = {"tf32": 495e12, "bfloat16": 990e12}
 """Dense peak of an H200, for the share that the official size reaches."""
 
 
 def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    sys.stdout.reconfigure(line_buffering=True)
+    raise SystemExit(guarded(lambda: measure(options)))
+
+
+def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("what", choices=["mmd", "quantiser", "official", "catalogue"])
-    made.add_argument("--batch-size", type=int, help="items per step (256; quantiser 1024)")
-    made.add_argument("--dim", type=int, default=1280, help="width of item vectors (1280)")
-    made.add_argument("--steps", type=int, default=5, help="steps per round")
-    made.add_argument("--rounds", type=int, default=5, help="alternating rounds")
-    made.add_argument("--items", type=int, default=1_000_000, help="catalogue: number of items")
-    made.add_argument("--epochs", type=int, default=0, help="catalogue: train so long; 0: residual k-means")
-    made.add_argument("--precision", default="tf32", choices=["float32", "tf32", "bfloat16"])
-    options = made.parse_args(arguments)
+    kinds = made.add_subparsers(dest="what", required=True)
+
+    def kind(name: str, text: str) -> argparse.ArgumentParser:
+        return kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    mmd = kind("mmd", "training step with MMD by inner products against the difference tensor")
+    quantiser = kind("quantiser", "our quantiser against ResidualVQ; needs vector-quantize-pytorch")
+    official = kind("official", "training steps of the published size; for a GPU")
+    large = kind("catalogue", "time and memory of semantic IDs for a large catalogue, and of their report")
+    jobs.add_count(mmd, "--batch-size", 256, "items per step, at least 2")
+    jobs.add_count(quantiser, "--batch-size", 1024, "items per step")
+    for one in (mmd, quantiser, large):
+        jobs.add_count(one, "--dim", 1280, "width of item vectors")
+    for one in (mmd, quantiser, official):
+        jobs.add_count(one, "--steps", 5, "steps per round")
+        jobs.add_count(one, "--rounds", 5, "rounds, which alternate where there is a reference")
+    official.add_argument(
+        "--precision", default="tf32", choices=["float32", "tf32", "bfloat16"],
+        help="number format of matrix products; tf32 is float32 on a CPU (tf32)",
+    )  # fmt: skip
+    jobs.add_count(
+        large, "--items", 1_000_000,
+        "number of items; vectors of a million take 5.1 GB and all of it about 8; with one thread 100,000 "
+        "take 9 minutes and 3.9 GB, a million far longer",
+    )  # fmt: skip
+    jobs.add_count(large, "--epochs", 0, "train so long; 0: residual k-means", jobs.whole)
+    return made
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    set_up_logging()
+    import torch
+
     distributed.device()
     kinds = {
         "mmd": compare_mmd,
@@ -56,7 +91,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def compare_mmd(options: argparse.Namespace) -> None:
     """Our step against the same step with the difference tensor."""
-    size = options.batch_size or 256
+    import torch
+
+    from llmrec.semantic_ids import mm_rqvae
+
+    size = options.batch_size
+    if size < 2:
+        raise ConfigError(f"--batch-size of mmd must be at least 2, as MMD compares pairs, got {size}")
     config = LearnSemanticIdsConfig(reconstruction="mmd", alignment="none")
     rows = {"text": torch.randn(size, options.dim, generator=torch.Generator().manual_seed(0))}
     ours = trainer(config, {"text": options.dim}, rows)
@@ -76,6 +117,8 @@ def compare_mmd(options: argparse.Namespace) -> None:
 
 def mmd_by_differences(x: Tensor, y: Tensor, *, estimator: str) -> Tensor:
     """The same value from all differences of the 2B rows, differentiated by autograd."""
+    import torch
+
     joint = torch.cat([x, y])
     squares = (joint[None] - joint[:, None]).square().sum(dim=-1)
     kernel = torch.exp(-squares / squares.detach().mean())
@@ -86,9 +129,18 @@ def mmd_by_differences(x: Tensor, y: Tensor, *, estimator: str) -> Tensor:
 
 def compare_quantisers(options: argparse.Namespace) -> None:
     """Our quantiser against ResidualVQ, each between the same encoder and decoder."""
-    from vector_quantize_pytorch import ResidualVQ
+    import torch
+    from torch.nn import functional as F
 
-    size = options.batch_size or 1024
+    from llmrec.semantic_ids.mm_rqvae import mlp
+
+    try:
+        from vector_quantize_pytorch import ResidualVQ
+    except ImportError:
+        raise ConfigError(
+            "quantiser needs vector-quantize-pytorch: pip install vector-quantize-pytorch"
+        ) from None
+    size = options.batch_size
     config = LearnSemanticIdsConfig(
         reconstruction="mse", alignment="none", sinkhorn="none", codebook_update="ema"
     )
@@ -117,38 +169,92 @@ def compare_quantisers(options: argparse.Namespace) -> None:
 
 def official_size(options: argparse.Namespace) -> None:
     """Steps of the published size: three modalities, 4096-wide layers and codes, batches of 1,024."""
-    dims = {"collab": 64, "text": 1280, "image": 1280}
-    rows = {name: torch.randn(1024, dim) for name, dim in dims.items()}
-    config = PRESETS["official"]
-    from llmrec.semantic_ids.train import matrix_precision
+    import torch
 
+    from llmrec.semantic_ids.learn import model_settings
+    from llmrec.semantic_ids.mm_rqvae import MMRQVAE
+    from llmrec.semantic_ids.precision import matrix_precision
+
+    dims = {"collab": 64, "text": 1280, "image": 1280}
+    config = PRESETS["official"]
+    with torch.device("meta"):
+        weights = sum(one.numel() for one in MMRQVAE(**model_settings(config, dims)).parameters())
+    device = distributed.device()
+    if device.type == "cpu":
+        announce(6 * 1024 * weights, weights, options)
+    rows = {name: torch.randn(1024, dim) for name, dim in dims.items()}
     step = trainer(config, dims, rows)
-    with matrix_precision(options.precision, distributed.device()):
+    with matrix_precision(options.precision, device):
         seconds = statistics.median(timed(step, options.steps) for _ in range(options.rounds))
     epoch = 12 * seconds
-    weights = sum(parameter.numel() for parameter in MMRQVAE(**model_settings(config, dims)).parameters())
     flops = 6 * 1024 * weights / seconds
     peak = H200_FLOPS.get(options.precision)
-    share = f", {flops / peak:.1%} of an H200's peak" if peak and torch.cuda.is_available() else ""
+    share = f", {flops / peak:.1%} of an H200's peak" if peak and device.type == "cuda" else ""
     print(f"{seconds * 1e3:.1f} ms per step; 12,086 items: {1000 * epoch:.1f} s per 1,000 epochs")
-    print(f"{weights / 1e6:.1f} M weights, 6 x weights x rows: {flops / 1e12:.1f} TFLOP/s{share}")
+    print(f"{weights / 1e6:.1f} M weights, 6 x weights x rows: {flops / 1e12:.3g} TFLOP/s{share}")
+
+
+def announce(flops: int, weights: int, options: argparse.Namespace) -> None:
+    """Say on a CPU what is to be computed: it is meant for a GPU.
+
+    Args:
+        flops: operations of a step.
+        weights: how many are trained; each takes 16 bytes with its gradient and the two states of Adam.
+        options: the command line.
+    """
+    import torch
+
+    number = options.steps * options.rounds
+    least = number * flops / machine.matmul_peak(torch.device("cpu"), torch.float32)
+    print(
+        f"official is meant for a GPU, and this is a CPU: {number} x {flops / 1e12:.1f} TFLOP take "
+        f"at least {duration(least)} here, and {16 * weights / 1e9:.1f} GB of memory (--steps and --rounds "
+        "make them fewer; Ctrl-C stops)"
+    )
 
 
 def large_catalogue(options: argparse.Namespace) -> None:
     """Codes for random vectors of many items, and the report on them."""
-    import resource
+    import torch
 
+    from llmrec.semantic_ids.config import ReportSemanticIdsConfig
+    from llmrec.semantic_ids.learn import learn_semantic_ids
+    from llmrec.semantic_ids.report import report_semantic_ids
+
+    if options.items < LearnSemanticIdsConfig.num_codes:
+        raise ConfigError(
+            f"--items must be at least {LearnSemanticIdsConfig.num_codes}, as many as there are codes, got "
+            f"{options.items}"
+        )
+    data, collab, content = random_catalogue(options.items, options.dim)
+    chosen = {"epochs": options.epochs, "log_every_epochs": 1} if options.epochs else {"method": "rkmeans"}
+    config = LearnSemanticIdsConfig(modalities=("text",), min_utilisation=0.0, **chosen)
+    started = time.perf_counter()
+    ids = learn_semantic_ids(config, data, collab, content)
+    learned = time.perf_counter()
+    metrics = report_semantic_ids(ReportSemanticIdsConfig(), data, collab, content, ids).metrics
+    done = time.perf_counter()
+    found = metrics["modalities"]["text"]
+    used = min(level["utilisation"] for level in found["levels"])
+    size = content.vectors["text"].nbytes / 1e9
+    memory = machine.peak_memory(torch.device("cpu")) / 1e9
+    print(
+        f"{options.items:,} items of {options.dim} numbers ({size:.1f} GB): learn_semantic_ids "
+        f"{duration(learned - started)}, report {duration(done - learned)}, peak memory {memory:.1f} GB; "
+        f"codes used {used:.1%}, collision rate {found['collision_rate']:.4f}"
+    )
+
+
+def random_catalogue(number: int, dim: int) -> tuple[Interactions, CollabEmbeddings, ContentEmbeddings]:
+    """Random vectors of many items, and users of eight random items each."""
     import numpy as np
     import pyarrow as pa
 
     from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings
     from llmrec.interactions import Interactions
-    from llmrec.semantic_ids.config import ReportSemanticIdsConfig
-    from llmrec.semantic_ids.learn import learn_semantic_ids
-    from llmrec.semantic_ids.report import report_semantic_ids
 
-    number, rng = options.items, np.random.default_rng(0)
-    vectors = np.empty((number + 1, options.dim), np.float32)
+    rng = np.random.default_rng(0)
+    vectors = np.empty((number + 1, dim), np.float32)
     rng.standard_normal(out=vectors, dtype=np.float32)
     vectors[0] = 0
     users = min(20_000, number)
@@ -175,25 +281,23 @@ def large_catalogue(options: argparse.Namespace) -> None:
     collab = CollabEmbeddings(catalog=data.catalog, provider="precomputed", vectors=flat)
     missing = {"text": np.zeros(number + 1, bool)}
     content = ContentEmbeddings(catalog=data.catalog, vectors={"text": vectors}, missing=missing)
-    chosen = {"epochs": options.epochs, "log_every_epochs": 1} if options.epochs else {"method": "rkmeans"}
-    config = LearnSemanticIdsConfig(modalities=("text",), min_utilisation=0.0, **chosen)
-    started = time.perf_counter()
-    ids = learn_semantic_ids(config, data, collab, content)
-    learned = time.perf_counter()
-    metrics = report_semantic_ids(ReportSemanticIdsConfig(), data, collab, content, ids).metrics
-    done = time.perf_counter()
-    found = metrics["modalities"]["text"]
-    used = min(level["utilisation"] for level in found["levels"])
-    print(f"{number:,} items of {options.dim} numbers ({vectors.nbytes / 1e9:.1f} GB): learn_semantic_ids")
-    print(f"{(learned - started) / 60:.1f} min, report {(done - learned) / 60:.1f} min, peak memory")
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB; codes used {used:.1%},")
-    print(f"collision rate {found['collision_rate']:.4f}")
+    return data, collab, content
+
+
+def duration(seconds: float) -> str:
+    """In seconds below a minute, else in minutes."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def trainer(
     config: LearnSemanticIdsConfig, dims: dict[str, int], rows: dict[str, Tensor]
 ) -> Callable[[], None]:
     """One training step on fixed rows."""
+    import torch
+
+    from llmrec.semantic_ids.learn import model_settings
+    from llmrec.semantic_ids.mm_rqvae import MMRQVAE
+
     distributed.seed_everything(0)
     device = distributed.device()
     model: nn.Module = MMRQVAE(**model_settings(config, dims)).to(device).train()
@@ -224,17 +328,12 @@ def report(
 
 def timed(step: Callable[[], Any], steps: int) -> float:
     """Seconds per step."""
-    synchronise()
+    machine.finish(distributed.device())
     started = time.perf_counter()
     for _ in range(steps):
         step()
-    synchronise()
+    machine.finish(distributed.device())
     return (time.perf_counter() - started) / steps
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -10,15 +10,22 @@ vectors, in units of their variance; overlap: share of 10 nearest items that sta
 codes used at any level; collisions: collision rate. Mean over seeds, and the spread (standard deviation).
 """
 
+from __future__ import annotations
+
 import argparse
 import logging
+import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmrec import jobs
 from llmrec.console import guarded
 from llmrec.errors import ConfigError
 from llmrec.recipe import apply_overrides
+
+if TYPE_CHECKING:
+    from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 
 FIGURES = {
     "tau latent": lambda found: found["tau"]["latent"],
@@ -31,8 +38,13 @@ FIGURES = {
 }
 
 
+SET_ELSEWHERE = {"seed": "--seeds", "modalities": "--modality"}
+"""Settings that rows may not change, and what sets them."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    sys.stdout.reconfigure(line_buffering=True)
     raise SystemExit(guarded(lambda: compare(options)))
 
 
@@ -40,13 +52,19 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("prepare-data", "train-collab", "encode-items"):
         made.add_argument(f"--{name}", metavar="DIR", required=True, help="output folder of that stage")
-    made.add_argument("--modality", default="collab", choices=["collab", "text", "image"])
+    made.add_argument(
+        "--modality", default="collab", choices=["collab", "text", "image"],
+        help="vectors that the codes are learned from (collab)",
+    )  # fmt: skip
     made.add_argument(
         "--row", nargs="+", action="append", required=True, metavar="NAME [FIELD=VALUE]",
-        help="a name and settings of learn_semantic_ids; may be repeated",
+        help="a name and settings of learn_semantic_ids, the others being defaults; may be repeated",
     )  # fmt: skip
     jobs.add_seeds(made)
-    made.add_argument("--out", metavar="FILE", help="write every figure of every cell as JSON here")
+    made.add_argument(
+        "--out", metavar="FILE", type=jobs.new_file,
+        help="a new file for every figure of every row and seed, as JSON (none)",
+    )  # fmt: skip
     return made
 
 
@@ -66,9 +84,7 @@ def compare(options: argparse.Namespace) -> None:
 
     logging.getLogger("llmrec").setLevel(logging.WARNING)
     base = LearnSemanticIdsConfig(modalities=(options.modality,), min_utilisation=0.0)
-    rows = {name: apply_overrides(base, settings) for name, *settings in options.row}
-    if len(rows) < len(options.row):
-        raise ConfigError("--row: two rows have one name; give each its own")
+    rows = rows_of(options.row, base)
     inputs = [
         load(kind, Path(getattr(options, kind.stage)))
         for kind in (Interactions, CollabEmbeddings, ContentEmbeddings)
@@ -83,13 +99,31 @@ def compare(options: argparse.Namespace) -> None:
             found.append(ids.quality["modalities"][options.modality])
             cells.append({"row": name, "seed": seed, "quality": found[-1]})
             if options.out:
-                write_json(Path(options.out), cells)
+                write_json(options.out, cells)
         line = f"{name:20}"
         for figure in FIGURES.values():
             values = [figure(quality) for quality in found]
             spread = f" {np.std(values, ddof=1):6.4f}" if len(values) > 1 else ""
             line += f"{np.mean(values):9.4f}{spread}".rjust(16)
-        print(f"{line}{(time.perf_counter() - started) / len(found):10.1f}", flush=True)
+        print(f"{line}{(time.perf_counter() - started) / len(found):10.1f}")
+
+
+def rows_of(given: list[list[str]], base: LearnSemanticIdsConfig) -> dict[str, LearnSemanticIdsConfig]:
+    """Settings by name.
+
+    Raises:
+        ConfigError: a row has no name of its own, or settings that it cannot have.
+    """
+    for name, *settings in given:
+        if "=" in name:
+            raise ConfigError(f"--row {name}: a row begins with a name; give --row NAME {name}")
+        for field in (assignment.partition("=")[0].strip() for assignment in settings):
+            if field in SET_ELSEWHERE:
+                raise ConfigError(f"--row {name}: {field} is set by {SET_ELSEWHERE[field]} for all rows")
+    rows = {name: apply_overrides(base, settings) for name, *settings in given}
+    if len(rows) < len(given):
+        raise ConfigError("--row: two rows have one name; give each its own")
+    return rows
 
 
 if __name__ == "__main__":

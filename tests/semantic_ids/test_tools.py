@@ -1,5 +1,6 @@
 """The tools that compare and time semantic IDs do what they say."""
 
+import argparse
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from test_learn import artefacts, clustered
 from tool import load
 
+from llmrec import machine
 from llmrec.semantic_ids.losses import mmd
 
 
@@ -30,19 +32,80 @@ def test_settings_are_compared_over_seeds(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "cells.json").read_text().count('"seed"') == 4
 
 
-def test_both_references_are_timed_and_the_difference_tensor_gives_the_same_value(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--row", "mse", "--out", "no/such/folder/cells.json"], "no/such/folder: no such folder; make it"),
+        (["--row", "mse", "--out", __file__], "exists; give another file"),
+        (["--row", "reconstruction=mse"], "give --row NAME reconstruction=mse"),
+        (["--row", "mse", "seed=5"], "seed is set by --seeds"),
+        (["--row", "mse", "modalities=text"], "modalities is set by --modality"),
+    ],
+)
+def test_a_comparison_that_cannot_be_kept_or_says_something_else_is_not_begun(arguments, words, capsys):
+    folders = [f"--{name}=no folder" for name in ("prepare-data", "train-collab", "encode-items")]
+    with pytest.raises(SystemExit) as left:
+        load("compare_semantic_ids").main([*folders, *arguments])
+    assert left.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.fixture
+def run(capsys):
+    def called(*arguments: str) -> tuple[int, str, str]:
+        """What the benchmark leaves with, and its output and errors."""
+        with pytest.raises(SystemExit) as left:
+            load("benchmark_semantic_ids").main(list(arguments))
+        return (left.value.code or 0, *capsys.readouterr())
+
+    return called
+
+
+def test_both_references_are_timed_and_the_difference_tensor_gives_the_same_value(run):
     benchmark = load("benchmark_semantic_ids")
     x, y = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))
     ours = mmd(x, y, estimator="tllib")
     torch.testing.assert_close(benchmark.mmd_by_differences(x, y, estimator="tllib"), ours)
     for what in ("mmd", "quantiser"):
-        benchmark.main([what, "--batch-size", "16", "--dim", "8", "--steps", "1", "--rounds", "1"])
-        assert re.search(r"ratio: median \d+\.\d\d, min", capsys.readouterr().out)
+        code, text, _ = run(what, "--batch-size", "16", "--dim", "8", "--steps", "1", "--rounds", "1")
+        assert code == 0 and text.startswith("batch 16, vectors of 8")
+        assert re.search(r"ratio: median \d+\.\d\d, min", text)
 
 
-def test_a_catalogue_is_timed_with_its_memory(capsys):
-    options = ["catalogue", "--items", "2000", "--dim", "8"]
-    load("benchmark_semantic_ids").main(options)
-    assert re.search(
-        r"2,000 items of 8 numbers .*peak memory\n\d+\.\d GB", capsys.readouterr().out, re.DOTALL
+def test_a_catalogue_is_timed_with_its_memory(run):
+    code, text, _ = run("catalogue", "--items", "2000", "--dim", "8")
+    line = text.splitlines()[0]
+    found = re.match(
+        r"2,000 items of 8 numbers \(0.0 GB\): learn_semantic_ids [\d.]+ s, report [\d.]+ s, "
+        r"peak memory ([\d.]+) GB; codes used [\d.]+%, collision rate [\d.]+$",
+        line,
+    )
+    assert code == 0 and found, text
+    assert float(found[1]) == pytest.approx(machine.peak_resident_memory() / 1e9, abs=0.06)
+    assert load("benchmark_semantic_ids").duration(90.0) == "1.5 min"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["mmd", "--batch-size", "0"], "at least 1, got '0'"),
+        (["mmd", "--batch-size", "1"], "at least 2"),
+        (["mmd", "--precision", "tf32"], "unrecognized arguments: --precision"),
+        (["quantiser", "--items", "9"], "unrecognized arguments: --items"),
+        (["official", "--dim", "64"], "unrecognized arguments: --dim"),
+        (["official", "--batch-size", "64"], "unrecognized arguments: --batch-size"),
+        (["catalogue", "--rounds", "2"], "unrecognized arguments: --rounds"),
+        (["catalogue", "--items", "255"], "--items must be at least 256"),
+    ],
+)
+def test_settings_without_effect_or_sense_are_refused(arguments, words, run):
+    code, text, said = run(*arguments)
+    assert code == 2 and not text and words in said, said
+
+
+def test_the_published_size_says_on_a_cpu_what_it_will_take(capsys):
+    options = argparse.Namespace(steps=2, rounds=3)
+    load("benchmark_semantic_ids").announce(6 * 1024 * 336_000_000, 336_000_000, options)
+    assert re.match(
+        r"official is meant for a GPU, and this is a CPU: 6 x 2.1 TFLOP take at least .* 5.4 GB",
+        capsys.readouterr().out,
     )
