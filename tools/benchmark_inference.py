@@ -12,31 +12,55 @@ given shape, or a package.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import httpx
 import numpy as np
-import pyarrow as pa
-import torch
 
-from llmrec import machine
+from llmrec import jobs, machine
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
-from llmrec.finetune import base_model, build
-from llmrec.finetune.adapter import Adapter
+from llmrec.console import guarded, set_up_logging
+from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
-from llmrec.finetune.scoring import heads_of
-from llmrec.inference.package import Package, load_package
-from llmrec.inference.recommender import Recommender
+
+if TYPE_CHECKING:
+    from llmrec.inference.package import Package
+    from llmrec.inference.recommender import Recommender
 
 LEVELS, CODES = 4, 256
+TOGETHER = 64
+"""Users asked about in one call."""
+SHAPE = {
+    "items": (12_000, "N"),
+    "width": (128, "H of the mini base model, a multiple of 8"),
+    "layers": (2, "its blocks"),
+    "content_width": (1280, "of text and image vectors"),
+}
+"""Of the random weights: default and meaning."""
+PATIENCE = 30.0
+"""Seconds that a client waits for an answer."""
+GRACE = 5
+"""Seconds that the server gives the last requests when it is to end."""
 
 
 def random_package(options: argparse.Namespace) -> Package:
     """A recommender of random weights: mini base, three modalities."""
+    import pyarrow as pa
+    import torch
+
+    from llmrec.finetune import base_model, build
+    from llmrec.finetune.adapter import Adapter
+    from llmrec.finetune.scoring import heads_of
+    from llmrec.inference.package import Package
+
     rng, rows = np.random.default_rng(0), options.items + 1
     torch.manual_seed(0)
     widths = {"collab": 64, "text": options.content_width, "image": options.content_width}
@@ -80,6 +104,15 @@ def random_package(options: argparse.Namespace) -> Package:
     )
 
 
+def made(options: argparse.Namespace) -> Recommender:
+    """The recommender that the command line asks for."""
+    from llmrec.inference.package import load_package
+    from llmrec.inference.recommender import Recommender
+
+    package = load_package(Path(options.package)) if options.package else random_package(options)
+    return Recommender(package, "cpu" if options.cpu else None)
+
+
 def histories_of(recommender: Recommender, number: int, length: int) -> list[list[str]]:
     rng = np.random.default_rng(1)
     sizes = np.clip(rng.geometric(1 / length, number), 1, 200)
@@ -88,29 +121,42 @@ def histories_of(recommender: Recommender, number: int, length: int) -> list[lis
     ]
 
 
-@torch.no_grad()
 def plain(recommender: Recommender, history: list[str], k: int) -> list[str]:
     """One whole prompt, and every score source projected for the whole catalogue."""
-    model = recommender.model
-    numbers = torch.tensor([recommender.number[name] for name in history])
-    embed, heads = model.base.get_input_embeddings(), model.item_scores
-    prompt = torch.cat([embed(model.instruction), model.item_tokens(numbers), embed(model.response)])
-    hidden = model.base(inputs_embeds=prompt[None], use_cache=False).last_hidden_state[0, -1]
-    weights = heads.gate()
-    scores = weights[:, 0] * (heads.target_table @ hidden)
-    for source, name in enumerate(heads.modalities, start=1):
-        table = heads.projections[name](getattr(heads, f"vectors_{name}"))
-        scores = scores + weights[:, source] * (table @ hidden)
-    scores[0] = -torch.inf
-    scores[numbers] = -torch.inf
+    import torch
+
+    with torch.no_grad():
+        model = recommender.model
+        numbers = torch.tensor([recommender.number[name] for name in history])
+        embed, heads = model.base.get_input_embeddings(), model.item_scores
+        prompt = torch.cat([embed(model.instruction), model.item_tokens(numbers), embed(model.response)])
+        hidden = model.base(inputs_embeds=prompt[None], use_cache=False).last_hidden_state[0, -1]
+        weights = heads.gate()
+        scores = weights[:, 0] * (heads.target_table @ hidden)
+        for source, name in enumerate(heads.modalities, start=1):
+            table = heads.projections[name](getattr(heads, f"vectors_{name}"))
+            scores = scores + weights[:, source] * (table @ hidden)
+        scores[0] = -torch.inf
+        scores[numbers] = -torch.inf
     return [recommender.raw_ids[place - 1] for place in scores.topk(k).indices.tolist()]
 
 
 def latency(options: argparse.Namespace) -> None:
     """Print times of one user and of 64, and the ratio to the plain way."""
-    package = load_package(Path(options.package)) if options.package else random_package(options)
-    recommender = Recommender(package, "cpu" if options.cpu else None)
+    recommender = made(options)
     asked = histories_of(recommender, options.users, options.length)
+    items, longest = len(recommender.raw_ids), max(len(set(history)) for history in asked)
+    if items < longest + 10:
+        raise ConfigError(
+            f"{items} items are too few: a history holds {longest}, and 10 others are asked for; have more "
+            "--items, or a smaller --length"
+        )
+    compare_latency(recommender, asked, options)
+    print(f"{items:,} items, histories of about {options.length}; {machine.describe()}")
+
+
+def compare_latency(recommender: Recommender, asked: list[list[str]], options: argparse.Namespace) -> None:
+    """Both ways in turn, user by user, and ours for many together."""
     for history in asked[:5]:
         ours = [item.item_id for item in recommender.recommend([history], 10)[0]]
         assert len(set(ours) & set(plain(recommender, history, 10))) >= 9, (
@@ -130,110 +176,186 @@ def latency(options: argparse.Namespace) -> None:
         print(f"{name:6} one user: p50 {p50:.2f} ms, p95 {p95:.2f} ms")
     ratios = np.array(seconds["plain"]) / np.array(seconds["ours"])
     print(f"plain / ours, one user: median {np.median(ratios):.2f}")
-    groups = [asked[start : start + 64] for start in range(0, len(asked) - 63, 64)]
+    if len(asked) < TOGETHER:
+        print(f"{TOGETHER} users together: not measured, as --users is {len(asked)}")
+        return
+    last = len(asked) - TOGETHER + 1
+    groups = [asked[start : start + TOGETHER] for start in range(0, last, TOGETHER)]
     rates = []
     for _ in range(options.rounds):
         for group in groups:
             begun = time.perf_counter()
             recommender.recommend(group, 10)
-            rates.append(64 / (time.perf_counter() - begun))
-    alone = 1 / np.median(seconds["plain"])
-    print(
-        f"64 users together: {np.median(rates):,.0f} users/s, {np.median(rates) / alone:.1f} times the plain"
-    )
-    print(f"{len(recommender.raw_ids):,} items, histories of about {options.length}; {machine.describe()}")
+            rates.append(TOGETHER / (time.perf_counter() - begun))
+    rate, alone = np.median(rates), 1 / np.median(seconds["plain"])
+    print(f"{TOGETHER} users together: {rate:,.0f} users/s, {rate / alone:.1f} times the plain")
 
 
 def load(options: argparse.Namespace) -> None:
     """Clients that never rest, for so many seconds."""
+    if lacking := [name for name in ("fastapi", "httpx", "uvicorn") if find_spec(name) is None]:
+        raise ConfigError(f"load needs {', '.join(lacking)}: pip install {' '.join(lacking)}")
+    recommender = made(options)
+    crowd = Crowd(histories_of(recommender, 500, options.length), options.seconds)
+    print(f"{len(recommender.raw_ids):,} items, asked by {options.clients} clients for {options.seconds} s")
+    with served(recommender) as address, crowd.asking(address, options.clients) as clients:
+        before = machine.peak_resident_memory()
+        for one in clients:
+            one.start()
+        time.sleep(options.seconds / 2)
+        half = machine.peak_resident_memory()
+        for one in clients:
+            one.join()
+        after = machine.peak_resident_memory()
+    print(", ".join(f"{kind} {count:,}" for kind, count in sorted(crowd.statuses.items())))
+    taken = crowd.taken
+    times = "none in time"
+    if taken:
+        p50, p95 = np.quantile(taken, [0.5, 0.95]) * 1000
+        times = f"p50 {p50:.1f} ms, p95 {p95:.1f} ms"
+    print(f"{len(taken) / options.seconds:,.0f} right answers/s, {times}")
+    print(
+        f"peak memory before {before / 2**20:,.0f} MiB, half way {half / 2**20:,.0f}, at the end "
+        f"{after / 2**20:,.0f}; clients and server in one process"
+    )
+    print(machine.describe())
+
+
+@contextlib.contextmanager
+def served(recommender: Recommender) -> Iterator[str]:
+    """A server on this machine, at the address, until it is no longer needed."""
     import uvicorn
 
     from llmrec.inference.server import application
 
-    package = load_package(Path(options.package)) if options.package else random_package(options)
-    recommender = Recommender(package, "cpu" if options.cpu else None)
     app = application({"first": recommender})
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=GRACE)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
+        if not thread.is_alive():
+            raise ConfigError("the server did not start; what is above says why")
         time.sleep(0.01)
-    address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    asked = histories_of(recommender, 500, options.length)
-    wrong = [b"{", b'{"histories": [["?"]]}', b'{"histories": [[]], "k": 0}', b"0" * (2 << 20)]
-    statuses: Counter[str] = Counter()
-    taken: list[float] = []
-    lock, until = threading.Lock(), time.monotonic() + options.seconds
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
 
-    def client(number: int) -> None:
+
+class Crowd:
+    """Clients, and what became of their requests.
+
+    Args:
+        asked: the histories that they ask about.
+        seconds: how long they do.
+    """
+
+    def __init__(self, asked: list[list[str]], seconds: int) -> None:
+        self.asked = asked
+        self.seconds = seconds
+        self.wrong = [b"{", b'{"histories": [["?"]]}', b'{"histories": [[]], "k": 0}', b"0" * (2 << 20)]
+        self.statuses: Counter[str] = Counter()
+        self.taken: list[float] = []
+        """Seconds of every right request that was answered with 200."""
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
+        self.until = 0.0
+
+    @contextlib.contextmanager
+    def asking(self, address: str, number: int) -> Iterator[list[threading.Thread]]:
+        """The clients, who stop by themselves in the end, and at once if something interrupts."""
+        self.until = time.monotonic() + self.seconds
+        try:
+            numbers = range(number)
+            yield [threading.Thread(target=self.client, args=(address, one), daemon=True) for one in numbers]
+        finally:
+            self.stop.set()
+
+    def client(self, address: str, number: int) -> None:
+        import httpx
+
         turn = number
-        with httpx.Client(timeout=30, headers={"Content-Type": "application/json"}) as session:
-            while time.monotonic() < until:
+        with httpx.Client(timeout=PATIENCE, headers={"Content-Type": "application/json"}) as session:
+            while time.monotonic() < self.until and not self.stop.is_set():
                 turn += 1
                 bad = turn % 10 == 0
-                body = wrong[turn // 10 % len(wrong)] if bad else json.dumps(
-                    {"histories": [asked[turn * 7 % len(asked)]], "k": 10}
+                history = self.asked[turn * 7 % len(self.asked)]
+                body = self.wrong[turn // 10 % len(self.wrong)] if bad else json.dumps(
+                    {"histories": [history], "k": 10}
                 ).encode()  # fmt: skip
-                begun = time.perf_counter()
-                try:
-                    answer = session.post(f"{address}/recommend", content=body)
-                    kind = f"{'wrong' if bad else 'right'}: {answer.status_code}"
-                except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
-                    kind = "wrong: closed" if bad else "right: broken off"
-                with lock:
-                    statuses[kind] += 1
-                    if not bad:
-                        taken.append(time.perf_counter() - begun)
+                self.ask(lambda body=body: session.post(f"{address}/recommend", content=body), bad)
 
-    before = machine.peak_resident_memory()
-    clients = [threading.Thread(target=client, args=(number,)) for number in range(options.clients)]
-    for one in clients:
-        one.start()
-    half = None
-    while any(one.is_alive() for one in clients):
-        time.sleep(0.2)
-        if half is None and time.monotonic() > until - options.seconds / 2:
-            half = machine.peak_resident_memory()
-    after = machine.peak_resident_memory()
-    server.should_exit = True
-    thread.join(20)
-    p50, p95 = np.quantile(taken, [0.5, 0.95]) * 1000
-    print(", ".join(f"{kind} {count:,}" for kind, count in sorted(statuses.items())))
-    print(
-        f"{options.clients} clients for {options.seconds} s: {len(taken) / options.seconds:,.0f} answers/s, "
-        f"p50 {p50:.1f} ms, p95 {p95:.1f} ms"
-    )
-    middle = before if half is None else half
-    print(
-        f"peak memory before {before / 2**20:,.0f} MiB, half way {middle / 2**20:,.0f}, at the end "
-        f"{after / 2**20:,.0f}; clients and server in one process"
-    )
-    print(f"{len(recommender.raw_ids):,} items; {machine.describe()}")
+    def ask(self, post: Callable[[], Any], bad: bool) -> None:
+        """Send one request and count what comes of it; one that fails must not silence the client."""
+        import httpx
+
+        begun = time.perf_counter()
+        try:
+            status = post().status_code
+            kind = f"{'wrong' if bad else 'right'}: {status}"
+        except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
+            status, kind = None, "wrong: closed" if bad else "right: broken off"
+        except httpx.TransportError as error:
+            status, kind = None, f"{'wrong' if bad else 'right'}: {type(error).__name__}"
+        took = time.perf_counter() - begun
+        with self.lock:
+            self.statuses[kind] += 1
+            if not bad and status == 200:
+                self.taken.append(took)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for name in ("latency", "load"):
-        made = verbs.add_parser(name)
-        made.add_argument(
-            "--package", metavar="DIR", help="a packaged recommender, in place of random weights"
+    options = parsed(arguments)
+    sys.stdout.reconfigure(line_buffering=True)
+    raise SystemExit(guarded(lambda: measure(options)))
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; the shape of random weights is refused beside a package, which has its own."""
+    made = parser()
+    options = made.parse_args(arguments)
+    given = [name for name in SHAPE if getattr(options, name) is not None]
+    if options.package and given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        made.error(f"{names}: of random weights, so without effect on --package; leave one of them out")
+    for name, (default, _) in SHAPE.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    return options
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = made.add_subparsers(dest="verb", required=True)
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    one_by_one = verb("latency", "time of one user and of 64 together, against the plain way")
+    crowded = verb("load", "many clients against the HTTP server on this machine, some of them wrong")
+    for one in (one_by_one, crowded):
+        one.add_argument(
+            "--package", metavar="DIR", help="a packaged recommender, in place of random weights (none)"
         )
-        made.add_argument("--items", type=int, default=12_000, help="N")
-        made.add_argument("--width", type=int, default=128, help="H of the mini base model")
-        made.add_argument("--layers", type=int, default=2, help="its blocks")
-        made.add_argument("--content-width", type=int, default=1280, help="of text and image vectors")
-        made.add_argument("--length", type=int, default=9, help="mean items of a history")
-        made.add_argument("--cpu", action="store_true", help="on the CPU although there is a GPU")
-        if name == "latency":
-            made.add_argument("--users", type=int, default=256, help="histories that are asked about")
-            made.add_argument("--rounds", type=int, default=5, help="passes over them, 64 together")
-        else:
-            made.add_argument("--seconds", type=float, default=60.0)
-            made.add_argument("--clients", type=int, default=16)
-    options = parser.parse_args(arguments)
+        for name, (default, text) in SHAPE.items():
+            one.add_argument(
+                f"--{name.replace('_', '-')}", type=jobs.positive, metavar="N",
+                help=f"{text}, of random weights ({default:,})",
+            )  # fmt: skip
+        jobs.add_count(one, "--length", 9, "mean items of a history")
+        one.add_argument("--cpu", action="store_true", help="on the CPU although there is a GPU (no)")
+    jobs.add_count(one_by_one, "--users", 256, f"histories that are asked about; {TOGETHER} for all figures")
+    jobs.add_count(one_by_one, "--rounds", 5, f"passes over them, {TOGETHER} together")
+    jobs.add_count(crowded, "--seconds", 60, "how long clients send requests")
+    jobs.add_count(crowded, "--clients", 16, "of them at a time")
+    return made
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    set_up_logging()
     {"latency": latency, "load": load}[options.verb](options)
 
 

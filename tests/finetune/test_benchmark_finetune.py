@@ -86,7 +86,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(arguments, words, r
     assert code == 2 and not text and words in said, said
 
 
-@pytest.mark.parametrize("name", ["providers", "finetune", "semantic_ids"])
+@pytest.mark.parametrize("name", ["providers", "finetune", "semantic_ids", "inference"])
 def test_help_is_there_at_once(name):
     code = (
         "import runpy, sys\n"

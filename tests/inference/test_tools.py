@@ -3,31 +3,104 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
+import httpx
 import numpy as np
 import pytest
 from tiny_recipe import tiny
-from tool import load
+from tool import TOOLS, load
 from worlds import interactions
 
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError, StoppedError
 
+SMALL = ["--items", "300", "--width", "16", "--layers", "1", "--content-width", "8", "--cpu"]
 
-def test_latency_and_load_small(packaged, capsys):
-    benchmark = load("benchmark_inference")
-    small = ["--items", "300", "--width", "16", "--layers", "1", "--content-width", "8", "--cpu"]
-    benchmark.main(["latency", *small, "--users", "64", "--rounds", "1"])
-    text = capsys.readouterr().out
+
+@pytest.fixture
+def run(capsys):
+    def called(*arguments: str) -> tuple[int, str, str]:
+        """What the benchmark leaves with, and its output and errors."""
+        with pytest.raises(SystemExit) as left:
+            load("benchmark_inference").main(list(arguments))
+        return (left.value.code or 0, *capsys.readouterr())
+
+    return called
+
+
+def test_latency_and_load_small(run):
+    code, text, said = run("latency", *SMALL, "--users", "64", "--rounds", "1")
+    assert code == 0, said
     assert (
         re.search(r"plain / ours, one user: median \d+\.\d\d", text) and "users/s" in text and "torch" in text
     )
-    benchmark.main(["load", *small, "--seconds", "2", "--clients", "4"])
-    text = capsys.readouterr().out
-    assert re.search(r"right: 200 \d", text) and "p95" in text
+    code, text, said = run("load", *SMALL, "--seconds", "2", "--clients", "4")
+    assert code == 0 and re.search(r"right: 200 \d", text) and "p95" in text, said
     assert not re.search(r"right: (?!200)|wrong: 5", text), text
+
+
+def test_fewer_users_than_are_asked_about_together_leave_that_line_out(run):
+    code, text, said = run("latency", *SMALL, "--users", "5")
+    assert code == 0 and "nan" not in text, said
+    assert "64 users together: not measured, as --users is 5" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["latency", "--package", "there", "--items", "9"], "--items: of random weights"),
+        (["load", "--package", "there", "--content-width", "9"], "--content-width: of random weights"),
+        (["load", "--seconds", "0"], "at least 1, got '0'"),
+        (["load", "--rounds", "2"], "unrecognized arguments: --rounds"),
+        (["latency", "--clients", "2"], "unrecognized arguments: --clients"),
+        (["latency", *SMALL, "--items", "12"], "error: 12 items are too few"),
+    ],
+)
+def test_what_has_no_effect_or_sense_is_refused(arguments, words, run):
+    code, text, said = run(*arguments)
+    assert code == 2 and not text and words in said, said
+
+
+def test_only_right_answers_count_and_no_error_silences_a_client():
+    crowd = load("benchmark_inference").Crowd([["a"]], 1)
+
+    def failing(error):
+        def post():
+            raise error
+
+        return post
+
+    for status in (200, 503):
+        crowd.ask(lambda status=status: httpx.Response(status), bad=False)
+    crowd.ask(lambda: httpx.Response(422), bad=True)
+    for error in (httpx.ReadTimeout("late"), httpx.ConnectError("no one"), httpx.ReadError("gone")):
+        crowd.ask(failing(error), bad=False)
+    assert dict(crowd.statuses) == {
+        "right: 200": 1, "right: 503": 1, "wrong: 422": 1,
+        "right: ReadTimeout": 1, "right: ConnectError": 1, "right: broken off": 1,
+    }  # fmt: skip
+    assert len(crowd.taken) == 1
+
+
+def test_an_interrupt_ends_the_load_at_once_and_says_so_alone():
+    command = [sys.executable, str(TOOLS / "benchmark_inference.py"), "load", *SMALL, "--seconds", "300"]
+    path = os.pathsep.join([str(TOOLS.parent), os.environ.get("PYTHONPATH", "")])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, **pipes) as process:
+        assert process.stdout.readline() == "300 items, asked by 16 clients for 300 s\n"
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        begun = time.monotonic()
+        _, said = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 15
+    assert process.returncode == 130 and said.splitlines() == ["interrupted"], said
 
 
 def test_withheld_items_are_in_no_table_and_users_are_those_who_end_with_one(tmp_path):
