@@ -7,9 +7,7 @@ started: what another one is at is left to it, and taken up if it stops.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
-import math
 import os
 import signal
 import subprocess
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec import distributed, machine, storage
+from llmrec.arguments import positive
 from llmrec.errors import BusyError, LlmrecError, StoppedError
 
 logger = logging.getLogger("llmrec")
@@ -255,48 +254,6 @@ def add_seeds(parser: argparse.ArgumentParser) -> None:
         "--seeds", nargs="+", type=int, action=Different, default=[0, 1, 2], metavar="SEED",
         help="of every row (0 1 2)",
     )  # fmt: skip
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, as an argument."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r:.40}")
-    return int(text)
-
-
-def whole(text: str) -> int:
-    """A whole number of at least 0, as an argument."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r:.40}")
-    return int(text)
-
-
-def positive_number(text: str) -> float:
-    """A finite number above 0, such as seconds, as an argument."""
-    with contextlib.suppress(ValueError):
-        if 0 < (number := float(text)) < math.inf:
-            return number
-    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r:.40}")
-
-
-def add_count(
-    parser: argparse.ArgumentParser, name: str, count: int, text: str, kind: Callable[[str], int] = positive
-) -> None:
-    """A number that has a default, which its help states."""
-    parser.add_argument(name, type=kind, default=count, metavar="N", help=f"{text} ({count:,})")
-
-
-def new_file(text: str) -> Path:
-    """A file that is not there yet, in a folder that may be written, as an argument: hours of work must not
-    end with the news that they cannot be kept, nor take the place of other results."""
-    path = Path(text)
-    if path.exists():
-        raise argparse.ArgumentTypeError(f"{path} exists; give another file, or delete it")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path.parent}: no such folder; make it, or give another file")
-    if not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{path.parent} may not be written; give a file somewhere else")
-    return path
 
 
 def default() -> int:

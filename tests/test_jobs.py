@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from llmrec import jobs, storage
+from llmrec import arguments, jobs, storage
 from llmrec.errors import BusyError, ConfigError, DataError, TrainingError
 
 CELL = """
@@ -302,9 +302,9 @@ def test_variables_that_are_no_numbers_are_refused(text, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        (jobs.positive, {"1": 1, "12": 12}, ("0", "-3", "1.5", "", "x")),
-        (jobs.from_zero, {"0": 0, "7": 7}, ("-1", "0.5", "", "x")),
-        (jobs.positive_number, {"0.5": 0.5, "3": 3.0}, ("0", "-1", "nan", "inf", "", "x")),
+        (arguments.positive, {"1": 1, "12": 12}, ("0", "-3", "1.5", "", "x")),
+        (arguments.whole, {"0": 0, "7": 7}, ("-1", "0.5", "", "x")),
+        (arguments.positive_number, {"0.5": 0.5, "3": 3.0}, ("0", "-1", "nan", "inf", "", "x")),
     ],
 )
 def test_numbers_as_arguments(kind, good, bad):

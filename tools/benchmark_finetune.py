@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrec import distributed, finished, jobs, machine
+from llmrec import arguments, distributed, finished, machine
 from llmrec.artifacts import SemanticIds
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
@@ -436,17 +436,17 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--prepare-data", metavar="DIR", required=True, help="a finished prepare_data folder"
         )
-        jobs.add_count(one, "--users", 600, f"users that are {users}; all where there are fewer")
+        arguments.add_count(one, "--users", 600, f"users that are {users}; all where there are fewer")
     for one in (packed, ranked):
-        jobs.add_count(one, "--rounds", 5, "timed rounds of each way, after one that does not count")
+        arguments.add_count(one, "--rounds", 5, "timed rounds of each way, after one that does not count")
     for one in (packed, ranked, large):
-        jobs.add_count(one, "--width", 128, "H of the mini base model, a multiple of 8")
-        jobs.add_count(one, "--layers", 2, "its transformer blocks")
+        arguments.add_count(one, "--width", 128, "H of the mini base model, a multiple of 8")
+        arguments.add_count(one, "--layers", 2, "its transformer blocks")
     for one in (packed, ranked, large, gpu):
-        jobs.add_count(one, "--instruction", 33, "I, instruction tokens")
-        jobs.add_count(one, "--response", 4, "R, response tokens")
-    jobs.add_count(packed, "--batch-size", 4096, "targets per optimiser step")
-    jobs.add_count(
+        arguments.add_count(one, "--instruction", 33, "I, instruction tokens")
+        arguments.add_count(one, "--response", 4, "R, response tokens")
+    arguments.add_count(packed, "--batch-size", 4096, "targets per optimiser step")
+    arguments.add_count(
         large, "--items", 1_000_000,
         "N; a million take 5.8 GB of memory and with one thread about 10 s for each of three steps and for "
         "the ranking, beside building the model",
@@ -455,15 +455,15 @@ def parser() -> argparse.ArgumentParser:
         "--shape", choices=SHAPES, default="llama3-8b",
         help="of the base model; tiny runs anywhere (llama3-8b, which takes up to 32 GB of a GPU)",
     )  # fmt: skip
-    jobs.add_count(gpu, "--content-width", 1280, "of text and image vectors")
-    jobs.add_count(gpu, "--steps", 30, "timed steps of each variant; fewer where an epoch has no more")
-    jobs.add_count(gpu, "--micro-batch-tokens", 16384, "most tokens of a forward pass")
+    arguments.add_count(gpu, "--content-width", 1280, "of text and image vectors")
+    arguments.add_count(gpu, "--steps", 30, "timed steps of each variant; fewer where an epoch has no more")
+    arguments.add_count(gpu, "--micro-batch-tokens", 16384, "most tokens of a forward pass")
     gpu.add_argument(
         "--only", nargs="+", choices=VARIANTS, metavar="VARIANT",
         help=f"some of the variants: {', '.join(map(repr, VARIANTS))} (all)",
     )  # fmt: skip
     gpu.add_argument(
-        "--out", metavar="FILE", type=jobs.new_file, help="a new file for the rows as JSON (none)"
+        "--out", metavar="FILE", type=arguments.new_file, help="a new file for the rows as JSON (none)"
     )
     return made
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrec import jobs, machine
+from llmrec import arguments, machine
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
@@ -341,15 +341,15 @@ def parser() -> argparse.ArgumentParser:
         )
         for name, (default, text) in SHAPE.items():
             one.add_argument(
-                f"--{name.replace('_', '-')}", type=jobs.positive, metavar="N",
+                f"--{name.replace('_', '-')}", type=arguments.positive, metavar="N",
                 help=f"{text}, of random weights ({default:,})",
             )  # fmt: skip
-        jobs.add_count(one, "--length", 9, "mean items of a history")
+        arguments.add_count(one, "--length", 9, "mean items of a history")
         one.add_argument("--cpu", action="store_true", help="on the CPU although there is a GPU (no)")
-    jobs.add_count(one_by_one, "--users", 256, f"histories that are asked about; {TOGETHER} for all figures")
-    jobs.add_count(one_by_one, "--rounds", 5, f"passes over them, {TOGETHER} together")
-    jobs.add_count(crowded, "--seconds", 60, "how long clients send requests")
-    jobs.add_count(crowded, "--clients", 16, "of them at a time")
+    arguments.add_count(one_by_one, "--users", 256, f"histories asked about; {TOGETHER} for all figures")
+    arguments.add_count(one_by_one, "--rounds", 5, f"passes over them, {TOGETHER} together")
+    arguments.add_count(crowded, "--seconds", 60, "how long clients send requests")
+    arguments.add_count(crowded, "--clients", 16, "of them at a time")
     return made
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmrec import distributed, finished, jobs, machine
+from llmrec import arguments, distributed, finished, machine
 from llmrec.collab.compare_cli import every_provider
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.console import guarded, set_up_logging
@@ -305,10 +305,10 @@ def parser() -> argparse.ArgumentParser:
     layout.add_argument(
         "--provider", default="sasrec", choices=LAYOUT_PROVIDERS, help="the model that both train (sasrec)"
     )
-    jobs.add_count(
+    arguments.add_count(
         layout, "--steps", 16, "steps of 256 users in a round, and an eighth as many of 2,048 rows"
     )
-    jobs.add_count(layout, "--rounds", 4, "alternating rounds, after one that does not count")
+    arguments.add_count(layout, "--rounds", 4, "alternating rounds, after one that does not count")
     epochs.add_argument(
         "--providers", nargs="+", metavar="NAME", help="these models, or rows of --comparison, alone (all)"
     )
@@ -317,14 +317,14 @@ def parser() -> argparse.ArgumentParser:
         help="time the rows of a comparison, recipes/providers_ml1m.py for example, as they are set there "
         "(every model with its default settings)",
     )  # fmt: skip
-    jobs.add_count(epochs, "--steps", 16, "steps that are timed; fewer where an epoch has no more")
-    jobs.add_count(epochs, "--warm-up", 1, "steps before them, 0 for none", jobs.whole)
+    arguments.add_count(epochs, "--steps", 16, "steps that are timed; fewer where an epoch has no more")
+    arguments.add_count(epochs, "--warm-up", 1, "steps before them, 0 for none", arguments.whole)
     lengths.add_argument(
         "--providers", nargs="+", metavar="NAME", choices=PROVIDER_FIELDS, default=LENGTHS_PROVIDERS,
         help=f"of {', '.join(PROVIDER_FIELDS)} ({' '.join(LENGTHS_PROVIDERS)})",
     )  # fmt: skip
-    jobs.add_count(lengths, "--rounds", 4, "passes of which the best counts")
-    jobs.add_count(lengths, "--positions", 8000, "positions in a pass, in whole histories and at least one")
+    arguments.add_count(lengths, "--rounds", 4, "passes of which the best counts")
+    arguments.add_count(lengths, "--positions", 8000, "positions in a pass, of whole histories, at least one")
     return made
 
 

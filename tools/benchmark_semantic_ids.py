@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from llmrec import distributed, jobs, machine
+from llmrec import arguments, distributed, machine
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
 from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig
@@ -53,23 +53,23 @@ def parser() -> argparse.ArgumentParser:
     quantiser = kind("quantiser", "our quantiser against ResidualVQ; needs vector-quantize-pytorch")
     official = kind("official", "training steps of the published size; for a GPU")
     large = kind("catalogue", "time and memory of semantic IDs for a large catalogue, and of their report")
-    jobs.add_count(mmd, "--batch-size", 256, "items per step, at least 2")
-    jobs.add_count(quantiser, "--batch-size", 1024, "items per step")
+    arguments.add_count(mmd, "--batch-size", 256, "items per step, at least 2")
+    arguments.add_count(quantiser, "--batch-size", 1024, "items per step")
     for one in (mmd, quantiser, large):
-        jobs.add_count(one, "--dim", 1280, "width of item vectors")
+        arguments.add_count(one, "--dim", 1280, "width of item vectors")
     for one in (mmd, quantiser, official):
-        jobs.add_count(one, "--steps", 5, "steps per round")
-        jobs.add_count(one, "--rounds", 5, "rounds, which alternate where there is a reference")
+        arguments.add_count(one, "--steps", 5, "steps per round")
+        arguments.add_count(one, "--rounds", 5, "rounds, which alternate where there is a reference")
     official.add_argument(
         "--precision", default="tf32", choices=["float32", "tf32", "bfloat16"],
         help="number format of matrix products; tf32 is float32 on a CPU (tf32)",
     )  # fmt: skip
-    jobs.add_count(
+    arguments.add_count(
         large, "--items", 1_000_000,
         "number of items; vectors of a million take 5.1 GB and all of it about 8; with one thread 100,000 "
         "take 9 minutes and 3.9 GB, a million far longer",
     )  # fmt: skip
-    jobs.add_count(large, "--epochs", 0, "train so long; 0: residual k-means", jobs.whole)
+    arguments.add_count(large, "--epochs", 0, "train so long; 0: residual k-means", arguments.whole)
     return made
 
 

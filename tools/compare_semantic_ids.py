@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmrec import jobs
+from llmrec import arguments, jobs
 from llmrec.console import guarded
 from llmrec.errors import ConfigError
 from llmrec.recipe import apply_overrides
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     jobs.add_seeds(made)
     made.add_argument(
-        "--out", metavar="FILE", type=jobs.new_file,
+        "--out", metavar="FILE", type=arguments.new_file,
         help="a new file for every figure of every row and seed, as JSON (none)",
     )  # fmt: skip
     return made

@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 from llmrec import checkpoint
+from llmrec.arguments import positive, positive_number, whole
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.collab.train import train_collab
 from llmrec.console import guarded, set_up_logging
@@ -44,7 +45,7 @@ from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEn
 from llmrec.encoders.encode import encode_items
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
 from llmrec.finetune.train import finetune
-from llmrec.jobs import from_zero, killed_by, positive, positive_number
+from llmrec.jobs import killed_by
 from llmrec.manifest import MANIFEST
 from llmrec.pipeline import run_stage
 from llmrec.progress import progress
@@ -304,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--seconds", type=positive_number, default=1800.0,
         help="most time the kills take, after one undisturbed run (1800)",
     )  # fmt: skip
-    made.add_argument("--seed", type=from_zero, default=0, help="of the moments of the kills (0)")
+    made.add_argument("--seed", type=whole, default=0, help="of the moments of the kills (0)")
     options = made.parse_args(arguments)
     raise SystemExit(guarded(lambda: command(options)))
 

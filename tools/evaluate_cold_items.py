@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from llmrec.arguments import whole
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ArtifactMismatchError, ConfigError
@@ -37,7 +38,6 @@ from llmrec.inference.new_items import nearest
 from llmrec.inference.package import package_run
 from llmrec.inference.recommender import Recommender
 from llmrec.interactions import Interactions
-from llmrec.jobs import from_zero
 from llmrec.manifest import MANIFEST, read_manifest
 from llmrec.pipeline import RunDir, run
 from llmrec.recipe import Recipe, apply_overrides, recipe_of
@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("recipe", metavar="RECIPE", help="a recipe's file")
     made.add_argument("--rate", type=float, default=0.1, help="share of the items that is withheld (0.1)")
-    made.add_argument("--seed", type=from_zero, default=0, help="of the draw (0)")
+    made.add_argument("--seed", type=whole, default=0, help="of the draw (0)")
     made.add_argument("--run-dir", metavar="DIR", help="where everything goes (runs/cold_NAME)")
     made.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="STAGE.FIELD=VALUE",

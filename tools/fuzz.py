@@ -37,6 +37,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from llmrec import pipeline
+from llmrec.arguments import positive, positive_number, whole
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.prepare import prepare_data
@@ -48,7 +49,6 @@ from llmrec.finished import SCHEMA_VERSION, load
 from llmrec.inference import package
 from llmrec.inference.command import parse_lines
 from llmrec.inference.recommender import Recommender
-from llmrec.jobs import from_zero, positive, positive_number
 from llmrec.manifest import MANIFEST, describe_files, read_manifest, write_manifest
 from llmrec.recipe import Recipe, apply_overrides, format_value, with_preset
 from llmrec.stages import STAGES
@@ -481,7 +481,7 @@ def command(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--cases", type=positive, default=200, help="cases of each target (200)")
-    made.add_argument("--seed", type=from_zero, default=0, help="of the changes (0)")
+    made.add_argument("--seed", type=whole, default=0, help="of the changes (0)")
     made.add_argument("--seconds", type=positive_number, default=10.0, help="longest time of a case (10)")
     made.add_argument("--only", default="", metavar="TEXT", help="targets whose names hold this (all)")
     options = made.parse_args(arguments)

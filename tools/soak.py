@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from llmrec.arguments import positive, positive_number
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.console import guarded
 from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
@@ -33,7 +34,6 @@ from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEn
 from llmrec.errors import ConfigError
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
-from llmrec.jobs import positive, positive_number
 from llmrec.pipeline import RunDir, run
 from llmrec.progress import progress
 from llmrec.recipe import Recipe

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llmrec.arguments import positive
 from llmrec.console import set_up_logging
 from llmrec.errors import ConfigError, DataError
 
@@ -50,7 +51,7 @@ def add_parsers(verbs: Any) -> None:
         help="item ids, oldest first; may be repeated. Without any: from --file or standard input",
     )  # fmt: skip
     made.add_argument("--file", metavar="FILE", help="one history a line: ids with commas, or a JSON list")
-    made.add_argument("--k", type=int, default=10, help="items per history (10)")
+    made.add_argument("--k", type=positive, default=10, help="items per history (10)")
     made.add_argument("--keep-seen", action="store_true", help="items of the history may come back")
     made.add_argument(
         "--skip-unknown", action="store_true", help="pass over ids that are not in the catalogue"

@@ -1,0 +1,52 @@
+"""Kinds of arguments that command lines share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r:.40}")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0, as an argument."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r:.40}")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0, such as seconds, as an argument."""
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r:.40}")
+
+
+def add_count(
+    parser: argparse.ArgumentParser, name: str, count: int, text: str, kind: Callable[[str], int] = positive
+) -> None:
+    """A number that has a default, which its help states."""
+    parser.add_argument(name, type=kind, default=count, metavar="N", help=f"{text} ({count:,})")
+
+
+def new_file(text: str) -> Path:
+    """A file that is not there yet, in a folder that may be written, as an argument: hours of work must not
+    end with the news that they cannot be kept, nor take the place of other results."""
+    path = Path(text)
+    if path.exists():
+        raise argparse.ArgumentTypeError(f"{path} exists; give another file, or delete it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent}: no such folder; make it, or give another file")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path.parent} may not be written; give a file somewhere else")
+    return path
