@@ -83,7 +83,8 @@ for toy in (fails, refuses, forgets, hangs):
         deadline=begun + 3.0, rng=np.random.default_rng(0), bar=tqdm(disable=True),
     )
     trial.run()
-    found[toy.__name__] = [time.monotonic() - begun, trial.counts["kills"], trial.wrong]
+    counts = trial.counts
+    found[toy.__name__] = [time.monotonic() - begun, counts["kills"], trial.wrong, counts["runs cut short"]]
 print(json.dumps(found))
 """
 
@@ -102,18 +103,24 @@ def test_what_never_gets_done_ends_in_time_and_is_named(tmp_path):
         ("forgets", f"toy, round 1: {ended} 0, and without a result: it said nothing"),
     ):
         assert said in found[toy][2][:1] and len(found[toy][2]) <= 20
-    assert not found["hangs"][2] and 2 <= found["hangs"][1] < 1000
-    assert all(seconds < 10 for seconds, _, _ in found.values())
+    assert not found["hangs"][2] and 2 <= found["hangs"][1] < 1000 and found["hangs"][3] == 1
+    assert all(seconds < 10 for seconds, *_ in found.values())
 
 
-def test_fewer_kills_than_asked_for_are_no_success(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("kills", "counts", "code", "said"),
+    [
+        ("3", {}, 0, "0  things wrong"),
+        ("5", {}, 1, "only 3 of 5 kills in 7 seconds"),
+        ("3", {"runs cut short": 1}, 1, "7 seconds were over before what was killed last was done"),
+    ],
+)
+def test_less_than_was_asked_for_is_no_success(kills, counts, code, said, monkeypatch, capsys):
     tool = load("crash_test")
-    monkeypatch.setattr(tool, "torture", lambda *_: (Counter(kills=3), []))
-    for kills, code in (("3", 0), ("5", 1)):
-        with pytest.raises(SystemExit) as left:
-            tool.main(["--kills", kills, "--seconds", "7"])
-        assert left.value.code == code
-        assert ("only 3 of 5 kills in 7 seconds" in capsys.readouterr().out) == (kills == "5")
+    monkeypatch.setattr(tool, "torture", lambda *_: (Counter(counts, kills=3), []))
+    with pytest.raises(SystemExit) as left:
+        tool.main(["--kills", kills, "--seconds", "7"])
+    assert left.value.code == code and said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", [("--kills", "0"), ("--seconds", "-1"), ("--seed", "-1")])
