@@ -148,7 +148,10 @@ def command(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
-        "--cycles", type=positive, default=500, help=f"how many, at least {FEWEST} (500); a second each"
+        "--cycles",
+        type=positive,
+        default=500,
+        help=f"how many, at least {FEWEST} (500); with few, caches that fill late look like growth",
     )
     made.add_argument(
         "--kib-per-cycle", type=positive_number, default=20.0, help="memory may grow by this (20)"
