@@ -39,6 +39,18 @@ def add_count(
     parser.add_argument(name, type=kind, default=count, metavar="N", help=f"{text} ({count:,})")
 
 
+def with_verbs(
+    description: str | None,
+) -> tuple[argparse.ArgumentParser, Callable[[str, str], argparse.ArgumentParser]]:
+    """A parser of commands that do one of several things, as ``verb``; and what adds one of these, by its
+    name and in a few words. Options are written in full."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = made.add_subparsers(dest="verb", required=True)
+    return made, lambda name, text: verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+
 def new_file(text: str) -> Path:
     """A file that is not there yet, in a folder that may be written, as an argument: hours of work must not
     end with the news that they cannot be kept, nor take the place of other results."""

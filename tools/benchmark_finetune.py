@@ -422,12 +422,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = made.add_subparsers(dest="verb", required=True)
-
-    def verb(name: str, text: str) -> argparse.ArgumentParser:
-        return verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-
+    made, verb = arguments.with_verbs(__doc__)
     packed = verb("packing", "training with packed prompts against one prompt per target, with a mini base")
     ranked = verb("evaluation", "ranking in blocks of users against one prompt per user, with a mini base")
     large = verb("catalogue", "memory and time of training and ranking in a very large catalogue")

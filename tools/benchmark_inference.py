@@ -327,12 +327,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = made.add_subparsers(dest="verb", required=True)
-
-    def verb(name: str, text: str) -> argparse.ArgumentParser:
-        return verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-
+    made, verb = arguments.with_verbs(__doc__)
     one_by_one = verb("latency", "time of one user and of 64 together, against the plain way")
     crowded = verb("load", "many clients against the HTTP server on this machine, some of them wrong")
     for one in (one_by_one, crowded):

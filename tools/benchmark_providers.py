@@ -289,15 +289,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = made.add_subparsers(dest="what", required=True)
-
-    def kind(name: str, text: str) -> argparse.ArgumentParser:
-        return kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
-
-    layout = kind("layout", "our data path against one padded row per target, in alternating rounds")
-    epochs = kind("epochs", "seconds per epoch of every model, or of a comparison's rows")
-    lengths = kind("lengths", "milliseconds per 1,000 positions in histories of 50, 200 and 1,000 items")
+    made, verb = arguments.with_verbs(__doc__)
+    layout = verb("layout", "our data path against one padded row per target, in alternating rounds")
+    epochs = verb("epochs", "seconds per epoch of every model, or of a comparison's rows")
+    lengths = verb("lengths", "milliseconds per 1,000 positions in histories of 50, 200 and 1,000 items")
     for one in (layout, epochs):
         one.add_argument(
             "--prepare-data", metavar="DIR", required=True, help="a finished prepare_data folder"
@@ -331,9 +326,9 @@ def parser() -> argparse.ArgumentParser:
 def measure(options: argparse.Namespace) -> None:
     """Do what the command line says."""
     set_up_logging()
-    if options.what == "lengths":
+    if options.verb == "lengths":
         time_lengths(options)
-    elif options.what == "layout":
+    elif options.verb == "layout":
         compare_layouts(options, finished.load(Interactions, Path(options.prepare_data)))
     else:
         rows = rows_timed(options.comparison, options.providers)

@@ -43,16 +43,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = made.add_subparsers(dest="what", required=True)
-
-    def kind(name: str, text: str) -> argparse.ArgumentParser:
-        return kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
-
-    mmd = kind("mmd", "training step with MMD by inner products against the difference tensor")
-    quantiser = kind("quantiser", "our quantiser against ResidualVQ; needs vector-quantize-pytorch")
-    official = kind("official", "training steps of the published size; for a GPU")
-    large = kind("catalogue", "time and memory of semantic IDs for a large catalogue, and of their report")
+    made, verb = arguments.with_verbs(__doc__)
+    mmd = verb("mmd", "training step with MMD by inner products against the difference tensor")
+    quantiser = verb("quantiser", "our quantiser against ResidualVQ; needs vector-quantize-pytorch")
+    official = verb("official", "training steps of the published size; for a GPU")
+    large = verb("catalogue", "time and memory of semantic IDs for a large catalogue, and of their report")
     arguments.add_count(mmd, "--batch-size", 256, "items per step, at least 2")
     arguments.add_count(quantiser, "--batch-size", 1024, "items per step")
     for one in (mmd, quantiser, large):
@@ -85,7 +80,7 @@ def measure(options: argparse.Namespace) -> None:
         "official": official_size,
         "catalogue": large_catalogue,
     }
-    kinds[options.what](options)
+    kinds[options.verb](options)
     print(f"{machine.describe()}, {torch.get_num_threads()} threads")
 
 
