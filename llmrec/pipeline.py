@@ -152,10 +152,12 @@ def check_given(stage: Stage, config: Any, inputs: tuple[Any, ...]) -> None:
     """Refuse settings and inputs of another stage, by what they are."""
     if not isinstance(config, stage.config):
         raise ConfigError(f"{stage.name} takes a {stage.config.__name__}, got {type(config).__name__}")
-    wanted = [COMMANDS[name].artifact_class() for name in stage.made_from(config)]
-    if [type(one) for one in inputs] != wanted:
-        named, got = (", ".join(kind.__name__ for kind in kinds) for kinds in (wanted, map(type, inputs)))
-        raise ConfigError(f"{stage.name} reads ({named}), in this order, got ({got})")
+    wanted = [COMMANDS[name].artifact_class() for name in (*stage.inputs, *stage.optional)]
+    given = [type(one) for one in inputs]
+    # Whether its settings ask for the optional ones the stage says better.
+    if given not in (wanted, wanted[: len(stage.inputs)]):
+        needed, got = (", ".join(kind.__name__ for kind in kinds) for kinds in (wanted, given))
+        raise ConfigError(f"{stage.name} reads ({needed}), in this order, got ({got})")
 
 
 def compute(
