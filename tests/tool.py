@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import pytest
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
@@ -17,3 +21,10 @@ def load(name: str) -> ModuleType:
     sys.modules[spec.name] = found  # dataclasses look their module up
     spec.loader.exec_module(found)
     return found
+
+
+def ended(main: Callable[[list[str]], None], capsys: Any, *arguments: str) -> tuple[int, str, str]:
+    """What a script leaves with, and its output and errors."""
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    return (left.value.code or 0, *capsys.readouterr())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tool import load
+from tool import ended, load
 from worlds import cycle
 
 from llmrec.collab.rows import TrainingRows
@@ -48,13 +49,7 @@ def test_both_layouts_hold_the_same_targets(tool):
 
 @pytest.fixture
 def run(tool, capsys):
-    def called(*arguments: str) -> tuple[int, str, str]:
-        """What the tool leaves with, and its output and errors."""
-        with pytest.raises(SystemExit) as left:
-            tool.main(list(arguments))
-        return (left.value.code or 0, *capsys.readouterr())
-
-    return called
+    return functools.partial(ended, tool.main, capsys)
 
 
 def test_layouts_are_compared_as_a_ratio(run, folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from tool import TOOLS, load
+from tool import TOOLS, ended, load
 from worlds import cycle
 
 from llmrec.pipeline import describe_stage, seal
@@ -32,13 +33,7 @@ def prepared(tmp_path_factory) -> str:
 
 @pytest.fixture
 def run(tool, capsys):
-    def called(*arguments: str) -> tuple[int, str, str]:
-        """What the tool leaves with, and its output and errors."""
-        with pytest.raises(SystemExit) as left:
-            tool.main(list(arguments))
-        return (left.value.code or 0, *capsys.readouterr())
-
-    return called
+    return functools.partial(ended, tool.main, capsys)
 
 
 @pytest.mark.parametrize(("verb", "users"), [("packing", "20"), ("evaluation", "20"), ("packing", "5000")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 from tiny_recipe import tiny
-from tool import TOOLS, load
+from tool import TOOLS, ended, load
 from worlds import interactions
 
 from llmrec.data.config import PrepareDataConfig
@@ -26,13 +27,7 @@ SMALL = ["--items", "300", "--width", "16", "--layers", "1", "--content-width", 
 
 @pytest.fixture
 def run(capsys):
-    def called(*arguments: str) -> tuple[int, str, str]:
-        """What the benchmark leaves with, and its output and errors."""
-        with pytest.raises(SystemExit) as left:
-            load("benchmark_inference").main(list(arguments))
-        return (left.value.code or 0, *capsys.readouterr())
-
-    return called
+    return functools.partial(ended, load("benchmark_inference").main, capsys)
 
 
 def test_latency_and_load_small(run):

@@ -1,12 +1,13 @@
 """The tools that compare and time semantic IDs do what they say."""
 
 import argparse
+import functools
 import re
 
 import pytest
 import torch
 from test_learn import artefacts, clustered
-from tool import load
+from tool import ended, load
 
 from llmrec import machine
 from llmrec.semantic_ids.losses import mmd
@@ -51,13 +52,7 @@ def test_a_comparison_that_cannot_be_kept_or_says_something_else_is_not_begun(ar
 
 @pytest.fixture
 def run(capsys):
-    def called(*arguments: str) -> tuple[int, str, str]:
-        """What the benchmark leaves with, and its output and errors."""
-        with pytest.raises(SystemExit) as left:
-            load("benchmark_semantic_ids").main(list(arguments))
-        return (left.value.code or 0, *capsys.readouterr())
-
-    return called
+    return functools.partial(ended, load("benchmark_semantic_ids").main, capsys)
 
 
 def test_both_references_are_timed_and_the_difference_tensor_gives_the_same_value(run):
