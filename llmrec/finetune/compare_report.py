@@ -22,6 +22,8 @@ from llmrec.finished import peak_memory_of, stage_manifest
 
 METRICS = ("recall@10", "ndcg@10", "recall@5", "recall@20", "ndcg@5", "ndcg@20")
 REPORT = Path("evaluate") / "report.html"
+OF_DATA = ("num_users", "num_items", "split", "mask_seen")
+"""Of a cell's metrics.json: what all cells have in common."""
 
 
 def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
@@ -44,7 +46,7 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
                 "fine_tuned": fine_tuned_in(evaluated),
                 "labels": evaluated["labels"],
                 "trained_on": evaluated.get("trained_on", {}),
-                "of_data": {name: evaluated[name] for name in ("num_users", "num_items", "split")},
+                "of_data": {name: evaluated[name] for name in OF_DATA},
                 "ranks": {name: ranks_in(ranks, name) for name in rows},
                 "history_length": ranks["history_length"].to_numpy(),
                 "target_group": np.array(ranks["target_group"].to_pylist()),
@@ -258,7 +260,10 @@ def cost_table(table: list[dict[str, Any]]) -> Table:
 
 def notes(results: dict[str, Any]) -> list[str]:
     """What a reader must know to trust the figures, and why rows are missing."""
-    found = [comparison.protocol(results)] if "num_users" in results else []
+    found = []
+    if "num_users" in results:
+        history = "left out" if results["mask_seen"] else "ranked, too"
+        found = [comparison.protocol(results), f"Items of the history are {history}."]
     found.append(
         "trained: parameters; tokens: of all training; train seconds: of optimiser steps alone; rank: "
         "numerical rank of the item tokens before their activation; tau: Kendall's, of the collaborative "
