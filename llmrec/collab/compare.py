@@ -37,6 +37,8 @@ logger = logging.getLogger("llmrec")
 KS = (5, 10, 20)
 MAIN = "ndcg@10"
 """Metric of the significance test and of the order of rows."""
+SHOWN = ("recall@10", MAIN)
+"""Metrics whose differences and slices are shown."""
 RANKING = "ranking"
 """What a cell does after train_collab, as its lock names it."""
 
@@ -220,30 +222,19 @@ def summarise_cells(
     }
     found: dict[str, Any] = {}
     users: dict[str, dict[str, np.ndarray]] = {}
-    for name in rows:
-        config, done = rows[name], []
-        for _, seed, cell, settings in cells_of({name: config}, seeds, root):
-            if (cell / "metrics.json").exists():
-                check_settings(cell, settings, f"{name}, seed {seed}")
-                check_made_from(cell, data)
-                done.append(cell)
+    for name, config in rows.items():
+        done = finished_cells(name, config, seeds, data, root)
         found[name] = {"num_seeds": len(done), "num_wanted": len(seeds)}
         found[name] |= {"select": config.select, "include_valid": config.include_valid}
-        if not done:
-            continue
-        cell_metrics = [read_json(cell / "metrics.json") for cell in done]
-        found[name] |= row_figures(cell_metrics)
-        per_seed = [per_user(load_file(cell / "ranks.safetensors")["rank"], KS) for cell in done]
-        users[name] = {metric: np.mean([one[metric] for one in per_seed], axis=0) for metric in per_seed[0]}
-        found[name]["slices"] = {
-            what: {
-                part: {metric: float(users[name][metric][chosen].mean()) for metric in ("recall@10", MAIN)}
-                for part, chosen in parts.items()
+        if done:
+            found[name] |= row_figures([read_json(cell / "metrics.json") for cell in done])
+            users[name] = mean_by_user(done)
+            found[name]["slices"] = {
+                what: {part: means_of(users[name], chosen) for part, chosen in parts.items()}
+                for what, parts in slices.items()
             }
-            for what, parts in slices.items()
-        }
-        log = read_jsonl(checked_file(done[0] / "train_collab", "log.jsonl"))
-        found[name]["log"] = [{key: row[key] for key in row if key != "seconds"} for row in log]
+            log = read_jsonl(checked_file(done[0] / "train_collab", "log.jsonl"))
+            found[name]["log"] = [{key: row[key] for key in row if key != "seconds"} for row in log]
     if reference in users:
         add_differences(found, users, reference, samples)
     popular = rank_users(popularity(data), data, targets)
@@ -262,6 +253,34 @@ def summarise_cells(
         "ties": data.summary.get("ties"),
         "slices": counts,
     }
+
+
+def finished_cells(
+    name: str, config: TrainCollabConfig, seeds: list[int], data: Interactions, root: Path
+) -> list[Path]:
+    """Folders of a row's finished cells, seed by seed.
+
+    Raises:
+        ConfigError: one was trained with other settings, or on other data.
+    """
+    found = []
+    for _, seed, cell, settings in cells_of({name: config}, seeds, root):
+        if (cell / "metrics.json").exists():
+            check_settings(cell, settings, f"{name}, seed {seed}")
+            check_made_from(cell, data)
+            found.append(cell)
+    return found
+
+
+def mean_by_user(cells: list[Path]) -> dict[str, np.ndarray]:
+    """Every metric of every user, float64 (U,): the mean over a row's seeds."""
+    per_seed = [per_user(load_file(cell / "ranks.safetensors")["rank"], KS) for cell in cells]
+    return {metric: np.mean([one[metric] for one in per_seed], axis=0) for metric in per_seed[0]}
+
+
+def means_of(users: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, float]:
+    """The metrics that are shown for a part of the users."""
+    return {metric: float(users[metric][chosen].mean()) for metric in SHOWN}
 
 
 def row_figures(cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -286,9 +305,9 @@ def add_differences(
             metric: analysis.difference_of(
                 users[name][metric] - users[reference][metric], samples=samples, seed=0
             )
-            for metric in ("recall@10", MAIN)
+            for metric in SHOWN
         }
-    for metric in ("recall@10", MAIN):
+    for metric in SHOWN:
         tested = [name for name in others if found[name]["difference"][metric]["p_value"] is not None]
         corrected = analysis.holm([found[name]["difference"][metric]["p_value"] for name in tested])
         for name, p in zip(tested, corrected):

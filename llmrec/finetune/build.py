@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from llmrec.errors import ConfigError
 from llmrec.finetune.base_model import head_width, set_up_base, stream_and_flex
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.fusion import EqualWeights, FrequencyGate, ItemScores
-from llmrec.finetune.item_inputs import CodeSums, ItemInputs, OwnTable, ProjectedVectors
+from llmrec.finetune.item_inputs import CodeSums, ItemInputs, ItemTokens, OwnTable, ProjectedVectors
 from llmrec.finetune.method_table import method_of
 from llmrec.finetune.methods import item_tokens
 from llmrec.finetune.modalities import modalities_of
@@ -59,46 +60,12 @@ def build_model(
     width = base.config.hidden_size
     vectors = {name: vectors[name] for name in modalities_of(config, tuple(vectors))}
     frozen = {name: torch.from_numpy(array).to(device) for name, array in vectors.items()}
-    codebooks = {name: torch.from_numpy(ids.codebooks[name]) for name in vectors}
-    if config.random_codes:
-        codebooks = {name: torch.randn_like(table) * 0.02 for name, table in codebooks.items()}
-    code_dims = sorted({codebooks[name].shape[-1] for name in vectors})
-    if method_of(config.method).reads_codes and code_dims != [width] and not config.project_codes:
-        raise ConfigError(
-            f"code embeddings are {', '.join(map(str, code_dims))} wide and the base model {width}: set "
-            f"learn_semantic_ids.code_dim={width}, or finetune.project_codes=true"
-        )
-    if config.fusion_used == "frequency" and (train_count[1:] == train_count[1]).all():
-        raise ConfigError(
-            f"all items have {int(train_count[1])} training interactions, so there is no frequency to "
-            "fuse by; set finetune.fusion=equal"
-        )
     codes = {name: torch.from_numpy(ids.codes[name]).to(device) for name in vectors}
-    tokens = item_tokens(
-        config, ItemInputs(vectors=frozen, codes=codes, codebooks=codebooks, hidden_size=width)
+    given = ItemInputs(
+        vectors=frozen, codes=codes, codebooks=code_embeddings(config, vectors, ids, width), hidden_size=width
     )
-    if config.fusion_used == "target":
-        scores = ItemScores(frozen, nn.ModuleDict(), nn.Identity(), width, config.target_std)
-    else:
-        maps = tokens.projections
-        if not maps or any(linear.out_features != width for linear in maps.values()):
-            raise ConfigError(
-                f"finetune.fusion={config.fusion!r} scores with the maps of frozen vectors to the model's "
-                f"width ({width}), which these item tokens do not have; set finetune.fusion=target"
-            )
-        sources = 1 + len(maps)
-        gate: nn.Module
-        if config.fusion_used == "frequency":
-            gate = FrequencyGate(
-                train_count,
-                sources,
-                config.fusion_temperature,
-                add_first=config.fusion_weights == "modalities",
-            )
-        else:
-            weight = 1.0 if config.fusion_used == "sum" else None
-            gate = EqualWeights(len(train_count) - 1, sources, weight)
-        scores = ItemScores(frozen, maps, gate, width, config.target_std)
+    tokens = item_tokens(config, given)
+    scores = item_scores(config, tokens, given, train_count)
     stream, flex = stream_and_flex(config, device, head_width(base))
     set_up_base(config, base, flex)
     model = MMESID(
@@ -123,6 +90,59 @@ def build_model(
         model.instruction, model.response = model.instruction.to(device), model.response.to(device)
         return model
     return model.to(device)
+
+
+def code_embeddings(
+    config: FinetuneConfig, names: Iterable[str], ids: SemanticIds, width: int
+) -> dict[str, Tensor]:
+    """Initial code embeddings by modality: the codebooks, or random ones of their shape.
+
+    Raises:
+        ConfigError: they are not as wide as the base model, and nothing is there to project them.
+    """
+    tables = {name: torch.from_numpy(ids.codebooks[name]) for name in names}
+    if config.random_codes:
+        tables = {name: torch.randn_like(table) * 0.02 for name, table in tables.items()}
+    widths = sorted({table.shape[-1] for table in tables.values()})
+    if method_of(config.method).reads_codes and widths != [width] and not config.project_codes:
+        raise ConfigError(
+            f"code embeddings are {', '.join(map(str, widths))} wide and the base model {width}: set "
+            f"learn_semantic_ids.code_dim={width}, or finetune.project_codes=true"
+        )
+    return tables
+
+
+def item_scores(
+    config: FinetuneConfig, tokens: ItemTokens, given: ItemInputs, train_count: Tensor
+) -> ItemScores:
+    """What scores items, of the sources and the gate that `config.fusion_used` names.
+
+    Raises:
+        ConfigError: the fusion asks for what these tokens or these items do not have.
+    """
+    width = given.hidden_size
+    if config.fusion_used == "target":
+        return ItemScores(given.vectors, nn.ModuleDict(), nn.Identity(), width, config.target_std)
+    if config.fusion_used == "frequency" and (train_count[1:] == train_count[1]).all():
+        raise ConfigError(
+            f"all items have {int(train_count[1])} training interactions, so there is no frequency to "
+            "fuse by; set finetune.fusion=equal"
+        )
+    maps = tokens.projections
+    if not maps or any(linear.out_features != width for linear in maps.values()):
+        raise ConfigError(
+            f"finetune.fusion={config.fusion!r} scores with the maps of frozen vectors to the model's "
+            f"width ({width}), which these item tokens do not have; set finetune.fusion=target"
+        )
+    sources = 1 + len(maps)
+    gate: nn.Module
+    if config.fusion_used == "frequency":
+        add_first = config.fusion_weights == "modalities"
+        gate = FrequencyGate(train_count, sources, config.fusion_temperature, add_first=add_first)
+    else:
+        weight = 1.0 if config.fusion_used == "sum" else None
+        gate = EqualWeights(len(train_count) - 1, sources, weight)
+    return ItemScores(given.vectors, maps, gate, width, config.target_std)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

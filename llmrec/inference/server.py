@@ -122,15 +122,8 @@ def application(
     )  # fmt: skip
     app.add_middleware(Limit, numbers=numbers)
 
-    @app.exception_handler(RequestValidationError)
-    async def misunderstood(_: Request, error: RequestValidationError) -> JSONResponse:
-        """Where a request is wrong and why, in a sentence each, without sending it back."""
-        return JSONResponse({"detail": "; ".join(map(in_a_sentence, error.errors()[:10]))}, 422)
-
-    @app.exception_handler(400)
-    async def unreadable(_: Request, error: Exception) -> JSONResponse:
-        """A body that no reader of JSON takes: bytes that are no text, numbers or nests without end."""
-        return JSONResponse({"detail": "the body is no JSON that can be read"}, 422)
+    explain_errors(app)
+    tell_of_itself(app, batcher, numbers)
 
     @app.post("/recommend")
     async def recommend(ask: Ask) -> dict[str, Any]:
@@ -183,6 +176,35 @@ def application(
             for name, model in models.items()
         }  # fmt: skip
 
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> str:
+        """The page for people."""
+        return (
+            environment(Path(__file__).parent)
+            .get_template("page.html.j2")
+            .render(models=shown, version=__version__, items=len(first.raw_ids), pictures=bool(pictures))
+        )
+
+    return app
+
+
+def explain_errors(app: FastAPI) -> None:
+    """Say in a sentence what is wrong with a request."""
+
+    @app.exception_handler(RequestValidationError)
+    async def misunderstood(_: Request, error: RequestValidationError) -> JSONResponse:
+        """Where a request is wrong and why, in a sentence each, without sending it back."""
+        return JSONResponse({"detail": "; ".join(map(in_a_sentence, error.errors()[:10]))}, 422)
+
+    @app.exception_handler(400)
+    async def unreadable(_: Request, error: Exception) -> JSONResponse:
+        """A body that no reader of JSON takes: bytes that are no text, numbers or nests without end."""
+        return JSONResponse({"detail": "the body is no JSON that can be read"}, 422)
+
+
+def tell_of_itself(app: FastAPI, batcher: Batcher, numbers: Numbers) -> None:
+    """What machines ask a server, and headers that browsers heed."""
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the process lives."""
@@ -205,23 +227,12 @@ def application(
         """Browsers ask for one; there is none."""
         return Response(status_code=204)
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> str:
-        """The page for people."""
-        return (
-            environment(Path(__file__).parent)
-            .get_template("page.html.j2")
-            .render(models=shown, version=__version__, items=len(first.raw_ids), pictures=bool(pictures))
-        )
-
     @app.middleware("http")
     async def headers(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
         answer = await call(request)
         answer.headers["X-Content-Type-Options"] = "nosniff"
         answer.headers["Referrer-Policy"] = "no-referrer"
         return answer
-
-    return app
 
 
 def in_a_sentence(error: dict[str, Any]) -> str:
