@@ -16,14 +16,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    ModelCardData,
     snapshot_download,
 )
 from huggingface_hub.errors import (
@@ -37,14 +35,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session, validate_repo_id
 
-from llmrec import __version__
 from llmrec.errors import ConfigError, LlmrecError, MissingArtifactError
-from llmrec.evaluation.tables import fine_tuned_in
 from llmrec.files import read_json
-from llmrec.own import is_own
-
-if TYPE_CHECKING:
-    from llmrec.inference.package import Package
 
 SECRETS = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,})\b"
@@ -55,21 +47,6 @@ LOCAL_PATH = re.compile(r"^(?:hub:|local-dir:)?(?:/|~/|\.{1,2}[\\/]|[A-Za-z]:[\\
 IN_TEXT = re.compile(
     r"(?:^|[\s\"'(])((?:/(?:home|root|Users|tmp|mnt|var|opt|srv|media|work|data)/|~/)[^\s\"')]+)"
 )
-
-LLAMA_3_1 = ("llama3.1", "Built with Llama: the Llama 3.1 Community License applies.")
-LICENCES = {
-    "meta-llama/meta-llama-3.1": LLAMA_3_1,
-    "meta-llama/meta-llama-3": (
-        "llama3",
-        "Built with Meta Llama 3: the Meta Llama 3 Community License applies.",
-    ),
-    "meta-llama/llama-2": ("llama2", "Llama 2 is licensed under the Llama 2 Community License."),
-    "meta-llama/llama-3.1": LLAMA_3_1,
-    "meta-llama/llama-3.2": ("llama3.2", "Built with Llama: the Llama 3.2 Community License applies."),
-    "meta-llama/llama-3.3": ("llama3.3", "Built with Llama: the Llama 3.3 Community License applies."),
-    "google/gemma": ("gemma", "Gemma is provided under and subject to the Gemma Terms of Use."),
-}
-"""Licence tag and line of base models whose terms follow what is trained on them, by beginning of the id."""
 
 
 class HubError(LlmrecError):
@@ -326,121 +303,3 @@ def explained(error: Exception, repo: str, *, pushed: bool = True) -> str:
         advice = f"see whether this machine reaches it, and whether its address is right; {advice}"
     reason = SECRETS.sub("<token>", " ".join(str(error).split()))[:300]
     return f"{repo}: the Hub said {status or 'nothing'} ({reason}); {advice}"
-
-
-def card(package: Package) -> str:
-    """The model card: what ran, in numbers of this run, and how to use it."""
-    settings = package.adapter.settings["config"]
-    base = settings["base_model"]
-    mini = base == "mini"
-    licence, line = next(
-        (found for start, found in LICENCES.items() if str(base).lower().startswith(start)), (None, None)
-    )
-    metrics = package.evaluation.get("rows", {}).get(fine_tuned_in(package.evaluation), {})
-    summary = package.data.get("summary", {})
-    metadata = ModelCardData(
-        library_name="peft" if package.adapter.lora else None,
-        base_model=None if mini else base,
-        license=licence,
-        base_model_relation=None if mini else "adapter",
-        tags=["recommender-systems", "sequential-recommendation", "mme-sid", "llmrec"],
-    )
-    head = metadata.to_dict()
-    if metrics:
-        head["model-index"] = [
-            {
-                "name": settings["method"],
-                "results": [
-                    {
-                        "task": {"type": "sequential-recommendation", "name": "Next-item recommendation"},
-                        "dataset": {"type": "own", "name": source_of(package)},
-                        "metrics": [
-                            {
-                                "type": name,
-                                "value": round(value, 6),
-                                "name": f"{name}, seed {settings['seed']}",
-                            }
-                            for name, value in metrics.items()
-                        ],
-                    }
-                ],
-            }
-        ]
-    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
-    counts = [
-        f"| {name.replace('_', ' ')} | {summary[name]:,} |"
-        for name in ("num_users", "num_items", "num_interactions")
-        if isinstance(summary.get(name), int)
-    ]
-    rows = package.evaluation.get("rows", {})
-    columns = list(metrics)
-    table = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    table += [
-        f"| {package.evaluation.get('labels', {}).get(name, name)} | "
-        + " | ".join(f"{row[column]:.4f}" for column in columns)
-        + " |"
-        for name, row in rows.items()
-    ]
-    parameters = package.adapter.metrics.get("parameters", {})
-    parts = [f"---\n{front}---\n", f"# {settings['method']} on {source_of(package)}\n"]
-    parts.append(
-        "A next-item recommender: a language model that reads one token per item of a user's history and "
-        f"scores the whole catalogue. Made by llmrec {__version__}.\n"
-    )
-    if mini:
-        parts.append("Base model: a small Llama, trained from nothing with the rest.\n")
-    else:
-        revision = package.adapter.settings.get("revision")
-        parts.append(f"Base model: `{base}`" + (f" at `{revision}`.\n" if revision else ".\n"))
-    parts.append(
-        f"Licence: {line}\n" if line else "Licence: that of the base model and of the data; see there.\n"
-    )
-    parts.append("## Data\n\n" + "\n".join(["| | |", "|---|---|", *counts]) + "\n")
-    split = summary.get("split")
-    if split:
-        parts.append(
-            " ".join([f"Split: {str(split).replace('_', ' ')}.", *summary.get("warnings", [])]) + "\n"
-        )
-    if columns:
-        seen = "left out" if package.evaluation.get("mask_seen", True) else "kept"
-        parts.append(
-            f"## Metrics\n\nTest items, ranked among the whole catalogue, items of the history {seen}; one "
-            f"run, seed {settings['seed']}: no spread over seeds is known.\n\n" + "\n".join(table) + "\n"
-        )
-        if notes := package.evaluation.get("notes"):
-            parts.append(" ".join(notes) + "\n")
-    parts.append(
-        "## Use\n\n```python\nfrom llmrec.inference.recommender import Recommender\n\n"
-        'recommender = Recommender.from_pretrained("OWNER/NAME")  # or a folder\n'
-        f'for item in recommender.recommend([["{first_id(package)}"]], k=10)[0]:\n'
-        "    print(item.item_id, item.title, item.score)\n```\n"
-    )
-    if is_own(settings["method"]):
-        parts.append(
-            f"Needs the Python class `{settings['method']}`, which is not in this repository: install its "
-            "package, or start Python in the folder that it is in.\n"
-        )
-    if package.adapter.lora:
-        parts.append(
-            "The LoRA matrices alone load with plain PEFT on the base model; the item tables and the fusion "
-            "gate are in `heads.safetensors`, without which they recommend nothing.\n"
-        )
-    parts.append(
-        f"## Limits\n\nIt knows the {len(package.items):,} items it was made with; `add_items` makes others "
-        "known without training, at lower quality. It repeats the biases of its data, popularity above all. "
-        f"Trained parameters: {parameters.get('trainable', 0):,}.\n"
-    )
-    return "\n".join(parts)
-
-
-def source_of(package: Package) -> str:
-    """Short name of the data."""
-    config = package.data.get("config", {})
-    source = config.get("source", "own data")
-    if source == "sample_market":
-        return "the sample market"
-    return str(config.get("category") or Path(str(config.get("interactions") or source)).stem)
-
-
-def first_id(package: Package) -> str:
-    return str(package.items["raw_id"][0].as_py()).replace('"', "")

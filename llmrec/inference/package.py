@@ -1,7 +1,7 @@
 """A trained recommender as one folder that others can use; no user's data and no pictures are in it.
 
     package.json                     form, versions, size and SHA-256 of every file
-    README.md                        model card (see hub.py); not hashed, so that it can be edited
+    README.md                        model card (see model_card.py); not hashed, so that it can be edited
     adapter_config.json, adapter_model.safetensors, heads.safetensors, llmrec_config.json, ...   see Adapter
     items.parquet                    raw ids, titles and text columns, in the order of the item tables
     train_collab/ encode_items/ learn_semantic_ids/   item vectors, codes and the frozen quantiser
@@ -169,7 +169,7 @@ def save(package: Package, out: Path, *, renamed: dict[str, str] | None = None) 
     Raises:
         StorageError: the disk is full, or may not be written.
     """
-    from llmrec.hub import card
+    from llmrec.inference.model_card import card
 
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from llmrec import hub
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import (
     ArtifactMismatchError,
@@ -27,6 +28,7 @@ from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.scoring import load_scorer
 from llmrec.finished import load
 from llmrec.inference import recommender as module
+from llmrec.inference.model_card import card
 from llmrec.inference.package import ENDINGS, file_name, load_package, package_run, rename, without_folders
 from llmrec.inference.recommender import Recommender
 from llmrec.interactions import Interactions
@@ -184,14 +186,25 @@ def test_the_card_says_who_learned_from_validation_items(packaged):
     package = load_package(packaged)
     sentence = "mme_sid learned from train and validation items."
     noted = dataclasses.replace(package, evaluation={**package.evaluation, "notes": [sentence]})
-    assert sentence in hub.card(noted) and sentence not in hub.card(package)
+    assert sentence in card(noted) and sentence not in card(package)
 
 
 def test_the_card_says_what_was_ranked(packaged):
     package = load_package(packaged)
     kept = dataclasses.replace(package, evaluation={**package.evaluation, "mask_seen": False})
-    assert "items of the history left out; one run" in hub.card(package)
-    assert "items of the history kept; one run" in hub.card(kept)
+    assert "items of the history left out; one run" in card(package)
+    assert "items of the history kept; one run" in card(kept)
+
+
+def test_the_card_asks_for_an_item_by_its_whole_id(packaged):
+    package = load_package(packaged)
+    odd = 'a "b" \\ & <c>'
+    names = pa.array([odd, *package.items["raw_id"].to_pylist()[1:]])
+    place = package.items.column_names.index("raw_id")
+    renamed = dataclasses.replace(package, items=package.items.set_column(place, "raw_id", names))
+    asked = next(line for line in card(renamed).splitlines() if line.startswith("for item in"))
+    found = ast.parse(f"{asked}\n    pass").body[0].iter.value.args[0]
+    assert ast.literal_eval(found) == [[odd]]
 
 
 def test_the_card_says_which_class_of_ones_own_is_needed(packaged):
@@ -201,10 +214,10 @@ def test_the_card_says_which_class_of_ones_own_is_needed(packaged):
     own = {**settings, "config": {**settings["config"], "method": "mine.methods:Gated"}}
     needs = dataclasses.replace(package, adapter=dataclasses.replace(package.adapter, settings=own))
     said = "Needs the Python class `mine.methods:Gated`, which is not in this repository: install its package"
-    assert said in hub.card(needs) and "Needs the Python class" not in hub.card(package)
+    assert said in card(needs) and "Needs the Python class" not in card(package)
     made_by = dataclasses.replace(package.collab, provider="far_away:Model", model={"num_items": 96})
     other = dataclasses.replace(package, collab=made_by)
-    assert "Needs the Python class" not in hub.card(other)
+    assert "Needs the Python class" not in card(other)
     assert Recommender(other, "cpu").score([[]]).shape == (1, 96), "and it is not asked for"
 
 
