@@ -245,6 +245,21 @@ def test_templates_of_every_family_fit_by_their_own_markers(tmp_path):
     save_tokenizer(tmp_path / "mistral", "<s>", "[INST]")
     for family in ("gemma", "mistral"):
         assert f"these do: compact, {family})" in template(with_prompt(tmp_path / family, "chat")).advice
+        assert template(with_prompt(tmp_path / family, family)).status == "ok"
+    assert "uses <s>, which is not a token" in template(with_prompt(tmp_path / "gemma", "mistral")).what
+    assert "uses <bos>, which is not a token" in template(with_prompt(tmp_path / "mistral", "gemma")).what
+    own = tmp_path / "own.toml"
+    own.write_text("text = 'in <b>bold</b>: {history} next'")
+    assert template(with_prompt(tmp_path / "gemma", str(own))).status == "ok"
+
+
+def test_a_marker_that_is_read_as_one_unknown_word_is_no_token(tmp_path):
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "user": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path)
+    own = tmp_path / "own.toml"
+    own.write_text("text = '<|go|> {history} next'")
+    assert "uses <|go|>, which is not a token" in template(with_prompt(tmp_path, str(own))).what
 
 
 def test_a_tokenizer_in_the_cache_is_read_and_none_is_fetched(tmp_path, monkeypatch):

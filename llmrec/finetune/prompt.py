@@ -67,10 +67,11 @@ def tokenize(name: str, tokenizer: Any) -> Prompt:
     The template spells out every special token, so none is added.
 
     Raises:
-        ConfigError: if the template uses ``<|markers|>`` that the tokenizer does not know.
+        ConfigError: if the template uses markers that the tokenizer does not know: ``<|any|>``, and in the
+            shipped ones those of every family. (A template of one's own may have ``<b>`` as a text.)
     """
     before, after = read_template(name)
-    for marker in MARKER.findall(before + after):
+    for marker in (SPECIAL if name in shipped() else MARKER).findall(before + after):
         if not is_token(marker, tokenizer):
             raise ConfigError(
                 f"finetune.prompt={name} uses {marker}, which is not a token of this base model; set "
@@ -83,8 +84,9 @@ def tokenize(name: str, tokenizer: Any) -> Prompt:
 
 
 def is_token(marker: str, tokenizer: Any) -> bool:
-    """Whether a marker is one token."""
-    return len(tokenizer(marker, add_special_tokens=False).input_ids) == 1
+    """Whether a marker is one token, and not the one for all that is unknown."""
+    ids = tokenizer(marker, add_special_tokens=False).input_ids
+    return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
 
 
 def fitting(tokenizer: Any) -> list[str]:
