@@ -1,4 +1,4 @@
-"""MME-SID, the methods of its Table 3 and its ablations on Amazon Beauty, with a base that trains on a CPU.
+r"""MME-SID, the methods of its Table 3 and its ablations on Amazon Beauty, with a base that trains on a CPU.
 
 Paper:     MME-SID (CIKM 2025), Table 3 and section 5.3
 Run:       python recipes/methods_beauty.py --set prepare_data.interactions=interactions.csv \

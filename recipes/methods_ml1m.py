@@ -1,4 +1,4 @@
-"""MME-SID, the methods of its Table 3 and its ablations on MovieLens-1M, with a base that trains on a CPU.
+r"""MME-SID, the methods of its Table 3 and its ablations on MovieLens-1M, with a base that trains on a CPU.
 
 Paper:     MME-SID (CIKM 2025), Table 3 and section 5.3, whose data sets are others
 Run:       python recipes/methods_ml1m.py --set prepare_data.interactions=interactions.csv \

@@ -1,4 +1,4 @@
-"""MME-SID on Amazon Beauty with a small Llama that trains on a CPU: two modalities, no pictures.
+r"""MME-SID on Amazon Beauty with a small Llama that trains on a CPU: two modalities, no pictures.
 
 Data:      interactions.csv (user_id, item_id, timestamp), items.csv (item_id, title, brand, categories), or
            a category by name, fetched: --set prepare_data.source=amazon_2014 prepare_data.category=beauty \

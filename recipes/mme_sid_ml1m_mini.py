@@ -1,4 +1,4 @@
-"""MME-SID on MovieLens-1M with posters and a small Llama that trains on a CPU: three modalities.
+r"""MME-SID on MovieLens-1M with posters and a small Llama that trains on a CPU: three modalities.
 
 Data:      interactions.csv (user_id, item_id, timestamp) and items.csv (item_id, title, genres, image), the
            image being a file with the film's poster; MovieLens-1M itself has none: --set

@@ -542,6 +542,8 @@ def test_every_recipe_builds_and_explains_itself(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert f"recipes/{path.name}" in module.__doc__
+    # A backslash at the end of a line joins it to the next, unless the string is raw.
+    assert max(map(len, module.__doc__.splitlines())) <= 110
     if hasattr(module, "rows"):  # a comparison of sequence models
         assert isinstance(module.data(), PrepareDataConfig)
         assert {config.provider for config in module.rows().values()} == set(PROVIDER_FIELDS)

@@ -1,7 +1,7 @@
-"""Semantic IDs under several settings and seeds, judged without any language model: one table.
+r"""Semantic IDs under several settings and seeds, judged without any language model: one table.
 
-    python tools/compare_semantic_ids.py --prepare-data runs/x/prepare_data \\
-        --train-collab runs/x/train_collab --encode-items runs/x/encode_items \\
+    python tools/compare_semantic_ids.py --prepare-data runs/x/prepare_data \
+        --train-collab runs/x/train_collab --encode-items runs/x/encode_items \
         --modality collab --row mse reconstruction=mse --row mmd reconstruction=mmd --seeds 0 1 2
 
 tau: Kendall's tau between distances of (history item, target) under the codes and under the item vectors,
