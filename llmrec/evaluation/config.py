@@ -15,7 +15,8 @@ class EvaluateConfig(Settings, path="evaluate"):
     """Cut-offs of recall, nDCG and MRR."""
 
     mask_seen: bool = True
-    """Leave items of a user's history out of the ranking (the other figure is reported beside it)."""
+    """Leave items of a user's history out of the ranking; figures with these items kept are reported too
+    (false: no others)."""
 
     batch_size: int = 256
     """Users scored at once."""
