@@ -454,6 +454,9 @@ def test_the_report_stands_alone_and_shows_every_part(finished):
         found["headings"]
     )
     assert page.count("<svg") >= 5 and "<script" not in page
+    assert "over popularity, recall@10<" in page and "of the best possible, recall@10<" in page
+    for table in ("collab vectors, frozen", "collab projection", "collab codes", "item matrix"):
+        assert f"<td>{table}</td>" in page and f">{table}</text>" in page
 
 
 def test_the_report_shows_what_hyper_categories_hold(tmp_path, capsys):

@@ -72,6 +72,7 @@ def render(
             metrics=metrics,
             about=about([manifest_if_stored(artifact) for artifact in artifacts]),
             label=label,
+            table_name=table_name,
             p_text=p_text,
             columns=[f"{metric}@{k}" for metric in METRICS for k in config.ks],
             best=best_values(metrics["rows"]),
@@ -245,12 +246,22 @@ def spectra_curve(adapter: Any) -> str:
         style = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
         axes.plot(
             np.arange(1, len(ratio) + 1), ratio, style, color=COLOURS[number % len(COLOURS)],
-            label=name.replace("_", " "),
+            label=table_name(name),
         )  # fmt: skip
     axes.set_xlabel("place of the singular value")
     axes.set_ylabel("log10 of its share of the largest")
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return svg(figure_)
+
+
+def table_name(name: str) -> str:
+    """An item table of `finetune.analysis` as people call it."""
+    kind, _, modality = name.partition("_")
+    if name == "collab_vectors":
+        return "collab vectors, frozen"
+    if modality and kind in ("vectors", "codes"):
+        return f"{modality} {'projection' if kind == 'vectors' else 'codes'}"
+    return name.replace("_", " ")
 
 
 def item_groups(collab: Any, data: Interactions) -> dict[str, Any]:
