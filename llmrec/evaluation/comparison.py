@@ -176,7 +176,9 @@ def cost_chart(rows: Sequence[Compared]) -> str:
         axes.plot(*point, "o", markersize=5)
         axes.annotate(row.name, point, xytext=(5, 2), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    # Times that are much alike would lie between two marks of a logarithmic axis.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high >= 10 * low else MaxNLocator(5))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("minutes of training, one seed")
