@@ -172,8 +172,8 @@ def override(config: C, assignments: dict[str, str], *, prefix: str = "") -> C:
     Args:
         config: a config dataclass, possibly holding others.
         assignments: dotted field paths, such as ``lora_rank`` or ``sasrec.dropout_rate``, and the new
-            values as typed on a command line; ``none`` clears an optional field, commas separate the
-            entries of a tuple.
+            values as typed on a command line; ``none`` clears an optional field, and a tuple or
+            mapping of its entries, which commas separate.
         prefix: what stands before the paths in messages.
 
     Raises:
@@ -205,13 +205,16 @@ def override(config: C, assignments: dict[str, str], *, prefix: str = "") -> C:
 def parse_value(hint: Any, text: str, name: str) -> Any:
     """Turn command-line text into a value of the annotated type."""
     members = typing.get_args(hint) if _is_union(hint) else (hint,)
-    if type(None) in members and text.lower() in ("none", "null"):
-        return None
-    if typing.get_origin(hint) is dict:
+    kinds = set(map(typing.get_origin, members))
+    if text.lower() in ("none", "null"):
+        if type(None) in members:
+            return None
+        text = "" if kinds & {tuple, dict} else text
+    if dict in kinds:
         return parse_pairs(hint, text, name)
     adapter = adapter_of(hint)
     try:
-        if any(typing.get_origin(member) is tuple for member in members):
+        if tuple in kinds:
             parts = [part.strip() for part in text.split(",") if part.strip()]
             return adapter.validate_python(parts)
         return adapter.validate_strings(text)

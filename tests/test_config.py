@@ -85,6 +85,9 @@ class Outer:
         ("inner.rate", "1e-3", 1e-3),
         ("inner.sizes", "4,5, 6", (4, 5, 6)),
         ("inner.sizes", "4", (4,)),
+        ("inner.sizes", "none", ()),
+        ("inner.sizes", "", ()),
+        ("colours", "none", None),
     ],
 )
 def test_text_becomes_a_value_of_the_annotated_type(path, text, value):
