@@ -256,6 +256,26 @@ def add_seeds(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+class NamedRow(argparse.Action):
+    """A name and settings behind it; each time that it is given, one row more."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        name, *settings = values
+        if wrong := [setting for setting in settings if "=" not in setting]:
+            raise argparse.ArgumentError(
+                self, f"{name}: {wrong[0]!r} is not of the form FIELD=VALUE; another row takes another --row"
+            )
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
+
+
+def add_row(parser: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
+    """``--row``, of a command that compares settings of the user's own."""
+    parser.add_argument(
+        "--row", nargs="+", action=NamedRow, default=[], required=required, metavar=("NAME", "FIELD=VALUE"),
+        help=f"{text}; may be repeated",
+    )  # fmt: skip
+
+
 def default() -> int:
     """How many fit: one per GPU, or else one per core."""
     return len(gpus()) or machine.cores()

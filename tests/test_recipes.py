@@ -768,6 +768,7 @@ def test_a_row_of_ones_own_reaches_the_process_of_its_cell(finished, tmp_path):
         (["popularity", "epochs=1"], "--row popularity: there is a row of this name already"),
         (["mine", "seed=5"], "--row mine: seeds are given by --seeds"),
         (["mine"], "--row mine: give it settings of finetune"),
+        (["mine", "epochs=1", "other", "epochs=2"], "mine: 'other' is not of the form FIELD=VALUE;"),
         (["mine", "epoch=1"], "unknown setting 'finetune.epoch'; did you mean finetune.epochs?"),
         (["mine", "method=e4srec", "random_codes=true"], "random_codes has no effect with method='e4srec'"),
     ],

@@ -56,10 +56,8 @@ def parser() -> argparse.ArgumentParser:
         "--modality", default="collab", choices=["collab", "text", "image"],
         help="vectors that the codes are learned from (collab)",
     )  # fmt: skip
-    made.add_argument(
-        "--row", nargs="+", action="append", required=True, metavar="NAME [FIELD=VALUE]",
-        help="a name and settings of learn_semantic_ids, the others being defaults; may be repeated",
-    )  # fmt: skip
+    text = "a name and settings of learn_semantic_ids, the others being defaults"
+    jobs.add_row(made, text, required=True)
     jobs.add_seeds(made)
     made.add_argument(
         "--out", metavar="FILE", type=arguments.new_file,

@@ -56,10 +56,7 @@ def parser(names_recipe: bool, description: str | None) -> argparse.ArgumentPars
     made.add_argument(
         "--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="see below (all, or none beside --row)"
     )
-    made.add_argument(
-        "--row", nargs="+", action="append", default=[], metavar="NAME FIELD=VALUE",
-        help="a row of your own: a name, and settings of finetune that it changes; may be repeated",
-    )  # fmt: skip
+    jobs.add_row(made, "a row of your own: a name, and settings of finetune that it changes")
     jobs.add_seeds(made)
     made.add_argument(
         "--refit",

@@ -40,6 +40,7 @@ def test_settings_are_compared_over_seeds(tmp_path, capsys, monkeypatch):
         (["--row", "mse", "--out", __file__], "exists; give another file"),
         (["--row", "reconstruction=mse"], "give --row NAME reconstruction=mse"),
         (["--row", "mse", "seed=5"], "seed is set by --seeds"),
+        (["--row", "mse", "mmd", "reconstruction=mmd"], "mse: 'mmd' is not of the form FIELD=VALUE"),
         (["--row", "mse", "modalities=text"], "modalities is set by --modality"),
     ],
 )
