@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from llmrec.errors import DataError
 from llmrec.inference.batcher import Ask, Batcher, CrowdedError, Numbers
 from llmrec.inference.recommender import Recommendation, Recommender, UnknownItemError
 from llmrec.pages import environment
+
+logger = logging.getLogger("llmrec")
 
 MAX_BODY = 1 << 20
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -258,11 +261,15 @@ def find_pictures(recommender: Recommender, folder: Path | None) -> dict[str, Pa
     if folder is None:
         return {}
     known = set(recommender.raw_ids)
-    return {
+    found = {
         path.stem: path
         for path in sorted(folder.iterdir())
         if path.suffix.lower() in PICTURES and path.stem in known and path.is_file() and not path.is_symlink()
     }
+    if not found:
+        example = f"{recommender.raw_ids[0]}{PICTURES[0]}"
+        logger.warning("no file in %s is named by item id, as %s is; no pictures are shown", folder, example)
+    return found
 
 
 class Search:

@@ -269,6 +269,16 @@ def test_large_requests_are_answered_in_slices_and_mistakes_keep_their_place(rec
     assert wrong.status_code == 422 and wrong.json()["detail"].startswith("histories[9]: 'gone' is not in")
 
 
+def test_a_folder_without_a_picture_of_any_item_is_told_of(recommender, tmp_path, caplog):
+    (tmp_path / "cover.png").write_bytes(b"x")
+    application({"first": recommender}, images=tmp_path)
+    assert f"no file in {tmp_path} is named by item id, as {recommender.raw_ids[0]}.jpg is" in caplog.text
+    caplog.clear()
+    (tmp_path / f"{recommender.raw_ids[0]}.png").write_bytes(b"x")
+    application({"first": recommender}, images=tmp_path)
+    assert "named by item id" not in caplog.text
+
+
 def test_pictures_that_are_gone_and_errors_are_counted_for_what_they_are(recommender, tmp_path, monkeypatch):
     name = recommender.raw_ids[0]
     (tmp_path / f"{name}.png").write_bytes(b"x")
