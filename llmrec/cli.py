@@ -87,9 +87,12 @@ def doctor(options: argparse.Namespace) -> None:
     set_up_logging()
     from llmrec.doctor import findings
 
+    if not options.recipe and (options.set or options.preset):
+        # A recipe behind --set is taken for a setting.
+        raise ConfigError("settings are those of a recipe; name it first: llmrec doctor RECIPE --set ...")
     recipe = None
     if options.recipe:
-        recipe = apply_overrides(recipe_of(Path(options.recipe)), options.set)
+        recipe = apply_overrides(with_preset(recipe_of(Path(options.recipe)), options.preset), options.set)
     problems = 0
     for found in findings(recipe):
         problems += found.status == "problem"
@@ -119,13 +122,13 @@ def parser() -> argparse.ArgumentParser:
         "--run-dir", metavar="DIR", help="use the stages that are finished there (runs/NAME, if it fits)"
     )
     costs.add_argument("--gpu", default="H100", choices=GPU_NAMES, help="for memory and time (H100)")
-    costs.add_argument("--preset", choices=PRESETS, help="as in the paper, or the published code")
     check = verbs.add_parser("doctor", help="is this machine ready, and what to do where it is not")
     check.add_argument(
         "recipe", metavar="RECIPE", nargs="?", help="also look for this recipe's data and models"
     )
     check.add_argument("--all", action="store_true", help="also show what is in order")
     for one in (costs, check):
+        one.add_argument("--preset", choices=PRESETS, help="as in the paper, or the published code")
         one.add_argument(
             "--set",
             metavar="STAGE.FIELD=VALUE",

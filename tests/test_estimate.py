@@ -283,6 +283,23 @@ def test_a_machine_in_order_has_no_problems(capsys):
     assert ("no CUDA device" in out) == (not torch.cuda.is_available())
 
 
+def test_a_preset_is_looked_at_with_the_models_it_asks_for(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text("from tiny_recipe import tiny as recipe\n")
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", str(file), "--all", "--preset", "official"])
+    assert "Meta-Llama-3-8B-Instruct" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [["--set", "finetune.epochs=1", "mine.py"], ["--preset", "paper"]])
+def test_settings_of_no_recipe_do_not_leave_a_machine_ready(given, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["doctor", *given])
+    captured = capsys.readouterr()
+    assert left.value.code == 2 and "name it first: llmrec doctor RECIPE" in captured.err
+    assert "ready" not in captured.out
+
+
 def test_what_is_missing_is_a_problem_with_its_fix(tmp_path, monkeypatch, capsys):
     file = tmp_path / "mine.py"
     file.write_text(
