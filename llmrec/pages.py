@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import io
 import re
 from collections.abc import Iterator
@@ -60,8 +61,8 @@ def environment(folder: Path) -> jinja2.Environment:
     made.filters |= {
         "figure": figure,
         "setting": format_value,
-        "percent": "{:.1%}".format,
-        "share": "{:.0%}".format,
+        "percent": functools.partial(percent, digits=1),
+        "share": functools.partial(percent, digits=0),
     }
     return made
 
@@ -112,6 +113,16 @@ def figure(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
     return str(value)
+
+
+def percent(value: float, digits: int) -> str:
+    """A share in percent; what is rounded neither reads as nothing nor as all."""
+    least = 10.0 ** -(digits + 2)
+    if 0 < value < least / 2:
+        return f"< {least:.{digits}%}"
+    if 1 - least / 2 <= value < 1:
+        return f"> {1 - least:.{digits}%}"
+    return f"{value:.{digits}%}"
 
 
 def thumbnail(file: Path | None) -> str | None:

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 from PIL import Image
 
-from llmrec.pages import drawing, legend_above, svg, thumbnail
+from llmrec.pages import drawing, environment, legend_above, svg, thumbnail
 
 
 @pytest.mark.parametrize("length", [8, 30, 60])
@@ -27,6 +27,24 @@ def test_legends_stay_on_the_picture_and_leave_room_for_the_plot(length):
         assert plot.width > 0.7 * whole.width and plot.height > 0.3 * whole.height
         drawn = svg(figure)
     assert all(name.strip() in drawn for name in names)
+
+
+@pytest.mark.parametrize(
+    ("value", "percent", "share"),
+    [
+        (0, "0.0%", "0%"),
+        (1.0, "100.0%", "100%"),
+        (0.00008, "&lt; 0.1%", "&lt; 1%"),
+        (255 / 256, "99.6%", "&gt; 99%"),
+        (0.9999, "&gt; 99.9%", "&gt; 99%"),
+        (0.844, "84.4%", "84%"),
+        (1.2, "120.0%", "120%"),
+    ],
+)
+def test_a_share_that_is_rounded_reads_neither_as_nothing_nor_as_all(value, percent, share, tmp_path):
+    """A code of 256 that is dead must show."""
+    shown = environment(tmp_path).from_string("{{ value | percent }} {{ [value] | map('share') | join }}")
+    assert shown.render(value=value) == f"{percent} {share}"
 
 
 def test_a_picture_that_pillow_gives_up_is_left_out(monkeypatch):
