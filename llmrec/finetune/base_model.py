@@ -232,15 +232,10 @@ def shard(model: nn.Module, base: nn.Module) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def check_context(config: FinetuneConfig, base: nn.Module, tokens: int) -> None:
-    """Refuse prompts that the base model's attention window or positions cannot hold.
+def window_of(base: nn.Module) -> int | None:
+    """Tokens that a decoder's attention window and positions hold at once; None: no bound is known.
 
     Dense masks of ours replace the base model's own ones, sliding windows included.
-
-    Args:
-        config: settings.
-        base: the decoder.
-        tokens: length of the longest prompt.
     """
     known = base.config
     limits = [getattr(known, "max_position_embeddings", None)]
@@ -248,7 +243,18 @@ def check_context(config: FinetuneConfig, base: nn.Module, tokens: int) -> None:
     slides = "sliding_attention" in kinds if kinds else getattr(known, "use_sliding_window", True)
     if slides:
         limits.append(getattr(known, "sliding_window", None))
-    limit = min((value for value in limits if value), default=None)
+    return min((value for value in limits if value), default=None)
+
+
+def check_context(config: FinetuneConfig, base: nn.Module, tokens: int) -> None:
+    """Refuse prompts that the base model's attention window or positions cannot hold.
+
+    Args:
+        config: settings.
+        base: the decoder.
+        tokens: length of the longest prompt.
+    """
+    limit = window_of(base)
     if limit is not None and tokens > limit:
         raise ConfigError(
             f"the longest prompt has {tokens:,} tokens and {config.base_model} sees {limit:,} at once; set "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmrec.data.batches import length_groups
 from llmrec.errors import ConfigError, DataError, MissingArtifactError
+from llmrec.finetune.base_model import window_of
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.scoring import CatalogueScores, load_scorer
 from llmrec.inference.devices import default_device, usable
@@ -128,7 +129,7 @@ class Recommender:
         package = self.package
         scorer = load_scorer(package.adapter, package.collab, package.content, package.ids, self.device)
         self.scores = cast(CatalogueScores, scorer.score)
-        self.max_history = scorer.max_history
+        self.max_history = shown_items(self.model, scorer.max_history)
         self.raw_ids: list[str] = package.items["raw_id"].to_pylist()
         self.titles: list[str | None] = (
             package.items["title"].to_pylist()
@@ -161,7 +162,8 @@ class Recommender:
         """The best items for every history.
 
         Args:
-            histories: raw item ids, oldest first; an empty history is allowed.
+            histories: raw item ids, oldest first; an empty history is allowed. Of one that is longer than
+                `finetune.max_history`, or than the base model sees at once, the last items are read.
             k: items per history; fewer come back if fewer are left.
             exclude_seen: leave out the items of the history.
             candidates: rank only these items; None: the whole catalogue.
@@ -408,6 +410,17 @@ class Recommender:
                 columns.append(weights[:, source] * (rows @ hidden))
         table = torch.stack(columns, dim=1).cpu().numpy()
         return [dict(zip(self.sources, map(float, row))) for row in table]
+
+
+def shown_items(model: MMESID, trained: int | None) -> int | None:
+    """Most recent items that a model is shown: as many as it was trained on, if that is bounded, and as its
+    base's window holds beside the prompt; None: all."""
+    window = window_of(model.base)
+    if window is None:
+        return trained
+    room = window - len(model.instruction) - len(model.response)
+    fitting = max(1, room // model.item_tokens.tokens_per_item)
+    return fitting if trained is None else min(trained, fitting)
 
 
 def graph_of(rows: np.ndarray) -> Any:

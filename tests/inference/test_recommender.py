@@ -83,6 +83,19 @@ def test_batches_change_nothing_but_rounding(loaded):
     assert loaded.recommend([]) == []
 
 
+def test_of_longer_histories_than_the_base_sees_at_once_the_last_items_are_read(packaged):
+    package = load_package(packaged)
+    prompt = package.adapter.settings["prompt"]
+    window = len(prompt["instruction"]) + len(prompt["response"]) + 3
+    base_config = {**package.adapter.base_config, "max_position_embeddings": window}
+    adapter = dataclasses.replace(package.adapter, base_config=base_config)
+    short = Recommender(dataclasses.replace(package, adapter=adapter))
+    history = short.raw_ids[:20]
+    np.testing.assert_array_equal(short.score([history]), short.score([history[-3:]]))
+    found = short.recommend([history], k=len(short.raw_ids))[0]
+    assert not {item.item_id for item in found} & set(history), "what is not read is excluded, too"
+
+
 def test_many_histories_go_through_in_passes_of_bounded_size(loaded, monkeypatch):
     histories = [loaded.raw_ids[:3], [], loaded.raw_ids[2:9]] * 4
     expected = loaded.score(histories)
