@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
@@ -174,7 +174,7 @@ def application(
         return {
             name: {
                 "name": shown[name], "items": len(model.raw_ids), "method": model.config["method"],
-                "sources": list(model.sources), "base_model": model.config["base_model"],
+                "sources": list(model.sources), "base_model": name_of(model.config["base_model"]),
             }
             for name, model in models.items()
         }  # fmt: skip
@@ -236,6 +236,12 @@ def tell_of_itself(app: FastAPI, batcher: Batcher, numbers: Numbers) -> None:
         answer.headers["X-Content-Type-Options"] = "nosniff"
         answer.headers["Referrer-Policy"] = "no-referrer"
         return answer
+
+
+def name_of(base_model: str) -> str:
+    """A base model as everybody may know it: of a local folder the name alone, not where it lies."""
+    local = PurePath(base_model).is_absolute() or Path(base_model).is_dir()
+    return Path(base_model).resolve().name if local else base_model
 
 
 def in_a_sentence(error: dict[str, Any]) -> str:

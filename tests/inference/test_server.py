@@ -161,6 +161,19 @@ def test_health_readiness_metrics_and_the_description(address):
     assert "What comes next?" in page.text and page.headers["x-content-type-options"] == "nosniff"
 
 
+def test_where_a_base_model_lies_is_nobodys_business(recommender, tmp_path, monkeypatch):
+    settings = recommender.package.adapter.settings
+    for given, told in (
+        (str(tmp_path / "llama"), "llama"),
+        (str(tmp_path / "gone" / "llama"), "llama"),
+        ("meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B"),
+    ):
+        (tmp_path / "llama").mkdir(exist_ok=True)
+        monkeypatch.setitem(settings, "config", {**settings["config"], "base_model": given})
+        with Running(application({"first": recommender})) as address:
+            assert httpx.get(f"{address}/about").json()["first"]["base_model"] == told
+
+
 def test_the_readme_shows_a_body_that_is_answered_and_names_every_route(address, recommender):
     text = (Path(__file__).parents[2] / "README.md").read_text()
     (body,) = re.findall(r"^curl \S+/recommend .* -d '(.*)'$", text, flags=re.MULTILINE)
