@@ -251,7 +251,7 @@ def in_a_sentence(error: dict[str, Any]) -> str:
         return f"the body is not JSON: {error['ctx']['error']} (character {place[0]})"
     if not place:
         return 'the body must be JSON, as {"histories": [["ID", "ID"]]}, with Content-Type: application/json'
-    return f"{'.'.join(map(str, place))}: {error['msg']}"
+    return f"{'.'.join(map(str, place)):.80}: {error['msg']}"
 
 
 def as_json(item: Recommendation, pictures: dict[str, Path]) -> dict[str, Any]:

@@ -99,6 +99,7 @@ def test_answers_are_the_recommenders(address, recommender):
         ({"histories": [[]], "exclude_seen": "yes"}, 422, "exclude_seen"),
         ({"histories": [[]], "model": "third"}, 422, "model"),
         ({"histories": [[]], "extra": 1}, 422, "extra"),
+        ({"histories": [[]], "extra" * 10_000: 1}, 422, "Extra inputs are not permitted"),
         ({"histories": [[]], "candidates": []}, 422, "candidates"),
         (b"0" * (MAX_BODY + 1), 413, "larger than"),
         (b"0" * (10 * MAX_BODY), 413, "larger than"),
