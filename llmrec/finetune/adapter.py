@@ -34,7 +34,8 @@ class Adapter(Shown):
 
     catalog: str
     settings: dict[str, Any]
-    """The finetune config, the prompt's token ids and the base model's revision and size."""
+    """The finetune config, the prompt's token ids, the base model's revision and size, and ``num_added``, how
+    many of the items came after training, if some did."""
     heads: dict[str, Tensor]
     """Trained weights outside the base model, and train_count int64 (N + 1,)"""
     scaling: dict[str, Tensor] = field(default_factory=dict)

@@ -43,6 +43,7 @@ def build_model(
     device: torch.device,
     *,
     spread: bool = False,
+    num_added: int = 0,
 ) -> MMESID:
     """Put the parts together on a device.
 
@@ -56,13 +57,18 @@ def build_model(
         device: where everything is put.
         spread: leave the base model where it is, for `base_model.shard` to move block by block: a whole one
             may not fit.
+        num_added: how many of the items came after training.
     """
     width = base.config.hidden_size
     vectors = {name: vectors[name] for name in modalities_of(config, tuple(vectors))}
     frozen = {name: torch.from_numpy(array).to(device) for name, array in vectors.items()}
     codes = {name: torch.from_numpy(ids.codes[name]).to(device) for name in vectors}
     given = ItemInputs(
-        vectors=frozen, codes=codes, codebooks=code_embeddings(config, vectors, ids, width), hidden_size=width
+        vectors=frozen,
+        codes=codes,
+        codebooks=code_embeddings(config, vectors, ids, width),
+        hidden_size=width,
+        num_added=num_added,
     )
     tokens = item_tokens(config, given)
     scores = item_scores(config, tokens, given, train_count)

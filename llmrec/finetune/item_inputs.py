@@ -26,12 +26,14 @@ class ItemInputs:
         codes: their semantic IDs int64 (N + 1, L).
         codebooks: their code embeddings float32 (L, K, D).
         hidden_size: H, width of the base model.
+        num_added: items among them that came after training (see `inference.new_items`); they stand last.
     """
 
     vectors: dict[str, Tensor]
     codes: dict[str, Tensor]
     codebooks: dict[str, Tensor]
     hidden_size: int
+    num_added: int = 0
 
     @property
     def num_items(self) -> int:

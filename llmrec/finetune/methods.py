@@ -120,7 +120,8 @@ def mme_random(inputs: ItemInputs, config: FinetuneConfig) -> ItemTokens:
     parts: Parts = {}
     for name, table in inputs.vectors.items():
         parts[f"vectors_{name}"] = ProjectedVectors(table, inputs.hidden_size)
-        dim = max(1, round(inputs.codebooks[name].numel() / inputs.num_items))
+        # Items that were added change no width.
+        dim = max(1, round(inputs.codebooks[name].numel() / (inputs.num_items - inputs.num_added)))
         parts[f"own_{name}"] = OwnTable(inputs.num_items, dim, inputs.hidden_size)
     return ItemTokens(parts, mlp(parts, inputs, config))
 

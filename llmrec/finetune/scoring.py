@@ -116,7 +116,10 @@ def load_scorer(
     heads = dict(adapter.heads)
     train_count = heads.pop("train_count")
     vectors = scale(item_vectors(config, collab, content, ids), config.vectors, adapter.scaling)
-    model = build_model(config, base, prompt, vectors, ids, train_count, device, spread=spread)
+    added = adapter.settings.get("num_added", 0)
+    model = build_model(
+        config, base, prompt, vectors, ids, train_count, device, spread=spread, num_added=added
+    )
     set_heads(model, heads)
     if spread:
         shard(model, model.base)

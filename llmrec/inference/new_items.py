@@ -79,9 +79,11 @@ def extended(
     }
     count = package.adapter.heads["train_count"]
     heads["train_count"] = torch.cat([count, count.new_zeros(len(items))])
+    settings = package.adapter.settings
+    settings = {**settings, "num_added": settings.get("num_added", 0) + len(items)}
     return Package(
         items=joined(package.items, items),
-        adapter=dataclasses.replace(package.adapter, catalog=catalog, heads=heads),
+        adapter=dataclasses.replace(package.adapter, catalog=catalog, heads=heads, settings=settings),
         collab=CollabEmbeddings(
             catalog=catalog,
             provider=package.collab.provider,

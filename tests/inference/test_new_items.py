@@ -11,7 +11,10 @@ import pytest
 import torch
 from tiny_recipe import tiny
 
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import ConfigError, DataError
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.train import finetune
 from llmrec.finished import load
 from llmrec.inference.new_items import extended, nearest
 from llmrec.inference.package import load_package, package_run
@@ -234,3 +237,24 @@ def test_items_that_were_added_are_saved_with_the_others(packaged, tmp_path):
 def test_a_device_that_is_not_there_is_named(device, said, packaged):
     with pytest.raises(ConfigError, match=f"device='{device}': .*{said}"):
         Recommender.from_pretrained(packaged, device=device)
+
+
+def test_a_table_as_wide_as_the_catalogue_was_long_takes_new_items(packaged, finished):
+    """Tables of mme_random have a width that follows from the number of items at training."""
+    kinds = (Interactions, CollabEmbeddings, ContentEmbeddings, SemanticIds)
+    inputs = [load(kind, finished / kind.stage) for kind in kinds]
+    config = FinetuneConfig(
+        method="mme_random",
+        mini=tiny().finetune.mini,
+        prompt="compact",
+        epochs=1,
+        batch_size=512,
+        analyse=False,
+    )
+    adapter = finetune(config, *inputs)
+    recommender = Recommender(dataclasses.replace(load_package(packaged), adapter=adapter))
+    asked, before = [recommender.raw_ids[:3]], len(recommender.raw_ids)
+    scores = recommender.score(asked)
+    for name in ("a", "b"):
+        recommender.add_items([{"item_id": f"{name}{n}", "title": "Plain red drum"} for n in range(before)])
+    np.testing.assert_allclose(recommender.score(asked)[:, :before], scores, rtol=0, atol=1e-5)
