@@ -262,7 +262,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     """What a reader must know to trust the figures, and why rows are missing."""
     found = []
     if "num_users" in results:
-        history = "left out" if results["mask_seen"] else "ranked, too"
+        history = "left out" if results["mask_seen"] else "ranked, too, but left out at validation"
         found = [comparison.protocol(results), f"Items of the history are {history}."]
     found.append(
         "trained: parameters; tokens: of all training; train seconds: of optimiser steps alone; rank: "
