@@ -62,15 +62,13 @@ def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str,
 
     Raises:
         ArtifactMismatchError: runs on other items, users, targets or under another protocol.
-        ConfigError: fewer than two names, or a method that is not in a run.
+        ConfigError: fewer than two names, a method that is not in a run, or a run that is given twice.
     """
     names = list(dict.fromkeys(entry.name for entry in entries))
     if len(names) < 2:
         raise ConfigError("give at least two names to compare")
-    for entry in entries:
-        if entries.count(entry) > 1:
-            raise ConfigError(f"{entry.name}={entry.folder} is given twice; a run counts once")
     first: Report | None = None
+    counted: set[tuple[str, Path, str]] = set()
     users: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in names}
     learned: dict[str, set[str]] = {name: set() for name in names}
     for entry in entries:
@@ -81,6 +79,10 @@ def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str,
             method = key_of(report, entry.method)
         except ConfigError as error:
             raise ConfigError(f"{entry.folder}: {error}") from None
+        # A folder and a method have several names each, and as a seed of its own a run would be no other one.
+        if (one := (entry.name, entry.folder.resolve(), method)) in counted:
+            raise ConfigError(f"{entry.name}={entry.folder}:{method} is given twice; a run counts once")
+        counted.add(one)
         users[entry.name].append(per_user(ranks_in(report.rankings, method), KS))
         learned[entry.name].add(report.metrics.get("trained_on", {}).get(method, ""))
     rows = []

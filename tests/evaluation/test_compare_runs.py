@@ -73,6 +73,13 @@ def test_p_is_corrected_for_the_number_of_rows(runs):
     assert min(row["p"] for row in rows[1:]) == pytest.approx(2 * min(alone))
 
 
+@pytest.mark.parametrize("again", [Entry("b", Path("b")), Entry("b", Path("x/../b"), "mme_sid")], ids=str)
+def test_a_run_counts_once_whatever_it_is_called(again, runs):
+    runs |= {name: report(ranks(0)) for name in ("a", "b", "x/../b")}
+    with pytest.raises(ConfigError, match=f"b={again.folder}:mme_sid is given twice"):
+        compare_runs([Entry("a", Path("a")), Entry("b", Path("b")), again])
+
+
 def test_what_was_learned_from_is_told(runs):
     runs |= {"a": report(ranks(0)), "b": report(ranks(1), trained_on="train and valid")}
     rows = compare_runs([Entry("a", Path("a")), Entry("b", Path("b"))])
