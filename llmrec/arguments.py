@@ -6,8 +6,13 @@ import argparse
 import contextlib
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
+
+from llmrec.errors import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 
 
 def positive(text: str) -> int:
@@ -37,6 +42,32 @@ def add_count(
 ) -> None:
     """A number that has a default, which its help states."""
     parser.add_argument(name, type=kind, default=count, metavar="N", help=f"{text} ({count:,})")
+
+
+def own_rows(given: list[list[str]], stage: str, taken: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Rows that a user made up: their names, and settings of a stage as typed, without its name.
+
+    Args:
+        given: what ``--row`` was given, each time.
+        stage: whose settings.
+        taken: names of other rows.
+
+    Raises:
+        ConfigError: a name that is no folder's or that there is already, no settings, or a seed among them.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for name, *settings in given:
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"--row {name!r}: a name has letters, digits, dots, dashes and underscores")
+        if name in found or name in taken:
+            raise ConfigError(f"--row {name}: there is a row of this name already")
+        typed = tuple(setting.removeprefix(f"{stage}.") for setting in settings)
+        if any(setting.partition("=")[0].strip() == "seed" for setting in typed):
+            raise ConfigError(f"--row {name}: seeds are given by --seeds, to all rows")
+        if not typed:
+            raise ConfigError(f"--row {name}: give it settings of {stage}, such as learning_rate=2e-3")
+        found[name] = typed
+    return found
 
 
 def with_verbs(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from llmrec import jobs, tracking
+from llmrec import arguments, jobs, tracking
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.config import override
 from llmrec.console import guarded, set_up_logging
@@ -49,7 +49,9 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
     options = parser(rows, data_config, name, description).parse_args()
     of_data, of_rows = by_stage(options.set, data_config is not None)
     every = set(rows)
-    rows = chosen_rows(rows, options.rows, of_rows)
+    own = own_rows(rows, options.row)
+    names = options.rows or ([] if own else list(rows))
+    rows = chosen_rows(rows | own, [*names, *own], of_rows)
     reference = options.reference or ("sasrec" if "sasrec" in rows else next(iter(rows)))
     if reference not in rows:
         raise ConfigError(f"--reference must be among the rows ({', '.join(rows)}), got {reference!r}")
@@ -89,7 +91,7 @@ def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, descri
         "failed": failed,
     }
     text = markdown(results)
-    if options.summarise and set(rows) != every and (root / "results.json").exists():
+    if options.summarise and options.rows and not every <= set(rows) and (root / "results.json").exists():
         print(text)  # the files may be of more rows
         return
     write_json(root / "results.json", results)
@@ -121,8 +123,9 @@ def parser(
         help="a finished encode_items folder, for rows whose models know what items look like",
     )
     made.add_argument(
-        "--rows", nargs="+", default=list(rows), metavar="NAME", help=f"of {', '.join(rows)} (all)"
+        "--rows", nargs="+", metavar="NAME", help=f"of {', '.join(rows)} (all, or none beside --row)"
     )
+    jobs.add_row(made, "a row of your own: a name, and settings of train_collab that it changes")
     jobs.add_seeds(made)
     jobs.add_argument(made)
     tracking.add_argument(made)
@@ -145,6 +148,28 @@ def parser(
         help="train nothing; make the table of what there is (a table of some --rows takes no other's place)",
     )
     return made
+
+
+def own_rows(rows: Rows, given: list[list[str]]) -> Rows:
+    """Rows that a user made up: a name, and settings of train_collab. ``provider`` among these chooses the
+    model, and what they leave out is as in the row of that model's name, or else the default.
+
+    Raises:
+        ConfigError: as `arguments.own_rows`, settings that cannot be, or a row that trains no model.
+    """
+    found = {}
+    for name, typed in arguments.own_rows(given, "train_collab", (*rows, "popularity")).items():
+        parts = (setting.partition("=") for setting in typed)
+        settings = {path.strip(): text.strip() for path, _, text in parts}
+        provider = settings.get("provider", TrainCollabConfig.provider)
+        base = rows.get(provider)
+        if base is None or base.provider != provider:
+            known = provider in PROVIDER_FIELDS
+            base = TrainCollabConfig(provider=cast(Any, provider)) if known else TrainCollabConfig()
+        found[name] = override(base, settings, prefix="train_collab.")
+        if found[name].provider == "precomputed":
+            raise ConfigError(f"--row {name}: provider=precomputed trains no model that could be compared")
+    return found
 
 
 def by_stage(assignments: list[str], has_data: bool) -> tuple[dict[str, str], dict[str, str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import re
 import sys
 import time
 from collections import deque
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmrec import jobs
+from llmrec import arguments, jobs
 from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.config import as_dict, changed_settings, from_dict
 from llmrec.errors import BusyError, ConfigError, MissingArtifactError, TrainingError
@@ -42,8 +41,6 @@ WAIT_SECONDS = 2.0
 
 BESIDE = ("popularity", "best_possible")
 """What evaluations rank beside the models."""
-
-NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 
 REQUEST = "cell.json"
 """Its name in the folder of a cell that a process of its own runs."""
@@ -101,21 +98,15 @@ def own_rows(recipe: Recipe, given: list[list[str]]) -> dict[str, Row]:
     """Rows that a user made up: a name, and settings of finetune that differ from the recipe's.
 
     Raises:
-        ConfigError: a name that is no folder's or that there is already, or settings that cannot be.
+        ConfigError: as `arguments.own_rows`, or settings that cannot be.
     """
-    found: dict[str, Row] = {}
-    for name, *settings in given:
-        if not NAME.fullmatch(name):
-            raise ConfigError(f"--row {name!r}: a name has letters, digits, dots, dashes and underscores")
-        if name in (*found, *ROWS, *PROVIDER_FIELDS, *BESIDE, recipe.train_collab.provider):
-            raise ConfigError(f"--row {name}: there is a row of this name already")
-        typed = tuple(setting.removeprefix("finetune.") for setting in settings)
-        if any(setting.partition("=")[0].strip() == "seed" for setting in typed):
-            raise ConfigError(f"--row {name}: seeds are given by --seeds, to all rows")
-        if not typed:
-            raise ConfigError(f"--row {name}: give it settings of finetune, such as learning_rate=2e-3")
-        found[name] = Row(finetune={}, typed=typed, meaning=" ".join(typed))
-        settings_for(recipe, found[name])
+    taken = (*ROWS, *PROVIDER_FIELDS, *BESIDE, recipe.train_collab.provider)
+    found = {
+        name: Row(finetune={}, typed=typed, meaning=" ".join(typed))
+        for name, typed in arguments.own_rows(given, "finetune", taken).items()
+    }
+    for row in found.values():
+        settings_for(recipe, row)
     return found
 
 

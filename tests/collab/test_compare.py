@@ -22,10 +22,11 @@ from llmrec.collab.compare import (
     run_cells,
     summarise_cells,
 )
-from llmrec.collab.compare_cli import by_stage, chosen_rows, every_provider
+from llmrec.collab.compare_cli import by_stage, chosen_rows, every_provider, own_rows
 from llmrec.collab.compare_report import how_epochs_were_chosen, label, markdown, page
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.configs.gru4rec import GRU4RecConfig
+from llmrec.collab.configs.mamba import MambaConfig
 from llmrec.collab.configs.sasrec import SASRecConfig
 from llmrec.collab.train import train_collab
 from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
@@ -215,6 +216,52 @@ def test_settings_name_their_stage():
     ):
         with pytest.raises(ConfigError, match=r"not of the form STAGE\.FIELD=VALUE"):
             by_stage(bad, has_data)
+
+
+def test_rows_of_ones_own_differ_in_what_they_name_from_the_row_of_their_model():
+    known = rows()
+    given = [["wide", "sasrec.embed_dim=32"], ["twice", "provider=gru4rec", "train_collab.epochs=4"]]
+    found = own_rows(known, given)
+    assert found["wide"] == replace(known["sasrec"], sasrec=SASRecConfig(embed_dim=32, inner_dim=16))
+    assert found["twice"] == replace(known["gru4rec"], epochs=4)
+    (other,) = own_rows(known, [["m", "provider=mamba", "mamba.variant=released"]]).values()
+    assert other == TrainCollabConfig(provider="mamba", mamba=MambaConfig(variant="released"))
+    chosen = chosen_rows(known | found, ["gru4rec", *found], {"epochs": "3", "sasrec.num_layers": "1"})
+    assert list(chosen) == ["gru4rec", "wide", "twice"]
+    assert chosen["wide"].sasrec.num_layers == 1 and chosen["twice"].epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["a/b", "epochs=1"], "--row 'a/b': a name has letters"),
+        (["sasrec", "epochs=1"], "--row sasrec: there is a row of this name already"),
+        (["popularity", "epochs=1"], "--row popularity: there is a row of this name already"),
+        (["mine", "seed=5"], "--row mine: seeds are given by --seeds"),
+        (["mine"], "--row mine: give it settings of train_collab"),
+        (["mine", "epoch=1"], "unknown setting 'train_collab.epoch'; did you mean train_collab.epochs?"),
+        (["mine", "provider=gmvae", "sasrec.embed_dim=8"], "sasrec"),
+        (["mine", "provider=lstm"], "train_collab.provider"),
+        (["mine", "provider=precomputed", "path=x.parquet"], "trains no model that could be compared"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(row, message):
+    with pytest.raises(ConfigError) as caught:
+        own_rows(rows(), [row])
+    assert message in str(caught.value)
+
+
+def test_a_row_of_ones_own_is_trained_beside_the_others(finished, tmp_path, monkeypatch, capsys):
+    root, _, _ = finished
+    command = ["x", "--prepare-data", str(root / "prepare_data"), "--run-dir", str(tmp_path), "--seeds", "0"]
+    command += ["--row", "own", "provider=gru4rec", "epochs=1"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as left:
+        compare_cli.main(rows)
+    assert not left.value.code, capsys.readouterr().err
+    assert list(json.loads((tmp_path / "results.json").read_text())["rows"]) == ["own"]
+    kept = json.loads((tmp_path / "cells" / "own" / "seed0" / "config.json").read_text())
+    assert (kept["provider"], kept["epochs"], kept["gru4rec"]["hidden_dim"]) == ("gru4rec", 1, 8)
 
 
 def test_holms_correction_by_hand():
