@@ -80,7 +80,7 @@ def read_json_lines(path: Path, columns: list[str]) -> pa.Table:
 
 
 def read_dat(path: Path, columns: list[str], names: tuple[str, ...] | None = None) -> pa.Table:
-    """Some columns of a MovieLens file: fields separated by ::, Latin-1, no header.
+    """Some columns of a MovieLens file: fields separated by ::, no header; UTF-8 (10M) or Latin-1 (1M).
 
     Args:
         path: the file.
@@ -101,7 +101,8 @@ def read_dat(path: Path, columns: list[str], names: tuple[str, ...] | None = Non
             raise DataError(f"{path} has no column {name!r}; a {path.name} has: {', '.join(names)}")
     place = [names.index(name) for name in columns]
     batches, rows = [], []
-    for number, line in progress(lines_of(path, "latin-1"), f"reading {path.name}", unit="line"):
+    lines = lines_of(path, "utf-8" if is_utf8(path) else "latin-1")
+    for number, line in progress(lines, f"reading {path.name}", unit="line"):
         fields = line.rstrip("\r\n").split("::")
         if len(fields) != len(names):
             raise DataError(f"{path}, row {number}: {len(fields)} fields, expected {len(names)}")
@@ -122,6 +123,19 @@ def open_text(path: Path, encoding: str = "utf-8", newline: str | None = None) -
     """A text file to read, unpacked as it is read."""
     opened = gzip.open if is_packed(path) else open
     return cast(TextIO, opened(path, "rt", encoding=encoding, newline=newline))
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether a whole file is UTF-8 text; a packed one that is damaged is not."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with gzip.open(path) if is_packed(path) else path.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                decoder.decode(block)
+        decoder.decode(b"", final=True)
+    except (UnicodeDecodeError, *PACKING_ERRORS):
+        return False
+    return True
 
 
 def lines_of(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:

@@ -126,6 +126,16 @@ def test_a_packed_file_that_is_cut_is_refused(tmp_path):
         TableFile(path).read(["asin"])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1"])
+def test_movielens_titles_are_read_in_the_encoding_that_they_have(encoding, packed, tmp_path):
+    content = "1::Misérables, Les (1995)::Drama\n2::Plain::Drama\n".encode(encoding)
+    path = tmp_path / ("movies.dat.gz" if packed else "movies.dat")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    table = read_dat(path, ["item_id", "title"])
+    assert table.to_pydict() == {"item_id": ["1", "2"], "title": ["Misérables, Les (1995)", "Plain"]}
+
+
 def test_movielens_files_have_no_header_and_are_latin_1(tmp_path):
     (tmp_path / "ratings.dat").write_text("1::1193::5::978300760\n2::661::3::978302109\n")
     (tmp_path / "movies.dat").write_bytes("1193::Café: Noir (1975)::Drama|War\n".encode("latin-1"))
