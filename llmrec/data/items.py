@@ -45,7 +45,7 @@ class ItemFile:
     """What an items file says; nothing at all where there is no such file.
 
     Raises:
-        DataError: missing columns, an empty id, two rows for one item.
+        DataError: missing columns, an empty id, two rows for one item that differ.
     """
 
     def __init__(self, config: PrepareDataConfig) -> None:
@@ -53,6 +53,8 @@ class ItemFile:
         self.title, self.texts, self.image = config.title_column, config.text_columns, config.image_column
         self.url, self.folder, self.offline = config.image_url_column, config.image_folder, config.offline
         self.fetched: dict[str, Picture] = {}
+        self.repeated_rows = 0
+        """Rows that say once more what an earlier one says"""
         self.columns: dict[str, pa.ChunkedArray] = {}
         if self.path is None:
             return
@@ -62,7 +64,7 @@ class ItemFile:
         table = file.read([item, *optional])
         self.ids = id_column(table, file, item).combine_chunks()
         self.columns = {name: text_column(table, file, name) for name in optional}
-        self._refuse_second_rows(item)
+        self._keep_first_rows(item)
 
     @property
     def root(self) -> Path | None:
@@ -137,20 +139,27 @@ class ItemFile:
         }
         return images, counts
 
-    def _refuse_second_rows(self, column: str) -> None:
+    def _keep_first_rows(self, column: str) -> None:
+        """Leave out rows that repeat an earlier one in all that is read; others are an error."""
         encoded = self.ids.dictionary_encode().indices.to_numpy()
-        count = np.bincount(encoded)
-        if (count > 1).any():
-            second = np.ones(len(encoded), dtype=bool)
-            second[np.unique(encoded, return_index=True)[1]] = False
-            index = int(np.argmax(second))
-            first = int(np.argmax(encoded == encoded[index]))
+        first = np.unique(encoded, return_index=True)[1][encoded]
+        again = np.flatnonzero(first != np.arange(len(first)))
+        differs = np.zeros(len(again), dtype=bool)
+        for values in self.columns.values():
+            differs |= pc.not_equal(values.take(again), values.take(first[again])).to_numpy()
+        if differs.any():
+            index = int(again[np.argmax(differs)])
             file = TableFile(given(self.path))
             raise DataError(
                 f"{file}, row {file.row(index)}, column {column!r}: item "
-                f"{self.ids[index].as_py()!r} already stands in row {file.row(first)}; keep "
-                f"one row per item ({second.sum()} rows too many)"
+                f"{self.ids[index].as_py()!r} already stands in row {file.row(int(first[index]))}, which "
+                f"says something else; keep one row per item ({differs.sum()} rows too many)"
             )
+        if len(again):
+            logger.warning("%s: %d rows repeat an earlier one and are left out", self.path, len(again))
+            kept = np.unique(first)
+            self.repeated_rows, self.ids = len(again), self.ids.take(kept)
+            self.columns = {name: values.take(kept) for name, values in self.columns.items()}
 
 
 def is_there(file: Path) -> bool:

@@ -47,8 +47,9 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
     - empty titles stay '', missing or unnamed picture files become a null image_path
     - under a global-time split (`splits.global_time`), interactions after a user's test target, and of
       users without history before it, are left out
-    - text where a number belongs, an empty id, a second row for an item, a missing column, a row of the
-      wrong length, bytes that are not UTF-8: an error with file, row and column
+    - rows of the items file that say the same of an item once more: the first is kept
+    - text where a number belongs, an empty id, two rows that differ for an item, a missing column, a row of
+      the wrong length, bytes that are not UTF-8: an error with file, row and column
 
     Raises:
         DataError: the files do not hold what they should, or nothing is left to split.
@@ -80,6 +81,8 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
         "files": files_of(config),
         "read": {"users": len(log.users), "items": len(log.items), "interactions": len(log)},
     }
+    if item_file.repeated_rows:
+        summary["read"]["repeated_item_rows"] = item_file.repeated_rows
     if config.source == "table":
         summary["times_are_positions"] = config.timestamp_column is None or times_are_positions(log)
     order_rows(config, rows, summary)

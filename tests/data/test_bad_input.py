@@ -125,6 +125,12 @@ BAD_TABLES: dict[str, tuple[str | bytes, str | None, dict, list[str]]] = {
         {},
         ["items.csv, row 5, column 'item_id': item '2' already stands in row 3", "keep one row per item"],
     ),
+    "item with two rows, one of which is a copy": (
+        GOOD,
+        ITEMS + "1,one\n\n2,again\n",
+        {},
+        ["items.csv, row 7, column 'item_id': item '2' already stands in row 3", "(1 rows too many)"],
+    ),
     "item without id": (GOOD, ITEMS + ",nothing\n", {}, ["items.csv, row 5, column 'item_id': empty"]),
     "title column missing": (
         GOOD,

@@ -14,7 +14,7 @@ import pytest
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.prepare import prepare_data
 from llmrec.data.summary import warnings_of_times
-from llmrec.errors import ConfigError
+from llmrec.errors import ConfigError, DataError
 from llmrec.interactions import Interactions
 
 SMALL = "user_id,item_id,timestamp\nann,9,3\nann,10,1\nann,8,2\nbob,10,5\nbob,9,4\nbob,7,6\n"
@@ -227,6 +227,17 @@ def test_items_bring_titles_texts_and_pictures(tmp_path):
     assert summary["items_without_interactions"] == 1
     told = "The pictures of 1 of 4 items are named but do not exist. To have them, put them there, and delete"
     assert any(one.startswith(told) for one in summary["warnings"])
+
+
+def test_rows_of_the_items_file_that_say_the_same_once_more_are_left_out_and_counted(tmp_path, caplog):
+    items = "item_id,title,price\n7,a,1\n8,b,2\n7,a,3\n9,c,4\n10,d,5\n 7 ,a,6\n"
+    data = prepare(tmp_path, SMALL, items)
+    assert dict(zip(data.raw_ids, data.titles)) == {"7": "a", "8": "b", "9": "c", "10": "d"}
+    assert data.summary["read"]["repeated_item_rows"] == 2
+    assert data.summary["items_without_interactions"] == 0
+    assert "2 rows repeat an earlier one and are left out" in caplog.text
+    with pytest.raises(DataError, match="item '7' already stands in row 2, which says something else"):
+        prepare(tmp_path, SMALL, items, text_columns=("price",))
 
 
 def test_items_left_out_for_what_they_lack_are_counted(tmp_path):
