@@ -166,7 +166,8 @@ class TableFile:
             raise DataError(f"{self.path} cannot be read as {self.kind[1:]}: {reason}") from None
 
     def _raw_names(self, columns: list[str]) -> dict[str, str]:
-        """The columns of a text file by the names that they go by, as its head has them."""
+        """The columns of a text file as its head has them, by the names that they go by: without spaces
+        around them, and RecBole's without types."""
         path = self.path
         try:
             with open_text(path, "utf-8-sig", newline="") as handle:
@@ -182,7 +183,7 @@ class TableFile:
             raise DataError(
                 f"{path}, row 1: {len(first)} columns, but prepare_data.column_names names {len(raw)}"
             )
-        names = [name.partition(":")[0] for name in raw] if self.kind in ATOMIC else raw
+        names = [(name.partition(":")[0] if self.kind in ATOMIC else name).strip() for name in raw]
         self._check(names, columns)
         return dict(zip(names, raw))
 

@@ -110,6 +110,13 @@ def test_a_first_row_of_data_is_pointed_out_where_names_are_missing(tmp_path):
         prepared(path)
 
 
+@pytest.mark.parametrize("mark", [", ", " ;\t", "\t "])
+def test_spaces_around_the_names_of_columns_are_none_of_them(mark, tmp_path):
+    path = tmp_path / "shop.csv"
+    path.write_text(mark.join(("user_id", "item_id", "rating", "timestamp")) + " \n" + lines(mark))
+    assert told(prepared(path)) == EXPECTED
+
+
 def test_without_times_the_rows_of_a_user_are_in_order(tmp_path):
     path = tmp_path / "pairs.txt"
     rows = [(1, 5), (2, 9), (1, 3), (1, 5), (2, 1), (2, 7), (1, 8)]
