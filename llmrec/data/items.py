@@ -106,9 +106,9 @@ class ItemFile:
         place = pc.index_in(names, self.ids)
         taken = {name: column.take(place) for name, column in self.columns.items()}
         if self.title is not None:
-            columns["title"] = pc.utf8_trim_whitespace(taken[self.title])
+            columns["title"] = single_spaced(taken[self.title])
             counts["items_without_title"] = pc.sum(pc.equal(columns["title"], "")).as_py()
-        columns |= {name: taken[name] for name in self.texts}
+        columns |= {name: single_spaced(taken[name]) for name in self.texts}
         images: list[str | None] = [None] * len(names)
         if self.image is not None:
             paths = [name.strip() for name in taken[self.image].to_pylist()]
@@ -160,6 +160,12 @@ class ItemFile:
             kept = np.unique(first)
             self.repeated_rows, self.ids = len(again), self.ids.take(kept)
             self.columns = {name: values.take(kept) for name, values in self.columns.items()}
+
+
+def single_spaced(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts with single spaces for all that is space, line ends among it, and none around them."""
+    words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(texts))
+    return pc.binary_join(words, " ")
 
 
 def is_there(file: Path) -> bool:

@@ -184,11 +184,12 @@ def parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def as_text(value: Any, depth: int = 0) -> str:
-    """A field as text; `depth` counts the lists around it.
+    """A field as text; `depth` counts the lists and objects around it.
 
-    Lists become their entries joined by a bar, nested ones one after another (2014 and 2018 categories);
-    of pictures described by objects (2023) each gives its largest address; other objects become JSON. Halves
-    of characters, as cut texts end in, become question marks.
+    Texts stay as they are, since ids may differ in spaces alone; those in lists get single spaces. Lists
+    become their entries joined by a bar, nested ones one after another (2014 and 2018 categories); of
+    pictures described by objects (2023) each gives its largest address; other objects become JSON. Halves of
+    characters, as cut texts end in, become question marks.
 
     Raises:
         RecursionError: more than DEEPEST lists lie in one another.
@@ -199,7 +200,7 @@ def as_text(value: Any, depth: int = 0) -> str:
         return ""
     if isinstance(value, str):
         whole = value if value.isascii() else value.encode("utf-8", "replace").decode()
-        return re.sub(r"\s+", " ", whole).strip()
+        return re.sub(r"\s+", " ", whole).strip() if depth else whole
     if isinstance(value, float) and not math.isfinite(value):
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -209,7 +210,7 @@ def as_text(value: Any, depth: int = 0) -> str:
     if isinstance(value, dict):
         sizes = (as_text(value.get(name), depth + 1) for name in ("hi_res", "large", "thumb"))
         return next(filter(None, sizes), None) or as_text(
-            json.dumps(value, ensure_ascii=False, sort_keys=True)
+            json.dumps(value, ensure_ascii=False, sort_keys=True), depth + 1
         )
     return str(value)
 

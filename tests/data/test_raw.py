@@ -80,7 +80,9 @@ def test_the_metadata_of_2014_are_python_literals_and_never_run(tmp_path):
     ("value", "text"),
     [
         (None, ""),
-        ("  two\n lines ", "two lines"),
+        ("  two\n lines ", "  two\n lines "),
+        (["  two\n lines "], "two lines"),
+        ({"a": "two  spaces"}, '{"a": "two spaces"}'),
         (3.0, "3"),
         (2.25, "2.25"),
         (True, "True"),
@@ -171,6 +173,29 @@ def test_a_raw_release_goes_through_prepare_data(release, tmp_path):
     data = prepare_data(config)
     assert (data.num_users, data.num_items, len(data.item)) == (9, 7, 54)
     assert data.titles == [f"t{n}" for n in range(7)]
+
+
+def test_ids_that_differ_in_spaces_are_different_items_and_texts_have_single_ones(tmp_path):
+    names = ["a b", "a  b", "a\tb", " c "]
+    log = [
+        {"user_id": f"u{user}", "item_id": item, "timestamp": 10**9 + user + time}
+        for user in range(3)
+        for time, item in enumerate(names)
+    ]
+    items = [{"item_id": item, "title": f" Tea\n {n}", "brand": "A  B"} for n, item in enumerate(names)]
+    (tmp_path / "items.csv").write_text(
+        "item_id,title,brand\n" + "".join(f'"{i["item_id"]}","{i["title"]}","{i["brand"]}"\n' for i in items)
+    )
+    write_lines(tmp_path / "items.jsonl", items)
+    for name in ("items.jsonl", "items.csv"):
+        config = PrepareDataConfig(
+            source="table", interactions=str(write_lines(tmp_path / "log.jsonl", log)), k_core=0,
+            items=str(tmp_path / name), text_columns=("brand",),
+        )  # fmt: skip
+        data = prepare_data(config)
+        assert data.raw_ids == ["a\tb", "a  b", "a b", "c"] and len(data.item) == 12
+        assert data.titles == ["Tea 2", "Tea 1", "Tea 0", "Tea 3"]
+        assert data.items["brand"].to_pylist() == ["A B"] * 4
 
 
 @pytest.mark.real_data
