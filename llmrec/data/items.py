@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class ItemFile:
             item = str(log.items[log.item[index]])
             there = set(self.ids.to_pylist())
             alike = next((form for form in other_forms(item) if form in there), None)
-            advice = "Add it there" if alike is None else f"{alike!r} is: write ids alike in both files"
+            advice = "Add it there" if alike is None else f"{alike!a} is: write ids alike in both files"
             raise DataError(
                 f"{log.place(index)}: item {item!r} is not in {self.path} ({(~known).sum()} such "
                 f"interactions). {advice}, or set prepare_data.unknown_items=drop"
@@ -180,7 +181,9 @@ def is_there(file: Path) -> bool:
 
 
 def other_forms(raw_id: str) -> list[str]:
-    """How programs may write the same id: 11.0 for 11, 007 for 7, with spaces, in other letters."""
+    """How programs may write the same id: 11.0 for 11, 007 for 7, with spaces, in other letters, or with the
+    accents of letters as characters of their own."""
     bare = raw_id.strip()
     whole = bare.removesuffix(".0")
-    return [bare, whole, f"{bare}.0", whole.lstrip("0") or "0", bare.upper(), bare.lower()]
+    composed = [unicodedata.normalize(form, bare) for form in ("NFC", "NFD")]
+    return [bare, whole, f"{bare}.0", whole.lstrip("0") or "0", bare.upper(), bare.lower(), *composed]

@@ -153,6 +153,12 @@ BAD_TABLES: dict[str, tuple[str | bytes, str | None, dict, list[str]]] = {
         {},
         ["row 2: item '1.0' is not in", "'1' is: write ids alike in both files"],
     ),
+    "unknown item with accents as characters of their own": (
+        HEAD + "a,cafe\u0301,1\na,2,2\n",
+        "item_id,title\ncaf\u00e9,x\n2,y\n",
+        {},
+        ["row 2: item 'cafe\u0301' is not in", "'caf\\xe9' is: write ids alike in both files"],
+    ),
     "nothing left": (GOOD, None, {"k_core": 5}, ["no interaction is left of 3", "k_core: 3", "lower"]),
     "positions as global time": (GOOD, None, {"split": "global_time"}, ["column 'timestamp'", "real times"]),
     "one moment as global time": (
