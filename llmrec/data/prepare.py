@@ -85,9 +85,9 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
         summary["read"]["repeated_item_rows"] = item_file.repeated_rows
     if config.source == "table":
         summary["times_are_positions"] = config.timestamp_column is None or times_are_positions(log)
+    unexpected = warnings_of_counts(asked, (len(rows.users), len(rows.items), len(rows.user)))
     order_rows(config, rows, summary)
     split = split_rows(config, rows, summary)
-    unexpected = warnings_of_counts(asked, (len(rows.users), len(rows.items), len(rows.user)))
     for address in (config.interactions, config.items):
         if address is not None and TableFile(Path(address)).on_hub:
             unexpected += warnings_of_address(address)

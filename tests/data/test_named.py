@@ -37,7 +37,7 @@ def server():
     with serving({"red.png": png()}) as found:
         rng = np.random.default_rng(0)
         reviews = [
-            {"reviewerID": f"A{user}", "asin": item, "overall": 5.0, "unixReviewTime": 1_300_000_000 + place}
+            {"reviewerID": f"A{user}", "asin": item, "overall": 5.0, "unixReviewTime": 10**9 + 60 * place}
             for user in range(30)
             for place, item in enumerate(rng.permutation(ITEMS)[:12] if user < 28 else FEW)
         ]
@@ -105,6 +105,16 @@ def test_expected_counts_do_not_warn(server, tmp_path, monkeypatch):
     exact = dataclasses.replace(named.CATEGORIES["beauty"], classic=(30, 20, 346))
     monkeypatch.setitem(named.CATEGORIES, "beauty", exact)
     made = prepare_data(config(server, tmp_path))
+    assert not any(text.startswith("Beauty") for text in made.summary["warnings"])
+
+
+def test_expected_counts_are_those_before_a_split_in_time_leaves_interactions_out(
+    server, tmp_path, monkeypatch
+):
+    exact = dataclasses.replace(named.CATEGORIES["beauty"], classic=(30, 20, 346))
+    monkeypatch.setitem(named.CATEGORIES, "beauty", exact)
+    made = prepare_data(config(server, tmp_path, split="global_time", valid_rate=0.2, test_rate=0.2))
+    assert len(made.item) < 346
     assert not any(text.startswith("Beauty") for text in made.summary["warnings"])
 
 
