@@ -148,7 +148,8 @@ def filter_rows(config: PrepareDataConfig, log: Log, item_file: ItemFile) -> Row
         rows.keep(first_of_duplicates(rows.user, rows.item, rows.timestamp), "duplicate")
     if config.least_interactions:
         rows.keep(k_core(rows.user, rows.item, config.least_interactions), "k_core")
-    drop_items(config, rows, item_file)
+    if len(rows.user):
+        drop_items(config, rows, item_file)
     if not len(rows.user):
         reasons = ", ".join(f"{reason}: {count}" for reason, count in rows.dropped.items() if count)
         raise DataError(

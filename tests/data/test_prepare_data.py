@@ -208,6 +208,12 @@ def test_k_core_goes_on_until_nothing_changes(tmp_path):
     assert data.summary["read"]["users"] == 4
 
 
+def test_where_nothing_is_left_no_file_of_excluded_items_is_blamed(tmp_path):
+    (tmp_path / "excluded.txt").write_text("7\n")
+    with pytest.raises(DataError, match=r"no interaction is left of 6 \(dropped by k_core: 6\)"):
+        prepare(tmp_path, SMALL, k_core=9, exclude_items=str(tmp_path / "excluded.txt"))
+
+
 def test_items_bring_titles_texts_and_pictures(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "7.png").write_bytes(b"x")
