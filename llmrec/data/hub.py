@@ -2,7 +2,8 @@
 
 An address is ``hub:NAME``, ``hub:NAME:CONFIG`` or ``hub:NAME:CONFIG:SPLIT``, such as
 ``hub:McAuley-Lab/Amazon-Reviews-2023:0core_rating_only_Beauty_and_Personal_Care:full``, with ``@REVISION``
-behind the name to pin it. Rows stream, and only the columns asked for are kept.
+behind the name to pin it. Rows stream, and only the columns asked for are kept. Those of CSV files are text,
+as in a CSV file that is named by its path: guessed types would make 7 of 007, and nothing of the title NA.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def read_hub(address: str, columns: list[str]) -> pa.Table:
         DataError: it cannot be had, has several splits, or lacks a column.
     """
     import datasets
+    from datasets.packaged_modules.csv.csv import CsvConfig
     from huggingface_hub.errors import HfHubHTTPError
 
     name, config, split, revision = parts_of(address)
@@ -42,6 +44,17 @@ def read_hub(address: str, columns: list[str]) -> pa.Table:
         for column in columns:
             if column not in known:
                 raise DataError(f"{address} has no column {column!r}; it has: {', '.join(known)}")
+        if isinstance(datasets.load_dataset_builder(name, config, revision=revision).config, CsvConfig):
+            texts = datasets.Features({column: datasets.Value("string") for column in columns})
+            found = datasets.load_dataset(
+                name,
+                config,
+                split=found.split,
+                revision=revision,
+                streaming=True,
+                features=texts,
+                keep_default_na=False,
+            )
         blocks = found.select_columns(columns).with_format("arrow").iter(batch_size=BLOCK_ROWS)
         tables = [pa.table(block) for block in progress(blocks, f"reading {name}", unit="block")]
     except DataError:

@@ -220,6 +220,27 @@ def test_a_folder_of_parquet_files_is_a_data_set_too(tmp_path):
         )
 
 
+def test_csv_files_of_a_data_set_are_read_as_a_csv_file_is(tmp_path):
+    names = [f"{number:03d}" for number in range(8)]
+    log = "".join(
+        f"{user:02d},{item},{10**9 + 60 * user + n}\n" for user in range(9) for n, item in enumerate(names)
+    )
+    items = "item_id,title\n" + "".join(f"{item},NA\n" for item in names)
+    made = []
+    for folder in ("log", "items"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "log" / "train.csv").write_text("user_id,item_id,timestamp\n" + log)
+    (tmp_path / "items" / "train.csv").write_text(items)
+    for form in ("hub:{}", "{}/train.csv"):
+        paths = {"interactions": "log", "items": "items"}
+        paths = {name: form.format(tmp_path / folder) for name, folder in paths.items()}
+        made.append(prepare_data(PrepareDataConfig(source="table", k_core=0, **paths)))
+    hub, plain = made
+    assert hub.raw_ids == plain.raw_ids == names and hub.user_raw_ids == plain.user_raw_ids
+    assert hub.titles == plain.titles == ["NA"] * 8
+    assert np.array_equal(hub.item, plain.item) and np.array_equal(hub.timestamp, plain.timestamp)
+
+
 def test_a_data_set_with_a_script_is_not_run(tmp_path):
     (tmp_path / "set").mkdir()
     marker = tmp_path / "ran"
