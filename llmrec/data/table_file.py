@@ -128,14 +128,14 @@ class TableFile:
             return plain_texts(pq.read_table(self.path, columns=columns))
         if self.kind in (*DELIMITERS, *LOOSE):
             return self._read_csv(columns)
-        if self.kind in (".json", ".jsonl"):
+        if self.kind in (".json", ".jsonl", ".ndjson"):
             return read_json_lines(self.path, columns)
         if self.kind == ".dat":
             return read_dat(self.path, columns, self.names)
         raise DataError(
-            f"{self.path}: unknown kind of file, expected .csv, .tsv, .txt, .data, .json or .jsonl (one "
-            "object a line), .inter or .item of RecBole, a MovieLens .dat (all of these may be packed, .gz), "
-            "or .parquet"
+            f"{self.path}: unknown kind of file, expected .csv, .tsv, .txt, .data, .json, .jsonl or .ndjson "
+            "(one object a line), .inter or .item of RecBole, a MovieLens .dat (all of these may be packed, "
+            ".gz), or .parquet"
         )
 
     def check(self, columns: Sequence[str]) -> None:

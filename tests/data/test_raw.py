@@ -38,7 +38,7 @@ def write_lines(path, records, form=json.dumps):
     return path
 
 
-@pytest.mark.parametrize("name", ["reviews_Beauty_5.json.gz", "x.json", "x.jsonl", "X.JSONL.GZ"])
+@pytest.mark.parametrize("name", ["reviews_Beauty_5.json.gz", "x.json", "x.jsonl", "x.ndjson", "X.JSONL.GZ"])
 def test_reviews_are_read_packed_or_not(name, tmp_path):
     path = tmp_path / name
     write_lines(path, REVIEWS_2014)
