@@ -26,6 +26,12 @@ from llmrec.progress import progress
 PACKING_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 """What reading a packed file raises that was cut or changed."""
 
+NAMES = (
+    "prepare_data.user_column, item_column (items_item_column in the items file alone), timestamp_column, "
+    "title_column and so on"
+)
+"""What columns are named with, for messages."""
+
 DEEPEST = 50
 """Lists in one another that a field may have; public files have three."""
 
@@ -73,8 +79,7 @@ def read_json_lines(path: Path, columns: list[str]) -> pa.Table:
     if missing and found:
         has = ", ".join(sorted(map(str, found))[:20])
         raise DataError(
-            f"{path}: no line has a field {missing[0]!r}; it has {has}. Name the "
-            "columns with prepare_data.user_column, item_column, timestamp_column, title_column and so on"
+            f"{path}: no line has a field {missing[0]!r}; it has {has}. Name the columns with {NAMES}"
         )
     return pa.Table.from_batches(batches)
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from llmrec.data.hub import PREFIX, read_hub
 from llmrec.data.raw import (
+    NAMES,
     PACKING_ERRORS,
     is_packed,
     kind_of,
@@ -37,7 +38,6 @@ ATOMIC = (".inter", ".item")
 """RecBole's atomic files: columns are named with their type, as ``user_id:token``."""
 LOOSE = (".txt", ".data")
 """Names that do not say what separates columns: the first of tab, comma, semicolon, bar, space there is."""
-NAMES = "prepare_data.user_column, item_column, timestamp_column, title_column and so on"
 
 
 @dataclass(frozen=True)
