@@ -40,6 +40,10 @@ LOOSE = (".txt", ".data")
 """Names that do not say what separates columns: the first of tab, comma, semicolon, bar, space there is."""
 
 
+BLOCK_BYTES = 1 << 24
+"""Block in which text files are read; no row can be longer than two, such as one with a picture in it."""
+
+
 @dataclass(frozen=True)
 class TableFile:
     """A CSV, RecBole, JSON lines, MovieLens .dat or parquet file, or a data set on the Hub."""
@@ -194,7 +198,9 @@ class TableFile:
         try:
             table = pacsv.read_csv(
                 pa.input_stream(str(path), compression="gzip" if is_packed(path) else None),
-                read_options=pacsv.ReadOptions(column_names=None if self.names is None else list(self.names)),
+                read_options=pacsv.ReadOptions(
+                    column_names=None if self.names is None else list(self.names), block_size=BLOCK_BYTES
+                ),
                 parse_options=pacsv.ParseOptions(
                     delimiter=delimiter,
                     quote_char='"' if self.quoted else False,
@@ -207,6 +213,11 @@ class TableFile:
                 ),
             )
         except pa.ArrowInvalid as error:
+            if "straddling" in str(error):
+                raise DataError(
+                    f"{path} has a row of more than {BLOCK_BYTES:,} bytes; leave out what is so long, or "
+                    "write it as parquet"
+                ) from None
             raise self._why_unreadable(delimiter, str(error)) from None
         return table.rename_columns(columns)
 

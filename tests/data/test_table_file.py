@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llmrec.data import table_file
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.prepare import prepare_data
 from llmrec.data.sources import places
@@ -115,6 +116,18 @@ def test_spaces_around_the_names_of_columns_are_none_of_them(mark, tmp_path):
     path = tmp_path / "shop.csv"
     path.write_text(mark.join(("user_id", "item_id", "rating", "timestamp")) + " \n" + lines(mark))
     assert told(prepared(path)) == EXPECTED
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_rows_may_hold_whole_pictures_but_not_more(quote, tmp_path, monkeypatch):
+    path = tmp_path / "shop.csv"
+    head, (first, *rest) = "user_id,item_id,rating,timestamp,picture\n", lines(",").splitlines()
+    long = f"{quote}{'x' * 5_000_000}{quote}"
+    path.write_text("\n".join([head.strip(), f"{first},{long}", *(f"{row}," for row in rest)]))
+    assert told(prepared(path)) == EXPECTED
+    monkeypatch.setattr(table_file, "BLOCK_BYTES", 1 << 20)
+    with pytest.raises(DataError, match=r"shop\.csv has a row of more than 1,048,576 bytes; leave out"):
+        prepared(path)
 
 
 def test_without_times_the_rows_of_a_user_are_in_order(tmp_path):
