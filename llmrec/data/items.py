@@ -29,8 +29,9 @@ def picture_root(config: PrepareDataConfig) -> Path | None:
     """Folder that picture paths are relative to, by the settings; None where they name no pictures."""
     if config.image_folder is not None:
         return Path(config.image_folder).resolve()
-    on_disk = config.items is not None and config.image_column is not None and config.source == "table"
-    return Path(given(config.items)).resolve().parent if on_disk else None
+    if config.items is None or config.image_column is None:
+        return None
+    return Path(config.items).resolve().parent
 
 
 def with_pictures_found(config: PrepareDataConfig, data: Interactions) -> Interactions:

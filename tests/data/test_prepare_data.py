@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmrec.data.config import PrepareDataConfig
+from llmrec.data.items import with_pictures_found
 from llmrec.data.prepare import prepare_data
 from llmrec.data.summary import warnings_of_times
 from llmrec.errors import ConfigError, DataError
@@ -233,6 +234,29 @@ def test_items_bring_titles_texts_and_pictures(tmp_path):
     assert summary["items_without_interactions"] == 1
     told = "The pictures of 1 of 4 items are named but do not exist. To have them, put them there, and delete"
     assert any(one.startswith(told) for one in summary["warnings"])
+
+
+@pytest.mark.parametrize("source", ["table", "sequences"])
+def test_pictures_that_were_moved_are_found_where_the_settings_say(source, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "pictures").mkdir(parents=True)
+    (here / "pictures" / "7.png").write_bytes(b"x")
+    (here / "items.csv").write_text("item_id,image\n7,pictures/7.png\n8,\n9,\n")
+    log = "a 7 8 9\nb 9 8 7\n"
+    if source == "table":
+        log = "user_id,item_id,timestamp\na,7,1\na,8,2\na,9,3\n"
+    (here / "log.csv").write_text(log)
+
+    def config(folder: Path) -> PrepareDataConfig:
+        return PrepareDataConfig(
+            source=source, interactions=str(folder / "log.csv"), items=str(folder / "items.csv"),
+            title_column=None, image_column="image", k_core=0,
+        )  # fmt: skip
+
+    data = prepare_data(config(here))
+    here.rename(there)
+    assert not data.image_file(1).is_file()
+    assert with_pictures_found(config(there), data).image_file(1) == there / "pictures" / "7.png"
 
 
 def test_rows_of_the_items_file_that_say_the_same_once_more_are_left_out_and_counted(tmp_path, caplog):
