@@ -251,13 +251,12 @@ def nearest_items(table: Table, items: np.ndarray, queries: np.ndarray, k: int) 
     return place.numpy()
 
 
-def tau_per_user(coded: Coded, pairs: Pairs, seed: int) -> dict[str, float | None]:
+def tau_per_user(coded: Coded, pairs: Pairs) -> dict[str, float | None]:
     """Mean over users of Kendall's tau-b among their own samples, for users in whom it is defined.
 
     Args:
         coded: vectors and codes.
         pairs: samples; those with an item that has no vector are left out.
-        seed: of the random codes.
     """
     both = coded.present[pairs.history] & coded.present[pairs.target]
     history, target, user = (part[both] for part in pairs)

@@ -106,7 +106,7 @@ def measure(coded: Coded, pairs: Pairs, seed: int) -> dict[str, Any]:
     """All figures of one modality."""
     items = coded.items
     found = modality_quality(coded, pairs, seed)
-    found["tau"]["per_user"] = tau_per_user(coded, pairs, seed)
+    found["tau"]["per_user"] = tau_per_user(coded, pairs)
     found["group_sizes"] = group_sizes(coded.codes[items])
     found["spectra"] = {
         "item vectors": spectrum(coded.table("source"), items),

@@ -88,7 +88,7 @@ def test_tau_by_user_is_the_mean_of_single_ones():
             np.linalg.norm(source[a] - source[b], axis=1), np.linalg.norm(codes[a] - codes[b], axis=1)
         )
         expected.append(tau)
-    found = tau_per_user(coded, pairs, 0)
+    found = tau_per_user(coded, pairs)
     assert found["latent"] == pytest.approx(np.mean([tau for tau in expected if tau is not None]))
 
 
