@@ -96,7 +96,8 @@ class PrepareDataConfig(Settings, path="prepare_data"):
     interactions: str | None = None
     """File of interactions. source=table: .csv, .tsv, .txt, .data, .parquet, one JSON object a line (.json,
     .jsonl, .ndjson, packed or not: Amazon 2014, 2018 and 2023 as they are), RecBole's .inter, MovieLens
-    .dat, or hub:NAME[@REVISION][:CONFIG[:SPLIT]], a data set on the Hub or a folder; source=sequences: text."""
+    .dat, or hub:NAME[@REVISION][:CONFIG[:SPLIT]], a data set on the Hub or a folder; source=sequences:
+    text."""
 
     items: str | None = None
     """File of items, of the same kinds as tables; none: items are known by their id alone."""
