@@ -166,10 +166,11 @@ def dots(rows: list[dict[str, Any]]) -> str | None:
 def part_curves(log: list[dict[str, Any]]) -> list[str]:
     """What a sequence model reported about itself over training, one SVG per quantity.
 
-    A vector has one line per entry, named by its place: experts, interests, weights.
+    A vector has one line per entry, named by its place: experts, interests, weights. What begins late, such
+    as SIGMA-GMVAE's hard interests, has a plot of the epochs from then on.
     """
     rows = [row for row in log if row.get("parts")]
-    return [part_curve(name, rows) for name in (rows[0]["parts"] if rows else ())]
+    return [part_curve(name, rows) for name in dict.fromkeys(name for row in rows for name in row["parts"])]
 
 
 def part_curve(name: str, rows: list[dict[str, Any]]) -> str:

@@ -169,6 +169,15 @@ def test_what_a_model_reports_about_itself_is_drawn_one_panel_a_quantity():
     assert report.part_curves([{"epoch": 1, "train_loss": 1.0}]) == report.part_curves([]) == []
 
 
+def test_what_a_model_reports_from_a_later_epoch_on_is_drawn_too():
+    """As SIGMA-GMVAE does of its hard interests."""
+    log = [
+        {"epoch": epoch, "parts": {"kl": 1.0, **({"hard": 0.5} if epoch > 2 else {})}}
+        for epoch in range(1, 6)
+    ]
+    assert ["hard" in drawn for drawn in report.part_curves(log)] == [False, True]
+
+
 def tuned(**settings) -> SimpleNamespace:
     """As much of an adapter as names ask for."""
     return SimpleNamespace(settings={"config": as_dict(FinetuneConfig(**settings))})
