@@ -304,6 +304,11 @@ def train_epoch(
     for number, chosen in enumerate(progress(steps, label, unit="step")):
         batches = rows.batches(chosen, step=before + number, epoch=epoch)
         num_targets += train_step(model, optimizer, config.clip_norm, batches, sums)
+    if not num_targets:
+        raise TrainingError(
+            f"train_collab: {config.provider} found nothing to predict in all of epoch {epoch}: its loss() "
+            "gave num_targets=0 for every batch"
+        )
     means = sums.over(num_targets) | {"steps": len(steps)} | sums.gradients()
     if not math.isfinite(means["train_loss"]):
         raise TrainingError(
@@ -347,14 +352,19 @@ def train_step(
     batches: Iterable[Batch],
     sums: Sums,
 ) -> int:
-    """One update from the mean loss over all targets of the batches, added to sums; their number."""
+    """One update from the mean loss over all targets of the batches, added to sums; their number. Without
+    any target nothing is updated."""
     optimizer.zero_grad(set_to_none=True)
     num_targets = 0
     for batch in batches:
         loss = model.loss(batch)
+        if not loss.num_targets:  # of a model of the user's own, which may draw what it predicts
+            continue
         loss.total.backward()
         sums.add(loss)
         num_targets += loss.num_targets
+    if not num_targets:
+        return 0
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     torch._foreach_div_(gradients, num_targets)
     sums.norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip_norm).detach())

@@ -24,7 +24,7 @@ from llmrec.collab.own_checks import check_provider
 from llmrec.collab.provider import load_provider, provider_scorer
 from llmrec.collab.train import train_collab
 from llmrec.data.batches import Batch
-from llmrec.errors import ConfigError
+from llmrec.errors import ConfigError, TrainingError
 from llmrec.estimate import collab_width
 from llmrec.evaluation.rank import rank_users
 from llmrec.recipe import Recipe, main
@@ -170,10 +170,19 @@ def test_checks_of_it_change_nothing_of_its_training(monkeypatch):
     assert states[0]["calls"] > 0
 
 
-def test_a_model_may_find_nothing_to_predict_in_a_few_rows():
+@pytest.mark.parametrize("batch_size", [256, 20])
+def test_a_model_may_find_nothing_to_predict_in_a_few_rows(batch_size):
+    """Of 64 users the last step of 20 has 4."""
     config = TrainCollabConfig(provider="own_models:Sparing", own={"embed_dim": 8}, epochs=1)
-    made = train_collab(config, cycle())
-    assert made.metrics["epochs"] == 1
+    made = train_collab(dataclasses.replace(config, batch_size=batch_size), cycle())
+    assert made.metrics["epochs"] == 1 and all(np.isfinite(array).all() for array in made.state.values())
+    assert made.log[0]["train_loss"] < 20 and np.isfinite(made.log[0]["gradient_norm"])
+
+
+def test_a_model_that_never_finds_anything_to_predict_is_stopped():
+    config = TrainCollabConfig(provider="own_models:Idle", own={"embed_dim": 8}, epochs=1)
+    with pytest.raises(TrainingError, match="own_models:Idle found nothing to predict in all of epoch 1"):
+        train_collab(config, cycle())
 
 
 def test_checks_of_it_leave_its_modes_and_weights_alone():
