@@ -310,11 +310,12 @@ def train_epoch(
             "gave num_targets=0 for every batch"
         )
     means = sums.over(num_targets) | {"steps": len(steps)} | sums.gradients()
-    if not math.isfinite(means["train_loss"]):
-        raise TrainingError(
-            f"train_collab: the training loss became {means['train_loss']} in epoch {epoch}; lower "
-            f"train_collab.learning_rate (now {config.learning_rate})"
-        )
+    for name, what in (("train_loss", "training loss"), ("largest_gradient_norm", "gradient's norm")):
+        if not math.isfinite(means[name]):
+            raise TrainingError(
+                f"train_collab: the {what} became {means[name]} in epoch {epoch}; lower "
+                f"train_collab.learning_rate (now {config.learning_rate})"
+            )
     return means
 
 

@@ -324,6 +324,21 @@ def test_a_diverged_loss_names_the_setting_to_change():
         train_collab(tiny(learning_rate=1e30, sasrec=replace(TINY, loss="bce")), cycle())
 
 
+def test_an_infinite_gradient_of_the_last_step_never_reaches_weights_that_are_kept(monkeypatch):
+    """Its loss is finite, and no later one tells of it."""
+
+    class Steep(SASRec):
+        def loss(self, batch):
+            loss = super().loss(batch)
+            endless = (self.norm.bias.sum() * 0).sqrt()  # 0, whose slope is infinite
+            return replace(loss, total=loss.total + endless) if batch.step == 3 else loss
+
+    monkeypatch.setitem(PROVIDERS, "sasrec", Steep)
+    with pytest.raises(TrainingError, match=r"the gradient's norm became (nan|inf) in epoch 1; lower"):
+        train_collab(tiny(epochs=1, select="last"), cycle())
+    assert train_collab(tiny(epochs=1, select="last", batch_size=32), cycle()).log[0]["steps"] == 2
+
+
 def test_items_never_trained_are_counted():
     collab = train_collab(tiny(epochs=1), interactions([[1, 2, 3, 4], [2, 1, 4, 3]], 6))
     assert collab.metrics["items_never_trained"] == 4
