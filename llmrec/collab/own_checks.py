@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrec.artifacts import check_item_rows
-from llmrec.collab.losses import Loss
+from llmrec.collab.losses import Loss, Pooled
 from llmrec.data.batches import Batch
 from llmrec.errors import ArtifactMismatchError, ConfigError
 
@@ -48,6 +48,7 @@ def check_provider(name: str, model: Any, batch: Batch, num_items: int) -> None:
         with torch.no_grad():
             check_scores(where, model, batch, num_items)
             check_vectors(f"{where}: item_embeddings()", model, num_items)
+            check_groups(where, model, num_items)
         if loss.num_targets:
             with one_step_later(model, loss), torch.no_grad():
                 check_vectors(f"{where}: item_embeddings() after a step of training", model, num_items)
@@ -115,6 +116,7 @@ def checked_loss(where: str, loss: Any) -> Loss:
     )
     if not isinstance(loss, Loss):
         raise ConfigError(f"{where}: loss() gave a {type(loss).__name__}; {wanted}")
+    check_parts(where, loss)
     total = loss.total
     if not loss.num_targets:
         return loss  # a few rows may hold nothing to predict, where that is drawn
@@ -122,6 +124,18 @@ def checked_loss(where: str, loss: Any) -> Loss:
         got = described(total) + ("" if getattr(total, "requires_grad", True) else ", without a gradient")
         raise ConfigError(f"{where}: total of loss() must be a scalar to differentiate, got {got}; {wanted}")
     return loss
+
+
+def check_parts(where: str, loss: Loss) -> None:
+    """Raise ConfigError unless what a model reports about itself can be summed, logged and drawn."""
+    for name, part in loss.parts.items():
+        figure = part.figure() if isinstance(part, Pooled) else part
+        if not isinstance(figure, Tensor) or figure.ndim > 1 or figure.requires_grad:
+            got = described(figure) + (", with a gradient" if getattr(figure, "requires_grad", False) else "")
+            raise ConfigError(
+                f"{where}: parts[{name!r}] of loss() must be a detached tensor, a number or a vector, got "
+                f"{got}"
+            )
 
 
 def check_scores(where: str, model: Any, batch: Batch, num_items: int) -> None:
@@ -150,6 +164,24 @@ def check_vectors(what: str, model: Any, num_items: int) -> None:
         check_item_rows(vectors.detach().float().cpu().numpy(), what, num_items=num_items)
     except ArtifactMismatchError as error:
         raise ConfigError(f"{error}; see llmrec.collab.provider.CollabProvider") from None
+
+
+def check_groups(where: str, model: Any, num_items: int) -> None:
+    """Raise ConfigError unless a model that sorts items into groups names them and gives all weights."""
+    if not hasattr(model, "item_groups"):
+        return
+    found = model.item_groups()
+    pair = isinstance(found, tuple) and len(found) == 2
+    if not (pair and isinstance(found[0], str) and isinstance(found[1], Tensor)):
+        raise ConfigError(f"{where}: item_groups() must give a name and a tensor, got {described(found)}")
+    weights = found[1]
+    if weights.ndim != 2 or len(weights) != num_items + 1:
+        raise ConfigError(
+            f"{where}: weights of item_groups() must have the shape ({num_items + 1}, groups), a row for "
+            f"each of {num_items} items and row 0 for padding, got {described(weights)}"
+        )
+    if not weights.isfinite().all():
+        raise ConfigError(f"{where}: item_groups() gave NaN or infinity, expected finite weights")
 
 
 def described(value: Any) -> str:

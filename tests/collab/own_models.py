@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -160,6 +161,51 @@ class Listed(Simple):
 
     def item_embeddings(self) -> list[float]:
         return super().item_embeddings().tolist()
+
+
+class Chatty(Simple):
+    """Reports a plain number."""
+
+    def loss(self, batch: Batch) -> Loss:
+        return dataclasses.replace(super().loss(batch), parts={"speed": 1.0})
+
+
+class Clinging(Simple):
+    """Reports what gradients could pass through."""
+
+    def loss(self, batch: Batch) -> Loss:
+        loss = super().loss(batch)
+        return dataclasses.replace(loss, parts={"more": loss.total})
+
+
+class Sorted(Simple):
+    """Sorts items into groups."""
+
+    def item_groups(self) -> tuple[str, Tensor]:
+        return "kind", self.next(self.item.weight).softmax(-1)
+
+
+class Nameless(Sorted):
+    """The weights alone."""
+
+    def item_groups(self) -> Tensor:
+        return super().item_groups()[1]
+
+
+class Shifted(Sorted):
+    """No weights of padding."""
+
+    def item_groups(self) -> tuple[str, Tensor]:
+        name, weights = super().item_groups()
+        return name, weights[1:]
+
+
+class Lost(Sorted):
+    """Weights that are no numbers."""
+
+    def item_groups(self) -> tuple[str, Tensor]:
+        name, weights = super().item_groups()
+        return name, weights / 0.0 * 0.0
 
 
 class Restless(Simple):

@@ -147,6 +147,11 @@ def test_what_is_no_model_is_said_to_be_none(name, own, message):
         ("Flat", r"item_embeddings\(\) must be of shape \(num_items \+ 1, dim\), got \(13,\)"),
         ("Few", r"item_embeddings\(\): row 0 is padding"),
         ("Listed", r"item_embeddings\(\) must be a tensor \(num_items \+ 1, dim\), got a list"),
+        ("Chatty", r"parts\['speed'\] of loss\(\) must be a detached tensor, .*, got a float"),
+        ("Clinging", r"parts\['more'\] of loss\(\) .*, got the shape \(\), with a gradient"),
+        ("Nameless", r"item_groups\(\) must give a name and a tensor, got the shape \(13, 4\)"),
+        ("Shifted", r"must have the shape \(13, groups\), .* row 0 for padding, got the shape \(12, 4\)"),
+        ("Lost", r"item_groups\(\) gave NaN or infinity"),
     ],
 )
 def test_a_model_that_does_not_keep_to_the_protocol_is_refused_before_it_is_trained(
@@ -155,6 +160,12 @@ def test_a_model_that_does_not_keep_to_the_protocol_is_refused_before_it_is_trai
     monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(ConfigError, match=f"^train_collab.provider=own_models:{name}: .*{message}"):
         train_collab(TrainCollabConfig(provider=f"own_models:{name}", epochs=1), cycle())
+
+
+def test_groups_that_it_sorts_items_into_are_kept():
+    made = train_collab(TrainCollabConfig(provider="own_models:Sorted", epochs=1), cycle())
+    groups = made.metrics["item_groups"]
+    assert groups["name"] == "kind" and len(groups["groups"]) == 4
 
 
 def test_checks_of_it_change_nothing_of_its_training(monkeypatch):
