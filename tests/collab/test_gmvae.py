@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from test_sasrec import batch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
+from worlds import cycle
 
 from llmrec.collab.config import TrainCollabConfig
+from llmrec.collab.configs.gmvae import GmvaeConfig
 from llmrec.collab.gmvae import GMVAE, gaussian_kl, latent_report, mixture_kl
 from llmrec.collab.interests import Interests, Prior
 from llmrec.collab.layers import mean_cosine
 from llmrec.collab.losses import Loss
-from llmrec.collab.train import Sums, item_groups
+from llmrec.collab.train import Sums, item_groups, train_collab
 from llmrec.data.batches import Batch
 
 SIZES = vars(TrainCollabConfig().gmvae) | {
@@ -396,3 +398,19 @@ def test_the_row_of_one_gaussian_reaches_full_weight_while_it_trains():
     assert config.gmvae.kl_weight * config.gmvae.kl_cap == 1
     steps_per_epoch = 22_363 / config.batch_size
     assert config.gmvae.kl_steps < 20 * steps_per_epoch
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"temporal_from_epoch": 3}, True),
+        ({"temporal_from_epoch": 2}, False),
+        ({"temporal_from_epoch": 0}, False),
+        ({"prior": "standard"}, False),
+    ],
+    ids=str,
+)
+def test_a_run_that_ends_before_hard_interests_begin_says_so(settings, warned, caplog):
+    gmvae = GmvaeConfig(embed_dim=8, max_history=8, **settings)
+    train_collab(TrainCollabConfig(provider="gmvae", gmvae=gmvae, epochs=2), cycle())
+    assert ("gmvae ended with epoch 2, before its hard interests begin" in caplog.text) == warned

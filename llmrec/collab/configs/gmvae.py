@@ -67,7 +67,7 @@ class GmvaeConfig(Settings, path="train_collab.gmvae"):
 
     temporal_from_epoch: int = 32
     """First epoch, from 1, in which hard interests, read in order by a GRU, are half of every interest; 0:
-    never. (Released: those after the 31st.)"""
+    never. Give patience enough to get there. (Released: those after the 31st.)"""
 
     eval_add_std: bool = False
     """Score with the mean plus one standard deviation, as the released code does."""
