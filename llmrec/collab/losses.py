@@ -56,7 +56,14 @@ class Loss:
 
 
 def next_item_loss(
-    name: str, query: Tensor, items: Tensor, batch: Batch, *, num_negatives: int = 0, temperature: float = 1.0
+    name: str,
+    query: Tensor,
+    items: Tensor,
+    batch: Batch,
+    *,
+    num_negatives: int = 0,
+    temperature: float = 1.0,
+    skip_row_0: bool = True,
 ) -> Loss:
     """Loss of naming the targets of a batch by inner products with the item table.
 
@@ -66,17 +73,18 @@ def next_item_loss(
             num_negatives random items, which all positions of a row share (Klenitskiy and Vasilev,
             "Turning Dross Into Gold Loss", RecSys 2023).
         query: what the model knows after each position, (B, T, D).
-        items: output table (N + 1, D); row 0 takes no part.
+        items: output table (N + 1, D).
         batch: whose targets to predict. Negatives are items outside the row's history and targets.
         num_negatives: for ``sampled_ce``.
         temperature: scores are divided by it.
+        skip_row_0: False lets row 0 (padding) compete with the items in ``ce``, as some released codes do.
     """
     row, position = batch.target.nonzero(as_tuple=True)
     known = torch.cat([batch.item, batch.target], dim=1)
     target = batch.target[row, position]
     wanted_by = query[row, position] / temperature
     if name == "ce":
-        total = item_cross_entropy(wanted_by, items, target)
+        total = item_cross_entropy(wanted_by, items, target, skip_row_0=skip_row_0)
     elif name == "bce":
         negative = draw_unseen(known, batch.target.shape[1], len(items) - 1)[row, position]
         wanted, unwanted = ((wanted_by * items[chosen]).sum(-1) for chosen in (target, negative))

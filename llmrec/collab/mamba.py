@@ -29,8 +29,8 @@ class SigmaMamba(nn.Module):
     mixing off this is `llmrec.collab.mamba4rec.Mamba4Rec`.
 
     ``variant="released"`` pads every history to max_history slots and flips all slots but the last
-    kept_items, so that short histories are moved among the padding, whose vector is not zero: padding
-    matters there, by design of the release.
+    kept_items, so that short histories are moved among the padding, whose vector is not zero and competes
+    with the items in the softmax: padding matters there, by design of the release.
     """
 
     uses_time = False
@@ -133,7 +133,12 @@ class SigmaMamba(nn.Module):
         else:
             query = self.encode(batch.item)[:, : batch.target.shape[1]]
         found = next_item_loss(
-            self.loss_name, query, self.item.weight, batch, num_negatives=self.num_negatives
+            self.loss_name,
+            query,
+            self.item.weight,
+            batch,
+            num_negatives=self.num_negatives,
+            skip_row_0=not self.released,
         )
         parts = {}
         for place, layer in enumerate(self.layers, start=1):

@@ -77,6 +77,18 @@ def test_the_release_flips_slots_and_so_moves_a_short_history_among_the_padding(
     assert model.item.weight[0].any() and not model.item_embeddings()[0].any()
 
 
+@pytest.mark.parametrize(("variant", "first"), [("released", 0), ("corrected", 1)])
+def test_row_0_is_in_the_softmax_of_the_released_variant_alone(variant, first):
+    torch.manual_seed(0)
+    model = SigmaMamba(**SMALL, kept_items=0, variant=variant).eval()
+    with torch.no_grad():
+        model.item.weight[1:] += torch.randn_like(model.item.weight[1:])
+    rows = replace(batch([1, 2, 3, 4]), target=torch.tensor([[0, 0, 4]]))
+    logits = model.score(rows.item)[:, first:]
+    expected = F.cross_entropy(logits, torch.tensor([4 - first]))
+    torch.testing.assert_close(model.loss(rows).total, expected)
+
+
 def test_with_everything_off_it_is_mamba4rec():
     models = []
     for make in (lambda: Mamba4Rec(**SMALL), lambda: SigmaMamba(**SMALL, **OFF)):

@@ -65,7 +65,8 @@ class MambaConfig(Settings, path="train_collab.mamba"):
 
     variant: Literal["corrected", "released"] = "corrected"
     """corrected: flips by the length of the history, both gates alike, causal convolution, Mamba's own
-    initial step sizes, normalised mixing weights; released: as the published code computes."""
+    initial step sizes, normalised mixing weights; released: as the published code computes, with row 0 in the
+    softmax."""
 
     loss: Literal["ce", "bce", "sampled_ce"] = "ce"
     """ce: softmax over all items, as published; bce: one random negative per position; sampled_ce:
