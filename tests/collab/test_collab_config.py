@@ -57,6 +57,23 @@ REFUSED = [
         "interest_negatives has no effect with prior='standard'",
     ),
     ({"provider": "gmvae", "gmvae.interest_negatives": "0"}, "interest_negatives must be at least 1, got 0"),
+    (
+        {"provider": "gmvae", "gmvae.num_interests": "1", "gmvae.gumbel_temperature": "2"},
+        "gumbel_temperature has no effect with num_interests=1",
+    ),
+    (
+        {"provider": "gmvae", "gmvae.interest_weight": "0", "gmvae.orthogonal_weight": "2"},
+        "orthogonal_weight has no effect with interest_weight=0",
+    ),
+    (
+        {"provider": "gmvae", "gmvae.kl_cap": "0", "gmvae.kl_weight": "1"},
+        "kl_weight has no effect with kl_cap=0",
+    ),
+    ({"provider": "svae", "svae.kl_cap": "0", "svae.kl_steps": "9"}, "kl_steps has no effect with kl_cap=0"),
+    (
+        {"provider": "mamba", "mamba.flip": "none", "mamba.gru": "false", "mamba.mixing": "gated"},
+        "mixing has no effect with one path",
+    ),
     ({"provider": "bert4rec", "layout": "prefixes"}, "layout must be auto with provider='bert4rec'"),
     ({"provider": "gmvae", "layout": "prefixes"}, "layout must be auto with gmvae.prior='mixture'"),
     ({"provider": "svae", "layout": "prefixes"}, "layout must be auto with svae.kl_scope='user'"),

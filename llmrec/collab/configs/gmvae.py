@@ -101,8 +101,13 @@ class GmvaeConfig(Settings, path="train_collab.gmvae"):
             idle = [*("num_interests", "prior_scope", "kl", "interest_weight", "orthogonal_weight")]
             idle += ["assignment_temperature", "gumbel_temperature", "temporal_from_epoch"]
             self.refuse_changed([*idle, "interest_negatives"], "prior='standard'")
-        if self.num_interests == 1:
-            self.refuse_changed(["orthogonal_weight"], "num_interests=1")
+        if self.num_interests == 1:  # every item belongs to it
+            alone = ["orthogonal_weight", "assignment_temperature", "gumbel_temperature"]
+            self.refuse_changed(alone, "num_interests=1")
+        if not self.interest_weight:
+            self.refuse_changed(["orthogonal_weight"], "interest_weight=0")
+        if not self.kl_cap:
+            self.refuse_changed(["kl_weight", "kl_steps"], "kl_cap=0")
         require(
             self.prior_scope == "sequence" or self.temporal_from_epoch == 0,
             "train_collab.gmvae.temporal_from_epoch must be 0 with prior_scope='prefix' (hard interests read "

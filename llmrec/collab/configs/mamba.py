@@ -119,4 +119,4 @@ class MambaConfig(Settings, path="train_collab.mamba"):
         if self.mixing == "none":
             self.refuse_changed(["mixing_weights"], "mixing='none'")
         elif single and self.variant == "corrected":
-            self.refuse_changed(["mixing_weights"], "one path, whose weight is 1")
+            self.refuse_changed(["mixing", "mixing_weights"], "one path, whose weight is 1")

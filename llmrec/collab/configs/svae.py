@@ -61,3 +61,5 @@ class SvaeConfig(Settings, path="train_collab.svae"):
         )
         check_dropout("svae", self)
         require(self.kl_cap >= 0, f"train_collab.svae.kl_cap must be at least 0, got {self.kl_cap}")
+        if not self.kl_cap:
+            self.refuse_changed(["kl_steps"], "kl_cap=0")
