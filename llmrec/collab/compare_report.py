@@ -67,7 +67,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
         ),
     ]
     if inside:
-        note = "Means per predicted item of what each model reports about itself, first seed."
+        note = "What each model reports about itself, epoch by epoch, first seed."
         found.append(Section(title="Inside the models", note=note, folded=inside))
     return found
 
