@@ -327,7 +327,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(path, type, default, meaning) of every leaf field, for help texts."""
+    """(path, type, default as it is typed, meaning) of every leaf field, for help texts."""
     docs, hints = field_docs(cls), type_hints(cls)
     for field in dataclasses.fields(cls):
         inner = dataclass_of(hints[field.name])
@@ -335,7 +335,8 @@ def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]
             yield from describe(inner, f"{prefix}{field.name}.")
             continue
         value = default_of(field)
-        default = "required" if value is dataclasses.MISSING else repr(value)
+        empty = isinstance(value, (tuple, dict)) and not value
+        default = "required" if value is dataclasses.MISSING else "none" if empty else format_value(value)
         kind = type_name(hints[field.name])
         yield f"{prefix}{field.name}", kind, default, docs.get(field.name, "")
 

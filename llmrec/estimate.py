@@ -173,7 +173,11 @@ def check_run(recipe: Recipe, run_dir: Path) -> None:
         raise ConfigError(f"--run-dir {run_dir}: no such folder")
     for name, status in statuses(recipe, run_dir, "learn_semantic_ids").items():
         if status not in ("done", TO_DO, UNCERTAIN):
-            raise ConfigError(f"--run-dir {run_dir}: {name} {status}")
+            what = status.partition("; ")[0]
+            raise ConfigError(
+                f"--run-dir {run_dir}: {name} {what}; give the folder of a run with these settings, or leave "
+                "--run-dir out"
+            )
 
 
 def fitting(recipe: Recipe, run_dir: Path) -> Path | None:

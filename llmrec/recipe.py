@@ -141,7 +141,10 @@ def recipe_of(path: str | Path) -> Recipe:
     """
     module = module_of(path)
     if not callable(getattr(module, "recipe", None)):
-        raise ConfigError(f"{path} defines no function `recipe`")
+        raise ConfigError(
+            f"{path} defines no function `recipe` that returns a Recipe; what compares sequence models "
+            "(recipes/providers_*.py) has none"
+        )
     made = module.recipe()
     if not isinstance(made, Recipe):
         raise ConfigError(f"{path}: recipe() must return a Recipe, got {type(made).__name__}")

@@ -1,11 +1,12 @@
 r"""MME-SID on MovieLens-1M with posters and a small Llama that trains on a CPU: three modalities.
 
 Data:      interactions.csv (user_id, item_id, timestamp) and items.csv (item_id, title, genres, image), the
-           image being a file with the film's poster; MovieLens-1M itself has none: --set
-           prepare_data.interactions=ratings.dat prepare_data.items=movies.dat prepare_data.image_column=none
-           encode_items.image.encoder=none
+           image being a file with the film's poster
 Run:       accelerate launch recipes/mme_sid_ml1m_mini.py --set prepare_data.interactions=interactions.csv \
                prepare_data.items=items.csv encode_items.text.model=sentence-transformers/all-MiniLM-L6-v2
+           accelerate launch recipes/mme_sid_ml1m_mini.py --set prepare_data.interactions=ratings.dat \
+               prepare_data.items=movies.dat prepare_data.image_column=none \
+               encode_items.image.encoder=none    (MovieLens-1M's own files, which have no posters)
 Takes:     62 minutes on one core of a busy 2-core machine, 49 of them for SASRec
 Results:   recall@10 0.3027 +- 0.0027, ndcg@10 0.1725 +- 0.0011 over 3 seeds; the SASRec whose vectors it
            reads 0.3040, 0.1717; with finetune.epochs=24, three seeds, 0.3109, 0.1779 (README here)

@@ -150,6 +150,16 @@ class GMVAE(nn.Module):
         """Whether hard interests have begun."""
         return 0 < self.temporal_from_epoch <= batch.epoch
 
+    def never_began(self, epochs: int) -> str | None:
+        """What training of so many epochs left out, if it ended before its second phase."""
+        if self.interests is None or epochs >= self.temporal_from_epoch:
+            return None
+        return (
+            "before its hard interests begin (train_collab.gmvae.temporal_from_epoch="
+            f"{self.temporal_from_epoch}), so its interests are soft ones alone; more train_collab.patience "
+            "or epochs would reach them"
+        )
+
     def prior_of(self, batch: Batch) -> Prior:
         """The mixture of every row or, with prior_scope='prefix', of every position."""
         items = self.dropout(self.norm(self.item(batch.item)))

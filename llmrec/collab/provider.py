@@ -68,7 +68,8 @@ class CollabProvider(Protocol):
         With `uses_time`, a second argument holds their times, int64 (B, T). Column 0 means nothing. An
         empty history (all padding) gives finite scores. A model whose scores are dear may also have
         ``quick_score``, which ranks validation items in its place. A model that sorts items into groups may
-        have ``item_groups``, which names them and gives every item's weights, (N + 1, groups).
+        have ``item_groups``, which names them and gives every item's weights, (N + 1, groups). One whose
+        training has phases may have ``never_began``, which says of a number of epochs what they left out.
         """
 
     def item_embeddings(self) -> Tensor:

@@ -85,7 +85,8 @@ def train_collab(
     if config.is_own:
         check_provider(config.provider, model, first_batch(rows), data.num_items)
     metrics, log = fit(model, config, data, rows, valid)
-    warn_of_what_never_began(config, metrics["epochs"])
+    if hasattr(model, "never_began") and (missed := model.never_began(metrics["epochs"])):
+        logger.warning("train_collab: %s ended with epoch %d, %s", config.provider, metrics["epochs"], missed)
     state = {name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()}
     return CollabEmbeddings(
         catalog=data.catalog,
@@ -117,19 +118,6 @@ def training_rows(model: Any, config: TrainCollabConfig, sequences: Sequences) -
 def first_batch(rows: TrainingRows) -> Batch:
     """Of a few rows."""
     return next(rows.batches(np.arange(min(FEW_ROWS, rows.num_rows))))
-
-
-def warn_of_what_never_began(config: TrainCollabConfig, epochs: int) -> None:
-    """Say that SIGMA-GMVAE was trained without its second phase, if it ended before."""
-    begin = config.gmvae.temporal_from_epoch
-    if config.provider == "gmvae" and config.gmvae.prior == "mixture" and epochs < begin:
-        logger.warning(
-            "train_collab: gmvae ended with epoch %d, before its hard interests begin "
-            "(train_collab.gmvae.temporal_from_epoch=%d), so its interests are soft ones alone; more "
-            "train_collab.patience or epochs would reach them",
-            epochs,
-            begin,
-        )
 
 
 def item_groups(model: Any) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def read_sequences(path: Path) -> Log:
         raise no_file(path)
     try:
         with open_text(path, "utf-8-sig") as handle:
-            lines = handle.read().splitlines()
+            lines = handle.read().split("\n")
     except UnicodeDecodeError:
         raise not_utf8(path) from None
     except PACKING_ERRORS as error:

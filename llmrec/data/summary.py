@@ -82,7 +82,8 @@ def warnings_of(summary: dict[str, Any]) -> list[str]:
     if (ranked := summary["split_counts"].get("test", 0)) < FEW:
         lost = summary.get("dropped", {}).get("test_without_history", 0)
         why = f"; {lost} more had nothing in their history" if lost else ""
-        found.append(f"Only {ranked} test items: too few to tell methods apart{why}.")
+        items = "test item" if ranked == 1 else "test items"
+        found.append(f"Only {ranked} {items}: too few to tell methods apart{why}.")
     if summary.get("items_without_title"):
         found.append(f"{summary['items_without_title']} of {summary['num_items']} items have no title.")
     if lost := summary.get("missing_picture_files"):

@@ -47,14 +47,14 @@ def read_vectors(path: str, raw_ids: list[str], what: str) -> tuple[np.ndarray, 
     """
     file = Path(path)
     readers = {".parquet": _read_parquet, ".safetensors": _read_safetensors}
-    if file.suffix not in readers:
+    if file.suffix.lower() not in readers:
         raise DataError(
             f"{what}: {file} must be a .parquet file (columns item_id and vector) or a .safetensors file "
             f"(tensor vectors), got {file.suffix or 'no file ending'!r}; convert it"
         )
     if not file.is_file():
         raise DataError(f"{what}: {file} does not exist; check the path")
-    vectors, missing = readers[file.suffix](file, raw_ids, what)
+    vectors, missing = readers[file.suffix.lower()](file, raw_ids, what)
     if missing[1:].all():
         raise DataError(f"{what}: {file} holds no vector for any of the {len(raw_ids)} items")
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
@@ -92,7 +92,8 @@ def _id_column(table: pa.Table, file: Path, what: str) -> list[str]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not (texts or pa.types.is_integer(kind)):
         raise DataError(
             f"{what}: column item_id of {file} must hold text or whole numbers, got {kind}; "
             "write raw item ids as text"
@@ -105,14 +106,14 @@ def _id_column(table: pa.Table, file: Path, what: str) -> list[str]:
 
 def _vector_column(table: pa.Table, ids: list[str], file: Path, what: str) -> tuple[np.ndarray, np.ndarray]:
     """The vectors float32 (rows, D), zero where null, and which rows are null."""
-    column = table["vector"].combine_chunks()
+    column = table["vector"]
     kind = column.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not is_list or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
         raise DataError(f"{what}: column vector of {file} must hold lists of numbers, got {kind}")
-    empty = column.is_null().to_numpy(zero_copy_only=False)
+    empty = column.is_null().to_numpy()
     present = column.drop_null()
-    lengths = pc.list_value_length(present).to_numpy(zero_copy_only=False)
+    lengths = pc.list_value_length(present).to_numpy()
     width = int(lengths[0]) if len(lengths) else 0
     if len(lengths) and (width == 0 or (lengths != width).any()):
         at = int(np.argmax(lengths != width)) if width else 0
@@ -122,8 +123,11 @@ def _vector_column(table: pa.Table, ids: list[str], file: Path, what: str) -> tu
             f"expected {width or 'at least 1'} as in the first row; all vectors must have one width"
         )
     values = np.zeros((len(ids), max(width, 1)), np.float32)
-    numbers = present.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False)
-    values[~empty] = _to_float32(numbers).reshape(-1, max(width, 1))
+    rows, start = np.flatnonzero(~empty), 0
+    for chunk in present.chunks:  # together they may be more than one list's offsets can count
+        numbers = chunk.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False)
+        values[rows[start : start + len(chunk)]] = _to_float32(numbers).reshape(len(chunk), max(width, 1))
+        start += len(chunk)
     return values, empty
 
 
@@ -137,9 +141,9 @@ def _read_safetensors(file: Path, raw_ids: list[str], what: str) -> tuple[np.nda
                     f"{what}: {file} has no tensor 'vectors', it holds {', '.join(names) or 'none'}"
                 )
             kind = handle.get_slice("vectors").get_dtype()
-            if kind not in ("F16", "F32", "F64"):
+            if kind not in ("F16", "BF16", "F32", "F64"):
                 raise DataError(f"{what}: tensor vectors of {file} must be float32, got {kind}; convert it")
-            vectors = _to_float32(handle.get_tensor("vectors"))
+            vectors = _bfloat16(file) if kind == "BF16" else _to_float32(handle.get_tensor("vectors"))
             missing = (
                 handle.get_tensor("missing") if "missing" in names else np.zeros(vectors.shape[:1], bool)
             )
@@ -159,6 +163,12 @@ def _read_safetensors(file: Path, raw_ids: list[str], what: str) -> tuple[np.nda
         )
     vectors[missing] = 0
     return _order_rows(vectors, missing, catalog, raw_ids, file, what)
+
+
+def _bfloat16(file: Path) -> np.ndarray:
+    """Vectors in a number format that NumPy does not have, as float32."""
+    with safe_open(file, framework="pt") as handle:
+        return np.asarray(handle.get_tensor("vectors").float().numpy())
 
 
 def _order_rows(
@@ -190,7 +200,7 @@ def _order_rows(
 
 def _read_ids(path: Path, what: str) -> list[str]:
     try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
+        ids = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"{what}: {path} cannot be read as JSON ({error})") from None
     if not isinstance(ids, list) or not all(isinstance(entry, str | int) for entry in ids):

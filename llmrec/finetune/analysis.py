@@ -136,7 +136,8 @@ def weights_by_frequency(
 def fusion_shares(
     weights: Tensor, sources: tuple[str, ...], train_count: np.ndarray
 ) -> dict[str, dict[str, Any]] | None:
-    """Per score source: mean weight, also by popularity, and share of items whose largest weight it is.
+    """Per score source: mean weight, also by popularity, and share of items whose largest weight it is (of
+    equal ones each has its part).
 
     Args:
         weights: mixing weights (N, S).
@@ -148,7 +149,8 @@ def fusion_shares(
     """
     if len(sources) == 1:
         return None
-    largest = torch.bincount(weights.argmax(dim=1), minlength=len(sources)).double() / len(weights)
+    top = (weights == weights.amax(dim=1, keepdim=True)).double()
+    largest = (top / top.sum(dim=1, keepdim=True)).mean(dim=0)
     return {
         "mean_weight": dict(zip(sources, weights.double().mean(dim=0).tolist())),
         "largest_share": dict(zip(sources, largest.tolist())),

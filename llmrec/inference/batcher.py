@@ -27,7 +27,10 @@ MOST_TOGETHER = 64
 MOST_ITEMS = 8192
 """Items of their histories, likewise; one history is never cut."""
 
-ItemId = Annotated[StrictStr, Field(max_length=256)]
+MAX_ID = 2048
+"""Characters of an item id; some are addresses."""
+
+ItemId = Annotated[StrictStr, Field(max_length=MAX_ID)]
 History = Annotated[list[ItemId], Field(max_length=MAX_HISTORY)]
 
 

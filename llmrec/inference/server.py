@@ -20,7 +20,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 
 from llmrec import __version__
 from llmrec.errors import DataError
-from llmrec.inference.batcher import Ask, Batcher, CrowdedError, Numbers
+from llmrec.inference.batcher import MAX_ID, Ask, Batcher, CrowdedError, Numbers
 from llmrec.inference.recommender import Recommendation, Recommender, UnknownItemError
 from llmrec.pages import environment
 
@@ -162,7 +162,7 @@ def application(
         }
 
     @app.get("/picture", response_class=FileResponse)
-    async def picture(item_id: Annotated[str, Query(max_length=256)]) -> FileResponse:
+    async def picture(item_id: Annotated[str, Query(max_length=MAX_ID)]) -> FileResponse:
         """An item's picture."""
         if item_id not in pictures or not pictures[item_id].is_file():
             raise HTTPException(404, "no picture of such an item")

@@ -242,7 +242,7 @@ def test_rows_of_ones_own_differ_in_what_they_name_from_the_row_of_their_model()
         (["mine", "epoch=1"], "unknown setting 'train_collab.epoch'; did you mean train_collab.epochs?"),
         (["mine", "provider=gmvae", "sasrec.embed_dim=8"], "sasrec"),
         (["mine", "provider=lstm"], "train_collab.provider"),
-        (["mine", "provider=precomputed", "path=x.parquet"], "trains no model that could be compared"),
+        (["mine", "provider=precomputed", "vectors=x.parquet"], "trains no model that could be compared"),
     ],
 )
 def test_rows_that_cannot_be_are_refused(row, message):

@@ -365,6 +365,14 @@ def test_nanoseconds_and_fractions_of_seconds_keep_their_order(tmp_path):
     assert histories(data)["u"] == ["3", "2", "1", "0"]
 
 
+def test_a_user_is_a_line_and_no_line_ends_within_one(tmp_path):
+    """Other characters that end lines for some programs are spaces like any."""
+    (tmp_path / "log.txt").write_bytes("u 1 2\x85 3\u2028 4\r\nv 1 2 3\r\n".encode())
+    config = PrepareDataConfig(source="sequences", interactions=str(tmp_path / "log.txt"))
+    data = prepare_data(config)
+    assert data.num_users == 2 and data.num_items == 4
+
+
 def test_sequences_keep_their_order_and_need_no_filter(tmp_path):
     (tmp_path / "log.txt").write_text("\n10 3 1 2\n2  5 3 5 1 \n\n")
     config = PrepareDataConfig(source="sequences", interactions=str(tmp_path / "log.txt"))

@@ -1,12 +1,15 @@
 """Vectors from a file: joined to the right items, or refused with what was got and expected."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as torch_save
 
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ArtifactMismatchError, DataError
@@ -50,6 +53,33 @@ def test_whole_number_and_dictionary_ids_match_raw_ids_as_text(tmp_path):
     for number, ids in enumerate((pa.array([30, 10, 20]), pa.array(["30", "10", "20"]).dictionary_encode())):
         path = parquet(tmp_path / f"{number}.parquet", ids, ROWS[[2, 0, 1]].tolist())
         assert np.array_equal(read_vectors(path, ["10", "20", "30"], "text")[0], TABLE)
+
+
+def test_text_ids_of_any_arrow_type_match(tmp_path):
+    for number, kind in enumerate((pa.string(), pa.large_string(), pa.string_view())):
+        ids = pa.array(["c", "b", "a"], kind)
+        path = parquet(tmp_path / f"{number}.PARQUET", ids, ROWS[[2, 0, 1]].tolist())
+        assert np.array_equal(read_vectors(path, RAW_IDS, "text")[0], TABLE)
+
+
+def test_vectors_in_several_chunks_are_read_one_after_another(tmp_path):
+    """Together they may be more than 2^31 numbers, which one list column cannot hold."""
+    path, rows = tmp_path / "v.parquet", [ROWS[2].tolist(), None, ROWS[0].tolist()]
+    table = pa.table({"item_id": ["c", "a", "b"], "vector": pa.array(rows, pa.list_(pa.float32()))})
+    pq.write_table(table, path)
+    chunked = pa.concat_tables([table.slice(n, 1) for n in range(3)])
+    assert chunked["vector"].num_chunks == 3
+    with mock.patch.object(pq, "read_table", lambda *_, **__: chunked):
+        vectors, missing = read_vectors(str(path), RAW_IDS, "text")
+    assert np.array_equal(vectors, TABLE * [[1], [1], [0], [1]]) and missing.tolist() == [0, 0, 1, 0]
+
+
+def test_bfloat16_tensors_are_read(tmp_path):
+    table = torch.from_numpy(TABLE).to(torch.bfloat16)
+    torch_save({"vectors": table}, tmp_path / "v.safetensors")
+    (tmp_path / "v.ids.json").write_text("\ufeff" + json.dumps(RAW_IDS), encoding="utf-8")
+    vectors, _ = read_vectors(str(tmp_path / "v.safetensors"), RAW_IDS, "text")
+    assert vectors.dtype == np.float32 and np.array_equal(vectors, TABLE)
 
 
 def test_spaces_around_ids_are_left_out_as_in_tables(tmp_path):

@@ -92,6 +92,15 @@ def test_weights_are_averaged_over_items_of_like_popularity():
     }
 
 
+def test_a_source_has_its_part_of_items_that_several_weigh_most():
+    counts, names = np.array([0, 0, 1, 2, 3]), ("target", "collab")
+    found = analysis.fusion_shares(torch.full((4, 2), 0.5), names, counts)
+    assert found["largest_share"] == {"target": 0.5, "collab": 0.5}
+    weights = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.1, 0.9], [0.5, 0.5]])
+    found = analysis.fusion_shares(weights, names, counts)
+    assert found["largest_share"] == {"target": 0.375, "collab": 0.625}
+
+
 def test_runs_carry_their_analysis():
     adapter, _ = fit(dataclasses.replace(TINY, epochs=1))
     assert set(adapter.analysis["tau"]["after"]) >= {"codes_collab", "vectors_text", "token", "target_table"}
