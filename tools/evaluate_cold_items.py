@@ -276,7 +276,8 @@ def table(recommender: Recommender, users: list[tuple[list[str], str]], added: i
             rank = (some > own).sum(axis=1) + ((some == own).sum(axis=1) - 1) / 2
             cells += f"{recall_at_k(rank, K).mean():12.4f}{ndcg_at_k(rank, K).mean():12.4f}"
         lines.append(f"{name:32}{cells}")
-    cells = "".join(f"{value:12.4f}" for size in (total, added) for value in by_chance(size))
+    by_user = [(*by_chance(total - len(set(items))), *by_chance(added)) for items in seen]
+    cells = "".join(f"{value:12.4f}" for value in np.mean(by_user, axis=0))
     lines.append(f"{'chance':32}{cells}")
     return lines
 
