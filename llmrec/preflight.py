@@ -8,6 +8,7 @@ import re
 import urllib.parse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError, DataError
@@ -44,6 +45,23 @@ def in_the_way(recipe: Recipe, stages: Iterable[str] = tuple(STAGES)) -> Iterato
     if "finetune" in stages:
         yield from fine_tuning(recipe)
     yield from modalities(recipe, stages)
+    yield from masking(recipe, stages)
+
+
+def masking(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
+    """Whether epochs are chosen by the same items as are ranked in the end."""
+    masked = str(recipe.evaluate.mask_seen).lower()
+    chosen: dict[str, Any] = {"finetune": recipe.finetune}
+    if recipe.train_collab.provider != "precomputed":
+        chosen["train_collab"] = recipe.train_collab
+    other = [
+        f"{name}.mask_seen={masked}"
+        for name, stage in chosen.items()
+        if name in stages and stage.select == "valid" and stage.mask_seen != recipe.evaluate.mask_seen
+    ]
+    if other:
+        what = f"evaluate.mask_seen={masked}, but epochs are chosen by a ranking that differs in this"
+        yield Finding("note", what, f"set {' '.join(other)}")
 
 
 def data_files(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:

@@ -36,9 +36,9 @@ C = TypeVar("C")
 REFIT: dict[str, tuple[str, dict[str, Any]]] = {
     "train_collab": (
         "best_epoch",
-        {"eval_every_epochs": TrainCollabConfig.eval_every_epochs, "patience": TrainCollabConfig.patience},
+        {name: getattr(TrainCollabConfig, name) for name in ("eval_every_epochs", "patience", "mask_seen")},
     ),
-    "finetune": ("epoch_kept", {"eval_every_epochs": 0, "patience": None}),
+    "finetune": ("epoch_kept", {"eval_every_epochs": 0, "patience": None, "mask_seen": True}),
 }
 """Stages that choose an epoch by validation: its name in their metrics, and settings without validation."""
 PRESETS = tuple(FINETUNE_PRESETS)

@@ -152,8 +152,15 @@ def test_changes_are_named_with_both_values():
 def test_help_is_the_string_below_each_field():
     assert field_docs(Outer)["count"] == "How many, in items."
     described = {path: (kind, default) for path, kind, default, _ in describe(Outer)}
-    assert described["limit"] == ("int | none", "None")
-    assert described["inner.sizes"] == ("int, ...", "(2, 3)")
+    assert described["limit"] == ("int | none", "none")
+    assert described["inner.sizes"] == ("int, ...", "2,3")
+
+
+def test_a_default_that_help_shows_can_be_typed():
+    from llmrec.recipe import Recipe
+
+    for path, _, default, _ in describe(Recipe):
+        assert override(Recipe(), {path: default}) == Recipe(), f"{path}={default}"
 
 
 def test_a_setting_of_another_group_is_hinted_at():

@@ -213,6 +213,17 @@ def test_stages_that_do_not_go_together_are_told_before_the_first_one(settings, 
     assert problems(tiny(), *STAGES) == []
 
 
+def test_epochs_chosen_by_another_ranking_than_the_last_are_noted():
+    kept = override(tiny(), {"evaluate.mask_seen": "false"})
+    (note,) = [one for one in in_the_way(kept) if "mask_seen" in one.what]
+    assert note.status == "note" and note.what.startswith("evaluate.mask_seen=false, but epochs are chosen")
+    settings = note.advice.removeprefix("set ").split()
+    assert "train_collab.mask_seen=false" in settings
+    alike = override(kept, dict(setting.split("=") for setting in settings))
+    assert not [one for one in in_the_way(alike) if "mask_seen" in one.what]
+    assert not [one for one in in_the_way(kept, ["evaluate"]) if "mask_seen" in one.what]
+
+
 def save_tokenizer(folder: Path, *special: str) -> Path:
     """A tokenizer with these special tokens."""
     words = ["<unk>", "user", *special]

@@ -805,6 +805,7 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
             "trained_on": {},
             "history_length": np.arange(50),
             "target_group": np.array(["head"] * 30 + ["cold"] * 20),
+            "valid_mask_seen": True,
             "log": [{"step": 3, "loss": 1.0}, {"step": 3, "valid_ndcg@10": 0.25}],
             "of_data": {
                 "num_users": 50,
@@ -829,9 +830,10 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
     assert shares["head"] == pytest.approx(head)
     text, shown = compare_report.markdown(results), compare_report.page(results)
     assert tables_in(text)[0]["me"]["recall@10"] == "missing" and "50 users, 100 items" in text
-    assert "Items of the history are ranked, too, but left out at validation." in text
+    assert "Items of the history are ranked, too." in text
+    assert "At validation they are left out: `mme_sid`." in text
     seen_left_out = compare_report.markdown(results | {"mask_seen": True})
-    assert "Items of the history are left out." in seen_left_out
+    assert "Items of the history are left out." in seen_left_out and "At validation" not in seen_left_out
     assert "missing" in shown and "http" not in shown.replace("http://www.w3", "")
     assert shown.count("<svg") == 6, "quality, differences, cost, two slices, validation"
     assert 'href="mme_sid/seed1/evaluate/report.html"' in shown

@@ -166,9 +166,13 @@ def how_epochs_were_chosen(rows: dict[str, Any]) -> list[str]:
     for what, fits in kinds.items():
         if names := [name for name, row in done.items() if fits(row)]:
             found[what] = names
-    if len(found) == 1:
-        return [f"All rows {what}." for what in found]
-    return [f"{', '.join(names)} {what}." for what, names in found.items()]
+    if kept := [
+        name for name, row in done.items() if row["select"] == "valid" and not row.get("mask_seen", True)
+    ]:
+        found["ranked items of the history, too, at validation"] = kept
+    return [
+        f"{'All rows' if names == list(done) else ', '.join(names)} {what}." for what, names in found.items()
+    ]
 
 
 def ordered(rows: dict[str, Any]) -> dict[str, Any]:

@@ -132,6 +132,10 @@ class TrainCollabConfig(Settings, path="train_collab"):
     patience: int = 10
     """Stop after so many validations in a row without a better ndcg@10."""
 
+    mask_seen: bool = True
+    """Leave items of a user's history out when validation items are ranked, as evaluate.mask_seen does for
+    test items."""
+
     save_every_minutes: float = 10.0
     """Least minutes between checkpoints, at ends of epochs, that a stopped run goes on from; 0: none."""
 
@@ -248,7 +252,7 @@ class TrainCollabConfig(Settings, path="train_collab"):
             idle += ["vectors"]
         self.refuse_changed(idle, reason)
         if self.select == "last":
-            self.refuse_changed(["eval_every_epochs", "patience"], "select='last'")
+            self.refuse_changed(["eval_every_epochs", "patience", "mask_seen"], "select='last'")
 
 
 def names(config: TrainCollabConfig) -> list[str]:

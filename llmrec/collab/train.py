@@ -268,7 +268,7 @@ def one_epoch(
     row = {"epoch": epoch, **train_epoch(model, optimizer, config, rows, rng, epoch, before)}
     row["train_seconds"] = round(time.perf_counter() - started, 3)
     if valid is not None and (epoch % config.eval_every_epochs == 0 or epoch == config.epochs):
-        row |= validate(model, data, valid)
+        row |= validate(model, data, valid, mask_seen=config.mask_seen)
     row["seconds"] = round(time.perf_counter() - started, 3)
     log.append(row)
     tracking.log(row, epoch)
@@ -375,10 +375,13 @@ def train_step(
     return num_targets
 
 
-def validate(model: nn.Module, data: Interactions, targets: Targets) -> dict[str, float]:
-    """Mean recall@10 and ndcg@10 of the validation targets, over all unseen items."""
+def validate(
+    model: nn.Module, data: Interactions, targets: Targets, *, mask_seen: bool = True
+) -> dict[str, float]:
+    """Mean recall@10 and ndcg@10 of the validation targets, over all items or, with mask_seen, the unseen."""
     model.eval()
-    rank = rank_users(scorer_of(model, "valid", quick=True), data, targets, shard=False).rank
+    scorer = scorer_of(model, "valid", quick=True)
+    rank = rank_users(scorer, data, targets, mask_seen=mask_seen, shard=False).rank
     return {
         "valid_ndcg@10": float(np.mean(ndcg_at_k(rank, 10))),
         "valid_recall@10": float(np.mean(recall_at_k(rank, 10))),

@@ -16,7 +16,8 @@ class EvaluateConfig(Settings, path="evaluate"):
 
     mask_seen: bool = True
     """Leave items of a user's history out of the ranking; figures with these items kept are reported too
-    (false: no others). Validation while training, and the choice of an epoch by it, always leave them out."""
+    (false: no others). Of validation items, by which epochs are chosen, train_collab.mask_seen and
+    finetune.mask_seen say the same."""
 
     batch_size: int = 256
     """Users scored at once."""

@@ -50,6 +50,7 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
                 "ranks": {name: ranks_in(ranks, name) for name in rows},
                 "history_length": ranks["history_length"].to_numpy(),
                 "target_group": np.array(ranks["target_group"].to_pylist()),
+                "valid_mask_seen": manifest["config"].get("mask_seen", True),
                 "metrics": read_json(folder / "finetune" / "metrics.json"),
                 "log": read_jsonl(folder / "finetune" / "log.jsonl"),
                 "memory": peak_memory_of(manifest),
@@ -81,6 +82,7 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> dict[
             entry |= quality_of(list(ranks.values()), parts)
             entry |= {
                 "seeds_done": sorted(ranks),
+                "valid_mask_seen": found[0]["valid_mask_seen"],
                 "trained_on": found[0]["trained_on"].get(found[0]["fine_tuned"], ""),
                 "trained": found[0]["metrics"]["parameters"]["trainable"],
                 "tokens": found[0]["metrics"]["tokens"],
@@ -262,8 +264,15 @@ def notes(results: dict[str, Any]) -> list[str]:
     """What a reader must know to trust the figures, and why rows are missing."""
     found = []
     if "num_users" in results:
-        history = "left out" if results["mask_seen"] else "ranked, too, but left out at validation"
+        history = "left out" if results["mask_seen"] else "ranked, too"
         found = [comparison.protocol(results), f"Items of the history are {history}."]
+        if other := [
+            f"`{entry['row']}`"
+            for entry in results["rows"]
+            if entry.get("valid_mask_seen", results["mask_seen"]) != results["mask_seen"]
+        ]:
+            history = "ranked, too" if results["mask_seen"] else "left out"
+            found.append(f"At validation they are {history}: {', '.join(other)}.")
     found.append(
         "trained: parameters; tokens: of all training; train seconds: of optimiser steps alone; rank: "
         "numerical rank of the item tokens before their activation; tau: Kendall's, of the collaborative "

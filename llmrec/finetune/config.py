@@ -254,6 +254,10 @@ class FinetuneConfig(Settings, path="finetune"):
     """Stop after so many validations in a row without a better ndcg@10, with select='valid'; none: train all
     epochs. The learning rate falls as it would over all of them."""
 
+    mask_seen: bool = True
+    """Leave items of a user's history out when validation items are ranked, as evaluate.mask_seen does for
+    test items."""
+
     log_every_steps: int = 20
     """Optimiser steps between rows of the log."""
 
@@ -365,6 +369,8 @@ class FinetuneConfig(Settings, path="finetune"):
             self.refuse_changed(["max_targets"], "targets='last_only'")
         if self.select == "last":
             self.refuse_changed(["patience"], "select='last'")
+        if not self.eval_every_epochs:
+            self.refuse_changed(["mask_seen"], "eval_every_epochs=0")
 
     def incidental_fields(self) -> tuple[str, ...]:
         """Settings that change how this is computed, but beyond rounding nothing of what."""

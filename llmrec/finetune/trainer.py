@@ -241,7 +241,8 @@ class Trainer:
         targets = self.data.targets("valid")
         if not len(targets):
             return {}
-        rank = rank_users(self.engine.scorer(), self.data, targets, shard=True).rank
+        masked = self.config.mask_seen
+        rank = rank_users(self.engine.scorer(), self.data, targets, mask_seen=masked, shard=True).rank
         state = self.state
         ndcg = float(ndcg_at_k(rank, 10).mean())
         loss = next((f"loss {row['loss']:.4f}, " for row in reversed(state.log) if "loss" in row), "")

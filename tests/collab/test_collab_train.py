@@ -61,6 +61,15 @@ def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best_epoch():
     assert ndcg_at_k(rank, 10).mean() == collab.metrics["valid_ndcg@10"] == history[best]
 
 
+def test_validation_ranks_items_of_the_history_too_when_asked():
+    """Users who come back to the same items: the two rankings differ."""
+    data = interactions([[1, 2, 1, 3, 1, 2, 1, 2, 3], [4, 5, 4, 6, 4, 5, 6, 5, 4]] * 6, 8)
+    collab = train_collab(tiny(epochs=3, mask_seen=False), data)
+    ranking = rank_users(provider_scorer(collab), data, data.targets("valid"), shard=False)
+    assert collab.metrics["valid_ndcg@10"] == ndcg_at_k(ranking.rank_seen_kept, 10).mean()
+    assert ndcg_at_k(ranking.rank, 10).mean() != ndcg_at_k(ranking.rank_seen_kept, 10).mean()
+
+
 def test_the_last_epoch_is_ranked_too():
     collab = train_collab(tiny(epochs=5, eval_every_epochs=3), two_communities())
     assert [row["epoch"] for row in collab.log if "valid_ndcg@10" in row] == [3, 5]

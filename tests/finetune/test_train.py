@@ -16,6 +16,7 @@ from worlds import cycle, interactions
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import ArtifactMismatchError, ConfigError, TrainingError
+from llmrec.evaluation.metrics import ndcg_at_k
 from llmrec.evaluation.rank import rank_users
 from llmrec.files import read_json
 from llmrec.finetune import train
@@ -122,6 +123,18 @@ def test_the_best_epoch_is_kept_when_asked():
     valid = {row["epoch"]: row["valid_ndcg@10"] for row in adapter.log if "valid_ndcg@10" in row}
     assert adapter.metrics["epoch_kept"] == max(valid, key=valid.get)
     assert adapter.metrics["valid"]["valid_ndcg@10"] == max(valid.values())
+
+
+def test_validation_ranks_items_of_the_history_too_when_asked():
+    data = cycle()
+    masked, made = fit(TINY, data)
+    kept, _ = fit(dataclasses.replace(TINY, mask_seen=False), data)
+    for name, value in weights(masked).items():
+        assert torch.equal(value, weights(kept)[name]), "nothing else differs"
+    ranking = rank_users(load_scorer(kept, *made), data, data.targets("valid"))
+    found = [adapter.metrics["valid"]["valid_ndcg@10"] for adapter in (masked, kept)]
+    wanted = [ndcg_at_k(rank, 10).mean() for rank in (ranking.rank, ranking.rank_seen_kept)]
+    assert found == pytest.approx(wanted, abs=1e-6) and wanted[0] != wanted[1]
 
 
 def test_it_stops_when_validation_no_longer_improves_also_after_a_stop(tmp_path, monkeypatch):
