@@ -45,8 +45,13 @@ def read_picture(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture in RGB: transparent parts white, 16-bit greys scaled, EXIF orientation applied."""
+    """A picture in RGB: transparent parts white, EXIF orientation applied, 16-bit greys scaled, and greys in
+    floats too, which run from 0 to 1 unless one is above."""
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image, np.float64))
+        scale = 255 if values.max() <= 1 else 1
+        return Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode.startswith("I"):
         grey = np.asarray(image, np.int64) // 257
         return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")

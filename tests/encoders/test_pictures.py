@@ -61,6 +61,14 @@ def test_cmyk_jpegs_and_grey_jpegs_are_read(tmp_path):
     assert read(tmp_path / "y.jpg").getpixel((4, 4)) == (77, 77, 77)
 
 
+def test_greys_in_floats_are_scaled_whatever_their_range(tmp_path):
+    for top in (1, 255):
+        values = np.array([[0, 0.4, 1, np.nan]], np.float32) * top
+        Image.fromarray(values).save(tmp_path / "x.tiff")
+        found = read(tmp_path / "x.tiff")
+        assert [found.getpixel((x, 0)) for x in range(4)] == [(0,) * 3, (102,) * 3, (255,) * 3, (0,) * 3]
+
+
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
