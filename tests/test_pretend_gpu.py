@@ -15,6 +15,7 @@ from cases import CASES
 from pretend_gpu import CPU, CUDA, DeviceError, missing, pretend_gpu
 from taped import record
 from tiny_recipe import tiny
+from tool import ended, load
 
 from llmrec import distributed, machine
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
@@ -25,11 +26,12 @@ from llmrec.data.prepare import prepare_data
 from llmrec.encoders.config import ImageEncoderConfig
 from llmrec.encoders.encode import encode_items
 from llmrec.evaluation.rank import rank_users
-from llmrec.finetune import graphs
+from llmrec.finetune import base_model, graphs
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.train import finetune
 from llmrec.inference.recommender import Recommender
 from llmrec.interactions import Interactions
+from llmrec.pipeline import describe_stage, seal
 from llmrec.semantic_ids.learn import learn_semantic_ids
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"this torch has no {missing()}")
@@ -147,6 +149,31 @@ def test_a_recommender_on_a_gpu_answers_as_one_on_a_cpu(packaged):
         ]
         found.add_items([{"item_id": "n1", "title": "Plain red drum"}])
         assert found.score([["n1"]]).shape == (1, len(expected.raw_ids) + 1)
+
+
+SMALL = ("--rounds", "1", "--users", "8", "--width", "16", "--layers", "1")
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("benchmark_finetune", ("packing", "--batch-size", "16", *SMALL)),
+        ("benchmark_finetune", ("evaluation", *SMALL)),
+        ("benchmark_finetune", ("engine", "--shape", "tiny", "--steps", "1", "--only", "16 targets")),
+        ("benchmark_providers", ("layout", "--steps", "1", "--rounds", "1")),
+        ("benchmark_inference", ("latency", "--items", "60", "--content-width", "8", *SMALL)),
+    ],
+    ids=lambda given: given if isinstance(given, str) else given[0],
+)
+def test_benchmarks(tool, arguments, data, tmp_path, capsys):
+    """What they are compared with lies where they do."""
+    if tool != "benchmark_inference":
+        data.save(tmp_path)
+        seal(tmp_path, describe_stage("prepare_data", RECIPE.prepare_data, ()), 0.0)
+        arguments = (*arguments, "--prepare-data", str(tmp_path))
+    with on_gpu(), mock.patch.object(base_model, "MIN_FLEX_HEAD", 10**9):
+        code, _, said = ended(load(tool).main, capsys, *arguments)
+    assert code == 0, said
 
 
 def test_what_lies_on_another_device_is_noticed():
