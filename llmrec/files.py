@@ -13,10 +13,11 @@ from safetensors.numpy import save_file
 from llmrec.errors import ArtifactMismatchError, MissingArtifactError
 
 
-def save_arrays(path: Path, catalog: str, **arrays: np.ndarray) -> None:
-    """Write arrays to a safetensors file with the catalogue hash in its header."""
+def save_arrays(path: Path, catalog: str, /, **arrays: np.ndarray) -> None:
+    """Write arrays, which may have any names, to a safetensors file with the catalogue hash in its header."""
     save_file(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()},
+        # `np.ascontiguousarray` would make vectors of numbers.
+        {name: np.asarray(array, order="C") for name, array in arrays.items()},
         path,
         metadata={"catalog": catalog},
     )

@@ -50,6 +50,15 @@ def test_it_learns_is_saved_and_scores_as_before(tmp_path):
     assert load_provider(loaded).decay == 0.25
 
 
+def test_single_numbers_among_its_weights_are_saved_as_such_under_any_name(tmp_path):
+    made = train_collab(TrainCollabConfig(provider="own_models:Tempered", epochs=1), cycle())
+    made.save(tmp_path)
+    loaded = CollabEmbeddings.load(tmp_path)
+    assert loaded.state["path"].shape == loaded.state["norm.num_batches_tracked"].shape == ()
+    again = load_provider(loaded).state_dict()
+    assert all(np.array_equal(array, again[name]) for name, array in made.state.items())
+
+
 def test_the_whole_pipeline_and_its_tools_take_it(tmp_path, capsys):
     for _ in range(2):
         with pytest.raises(SystemExit) as left:
