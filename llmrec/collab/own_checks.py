@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,17 @@ STEP = 1e-3
 TINY = 1e-20
 """Smallest norm of a gradient to divide by."""
 
+ROUNDING = 1e-2
+"""Most that scores may differ by that should be equal, in units of their spread."""
 
-def check_provider(name: str, model: Any, batch: Batch, num_items: int) -> None:
+KEPT = {torch.float64, torch.float32, torch.float16, torch.bool, torch.uint8}
+KEPT |= {torch.int8, torch.int16, torch.int32, torch.int64}
+"""What weights and buffers can be saved as."""
+
+
+def check_provider(
+    name: str, model: Any, batch: Batch, num_items: int, again: Callable[[], Any] | None = None
+) -> None:
     """Try the model's methods on a small batch, and leave it and all random numbers as they were.
 
     Args:
@@ -36,6 +45,7 @@ def check_provider(name: str, model: Any, batch: Batch, num_items: int) -> None:
         model: a fresh one, on the batch's device.
         batch: of the rows that it will be trained on.
         num_items: N.
+        again: makes another one with the same settings; None: whether a loaded one is the same is not tried.
 
     Raises:
         ConfigError: names the class, the method, what it gave and what it must give.
@@ -47,11 +57,14 @@ def check_provider(name: str, model: Any, batch: Batch, num_items: int) -> None:
         model.eval()
         with torch.no_grad():
             check_scores(where, model, batch, num_items)
+            check_same_scores(where, model, batch)
             check_vectors(f"{where}: item_embeddings()", model, num_items)
             check_groups(where, model, num_items)
         if loss.num_targets:
             with one_step_later(model, loss), torch.no_grad():
                 check_vectors(f"{where}: item_embeddings() after a step of training", model, num_items)
+                if again is not None:
+                    check_kept(where, model, again(), batch)
 
 
 def check_attributes(where: str, model: Any) -> None:
@@ -140,7 +153,7 @@ def check_parts(where: str, loss: Loss) -> None:
 
 def check_scores(where: str, model: Any, batch: Batch, num_items: int) -> None:
     """Raise ConfigError unless a model scores every item after each history."""
-    shown = (batch.item, batch.time) if model.uses_time else (batch.item,)
+    shown = shown_to(model, batch)
     expected = (len(batch.item), num_items + 1)
     for part in ("score", "quick_score"):
         if part == "quick_score" and not hasattr(model, part):
@@ -153,6 +166,66 @@ def check_scores(where: str, model: Any, batch: Batch, num_items: int) -> None:
             )
         if not scores[:, 1:].isfinite().all():
             raise ConfigError(f"{where}: {part}() gave NaN or infinity, expected finite numbers")
+
+
+def check_same_scores(where: str, model: Any, batch: Batch) -> None:
+    """Raise ConfigError if scores are random, or depend on padding or on what else is in a batch."""
+    # Of different lengths, whatever the rows are.
+    length = (batch.item != 0).sum(dim=1)
+    length = (length - torch.arange(len(length), device=length.device)).clamp(min=1)
+    shown = torch.arange(batch.item.shape[1], device=length.device) < length[:, None]
+    histories = [torch.where(shown, value, 0) for value in shown_to(model, batch)]
+    given = [value.clone() for value in histories]
+    scores = model.score(*given)
+    if not torch.equal(given[0], histories[0]):
+        raise ConfigError(f"{where}: score() changed the histories that it was given; let it work on a copy")
+    if not same_scores(scores, model.score(*histories)):
+        raise ConfigError(
+            f"{where}: score() gave other numbers when it was called again; it must draw nothing random once "
+            "the model is in evaluation mode (F.dropout asks for training=self.training)"
+        )
+    alone = [
+        model.score(*(value[row : row + 1, :stop] for value in histories))
+        for row, stop in enumerate(length.tolist())
+    ]
+    if not same_scores(scores, torch.cat(alone)):
+        raise ConfigError(
+            f"{where}: score() of a history depends on its padding, or on what else is in the batch; items "
+            "stand on the left and zeros behind them, so the last item is not at place -1 (see "
+            "llmrec.collab.losses.last_of)"
+        )
+
+
+def same_scores(first: Tensor, second: Tensor) -> bool:
+    """Whether scores are equal but for rounding; column 0 means nothing."""
+    first, second = first[:, 1:].double(), second[:, 1:].double()
+    spread = first.max() - first.min()
+    return bool((first - second).abs().max() <= ROUNDING * spread + 1e-6 * first.abs().max())
+
+
+def check_kept(where: str, model: Any, other: Any, batch: Batch) -> None:
+    """Raise ConfigError unless another model of the same settings with the same state scores as this one."""
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.dtype not in KEPT:
+            got = f"{value.dtype}" if isinstance(value, Tensor) else described(value)
+            raise ConfigError(
+                f"{where}: {name} cannot be saved, which is {got}; weights and buffers must be tensors of "
+                "float32, or of another type that NumPy has"
+            )
+    other.load_state_dict(state)
+    shown = shown_to(model, batch)
+    if not same_scores(model.score(*shown), other.eval().score(*shown)):
+        raise ConfigError(
+            f"{where}: made again with the same settings and weights it scores differently, as it would when "
+            "it is loaded; what scores depend on must be a parameter, a buffer that state_dict() has, or the "
+            "same each time that the constructor makes it"
+        )
+
+
+def shown_to(model: Any, batch: Batch) -> tuple[Tensor, ...]:
+    """What a model's scores are made from: the histories, and their times if it asks for them."""
+    return (batch.item, batch.time) if model.uses_time else (batch.item,)
 
 
 def check_vectors(what: str, model: Any, num_items: int) -> None:

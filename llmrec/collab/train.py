@@ -83,7 +83,8 @@ def train_collab(
     rows = training_rows(model, config, sequences)
     valid = validation_targets(config, data)
     if config.is_own:
-        check_provider(config.provider, model, first_batch(rows), data.num_items)
+        again = lambda: make_provider(config.provider, settings).to(distributed.device())  # noqa: E731
+        check_provider(config.provider, model, first_batch(rows), data.num_items, again)
     metrics, log = fit(model, config, data, rows, valid)
     if hasattr(model, "never_began") and (missed := model.never_began(metrics["epochs"])):
         logger.warning("train_collab: %s ended with epoch %d, %s", config.provider, metrics["epochs"], missed)

@@ -218,11 +218,12 @@ class Restless(Simple):
         self.frozen = nn.Dropout().eval()
 
     def encode(self, history: Tensor) -> Tensor:
-        noise = random.random() + np.random.rand()
-        states = super().encode(history) * noise
+        states = super().encode(history)
         if self.training:
+            states = states * (random.random() + np.random.rand())
             self.calls += 1
-        return self.frozen(F.dropout(self.norm(states.transpose(1, 2)).transpose(1, 2), 0.3))
+        normed = self.norm(states.transpose(1, 2)).transpose(1, 2)
+        return self.frozen(F.dropout(normed, 0.3, self.training))
 
 
 class Sparing(Bag):
@@ -253,3 +254,76 @@ class Tempered(Simple):
     def encode(self, history: Tensor) -> Tensor:
         states = super().encode(history)
         return self.norm(states.transpose(1, 2)).transpose(1, 2) * self.path.exp()
+
+
+class Careless(Simple):
+    """Leaves things out at random when it scores, too."""
+
+    def encode(self, history: Tensor) -> Tensor:
+        return F.dropout(super().encode(history), 0.3)
+
+
+class Rightmost(Simple):
+    """Reads the last place, which may be padding."""
+
+    def score(self, history: Tensor) -> Tensor:
+        return self.encode(history)[:, -1] @ self.item.weight.T
+
+
+class Comparing(Simple):
+    """Looks at the others of a batch."""
+
+    def score(self, history: Tensor) -> Tensor:
+        scores = super().score(history)
+        return scores - scores.mean(dim=0)
+
+
+class Scribbling(Simple):
+    """Writes into what it is given."""
+
+    def score(self, history: Tensor) -> Tensor:
+        return super().score(history.masked_fill_(history == 0, 1))
+
+
+class Hashing(Simple):
+    """Puts items into groups that it draws and nobody keeps."""
+
+    def __init__(self, *, num_items: int) -> None:
+        super().__init__(num_items=num_items)
+        self.group = torch.randint(0, 3, (num_items + 1,))
+        self.of_group = nn.Embedding(3, 4)
+
+    def encode(self, history: Tensor) -> Tensor:
+        return super().encode(history) + self.of_group(self.group[history])
+
+
+class Averaging(Simple):
+    """Its running mean is not among what is saved."""
+
+    def __init__(self, *, num_items: int) -> None:
+        super().__init__(num_items=num_items)
+        self.register_buffer("mean", torch.zeros(4), persistent=False)
+
+    def encode(self, history: Tensor) -> Tensor:
+        states = super().encode(history)
+        if self.training:
+            self.mean.lerp_(states.detach().mean(dim=(0, 1)), 0.1)
+        return states * (1 + self.mean)
+
+
+class Rough(Simple):
+    """Keeps something in a type that NumPy lacks."""
+
+    def __init__(self, *, num_items: int) -> None:
+        super().__init__(num_items=num_items)
+        self.register_buffer("scale", torch.ones(4, dtype=torch.bfloat16))
+
+
+class Talkative(Simple):
+    """Keeps what is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 2}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass

@@ -161,6 +161,14 @@ def test_what_is_no_model_is_said_to_be_none(name, own, message):
         ("Nameless", r"item_groups\(\) must give a name and a tensor, got the shape \(13, 4\)"),
         ("Shifted", r"must have the shape \(13, groups\), .* row 0 for padding, got the shape \(12, 4\)"),
         ("Lost", r"item_groups\(\) gave NaN or infinity"),
+        ("Careless", r"score\(\) gave other numbers when it was called again"),
+        ("Rightmost", r"score\(\) of a history depends on its padding"),
+        ("Comparing", r"score\(\) of a history depends on its padding, or on what else is in the batch"),
+        ("Scribbling", r"score\(\) changed the histories that it was given"),
+        ("Hashing", "made again with the same settings and weights it scores differently"),
+        ("Averaging", "made again with the same settings and weights it scores differently"),
+        ("Rough", "scale cannot be saved, which is torch.bfloat16"),
+        ("Talkative", "_extra_state cannot be saved, which is a dict"),
     ],
 )
 def test_a_model_that_does_not_keep_to_the_protocol_is_refused_before_it_is_trained(
@@ -209,9 +217,10 @@ def test_checks_of_it_leave_its_modes_and_weights_alone():
     model = own_models.Restless(num_items=12).train(False)
     model.next.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    again = lambda: own_models.Restless(num_items=12)  # noqa: E731
     shown = torch.tensor([[1, 2, 3], [4, 5, 0]])
     batch = Batch(item=shown, target=shown.roll(-1, 1), time=torch.zeros_like(shown))
-    check_provider("own_models:Restless", model, batch, 12)
+    check_provider("own_models:Restless", model, batch, 12, again)
     assert [name for name, part in model.named_modules() if part.training] == ["next"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(weight.grad is None for weight in model.parameters())
