@@ -229,14 +229,22 @@ def parse_pairs(hint: Any, text: str, name: str) -> Any:
         key, equals, value = map(str.strip, part.partition("="))
         if not equals or not key:
             raise ConfigError(f"{name}={text!r}: expected NAME=VALUE pairs separated by commas")
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = value
+        found[key] = plain_value(value)
     try:
         return adapter_of(hint).validate_python(found)
     except pydantic.ValidationError:
         raise ConfigError(f"{name}={text!r}: values must be numbers, texts, true or false") from None
+
+
+def plain_value(text: str) -> Any:
+    """What a text stands for whose type nothing says, as JSON or Python write it. False as a text would count
+    as true."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            return read(text)
+    return text
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -385,10 +393,10 @@ def in_words(hint: Any) -> str:
         return ", or ".join(in_words(member) for member in members)
     if typing.get_origin(hint) is tuple:
         return f"entries separated by commas, each {in_words(typing.get_args(hint)[0])}"
+    if typing.get_origin(hint) is dict:
+        return "names with values that are numbers, texts, true or false"
     return (
-        type_name(hint)
-        if typing.get_origin(hint) in (dict, typing.Annotated)
-        else WORDS.get(hint, type_name(hint))
+        type_name(hint) if typing.get_origin(hint) is typing.Annotated else WORDS.get(hint, type_name(hint))
     )
 
 

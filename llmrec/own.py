@@ -17,8 +17,14 @@ OwnName = Annotated[
 ]
 """How something is called that is not ours."""
 
-OwnSettings = dict[str, bool | int | float | str]
-"""Its settings, by argument of its constructor."""
+OwnSettings = dict[
+    str,
+    Annotated[
+        bool | int | float | str,
+        pydantic.BeforeValidator(lambda value: value.item() if hasattr(value, "item") else value),
+    ],
+]
+"""Its settings, by argument of its constructor; numbers of NumPy are taken as Python's of their kind."""
 
 
 def is_own(name: str) -> bool:

@@ -294,3 +294,32 @@ def test_help_lists_all_settings_or_those_with_a_word():
     with pytest.raises(SystemExit) as left:
         cli.parser().parse_args(["finetune", "--help", "fusion"])
     assert left.value.code == 0
+
+
+def test_settings_of_ones_own_are_numbers_and_truths_as_json_or_python_write_them():
+    """A text that says False would count as true in the constructor that gets it."""
+    from llmrec.collab.config import TrainCollabConfig
+
+    typed = "a=False,b=true,c=.5,d=1_000,e=1e-3,f=+2,g=mean,h='x',i=-3,j=,k=none"
+    made = override(TrainCollabConfig(), {"provider": "mine:Model", "own": typed})
+    values = {"a": False, "b": True, "c": 0.5, "d": 1000, "e": 1e-3, "f": 2, "g": "mean", "h": "x", "i": -3}
+    assert made.own == {**values, "j": "", "k": "none"}
+    assert [type(made.own[name]) for name in "abcd"] == [bool, bool, float, int]
+    for bad in ("a=None", "a=[1]", "a=NaN", "a=1j"):
+        with pytest.raises(ConfigError, match="values must be numbers, texts, true or false"):
+            override(TrainCollabConfig(), {"provider": "mine:Model", "own": bad})
+
+
+def test_numbers_of_numpy_in_settings_of_ones_own_keep_their_kind():
+    """Of a notebook's loop over np.array([16, 32])."""
+    import numpy as np
+
+    from llmrec.collab.config import TrainCollabConfig
+
+    own = {"dim": np.array([16])[0], "rate": np.float32(0.5), "flag": np.bool_(True)}
+    made = TrainCollabConfig(provider="mine:Model", own=own).own
+    assert made == {"dim": 16, "rate": 0.5, "flag": True}
+    assert [type(value) for value in made.values()] == [int, float, bool]
+    for bad in ((1, 2), None, np.zeros(2)):
+        with pytest.raises(ConfigError, match="expected names with values that are numbers, texts, true or"):
+            TrainCollabConfig(provider="mine:Model", own={"x": bad})
