@@ -157,7 +157,9 @@ def item_tokens(config: FinetuneConfig, inputs: ItemInputs) -> ItemTokens:
         check_all_is_used(tokens, inputs, where)
         with torch.random.fork_rng():
             torch.manual_seed(torch.initial_seed() + 1)
-            check_comes_again(tokens, kind(inputs, **config.own).to(device), where)
+            again = kind(inputs, **config.own).to(device)
+            check_comes_again(tokens, again, where)
+            check_same_tokens(tokens, again, inputs, where)
     return tokens.train()
 
 
@@ -184,6 +186,29 @@ def check_comes_again(tokens: ItemTokens, again: ItemTokens, where: str) -> None
                 f"{where}: {name} is not trained, so it is not saved, and is another one when the class is "
                 "made again; make it from the inputs, or with a generator of its own"
             )
+
+
+@torch.no_grad()
+def check_same_tokens(tokens: ItemTokens, again: ItemTokens, inputs: ItemInputs, where: str) -> None:
+    """Raise ConfigError unless tokens are the same every time, and the same of another object that has these
+    trained weights and was shown items in training mode."""
+    item = torch.arange(1, min(64, inputs.num_items) + 1).to(next(iter(inputs.vectors.values())).device)
+    found = tokens(item).float()
+    tolerance = 1e-3 * found.abs().max()
+    if not (found - tokens(item).float()).abs().max() <= tolerance:
+        raise ConfigError(
+            f"{where}: tokens are other ones when they are made again; draw nothing random once it is in "
+            "evaluation mode (F.dropout asks for training=self.training)"
+        )
+    for name, weight in tokens.named_parameters():
+        again.get_parameter(name).copy_(weight)
+    again.train()(item)
+    if not (found - again.eval()(item).float()).abs().max() <= tolerance:
+        raise ConfigError(
+            f"{where}: made again with the same trained weights it gives other tokens, as it would once it "
+            "is loaded; all but trained parameters must come out of the constructor, and training must "
+            "change nothing else (as it does BatchNorm's running means, which are not saved)"
+        )
 
 
 def check_all_is_used(tokens: ItemTokens, inputs: ItemInputs, where: str) -> None:

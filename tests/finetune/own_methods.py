@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec.finetune.item_inputs import ItemInputs, ItemTokens, OneTokenEach, ProjectedVectors, SumOfParts
@@ -129,3 +130,44 @@ class Idle(Shares):
     def __init__(self, inputs: ItemInputs) -> None:
         super().__init__(inputs)
         self.later = nn.Linear(3, 3)
+
+
+class Averaged(Shares):
+    """Its norm keeps running means, which are no trained parameters."""
+
+    def __init__(self, inputs: ItemInputs) -> None:
+        super().__init__(inputs)
+        self.norm = nn.BatchNorm1d(inputs.hidden_size)
+
+    def forward(self, item: Tensor) -> Tensor:
+        tokens = super().forward(item)
+        return self.norm(tokens.flatten(0, -2)).view_as(tokens)
+
+
+class Careless(Shares):
+    """Leaves things out at random when it recommends, too."""
+
+    def forward(self, item: Tensor) -> Tensor:
+        return F.dropout(super().forward(item), 0.1)
+
+
+class Shuffled(Shares):
+    """Draws an order that nobody keeps."""
+
+    def __init__(self, inputs: ItemInputs) -> None:
+        super().__init__(inputs)
+        self.order = torch.randperm(inputs.hidden_size)
+
+    def forward(self, item: Tensor) -> Tensor:
+        return super().forward(item)[..., self.order]
+
+
+class Dropped(Shares):
+    """Dropout as it should be."""
+
+    def __init__(self, inputs: ItemInputs) -> None:
+        super().__init__(inputs)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, item: Tensor) -> Tensor:
+        return self.dropout(super().forward(item))

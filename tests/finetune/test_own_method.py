@@ -54,6 +54,7 @@ def test_packing_is_exact_for_it(method):
 
 def test_what_is_not_trained_may_be_made_again():
     build(method="own_methods:Seeded", own={})
+    build(method="own_methods:Dropped", own={})
 
 
 def test_checks_of_it_leave_the_random_numbers_alone():
@@ -144,6 +145,15 @@ def test_a_recipe_of_another_method_is_set_to_it_and_back(tmp_path, capsys):
             {"method": "own_methods:Idle", "own": {}},
             "later.weight, later.bias has no part in",
         ),
+        (
+            {"method": "own_methods:Averaged", "own": {}},
+            "made again with the same trained weights it",
+        ),
+        (
+            {"method": "own_methods:Shuffled", "own": {}},
+            "made again with the same trained weights it",
+        ),
+        ({"method": "own_methods:Careless", "own": {}}, "tokens are other ones when they are made again"),
         ({"method": "own_methods:Misnamed", "own": {}}, "a ProjectedVectors must be called vectors_MODALITY"),
         ({"method": "own_methods:Several", "own": {"a": 1}}, "takes no settings$"),
         ({"method": "e4srec"}, "finetune.own has no effect with method='e4srec'"),
