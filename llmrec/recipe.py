@@ -7,7 +7,9 @@ calls that function and changes fields with `dataclasses.replace`.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -69,8 +71,7 @@ def main(recipe: Callable[[], Recipe], arguments: list[str] | None = None) -> No
 
 def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> None:
     """Parse the command line of a recipe and do what it says."""
-    name = Path(recipe.__code__.co_filename).stem
-    description = recipe.__globals__.get("__doc__") or ""
+    name, description = name_of(recipe)
     options = parser(name, description.strip()).parse_args(arguments)
     chosen = apply_overrides(with_preset(recipe(), options.preset), options.set)
     root = Path(options.run_dir or Path("runs") / (f"{name}_refit" if options.refit else name))
@@ -109,6 +110,14 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
         print(f"report: {root / 'evaluate' / 'report.html'}")
     if options.push_to_hub and distributed.is_main():
         push_run(root, options.push_to_hub)
+
+
+def name_of(recipe: Callable[[], Recipe]) -> tuple[str, str]:
+    """What a recipe is called, as the file of its function, and what that file says of it."""
+    while isinstance(recipe, functools.partial):
+        recipe = recipe.func
+    function = inspect.unwrap(recipe)
+    return Path(function.__code__.co_filename).stem, function.__globals__.get("__doc__") or ""
 
 
 def module_of(path: str | Path, example: str = "mme_sid_sample") -> ModuleType:

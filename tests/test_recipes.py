@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import json
@@ -1042,3 +1043,12 @@ def test_a_recipe_may_define_dataclasses_of_its_own(tmp_path):
         "    number: int = 1\ndef recipe():\n    return Recipe()\n"
     )
     assert recipe_of(path) == Recipe()
+
+
+def test_a_recipe_may_be_a_function_with_some_arguments_given(capsys):
+    def recipe(source: str) -> Recipe:
+        return Recipe(prepare_data=PrepareDataConfig(source=source))
+
+    with pytest.raises(SystemExit) as left:
+        main(functools.partial(recipe, source="sample_market"), ["--print-config"])
+    assert left.value.code == 0 and "prepare_data.source=sample_market" in capsys.readouterr().out

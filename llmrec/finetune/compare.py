@@ -24,7 +24,7 @@ from llmrec.finetune.compare_cells import (
     prepare,
     run_cells,
 )
-from llmrec.recipe import Recipe, apply_overrides, recipe_of
+from llmrec.recipe import Recipe, apply_overrides, name_of, recipe_of
 
 
 def main(
@@ -82,7 +82,7 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
     if recipe is None:
         name, made = Path(options.recipe).stem, recipe_of(Path(options.recipe))
     else:
-        name, made = Path(recipe.__code__.co_filename).stem, recipe()
+        name, made = name_of(recipe)[0], recipe()
     chosen = apply_overrides(made, options.set)
     names = options.rows or ([] if options.row else list(ROWS))
     rows = {name: ROWS[name] for name in names} | own_rows(chosen, options.row)
