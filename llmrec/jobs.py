@@ -177,8 +177,8 @@ class Work:
 
 
 def search_path() -> str:
-    """Where this process finds modules beside the installed ones: a recipe's folder, and models in it."""
-    return os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
+    """Where this process finds modules: a recipe's folder, models in it, and what a script has added."""
+    return os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH"), *sys.path[1:]]))
 
 
 def killed_by(returncode: int) -> str:

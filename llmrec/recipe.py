@@ -121,7 +121,7 @@ def name_of(recipe: Callable[[], Recipe]) -> tuple[str, str]:
 
 
 def module_of(path: str | Path, example: str = "mme_sid_sample") -> ModuleType:
-    """A recipe's file as a module, which may import what lies beside it.
+    """A recipe's file as a module, which may import what lies beside it, and name models and methods there.
 
     Raises:
         ConfigError: no such file.
@@ -129,7 +129,8 @@ def module_of(path: str | Path, example: str = "mme_sid_sample") -> ModuleType:
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
         raise ConfigError(f"{path}: no such recipe; give a Python file such as recipes/{example}.py")
-    sys.path.insert(0, str(path.resolve().parent))
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
     try:
         # Under a name that is no other module's.
         spec = importlib.util.spec_from_file_location(f"llmrec recipe {path.stem}", path)
@@ -138,7 +139,9 @@ def module_of(path: str | Path, example: str = "mme_sid_sample") -> ModuleType:
         sys.modules[spec.name] = module  # where dataclasses look for the names in their annotations
         spec.loader.exec_module(module)
     finally:
-        sys.path.pop(0)
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)  # for classes that its settings name, which are imported later
     return module
 
 

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,9 +22,10 @@ import torch
 from PIL import Image
 from tiny_recipe import tiny
 
-from llmrec import cli, pipeline
+from llmrec import cli, jobs, pipeline
 from llmrec.artifacts import ContentEmbeddings
 from llmrec.collab.config import PROVIDER_FIELDS, SASRecConfig, TrainCollabConfig
+from llmrec.collab.provider import provider_class
 from llmrec.config import flatten
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
@@ -1043,6 +1045,25 @@ def test_a_recipe_may_define_dataclasses_of_its_own(tmp_path):
         "    number: int = 1\ndef recipe():\n    return Recipe()\n"
     )
     assert recipe_of(path) == Recipe()
+
+
+def test_settings_of_a_recipe_may_name_classes_that_lie_beside_it(tmp_path, monkeypatch):
+    """Which are imported later than the recipe, from whatever folder."""
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(ROOT / "tests" / "collab" / "own_models.py", tmp_path / "recipes" / "models_of_a_recipe.py")
+    path = tmp_path / "recipes" / "with_a_model.py"
+    path.write_text(
+        "from llmrec.collab.config import TrainCollabConfig\nfrom llmrec.recipe import Recipe\n"
+        "def recipe():\n    return Recipe(train_collab=TrainCollabConfig("
+        "provider='models_of_a_recipe:Bag', own={'embed_dim': 4}))\n"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = sys.path[0]
+    made = recipe_of("../recipes/with_a_model.py")
+    assert provider_class(made.train_collab.provider).__name__ == "Bag" and sys.path[0] == before
+    assert str(tmp_path / "recipes") in jobs.search_path().split(os.pathsep)
 
 
 def test_a_recipe_may_be_a_function_with_some_arguments_given(capsys):
