@@ -200,17 +200,18 @@ def chosen_rows(rows: Rows, names: list[str], settings: dict[str, str]) -> Rows:
     """
     if unknown := [name for name in names if name not in rows]:
         raise ConfigError(f"--rows must be among {', '.join(rows)}, got {', '.join(unknown)}")
-    providers = {rows[name].provider for name in names}
-    for path in settings:
-        model = path.partition(".")[0]
-        if model in PROVIDER_FIELDS and model not in providers:
+    of_one = {path: path.partition(".")[0] for path in settings}
+    of_one = {path: model for path, model in of_one.items() if model in (*PROVIDER_FIELDS, "own")}
+    for path, model in of_one.items():
+        if not any(rows[name].reads(model) for name in names):
+            model = "a model of your own" if model == "own" else model
             raise ConfigError(f"--set train_collab.{path} has no effect: no row trains {model}")
     found = {}
     for name in names:
         mine = {
             path: text
             for path, text in settings.items()
-            if path.partition(".")[0] not in PROVIDER_FIELDS or path.startswith(f"{rows[name].provider}.")
+            if path not in of_one or rows[name].reads(of_one[path])
         }
         found[name] = override(rows[name], mine, prefix="train_collab.")
     return found

@@ -19,6 +19,7 @@ from worlds import cycle
 from llmrec.artifacts import CollabEmbeddings
 from llmrec.cli import main as llmrec
 from llmrec.collab import train
+from llmrec.collab.compare_cli import chosen_rows
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.own_checks import check_provider
 from llmrec.collab.provider import load_provider, provider_scorer
@@ -109,6 +110,15 @@ def test_cells_of_a_comparison_find_it_beside_the_recipe(tmp_path, monkeypatch, 
         compare_cli.main(rows, lambda: tiny().prepare_data)
     assert left.value.code == 0, capsys.readouterr().err
     assert "| bag | 1 of 1 |" in capsys.readouterr().out
+
+
+def test_its_settings_go_to_its_rows_alone_where_it_is_compared():
+    rows = {"bag": TrainCollabConfig(**BAG), "sasrec": TrainCollabConfig()}
+    found = chosen_rows(rows, ["bag", "sasrec"], {"own": "embed_dim=32", "epochs": "3"})
+    assert found["bag"].own == {"embed_dim": 32} and found["sasrec"].own == {}
+    assert {row.epochs for row in found.values()} == {3}
+    with pytest.raises(ConfigError, match="own has no effect: no row trains a model of your own"):
+        chosen_rows(rows, ["sasrec"], {"own": "embed_dim=32"})
 
 
 @pytest.mark.parametrize(
