@@ -73,7 +73,7 @@ def extended(
     codes = assign(package.ids, {name: vectors[name] for name in package.ids.modalities})
     heads = {
         name: torch.cat([value, torch.from_numpy(mean_of(value.float().numpy(), near)).to(value.dtype)])
-        if name != "train_count" and per_item(name)
+        if name != "train_count" and per_item(name) and len(value) == len(package.collab.vectors)
         else value
         for name, value in package.adapter.heads.items()
     }

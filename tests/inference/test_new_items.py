@@ -47,12 +47,14 @@ def test_a_weight_as_long_as_the_catalogue_is_not_taken_for_a_table_of_items(fre
     package = fresh.package
     num_rows = len(package.collab.vectors)
     heads = {**package.adapter.heads, "item_tokens.mixer.layers.9.weight": torch.ones(num_rows, 2)}
+    heads["item_tokens.parts.own.table"] = torch.ones(3, 2)  # of a user's own method, and not of items
     package = dataclasses.replace(package, adapter=dataclasses.replace(package.adapter, heads=heads))
     items = pa.table({"raw_id": ["n1"], "title": ["Plain red drum"]})
     content = {name: table[1:2] for name, table in package.content.vectors.items()}
     after = extended(package, items, content).adapter.heads
     assert len(after["item_tokens.mixer.layers.9.weight"]) == num_rows
     assert len(after["item_scores.target_table"]) == num_rows + 1
+    assert len(after["item_tokens.parts.own.table"]) == 3
 
 
 def test_new_ids_work_in_histories_and_results(fresh):
