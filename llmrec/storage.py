@@ -28,8 +28,15 @@ UNWRITABLE = {
 }
 """What to do, by the number of a system's error that says that a folder cannot be written."""
 
-NO_FOLDER = {**UNWRITABLE, errno.ENOENT: "No folder can be made there; use another"}
-"""The same, where a folder is made: what is absent there is not a file that was to be read."""
+NO_FOLDER = {
+    **UNWRITABLE,
+    errno.ENOENT: "No folder can be made there; use another",
+    **dict.fromkeys((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP), "Use a folder on a disk that has locks"),
+}
+"""The same, where a folder is made and locked: what is absent there is not a file that was to be read."""
+
+TRIES = 100
+"""How often a lock is taken anew because the one before took its file away at that very moment."""
 
 
 @contextlib.contextmanager
@@ -81,21 +88,55 @@ def locked(stage: Path) -> Iterator[None]:
     """
     folder = unfinished(stage)
     with writing(stage, NO_FOLDER):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = take(folder / LOCK)
+    if handle is None:
+        raise BusyError(
+            f"another process is computing {stage.name} in {stage.parent}; wait for it, or use another folder"
+        )
     try:
-        if not lock(handle):
-            raise BusyError(
-                f"another process is computing {stage.name} in {stage.parent}; wait for it, or use another "
-                "folder"
-            )
-        try:
-            yield
-        finally:
-            if [path.name for path in folder.glob("*")] == [LOCK]:
-                shutil.rmtree(folder, ignore_errors=True)
+        yield
     finally:
+        # Once the stage is done its folder is gone, and what is there now may be another process's.
+        if is_at(handle, folder / LOCK) and [path.name for path in folder.glob("*")] == [LOCK]:
+            shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
+
+
+def take(path: Path) -> int | None:
+    """A file that no other process has locked, opened and locked; made, with its folder, if it is absent.
+
+    Whoever gives a lock back may delete the file: one that was opened before is locked in vain.
+
+    Returns:
+        Its handle; None if another process holds it.
+    """
+    for tries in range(TRIES):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except (FileNotFoundError, FileExistsError):  # the folder goes while it is made
+            if tries == TRIES - 1:
+                raise
+            continue
+        try:
+            free = lock(handle)
+        except OSError:
+            os.close(handle)
+            raise
+        if free and is_at(handle, path):
+            return handle
+        os.close(handle)
+        if not free:
+            return None
+    return None
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one that has this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def is_locked(stage: Path) -> bool:
@@ -106,6 +147,8 @@ def is_locked(stage: Path) -> bool:
         return False
     try:
         return not lock(handle)
+    except OSError:  # no disk that has locks; whoever computes says so
+        return False
     finally:
         os.close(handle)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -249,6 +251,60 @@ def test_two_processes_cannot_compute_one_stage(tmp_path):
     assert not storage.is_locked(stage)
     with storage.locked(stage):
         pass
+
+
+def test_a_lock_given_back_at_the_moment_it_is_taken_is_taken_anew(tmp_path, monkeypatch):
+    """Its file is opened, and deleted by whoever held it before it is locked."""
+    stage, lock = tmp_path / "stage", storage.lock
+    first = storage.locked(stage)
+    first.__enter__()
+
+    def late(handle: int) -> bool:
+        monkeypatch.setattr(storage, "lock", lock)
+        first.__exit__(None, None, None)
+        return lock(handle)
+
+    monkeypatch.setattr(storage, "lock", late)
+    with storage.locked(stage):
+        assert storage.is_locked(stage)
+        with pytest.raises(StaleArtifactError, match="another process"), storage.locked(stage):
+            pass
+
+
+def test_a_finished_stage_leaves_the_lock_that_another_process_took_since(tmp_path):
+    stage = tmp_path / "stage"
+    with storage.locked(stage):
+        shutil.rmtree(storage.unfinished(stage))
+        other = storage.take(storage.unfinished(stage) / storage.LOCK)
+    assert storage.is_locked(stage)
+    os.close(other)
+
+
+@pytest.mark.parametrize("moment", ["made", "opened"])
+def test_a_folder_that_goes_while_its_lock_is_taken_is_made_again(moment, tmp_path, monkeypatch):
+    error, calls = {"made": FileExistsError, "opened": FileNotFoundError}[moment], []
+    owner, name = {"made": (Path, "mkdir"), "opened": (os, "open")}[moment]
+    real = getattr(owner, name)
+
+    def gone_once(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise error(errno.EEXIST, "gone")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, gone_once)
+    with storage.locked(tmp_path / "stage"):
+        assert storage.is_locked(tmp_path / "stage")
+
+
+def test_a_disk_without_locks_is_told(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(storage.fcntl, "flock", refuse)
+    with pytest.raises(StorageError, match="Use a folder on a disk that has locks"):
+        RunDir(tmp_path).stage(count, Config())
+    assert not storage.is_locked(tmp_path / "count")
 
 
 def test_what_another_process_finished_with_other_settings_is_not_taken(tmp_path, monkeypatch):
