@@ -348,6 +348,11 @@ def check_folder(folder: Path, wanted: dict[str, Any], config: Any) -> str:
     Settings that change no result may be others than the folder was made with.
     """
     if not folder.exists():
+        if folder.is_symlink():  # nothing could take its name in the end
+            raise MissingArtifactError(
+                f"{folder} is a link to {folder.readlink()}, where nothing is. Make that folder's disk "
+                "available, or delete the link to compute the stage"
+            )
         return "absent"
     if not (folder / MANIFEST).is_file():
         raise MissingArtifactError(

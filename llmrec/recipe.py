@@ -393,7 +393,7 @@ def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
         name = stage.name
         folder = root / name
         config = getattr(recipe, name)
-        if not folder.exists():
+        if not folder.exists() and not folder.is_symlink():
             status = TO_DO
         elif not (folder / MANIFEST).exists():
             status = "is not a finished stage; use another --run-dir, or move it away"

@@ -144,6 +144,16 @@ def test_a_folder_that_is_no_finished_stage_is_refused(tmp_path):
     assert (tmp_path / "count" / "mine.txt").read_text() == "precious"
 
 
+def test_a_link_to_nothing_is_refused_before_anything_is_computed(tmp_path):
+    (tmp_path / "count").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(MissingArtifactError, match=r"count is a link to .*elsewhere, where nothing is"):
+        RunDir(tmp_path).stage(count, Config())
+    assert CALLS == []
+    RunDir(tmp_path / "moved").stage(count, Config())
+    (tmp_path / "moved" / "count").rename(tmp_path / "elsewhere")
+    assert RunDir(tmp_path).stage(count, Config()).value == 2 and CALLS == ["count"]
+
+
 def test_what_is_no_stage_is_told_what_to_give_instead_and_never_to_delete(tmp_path):
     @dataclass(frozen=True, kw_only=True)
     class Evaluated(Number):
