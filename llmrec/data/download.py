@@ -2,11 +2,13 @@
 
 Bytes go to NAME.part, beside which NAME.part.json says what they belong to. Only when the size and, where
 known, the sha256 agree is the file renamed to its name, so a file with that name is whole. A process that is
-killed leaves the part, and the next one goes on from there.
+killed leaves the part, and the next one goes on from there. One process at a time: another one that wants the
+same file waits, and finds it there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import logging
@@ -16,13 +18,14 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from urllib3.exceptions import HTTPError
 
+from llmrec import storage
 from llmrec.data.web import RefusedError, RetryError, number_of, request, short, shown
 from llmrec.errors import DataError
 from llmrec.manifest import sha256
@@ -36,6 +39,9 @@ SPARE_BYTES = 1 << 26
 
 PROGRESS_BYTES = 1 << 20
 """A mirror that cuts has to bring so many bytes more than there ever were to be asked on."""
+
+WAIT_SECONDS = 1.0
+"""Between looks at whether another process has fetched a file."""
 
 LEAST_BYTES = 1024
 """A server that sends fewer bytes than this in `timeout_seconds` has stalled."""
@@ -95,7 +101,40 @@ def download(
         raise DataError(
             f"{path} is not there and may not be fetched (offline); put it there, from {file.urls[0]}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    with alone(path, sleep):
+        if path.exists():  # now
+            check_file(path, file)
+            return path
+        return fetch_from_any(file, path, retries, timeout_seconds, pause_seconds, public_only, sleep)
+
+
+@contextlib.contextmanager
+def alone(path: Path, sleep: Callable[[float], None]) -> Iterator[None]:
+    """Wait until no other process fetches a file, and keep others waiting."""
+    lock = path.with_name(f".{path.name}.lock")
+    told = False
+    while (handle := storage.take(lock)) is None:
+        if not told:
+            logger.info("another process fetches %s; waiting for it", path)
+        told = True
+        sleep(WAIT_SECONDS)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def fetch_from_any(
+    file: RemoteFile,
+    path: Path,
+    retries: int,
+    timeout_seconds: float,
+    pause_seconds: float,
+    public_only: bool,
+    sleep: Callable[[float], None],
+) -> Path:
+    """`download` of a file that is not there."""
     mirrors, reasons, part = list(file.urls), {}, part_of(path)
     most, failed = size_of(part), 0  # bytes that there ever were; rounds in a row that brought no more
     while True:

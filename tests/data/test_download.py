@@ -283,25 +283,42 @@ def test_secrets_in_addresses_are_not_shown():
     assert web.shown("https://me:secret@host.org/a/b?token=abc#x") == "https://host.org/a/b"
 
 
-def test_a_killed_download_goes_on_where_it_was(server, tmp_path):
+def begin_slowly(server, folder):
+    """A process that fetches a file, some of which has arrived; and its command."""
     code = (
         "import sys; from pathlib import Path; from llmrec.data.download import *\n"
         f"download(RemoteFile(name='a.bin', urls=(sys.argv[1],), sha256={SHA!r}), Path(sys.argv[2]))"
     )
-    command = [sys.executable, "-c", code, server.url("/drip/a.bin"), str(tmp_path)]
+    command = [sys.executable, "-c", code, server.url("/drip/a.bin"), str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    part = tmp_path / "a.bin.part"
+    part = folder / "a.bin.part"
     for _ in range(600):
         if part.exists() and part.stat().st_size > 20_000:
             break
         time.sleep(0.05)
+    return process, command
+
+
+def test_a_killed_download_goes_on_where_it_was(server, tmp_path):
+    process, command = begin_slowly(server, tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    size = part.stat().st_size
+    size = (tmp_path / "a.bin.part").stat().st_size
     assert 20_000 < size < len(CONTENT) and not (tmp_path / "a.bin").exists()
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     assert (tmp_path / "a.bin").read_bytes() == CONTENT and left(tmp_path) == ["a.bin"]
     assert server.ranges == [None, f"bytes={size}-"]
+
+
+def test_a_file_that_another_process_fetches_is_waited_for(server, tmp_path, monkeypatch, caplog):
+    process, _ = begin_slowly(server, tmp_path)
+    monkeypatch.setattr(module, "WAIT_SECONDS", 0.02)
+    file = RemoteFile(name="a.bin", urls=(server.url("/good/a.bin"),), sha256=SHA)
+    with caplog.at_level("INFO", "llmrec"):
+        assert download(file, tmp_path).read_bytes() == CONTENT
+    assert process.wait() == 0 and left(tmp_path) == ["a.bin"]
+    assert [path for path, _ in server.asked] == ["/drip/a.bin"]
+    assert caplog.text.count("another process fetches") == 1
 
 
 def test_a_reason_that_mirrors_share_is_told_once_a_round(tmp_path, monkeypatch, caplog):
