@@ -321,7 +321,7 @@ END_OF_EPOCH = "ending this epoch first; asked again, at once, and going on from
 
 
 class StopRequests:
-    """Whether this run was asked to stop (SIGTERM, or Ctrl-C once)."""
+    """Whether this run was asked to stop (SIGTERM, Ctrl-C once, or its terminal was closed)."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -329,7 +329,8 @@ class StopRequests:
 
 @contextlib.contextmanager
 def stop_requests(first: str = "ending this step first") -> Iterator[StopRequests]:
-    """Turn SIGTERM and SIGINT into requests while work goes on; a second one acts at once.
+    """Turn SIGTERM, SIGINT and SIGHUP into requests while work goes on; a second one acts at once, but for
+    SIGHUP, which a closed terminal's shell sends again. Where that is ignored (nohup), it stays so.
 
     Outside of the main thread, where Python allows no handlers, nothing changes.
 
@@ -340,13 +341,17 @@ def stop_requests(first: str = "ending this step first") -> Iterator[StopRequest
     if threading.current_thread() is not threading.main_thread():
         yield found
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def ask(number: int, _frame: Any) -> None:
         if not found.asked:
             logger.warning("asked to stop: %s", first)
         found.asked = True
-        signal.signal(number, before[signal.Signals(number)])
+        if number != signal.SIGHUP:
+            signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, ask)

@@ -43,8 +43,8 @@ SHORTEST_SECRET = 8
 def guarded(command: Callable[[], None]) -> int:
     """Run a command; errors meant for users become one line and an exit code.
 
-    What an interrupted command keeps it says in its KeyboardInterrupt, see `pipeline.run_stage`; SIGTERM is
-    taken for Ctrl-C.
+    What an interrupted command keeps it says in its KeyboardInterrupt, see `pipeline.run_stage`; SIGTERM, and
+    SIGHUP of a terminal that closes, are taken for Ctrl-C.
 
     Returns:
         0 done, 2 something the user gave cannot work, 130 interrupted or asked to stop, 141 nobody reads the
@@ -83,19 +83,22 @@ def guarded(command: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """Take SIGTERM for Ctrl-C, in the main thread, which alone may say what signals do. After either, further
-    ones of SIGTERM, as they come from a launcher that was interrupted too, break off no clean-up."""
+    """Take SIGTERM for Ctrl-C, in the main thread, which alone may say what signals do, and SIGHUP too unless
+    it is ignored (nohup). After any, further ones of both, as they come from a launcher that was interrupted
+    too, or from a shell that lost its terminal, break off no clean-up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.default_int_handler(number, frame)
 
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    for number, usual in (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL):
+        if signal.getsignal(number) is usual:
+            before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:
@@ -113,7 +116,8 @@ def end_with_launcher() -> None:
 def say(text: str) -> None:
     """Print a last word to standard error, unless another process of this run had one."""
     if first_to_fail():
-        print(redact(text), file=sys.stderr)
+        with contextlib.suppress(OSError):  # its terminal, or whoever read it, is gone
+            print(redact(text), file=sys.stderr)
 
 
 def show_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -106,8 +107,6 @@ def test_optimiser_states_survive_the_way_to_json_and_back():
 
 
 def test_a_stop_signal_is_asked_once_and_handlers_come_back():
-    import signal
-
     before = signal.getsignal(signal.SIGTERM)
     with checkpoint.stop_requests() as stop:
         assert not stop.asked
@@ -115,6 +114,16 @@ def test_a_stop_signal_is_asked_once_and_handlers_come_back():
         assert stop.asked
         assert signal.getsignal(signal.SIGTERM) is before, "a second one acts at once"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_terminal_that_closes_asks_once_however_often_it_is_told():
+    """A shell that loses its terminal hands the signal on, and a launcher that ended with it adds SIGTERM."""
+    before = signal.getsignal(signal.SIGHUP)
+    with checkpoint.stop_requests() as stop:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            assert stop.asked
+    assert signal.getsignal(signal.SIGHUP) is before
 
 
 def test_weights_that_are_not_numbers_do_not_replace_good_ones(tmp_path):

@@ -257,6 +257,7 @@ def work():
         time.sleep(30)
     finally:
         os.kill(os.getpid(), signal.SIGTERM)  # the launcher was interrupted too, and ended
+        os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(0.2)
         print("cleaned up")
 
@@ -264,7 +265,7 @@ sys.exit(guarded(work))
 """
 
 
-@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_what_comes_after_an_interrupt_breaks_off_no_clean_up(first):
     command = [sys.executable, "-c", CLEANS_UP.format(first=first)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -273,5 +274,34 @@ def test_what_comes_after_an_interrupt_breaks_off_no_clean_up(first):
 
 
 def test_a_command_leaves_signals_as_it_found_them():
-    before = signal.getsignal(signal.SIGTERM)
-    assert console.guarded(lambda: None) == 0 and signal.getsignal(signal.SIGTERM) is before
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    assert console.guarded(lambda: None) == 0
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_terminal_that_closes_is_no_matter_under_nohup():
+    command = "import os, signal; os.kill(os.getpid(), signal.SIGHUP); print('went on')"
+    script = (
+        "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from llmrec.checkpoint import stop_requests\nfrom llmrec.console import guarded\n"
+        "def work():\n"
+        f"    {command}\n"
+        "    with stop_requests() as stop:\n"
+        f"        {command}\n"
+        "        assert not stop.asked\n"
+        "sys.exit(guarded(work))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "went on\nwent on\n"), done.stderr
+
+
+def test_a_last_word_that_nobody_can_hear_changes_no_exit_code():
+    """As of a command whose terminal is closed, or `2>&1 | head`."""
+    script = (
+        "import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
+        "from llmrec.console import guarded\nfrom llmrec.errors import ConfigError\n"
+        "def work(): raise ConfigError('this cannot work')\n"
+        "sys.exit(guarded(work))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == console.USER_ERROR

@@ -111,7 +111,8 @@ def test_cells_that_others_are_at_are_left_to_them_and_taken_up_if_they_stop(cel
 
 
 def test_a_comparison_that_is_asked_to_stop_stops_its_cells(cell, tmp_path):
-    """SIGTERM, as schedulers send it, and Ctrl-C, which cells hear of from their comparison alone."""
+    """SIGTERM, as schedulers send it, and Ctrl-C and a terminal that closes, which cells hear of from their
+    comparison alone."""
     script = """
 import sys
 from pathlib import Path
@@ -127,7 +128,7 @@ cells = [
 ]
 sys.exit(console.guarded(lambda: jobs.run(cells, 2)))
 """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         folder = tmp_path / number.name
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
         process = subprocess.Popen(
