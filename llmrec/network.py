@@ -9,8 +9,12 @@ import urllib.request
 
 
 def resolves(host: str, seconds: float = 3.0) -> bool:
-    """Whether a name leads to an address, as far as a few seconds tell; proxies resolve names themselves."""
-    if urllib.request.getproxies():
+    """Whether a name leads to an address, as far as a few seconds tell; proxies resolve names themselves.
+
+    What is said of hosts that need none ($NO_PROXY) is no proxy.
+    """
+    proxies = {"http", "https", "all"}.intersection(urllib.request.getproxies())
+    if proxies and not urllib.request.proxy_bypass(host):
         return True
     found: list[bool] = []
 

@@ -171,6 +171,20 @@ def test_a_name_that_nobody_answers_for_is_not_waited_for(monkeypatch):
     assert network.resolves("slow.example", seconds=0.05), "the proxy is asked, not the system"
 
 
+def test_hosts_that_need_no_proxy_are_no_proxy(monkeypatch):
+    def nowhere(*_):
+        raise OSError("Name or service not known")
+
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(network.socket, "getaddrinfo", nowhere)
+    monkeypatch.setenv("NO_PROXY", "localhost,.inner.example")
+    assert not network.resolves("outer.example")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    assert network.resolves("outer.example") and not network.resolves("mirror.inner.example")
+
+
 def test_data_that_are_absent_and_may_not_be_fetched_are_a_problem(tmp_path):
     found = problems(beauty(tmp_path, offline=True), "prepare_data")
     assert len(found) == 2 and all("is absent, and prepare_data.offline=true" in one for one in found)
