@@ -26,6 +26,7 @@ from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError, LlmrecError
 from llmrec.finetune import base_model, build
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.fusion import folding_is_cheaper
 from llmrec.finetune.lora import add_lora
 from llmrec.finetune.modalities import modalities_of
 from llmrec.finetune.packing import count_tokens
@@ -333,14 +334,12 @@ def distinct_items(item: np.ndarray, targets: Any) -> int:
 def operations(model: Any, counts: dict[str, int], parameters: dict[str, int]) -> dict[str, float]:
     """Floating-point operations of one epoch, forward and backward (see `build.flops_per_token`)."""
     side = sum(parameters[name] for name in ("projections", "item_mlp"))
-    width = model.base.config.hidden_size
-    vectors = sum(
-        getattr(model.item_scores, f"vectors_{name}").shape[1] for name in model.item_scores.modalities
-    )
+    width, scores = model.base.config.hidden_size, model.item_scores
+    vectors = sum(scores.vectors_of(name).shape[1] for name in scores.modalities)
     rows = counts["items"] + 1
     per_step = counts["targets"] / counts["steps"]
-    folded = per_step > width
-    scored = width + (0 if folded else vectors + len(model.item_scores.modalities))
+    folded = folding_is_cheaper(per_step, width)
+    scored = width + (0 if folded else vectors + len(scores.modalities))
     return {
         "base model": build.flops_per_token(model) * counts["tokens"],
         "item tokens": 6.0 * side * counts["item_tokens"],

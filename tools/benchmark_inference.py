@@ -134,7 +134,7 @@ def plain(recommender: Recommender, history: list[str], k: int) -> list[str]:
         weights = heads.gate()
         scores = weights[:, 0] * (heads.target_table @ hidden)
         for source, name in enumerate(heads.modalities, start=1):
-            table = heads.projections[name](getattr(heads, f"vectors_{name}"))
+            table = heads.projections[name](heads.vectors_of(name))
             scores = scores + weights[:, source] * (table @ hidden)
         scores[0] = -torch.inf
         scores[numbers] = -torch.inf

@@ -122,11 +122,15 @@ class ItemScores(nn.Module):
         for modality in self.modalities:
             self.register_buffer(f"vectors_{modality}", vectors[modality], persistent=False)
 
+    def vectors_of(self, modality: str) -> Tensor:
+        """Frozen item vectors (N + 1, D_m)."""
+        return getattr(self, f"vectors_{modality}")
+
     def factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (n, X) and keys (N + 1, X) whose products are the scores; hidden is (n, H)."""
         if not self.modalities:
             return hidden, self.target_table
-        if len(hidden) > hidden.shape[1]:
+        if folding_is_cheaper(len(hidden), hidden.shape[1]):
             return hidden, self.folded()
         weights = self.gate()
         queries, keys = [hidden], [weights[:, :1] * self.target_table]
@@ -134,7 +138,7 @@ class ItemScores(nn.Module):
             projection = self.projections[modality]
             weight = weights[:, source : source + 1]
             queries += [hidden @ projection.weight, (hidden @ projection.bias)[:, None]]
-            keys += [weight * getattr(self, f"vectors_{modality}"), weight]
+            keys += [weight * self.vectors_of(modality), weight]
         return torch.cat(queries, dim=1), torch.cat(keys, dim=1)
 
     def folded(self, item: Tensor | None = None) -> Tensor:
@@ -145,7 +149,24 @@ class ItemScores(nn.Module):
         weights = self.gate(item)
         matrix = weights[:, :1] * table
         for source, modality in enumerate(self.modalities, start=1):
-            vectors = getattr(self, f"vectors_{modality}")
+            vectors = self.vectors_of(modality)
             projected = self.projections[modality](vectors if item is None else vectors[item])
             matrix = matrix + weights[:, source : source + 1] * projected
         return matrix
+
+    def by_source(self, hidden: Tensor, item: Tensor) -> Tensor:
+        """What every source adds to the scores of item ids (n,) for one read-out vector (H,), (n, S); the sum
+        is the score, to rounding."""
+        columns = [self.target_table[item].float() @ hidden]
+        if self.modalities:
+            weights = self.gate(item)
+            columns[0] = weights[:, 0] * columns[0]
+            for source, modality in enumerate(self.modalities, start=1):
+                projected = self.projections[modality](self.vectors_of(modality)[item])
+                columns.append(weights[:, source] * (projected @ hidden))
+        return torch.stack(columns, dim=1)
+
+
+def folding_is_cheaper(num_targets: float, hidden_size: int) -> bool:
+    """Which of the two ways of `ItemScores` takes fewer products."""
+    return num_targets > hidden_size

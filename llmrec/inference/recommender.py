@@ -398,17 +398,9 @@ class Recommender:
 
     @torch.no_grad()
     def _parts(self, hidden: Tensor, items: np.ndarray) -> list[dict[str, float]]:
-        """What each source adds to the scores of items; the sum is the score, to rounding."""
-        heads = self.model.item_scores
-        item = torch.from_numpy(items).to(self.device)
-        columns = [heads.target_table[item].float() @ hidden]
-        if heads.modalities:
-            weights = heads.gate(item)
-            columns[0] = weights[:, 0] * columns[0]
-            for source, name in enumerate(heads.modalities, start=1):
-                rows = heads.projections[name](getattr(heads, f"vectors_{name}")[item])
-                columns.append(weights[:, source] * (rows @ hidden))
-        table = torch.stack(columns, dim=1).cpu().numpy()
+        """What each source adds to the scores of items."""
+        found = self.model.item_scores.by_source(hidden, torch.from_numpy(items).to(self.device))
+        table = found.cpu().numpy()
         return [dict(zip(self.sources, map(float, row))) for row in table]
 
 

@@ -56,7 +56,7 @@ def full_scores(net, hidden: torch.Tensor) -> torch.Tensor:
     weights = heads.gate()
     scores = weights[:, 0] * (hidden @ heads.target_table.T)
     for source, name in enumerate(heads.modalities, start=1):
-        table = heads.projections[name](getattr(heads, f"vectors_{name}"))
+        table = heads.projections[name](heads.vectors_of(name))
         scores = scores + weights[:, source] * (hidden @ table.T)
     return scores[:, 1:]
 
