@@ -10,7 +10,6 @@ number they had.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from llmrec.artifacts import CollabEmbeddings
 from llmrec.errors import ConfigError, DataError
 from llmrec.finetune.adapter import per_item
 from llmrec.inference.package import Package
+from llmrec.interactions import catalog_of
 from llmrec.semantic_ids.assign import assign
 
 BLOCK = 1 << 22
@@ -57,33 +57,23 @@ def extended(
         raise ConfigError("new items need text or image vectors, and this catalogue has neither")
     if present is None:
         present = {name: np.asarray(rows.any(axis=1)) for name, rows in content.items()}
-    known = np.any([present[name] for name in content], axis=0)
-    if not known.all():
-        name = items["raw_id"][int(np.argmin(known))].as_py()
-        others = f" (and {more} more)" if (more := (~known).sum() - 1) else ""
-        raise DataError(
-            f"new items: nothing is known of {name!r}{others} that says what it is like; this recommender "
-            f"goes by {' and '.join(content)}"
-        )
+    refuse_unknown(items, {name: present[name] for name in content})
     near = nearest(package, content, present, neighbours)
     collab_rows = mean_of(package.collab.vectors, near)
-    names = [*package.items["raw_id"].to_pylist(), *items["raw_id"].to_pylist()]
-    catalog = hashlib.sha256("\n".join(names).encode()).hexdigest()
     vectors = {"collab": collab_rows, **content}
     codes = assign(package.ids, {name: vectors[name] for name in package.ids.modalities})
-    heads = {
-        name: torch.cat([value, torch.from_numpy(mean_of(value.float().numpy(), near)).to(value.dtype)])
-        if name != "train_count" and per_item(name) and len(value) == len(package.collab.vectors)
-        else value
-        for name, value in package.adapter.heads.items()
-    }
-    count = package.adapter.heads["train_count"]
-    heads["train_count"] = torch.cat([count, count.new_zeros(len(items))])
-    settings = package.adapter.settings
-    settings = {**settings, "num_added": settings.get("num_added", 0) + len(items)}
-    return Package(
-        items=joined(package.items, items),
-        adapter=dataclasses.replace(package.adapter, catalog=catalog, heads=heads, settings=settings),
+    table = joined(package.items, items)
+    catalog = catalog_of(table["raw_id"].to_pylist())
+    heads, settings = package.adapter.heads, package.adapter.settings
+    return dataclasses.replace(
+        package,
+        items=table,
+        adapter=dataclasses.replace(
+            package.adapter,
+            catalog=catalog,
+            heads=extended_heads(heads, near),
+            settings={**settings, "num_added": settings.get("num_added", 0) + len(items)},
+        ),
         collab=CollabEmbeddings(
             catalog=catalog,
             provider=package.collab.provider,
@@ -93,23 +83,47 @@ def extended(
         content=dataclasses.replace(
             package.content,
             catalog=catalog,
-            vectors={
-                name: np.concatenate([table, content[name]])
-                for name, table in package.content.vectors.items()
-            },
-            missing={
-                name: np.concatenate([missing, ~present[name]])
-                for name, missing in package.content.missing.items()
-            },
+            vectors=one_below_the_other(package.content.vectors, content),
+            missing=one_below_the_other(
+                package.content.missing, {name: ~flags for name, flags in present.items()}
+            ),
         ),
         ids=dataclasses.replace(
-            package.ids,
-            catalog=catalog,
-            codes={name: np.concatenate([known, codes[name]]) for name, known in package.ids.codes.items()},
+            package.ids, catalog=catalog, codes=one_below_the_other(package.ids.codes, codes)
         ),
-        data=package.data,
-        evaluation=package.evaluation,
     )
+
+
+def one_below_the_other(known: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays by modality with the rows of new items at the end."""
+    return {name: np.concatenate([rows, new[name]]) for name, rows in known.items()}
+
+
+def extended_heads(heads: dict[str, torch.Tensor], near: np.ndarray) -> dict[str, torch.Tensor]:
+    """Trained weights with rows for new items, the mean of those of their neighbours (n, k)."""
+
+    def rows_of(name: str, value: torch.Tensor) -> torch.Tensor:
+        if name == "train_count":
+            return value.new_zeros(len(near))
+        return torch.from_numpy(mean_of(value.float().numpy(), near)).to(value.dtype)
+
+    length = len(heads["train_count"])
+    return {
+        name: torch.cat([value, rows_of(name, value)]) if per_item(name) and len(value) == length else value
+        for name, value in heads.items()
+    }
+
+
+def refuse_unknown(items: pa.Table, present: dict[str, np.ndarray]) -> None:
+    """Raise DataError if no modality says anything of an item."""
+    known = np.any(list(present.values()), axis=0)
+    if not known.all():
+        name = items["raw_id"][int(np.argmin(known))].as_py()
+        others = f" (and {more} more)" if (more := (~known).sum() - 1) else ""
+        raise DataError(
+            f"new items: nothing is known of {name!r}{others} that says what it is like; this recommender "
+            f"goes by {' and '.join(present)}"
+        )
 
 
 def check_id(name: Any) -> None:
