@@ -10,6 +10,7 @@ number they had.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,14 @@ import pyarrow as pa
 import torch
 
 from llmrec.artifacts import CollabEmbeddings
+from llmrec.encoders.again import ItemEncoders
 from llmrec.errors import ConfigError, DataError
 from llmrec.finetune.adapter import per_item
 from llmrec.inference.package import Package
 from llmrec.interactions import catalog_of
 from llmrec.semantic_ids.assign import assign
+
+logger = logging.getLogger("llmrec")
 
 BLOCK = 1 << 22
 """Similarities held at once."""
@@ -124,6 +128,49 @@ def refuse_unknown(items: pa.Table, present: dict[str, np.ndarray]) -> None:
             f"new items: nothing is known of {name!r}{others} that says what it is like; this recommender "
             f"goes by {' and '.join(present)}"
         )
+
+
+def content_of(
+    package: Package, items: pa.Table, pictures: list[Any], given: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Content vectors float32 (n, D_m) of new items by modality, and which say something of their item,
+    bool (n,): ready-made ones, scaled as the catalogue's, else those of the catalogue's encoders.
+
+    Args:
+        package: what was trained.
+        items: see `item_table`.
+        pictures: per item, a file's path, or None.
+        given: ready-made vectors (n, D_m) by modality.
+
+    Raises:
+        DataError: vectors of another shape, or not finite; a picture that cannot be read.
+        ConfigError: the catalogue's vectors came from a file and none are given.
+    """
+    known = package.content.vectors
+    content = {name: np.asarray(rows, np.float32) for name, rows in given.items()}
+    for name, rows in content.items():
+        fits = name in known and rows.shape == (len(items), known[name].shape[1])
+        if not fits or not np.isfinite(rows).all():
+            raise DataError(
+                f"vectors[{name!r}] must be finite numbers of shape ({len(items)}, width of {name}), got "
+                f"{rows.shape}"
+            )
+    named = sum(picture is not None for picture in pictures)
+    if named and "image" not in known:
+        logger.warning(
+            "add_items: %d of %d items come with a picture, which is not used: this recommender was "
+            "trained without pictures", named, len(items),
+        )  # fmt: skip
+    encoders = ItemEncoders(package.content)
+    present: dict[str, np.ndarray] = {}
+    for name in known:
+        if name in content:
+            content[name], present[name] = encoders.given(name, content[name], items)
+        elif name == "text":
+            content[name], present[name] = encoders.text(items)
+        else:
+            content[name], present[name] = encoders.image(items, pictures)
+    return content, present
 
 
 def check_id(name: Any) -> None:

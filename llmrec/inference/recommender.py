@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,6 @@ from llmrec.finetune.scoring import CatalogueScores, load_scorer
 from llmrec.inference.devices import default_device, usable
 from llmrec.inference.package import MANIFEST, Package, advising, load_package
 from llmrec.manifest import reading
-
-logger = logging.getLogger("llmrec")
 
 BLOCK_SCORES = 1 << 24
 """Scores held at once (64 MiB)."""
@@ -223,37 +220,14 @@ class Recommender:
                 neither a text nor a picture is known.
             ConfigError: the catalogue's vectors came from a file and none are given.
         """
-        from llmrec.encoders.again import ItemEncoders
-        from llmrec.inference.new_items import check_ids, extended, item_table
+        from llmrec.inference.new_items import check_ids, content_of, extended, item_table
 
         if not items:
             return
         table = item_table(items, self.package.items.column_names)
         check_ids(self.package, table)
-        content = {name: np.asarray(rows, np.float32) for name, rows in (vectors or {}).items()}
-        for name, rows in content.items():
-            known = self.package.content.vectors.get(name)
-            if known is None or rows.shape != (len(items), known.shape[1]) or not np.isfinite(rows).all():
-                raise DataError(
-                    f"vectors[{name!r}] must be finite numbers of shape ({len(items)}, width of {name}), got "
-                    f"{rows.shape}"
-                )
         pictures = [item.get("image") for item in items]
-        named = sum(picture is not None for picture in pictures)
-        if named and "image" not in self.package.content.vectors:
-            logger.warning(
-                "add_items: %d of %d items come with a picture, which is not used: this recommender was "
-                "trained without pictures", named, len(items),
-            )  # fmt: skip
-        encoders = ItemEncoders(self.package.content)
-        present: dict[str, np.ndarray] = {}
-        for name in self.package.content.vectors:
-            if name in content:
-                content[name], present[name] = encoders.given(name, content[name], table)
-            elif name == "text":
-                content[name], present[name] = encoders.text(table)
-            else:
-                content[name], present[name] = encoders.image(table, pictures)
+        content, present = content_of(self.package, table, pictures, vectors or {})
         before = self.package
         self.package = extended(before, table, content, present=present, neighbours=neighbours)
         del self.scores, self.graph  # the model that is made anew needs their room
