@@ -70,42 +70,77 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> dict[
         ``rows``, an entry for each, and after them the collaborative provider and popularity, for scale;
         ``reference``, the first row; users by part as ``slices``; and what is known of the data.
     """
-    table, users = [], {}
     reference = next(iter(cells))
     some = next((cell for found in cells.values() for cell in found), None)
     parts = {} if some is None else parts_of(some)
-    for name, found in cells.items():
-        entry: dict[str, Any] = {"row": name, "seeds": len(found), "of": len(seeds)}
-        if found:
-            ranks = {cell["seed"]: cell["ranks"][cell["fine_tuned"]] for cell in found}
-            users[name] = {seed: ndcg_at_k(rank, 10) for seed, rank in ranks.items()}
-            entry |= quality_of(list(ranks.values()), parts)
-            entry |= {
-                "seeds_done": sorted(ranks),
-                "valid_mask_seen": found[0]["valid_mask_seen"],
-                "trained_on": found[0]["trained_on"].get(found[0]["fine_tuned"], ""),
-                "trained": found[0]["metrics"]["parameters"]["trainable"],
-                "tokens": found[0]["metrics"]["tokens"],
-                "seconds": float(np.mean([training_seconds(cell["metrics"]) for cell in found])),
-                "memory": max(cell["memory"] for cell in found),
-                "validation": [
-                    [row["step"], row["valid_ndcg@10"]] for row in found[0]["log"] if "valid_ndcg@10" in row
-                ],
-            }
-            entry |= after_tuning(found)
-            valid = [row["valid_ndcg@10"] for cell in found if (row := cell["metrics"].get("valid"))]
-            if len(valid) == len(found):
-                entry["valid_ndcg@10"] = mean_and_spread(valid)
-        table.append(entry)
+    table = [row_of(name, found, len(seeds), parts) for name, found in cells.items()]
+    users = {
+        name: {cell["seed"]: ndcg_at_k(cell["ranks"][cell["fine_tuned"]], 10) for cell in found}
+        for name, found in cells.items()
+    }
     if some is not None:
         others = [name for name in some["rows"] if name not in (some["fine_tuned"], *BESIDE)]
         for name in [*others, "popularity"]:
-            users[name] = {seed: ndcg_at_k(some["ranks"][name], 10) for seed in seeds}
-            entry = {"row": name, "label": some["labels"][name], "seeds": 1, "of": 1}
-            entry |= quality_of([some["ranks"][name]], parts)
-            table.append(entry | {"trained_on": some["trained_on"].get(name, "")})
+            table.append(row_beside(name, some, parts))
+            users[name] = dict.fromkeys(seeds, ndcg_at_k(some["ranks"][name], 10))
+    add_differences(table, users, reference)
+    counts = {what: {part: int(mask.sum()) for part, mask in masks.items()} for what, masks in parts.items()}
+    of_data = {} if some is None else some["of_data"]
+    return {"rows": table, "reference": reference, "seeds": seeds, "slices": counts, **of_data}
+
+
+def row_of(
+    name: str, found: list[dict[str, Any]], wanted: int, parts: dict[str, dict[str, np.ndarray]]
+) -> dict[str, Any]:
+    """What the finished cells of a row measured; their number alone if there are none.
+
+    Args:
+        name: of the row.
+        found: its cells, see `cells_of`.
+        wanted: how many there are to be.
+        parts: see `parts_of`.
+    """
+    entry: dict[str, Any] = {"row": name, "seeds": len(found), "of": wanted}
+    if not found:
+        return entry
+    first = found[0]
+    entry |= quality_of([cell["ranks"][cell["fine_tuned"]] for cell in found], parts)
+    entry |= {
+        "seeds_done": sorted(cell["seed"] for cell in found),
+        "valid_mask_seen": first["valid_mask_seen"],
+        "trained_on": first["trained_on"].get(first["fine_tuned"], ""),
+        "trained": first["metrics"]["parameters"]["trainable"],
+        "tokens": first["metrics"]["tokens"],
+        "seconds": float(np.mean([training_seconds(cell["metrics"]) for cell in found])),
+        "memory": max(cell["memory"] for cell in found),
+        "validation": [[row["step"], row["valid_ndcg@10"]] for row in first["log"] if "valid_ndcg@10" in row],
+    }
+    entry |= after_tuning(found)
+    valid = [row["valid_ndcg@10"] for cell in found if (row := cell["metrics"].get("valid"))]
+    if len(valid) == len(found):
+        entry["valid_ndcg@10"] = mean_and_spread(valid)
+    return entry
+
+
+def row_beside(name: str, cell: dict[str, Any], parts: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+    """A method that was ranked beside the fine-tuned ones, the same in every cell."""
+    entry = {"row": name, "label": cell["labels"][name], "seeds": 1, "of": 1}
+    return entry | quality_of([cell["ranks"][name]], parts) | {"trained_on": cell["trained_on"].get(name, "")}
+
+
+def add_differences(
+    table: list[dict[str, Any]], users: dict[str, dict[int, np.ndarray]], reference: str
+) -> None:
+    """Note in every row its difference to the reference, where both have a seed in common, and the corrected
+    p.
+
+    Args:
+        table: the rows.
+        users: ndcg@10 of every user, (U,), by seed, by row.
+        reference: name of the row that others are compared with.
+    """
     for entry in table:
-        common = sorted(users.get(entry["row"], {}).keys() & users.get(reference, {}).keys())
+        common = sorted(users[entry["row"]].keys() & users[reference].keys())
         if entry["row"] != reference and common:
             ours, theirs = (
                 np.mean([users[row][seed] for seed in common], axis=0) for row in (entry["row"], reference)
@@ -114,9 +149,6 @@ def summarise(cells: dict[str, list[dict[str, Any]]], seeds: list[int]) -> dict[
     tested = [entry for entry in table if entry.get("p_value") is not None]
     for entry, p in zip(tested, analysis.holm([entry["p_value"] for entry in tested])):
         entry["p"] = p
-    counts = {what: {part: int(mask.sum()) for part, mask in masks.items()} for what, masks in parts.items()}
-    of_data = {} if some is None else some["of_data"]
-    return {"rows": table, "reference": reference, "seeds": seeds, "slices": counts, **of_data}
 
 
 def parts_of(cell: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
