@@ -270,22 +270,28 @@ def item_groups(collab: Any, data: Interactions) -> dict[str, Any]:
     found = (collab.metrics if collab is not None else {}).get("item_groups")
     if not found:
         return {}
-    names = ["", *(title or raw for title, raw in zip(data.titles, data.raw_ids))]
+    names = shown_names(data)
     groups = [
         {
             "share": group["share"],
             "items": [
-                {
-                    "title": f"{names[item]} ({weight:.0%})",
-                    "picture": thumbnail(data.image_file(item)),
-                    "hit": False,
-                }
+                card(data, item, f"{names[item]} ({weight:.0%})")
                 for item, weight in zip(group["items"], group["weights"])
             ],
         }
         for group in found["groups"]
     ]
     return {"name": found["name"], "groups": groups}
+
+
+def shown_names(data: Interactions) -> list[str]:
+    """What people call the items, by item id: titles, or raw ids where there is none."""
+    return ["", *(title or raw for title, raw in zip(data.titles, data.raw_ids))]
+
+
+def card(data: Interactions, item: int, title: str, *, hit: bool = False) -> dict[str, Any]:
+    """An item with its picture, as the page shows it; a hit stands out."""
+    return {"title": title, "picture": thumbnail(data.image_file(item)), "hit": hit}
 
 
 def examples(
@@ -295,26 +301,22 @@ def examples(
     pictures where there are some."""
     from llmrec.evaluation.evaluate import pick_examples
 
-    names = ["", *(title or raw for title, raw in zip(data.titles, data.raw_ids))]
-    first = next(iter(rankings.values()))
-
-    def card(item: int) -> dict[str, Any]:
-        return {"title": names[item], "picture": thumbnail(data.image_file(item)), "hit": False}
-
+    names, first = shown_names(data), next(iter(rankings.values()))
     shown = []
     for place in pick_examples(targets, config.num_examples, config.seed):
         rank = float(first.rank[place]) + 1  # that of a tie lies between places
         history = data.item[targets.start[place] : targets.stop[place]]
+        target = targets.item[place]
         shown.append(
             {
                 "user": data.user_raw_ids[targets.user[place]],
                 "length": len(history),
-                "history": [card(item) for item in history[-5:]],
-                "target": card(targets.item[place]),
+                "history": [card(data, item, names[item]) for item in history[-5:]],
+                "target": card(data, target, names[target]),
                 "hit": rank <= 10,
                 "rank": f"{rank:,.1f}".removesuffix(".0"),
                 "top": [
-                    {**card(item), "hit": item == targets.item[place]}
+                    card(data, item, names[item], hit=item == target)
                     for item in first.top[place][:10]
                     if item
                 ],
