@@ -268,6 +268,7 @@ def lay_out_stream(
     real = torch.cat([slot <= longest[:, None], history >= 0], dim=1)
 
     def both(of_items: Tensor, of_copies: Tensor) -> Tensor:
+        """A field of the tokens of all rows, from what broadcasts to (G, T) and to (G, C * R)."""
         parts = [of_items.expand(num_rows, num_slots), of_copies.expand(num_rows, len(place))]
         return torch.cat(parts, dim=1)[real]
 
@@ -290,18 +291,23 @@ def lay_out_stream(
         "own": (none, both(start + slot - 1, start + longest[:, None] + before)),
     }
     joined = {name: torch.cat(pair) for name, pair in parts.items()}
-    size = len(joined["source"])
     if bucketed:
-        empty = torch.arange(size, stream_bucket(size), device=device)
-        zero = torch.zeros_like(empty)
-        padding = {"source": zero + response + instruction, "own": empty}
-        joined = {name: torch.cat([values, padding.get(name, zero)]) for name, values in joined.items()}
+        joined = to_bucket(joined, instruction=instruction, response=response)
     if response:
         ordinal = torch.arange(1, num_copies + 1, device=device)
         readout = start + longest[:, None] + response * ordinal - 1
     else:
         readout = torch.where(rows.history > 0, start + rows.history - 1, instruction - 1)
     return TokenStream(**joined, readout=readout[rows.history >= 0])
+
+
+def to_bucket(fields: dict[str, Tensor], *, instruction: int, response: int) -> dict[str, Tensor]:
+    """Fields of a `TokenStream`, (S,) each, with padding up to `stream_bucket`, which sees itself alone."""
+    size = len(fields["source"])
+    empty = torch.arange(size, stream_bucket(size), device=fields["source"].device)
+    zero = torch.zeros_like(empty)
+    padding = {"source": zero + response + instruction, "own": empty}
+    return {name: torch.cat([values, padding.get(name, zero)]) for name, values in fields.items()}
 
 
 def stream_bucket(size: int) -> int:
