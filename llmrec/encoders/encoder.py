@@ -53,9 +53,7 @@ def encode_texts(
         for number, batch in enumerate(batches):
             names = [different[index][0] for index in batch]
             bar.update(len(batch))
-            if number % distributed.world_size() == distributed.rank() and not all(
-                name in cache for name in names
-            ):
+            if is_to_do(number, names, cache):
                 cache.add(names, encoder.encode([prepared[index] for index in batch]))
     share(cache)
     return cache.hand_over(keys)
@@ -89,23 +87,56 @@ def encode_pictures(
         hashed = map_ahead(key, sources, ahead=1000)
         keys = list(progress(hashed, "look at pictures", total=len(sources), unit="picture"))
     different = list(dict(zip(keys, sources)).items())
-    width = None
-    absent: list[str] = []
+    blocks = [different[start : start + batch_size] for start in range(0, len(different), batch_size)]
+    mine = [
+        block for number, block in enumerate(blocks) if is_to_do(number, [name for name, _ in block], cache)
+    ]
+    encode_blocks(encoder, mine, read, cache, ahead=2 * batch_size)
+    share(cache)
+    present = np.array([name in cache for name in keys], dtype=bool)
+    vectors = cache.hand_over([name for name, there in zip(keys, present) if there])
+    readable = ~np.isnan(vectors).all(axis=1)
+    if not readable.all():
+        present[present] = readable
+        vectors = vectors[readable]
+    return vectors, present
+
+
+def is_to_do(number: int, names: list[str], cache: VectorCache) -> bool:
+    """Whether a batch of these keys, the one of that number, is this process's and not in the cache yet."""
+    own = number % distributed.world_size() == distributed.rank()
+    return own and not all(name in cache for name in names)
+
+
+def encode_blocks(
+    encoder: Encoder,
+    blocks: list[list[tuple[str, Any]]],
+    read: Callable[[Any], Any],
+    cache: VectorCache,
+    *,
+    ahead: int,
+) -> None:
+    """Add the vectors of pictures to the cache, NaN for those that cannot be read.
+
+    As long as none can be read, it is not known how wide vectors are, and nothing is added.
+
+    Args:
+        encoder: what turns prepared pictures into vectors.
+        blocks: key and source of each picture, by call of the encoder.
+        read: see `encode_pictures`.
+        cache: takes the vectors.
+        ahead: how many pictures are read and prepared in advance.
+    """
 
     def load(source: Any) -> Any:
         picture = read(source)
         return None if picture is None else encoder.prepare([picture])[0]
 
-    blocks = [different[start : start + batch_size] for start in range(0, len(different), batch_size)]
-    mine = [
-        block
-        for number, block in enumerate(blocks)
-        if number % distributed.world_size() == distributed.rank()
-        and not all(name in cache for name, _ in block)
-    ]
-    with progress(None, "encode pictures", total=sum(map(len, mine)), unit="picture") as bar:
-        loaded = map_ahead(load, [source for block in mine for _, source in block], ahead=2 * batch_size)
-        for block in mine:
+    width = None
+    absent: list[str] = []
+    with progress(None, "encode pictures", total=sum(map(len, blocks)), unit="picture") as bar:
+        loaded = map_ahead(load, [source for block in blocks for _, source in block], ahead=ahead)
+        for block in blocks:
             prepared = {name: next(loaded) for name, _ in block}
             bar.update(len(block))
             there = {name: picture for name, picture in prepared.items() if picture is not None}
@@ -118,14 +149,6 @@ def encode_pictures(
         next(loaded, None)
     if width is not None and absent:  # a picture that cannot be read is remembered as such
         cache.add(absent, np.full((len(absent), width), np.nan, np.float32))
-    share(cache)
-    present = np.array([name in cache for name in keys], dtype=bool)
-    vectors = cache.hand_over([name for name, there in zip(keys, present) if there])
-    readable = ~np.isnan(vectors).all(axis=1)
-    if not readable.all():
-        present[present] = readable
-        vectors = vectors[readable]
-    return vectors, present
 
 
 def share(cache: VectorCache) -> None:
