@@ -109,11 +109,55 @@ def fetch_pictures(
     limits = limits or PictureLimits()
     folder.mkdir(parents=True, exist_ok=True)
     jobs = list(wanted)
-    found: dict[tuple[str, str], Picture] = {}
     earlier = read_status(folder)
+    found = look_up(jobs, folder, earlier, offline=offline)
+    items_of: dict[str, list[str]] = {}
+    for item, url in jobs:
+        if (item, url) not in found:
+            items_of.setdefault(url, []).append(item)
+    saved, lock = time.monotonic(), threading.Lock()
+    asked = set(jobs)
+    others = [picture for picture in earlier if (picture.item, picture.url) not in asked]
+
+    def save() -> None:
+        """Write down what is known, of other data sets with pictures in this folder too."""
+        write_status(folder, [*others, *found.values()])
+
+    def fetch(url: str) -> None:
+        nonlocal saved
+        picture = fetch_picture(url, folder, limits, sleep)
+        with lock:
+            for item in items_of[url]:
+                found[item, url] = replace(picture, item=item)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+
+    pool = ThreadPoolExecutor(limits.num_threads)
+    try:
+        work = pool.map(fetch, items_of)
+        for _ in progress(work, "fetch pictures", total=len(items_of), unit="picture"):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+        save()
+    return [found[job] for job in jobs]
+
+
+def look_up(
+    jobs: list[tuple[str, str]], folder: Path, earlier: list[Picture], *, offline: bool
+) -> dict[tuple[str, str], Picture]:
+    """What is known of pictures without asking for them, by item and address; the others are to be fetched.
+
+    Args:
+        jobs: raw item id and address of each picture.
+        folder: where pictures are kept.
+        earlier: what earlier runs wrote down, see `read_status`.
+        offline: leave none to be fetched.
+    """
     before = {picture.url: picture for picture in earlier if picture.status in ("refused", "ok")}
     there = {path.stem: path.name for path in folder.iterdir() if path.suffix in ENDINGS.values()}
-    open_jobs: dict[str, list[str]] = {}
+    found: dict[tuple[str, str], Picture] = {}
     for item, url in jobs:
         name = there.get(name_of(url))
         if name is not None:
@@ -122,35 +166,7 @@ def fetch_pictures(
             found[item, url] = Picture(item=item, url=url, status="refused", reason=before[url].reason)
         elif offline:
             found[item, url] = Picture(item=item, url=url, status="offline", reason="not there, offline")
-        else:
-            open_jobs.setdefault(url, []).append(item)
-    saved, lock = time.monotonic(), threading.Lock()
-    asked = set(jobs)
-    others = [picture for picture in earlier if (picture.item, picture.url) not in asked]
-
-    def note() -> None:
-        """Write down what is known, of other data sets with pictures in this folder too."""
-        write_status(folder, [*others, *found.values()])
-
-    def one(url: str) -> None:
-        nonlocal saved
-        picture = fetch_picture(url, folder, limits, sleep)
-        with lock:
-            for item in open_jobs[url]:
-                found[item, url] = Picture(**{**vars(picture), "item": item})
-            if time.monotonic() - saved > SAVE_SECONDS:
-                note()
-                saved = time.monotonic()
-
-    pool = ThreadPoolExecutor(limits.num_threads)
-    try:
-        work = pool.map(one, open_jobs)
-        for _ in progress(work, "fetch pictures", total=len(open_jobs), unit="picture"):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
-        note()
-    return [found[job] for job in jobs]
+    return found
 
 
 def fetch_picture(url: str, folder: Path, limits: PictureLimits, sleep: Callable[[float], None]) -> Picture:
