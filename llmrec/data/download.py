@@ -21,14 +21,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from urllib3.exceptions import HTTPError
 
 from llmrec import storage
 from llmrec.data.web import RefusedError, RetryError, number_of, request, short, shown
 from llmrec.errors import DataError
-from llmrec.manifest import sha256
+from llmrec.manifest import flush, sha256
 from llmrec.progress import progress
 
 logger = logging.getLogger("llmrec")
@@ -105,7 +105,25 @@ def download(
         if path.exists():  # now
             check_file(path, file)
             return path
-        return fetch_from_any(file, path, retries, timeout_seconds, pause_seconds, public_only, sleep)
+        mirrors, part = list(file.urls), part_of(path)
+        reasons: dict[str, str] = {}
+        most, failed = size_of(part), 0  # bytes that there ever were; rounds in a row that brought no more
+        while True:
+            last = ask_mirrors(
+                file, path, mirrors, reasons, enough=most + PROGRESS_BYTES,
+                timeout_seconds=timeout_seconds, public_only=public_only,
+            )  # fmt: skip
+            if last.done:
+                return path
+            most, failed = (size_of(part), 0) if last.grew else (most, failed + 1)
+            if not mirrors or failed > retries:
+                break
+            pause = min(60.0, pause_seconds * 2 ** max(failed - 1, 0)) * random.uniform(0.75, 1.25)
+            sleep(max(pause, min(last.wait_seconds, 300.0)))
+    raise DataError(
+        f"{file.name} could not be fetched: {'; '.join(dict.fromkeys(reasons.values()))}. Run the same "
+        f"command again to go on from what has arrived, or put the file at {path} yourself"
+    )
 
 
 @contextlib.contextmanager
@@ -125,46 +143,59 @@ def alone(path: Path, sleep: Callable[[float], None]) -> Iterator[None]:
         os.close(handle)
 
 
-def fetch_from_any(
+class Round(NamedTuple):
+    """What a round over the mirrors brought."""
+
+    done: bool = False
+    """The file is there"""
+    grew: bool = False
+    """Enough of it arrived to ask on, whatever failed before"""
+    wait_seconds: float = 0.0
+    """Pause that a mirror asked for"""
+
+
+def ask_mirrors(
     file: RemoteFile,
     path: Path,
-    retries: int,
+    mirrors: list[str],
+    reasons: dict[str, str],
+    *,
+    enough: int,
     timeout_seconds: float,
-    pause_seconds: float,
     public_only: bool,
-    sleep: Callable[[float], None],
-) -> Path:
-    """`download` of a file that is not there."""
-    mirrors, reasons, part = list(file.urls), {}, part_of(path)
-    most, failed = size_of(part), 0  # bytes that there ever were; rounds in a row that brought no more
-    while True:
-        wait, told, grew = None, set(), False
-        # First the mirror whose bytes are here: those of another would have to begin anew.
-        for url in sorted(mirrors, key=lambda one: one != read_note(part).get("url")):
-            try:
-                fetch(file, url, path, timeout_seconds, public_only)
-                return path
-            except RefusedError as error:
-                mirrors.remove(url)
-                reasons[url] = str(error)
-            except RetryError as error:
-                reasons[url] = str(error)
-                wait = error.wait_seconds if error.wait_seconds is not None else wait
-            if reasons[url] not in told:  # http and https fail for one reason where a host has no address
-                logger.warning("download of %s: %s", file.name, reasons[url])
-            told.add(reasons[url])
-            if grew := size_of(part) >= most + PROGRESS_BYTES:
-                most = size_of(part)
-                break
-        failed = 0 if grew else failed + 1
-        if not mirrors or failed > retries:
-            break
-        pause = min(60.0, pause_seconds * 2 ** max(failed - 1, 0)) * random.uniform(0.75, 1.25)
-        sleep(max(pause, min(wait or 0.0, 300.0)))
-    raise DataError(
-        f"{file.name} could not be fetched: {'; '.join(dict.fromkeys(reasons.values()))}. Run the same "
-        f"command again to go on from what has arrived, or put the file at {path} yourself"
-    )
+) -> Round:
+    """Ask one mirror after the other, until one gives the file or `enough` of its bytes are here.
+
+    Args:
+        file: what to fetch.
+        path: where to.
+        mirrors: whom to ask; those that refuse for good are taken out.
+        reasons: takes in why a mirror did not give the file, by mirror.
+        enough: size of a part from which on the round ends, to ask on where bytes came from.
+        timeout_seconds: see `download`.
+        public_only: see `download`.
+
+    Raises:
+        DataError: the disk is full.
+    """
+    part, told, wait = part_of(path), set(), 0.0
+    # First the mirror whose bytes are here: those of another would have to begin anew.
+    for url in sorted(mirrors, key=lambda one: one != read_note(part).get("url")):
+        try:
+            fetch(file, url, path, timeout_seconds, public_only)
+            return Round(done=True)
+        except RefusedError as error:
+            mirrors.remove(url)
+            reasons[url] = str(error)
+        except RetryError as error:
+            reasons[url] = str(error)
+            wait = error.wait_seconds if error.wait_seconds is not None else wait
+        if reasons[url] not in told:  # http and https fail for one reason where a host has no address
+            logger.warning("download of %s: %s", file.name, reasons[url])
+        told.add(reasons[url])
+        if size_of(part) >= enough:
+            return Round(grew=True, wait_seconds=wait)
+    return Round(wait_seconds=wait)
 
 
 def fetch(file: RemoteFile, url: str, path: Path, timeout_seconds: float, public_only: bool) -> None:
@@ -267,11 +298,7 @@ def finish(file: RemoteFile, part: Path, path: Path, total: int | None, url: str
         raise RetryError(f"{shown(url)}: the packed file that arrived is damaged")
     os.replace(part, path)
     note_of(part).unlink(missing_ok=True)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path.parent)
     logger.info("fetched %s, %s bytes%s", path, f"{size:,}", "" if file.sha256 else " (no known sha256)")
 
 
