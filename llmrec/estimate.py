@@ -107,61 +107,34 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
     if run_dir is not None:
         check_run(recipe, run_dir)
     config = recipe.finetune
-    data = stage_of(run_dir, Interactions)
-    if data is None:
-        from llmrec.data.prepare import prepare_data
-
-        refuse_unreachable(recipe)
-        data = prepare_data(recipe.prepare_data)
+    data = data_of(recipe, run_dir)
     widths, bounds = vector_widths(recipe, run_dir, data)
     names = modalities_of(config, tuple(widths))
     prompt = base_model.load_prompt(config)
-    base = meta_base(config, prompt)
     held = {name: widths[name] for name in names}
-    model = meta_model(recipe, config, base, prompt, held, data)
-    targets = training_targets(config, data)
-    # On a GPU rows stand in a stream unless told otherwise, with one instruction for all.
-    shared = model.share_instruction or (config.share_instruction and config.rows == "auto")
-    options: dict[str, Any] = {
+    model = meta_model(recipe, config, meta_base(config, prompt), prompt, held, data)
+    layout: dict[str, Any] = {
         "instruction": len(prompt.instruction),
         "response": len(prompt.response),
-        "tokens_per_item": model.item_tokens.tokens_per_item,
+        "layout": config.layout,
+        # On a GPU rows stand in a stream unless told otherwise, with one instruction for all.
+        "shared": model.share_instruction or (config.share_instruction and config.rows == "auto"),
         "min_slots": model.min_slots,
+        "tokens_per_item": model.item_tokens.tokens_per_item,
     }
-    tokens, item_tokens, largest = 0, 0, 0
-    steps = steps_of_epoch(targets, config, 1, len(prompt.response), model.item_tokens.tokens_per_item)
-    for chosen in steps:
-        step = targets.take(chosen)
-        size = count_tokens(step, layout=config.layout, shared=shared, **options)
-        tokens, largest = tokens + size, max(largest, size)
-        item_tokens += distinct_items(data.item, step)
-    counts = {
-        "users": data.num_users,
-        "items": data.num_items,
-        "interactions": len(data.item),
-        "targets": len(targets),
-        "steps": len(steps),
-        "tokens": tokens,
-        "tokens_per_prefix": count_tokens(targets, layout="per_prefix", shared=False, **options),
-        "item_tokens": item_tokens,
-        "largest_step": largest,
-        "epochs": config.epochs,
-    }
+    counts = counts_of(config, data, layout)
     parameters = build.parameter_counts(model)
-    flops = operations(model, counts, parameters)
     memory = bytes_used(config, model, held, counts)
-    # AdamW reads weight, gradient and both moments, and writes all but the gradient: 7 numbers of 4 bytes.
-    moved = None
-    plain = (config.quantize, config.optimizer, config.checkpoint_activations) == ("none", "adamw", False)
-    if plain and not config.is_mini:
-        moved = counts["steps"] * (2 * memory["frozen weights"] + 28.0 * parameters["trainable"])
-    bounds = {name: width for name, width in bounds.items() if name in names}
     return Estimate(
-        counts=counts, parameters=parameters, bounds=bounds, flops=flops, memory=memory, moved=moved,
+        counts=counts,
+        parameters=parameters,
+        bounds={name: width for name, width in bounds.items() if name in names},
+        flops=operations(model, counts, parameters),
+        memory=memory,
+        moved=bytes_moved(config, counts["steps"], memory["frozen weights"], parameters["trainable"]),
         precision=config.precision,
-        others=work_before(recipe, data, widths)
-        | {"evaluate": ranking(config, model, data, options, shared=shared)},
-    )  # fmt: skip
+        others=work_before(recipe, data, widths) | {"evaluate": ranking(config, model, data, layout)},
+    )
 
 
 def check_run(recipe: Recipe, run_dir: Path) -> None:
@@ -204,6 +177,17 @@ def refuse_unreachable(recipe: Recipe) -> None:
             f"from here. Put them into {recipe.prepare_data.folder}, or give the --run-dir of a run that has "
             "finished prepare_data"
         )
+
+
+def data_of(recipe: Recipe, run_dir: Path | None) -> Interactions:
+    """The data: those of the run folder, or prepared now."""
+    data = stage_of(run_dir, Interactions)
+    if data is None:
+        from llmrec.data.prepare import prepare_data
+
+        refuse_unreachable(recipe)
+        data = prepare_data(recipe.prepare_data)
+    return data
 
 
 def stage_of(run_dir: Path | None, artifact: Any) -> Any:
@@ -321,6 +305,36 @@ def meta_model(
         return build.build_model(config, base, prompt, vectors, made, counts, torch.device("meta"))
 
 
+def counts_of(config: FinetuneConfig, data: Interactions, layout: dict[str, Any]) -> dict[str, int]:
+    """`Estimate.counts`.
+
+    Args:
+        config: settings.
+        data: what is trained on.
+        layout: all arguments of `count_tokens` but the targets.
+    """
+    targets = training_targets(config, data)
+    tokens, item_tokens, largest = 0, 0, 0
+    steps = steps_of_epoch(targets, config, 1, layout["response"], layout["tokens_per_item"])
+    for chosen in steps:
+        step = targets.take(chosen)
+        size = count_tokens(step, **layout)
+        tokens, largest = tokens + size, max(largest, size)
+        item_tokens += distinct_items(data.item, step)
+    return {
+        "users": data.num_users,
+        "items": data.num_items,
+        "interactions": len(data.item),
+        "targets": len(targets),
+        "steps": len(steps),
+        "tokens": tokens,
+        "tokens_per_prefix": count_tokens(targets, **layout | {"layout": "per_prefix", "shared": False}),
+        "item_tokens": item_tokens,
+        "largest_step": largest,
+        "epochs": config.epochs,
+    }
+
+
 def distinct_items(item: np.ndarray, targets: Any) -> int:
     """Different items in the histories of a step, which are turned into tokens once each."""
     if not len(targets):
@@ -348,14 +362,13 @@ def operations(model: Any, counts: dict[str, int], parameters: dict[str, int]) -
     }
 
 
-def ranking(
-    config: FinetuneConfig, model: Any, data: Interactions, options: dict[str, Any], *, shared: bool
-) -> Work | str:
-    """Ranking the catalogue for every test user: one pass over the histories, and all scores."""
+def ranking(config: FinetuneConfig, model: Any, data: Interactions, layout: dict[str, Any]) -> Work | str:
+    """Ranking the catalogue for every test user: one pass over the histories, and all scores; layout as in
+    `counts_of`."""
     if config.is_mini:
         return "not known for a mini base"
     targets = data.targets("test", max_history=config.max_history)
-    tokens = count_tokens(targets, layout=config.layout, shared=shared, **options)
+    tokens = count_tokens(targets, **layout)
     linear = [module for module in model.base.modules() if isinstance(module, nn.Linear)]
     weights = sum(module.in_features * module.out_features for module in linear)
     scores = len(targets) * (data.num_items + 1) * model.base.config.hidden_size
@@ -400,10 +413,25 @@ def bytes_used(
     }
 
 
+def bytes_moved(config: FinetuneConfig, steps: int, frozen: float, trained: int) -> float | None:
+    """`Estimate.moved`.
+
+    Args:
+        config: settings.
+        steps: of an epoch.
+        frozen: bytes of frozen weights.
+        trained: number of trained parameters.
+    """
+    plain = (config.quantize, config.optimizer, config.checkpoint_activations) == ("none", "adamw", False)
+    if not plain or config.is_mini:
+        return None
+    # AdamW reads weight, gradient and both moments, and writes all but the gradient: 7 numbers of 4 bytes.
+    return steps * (2 * frozen + 28.0 * trained)
+
+
 def shown(found: Estimate, gpu: str) -> str:
     """The estimate as people read it."""
-    memory, bandwidth = GPUS[gpu].memory, GPUS[gpu].bandwidth
-    peak = GPUS[gpu].peak_fp32 if found.precision == "fp32" else GPUS[gpu].peak
+    memory = GPUS[gpu].memory
     counts, parts = found.counts, found.parameters
     fewer = counts["tokens_per_prefix"] / max(counts["tokens"], 1)
     lines = [
@@ -434,22 +462,29 @@ def shown(found: Estimate, gpu: str) -> str:
     lines += [
         f"            {scaled(value, 'B'):>15}  {name}" for name, value in found.memory.items() if value
     ]
+    return "\n".join([*lines, *times(found, gpu)])
+
+
+def times(found: Estimate, gpu: str) -> list[str]:
+    """Lines on how long each stage takes."""
     if found.moved is None:
         fine = "not known for a mini base, 4 bits, 8-bit states or recomputed activations"
     else:
-        seconds = found.total_flops / (peak * UTILISATION) + MOVED * found.moved / bandwidth
-        epochs = f"{counts['epochs']} epoch{'s' * (counts['epochs'] != 1)}"
-        fine = f"{duration(seconds * counts['epochs'])}: {epochs} of {duration(seconds)}"
-    times = {
+        peak = GPUS[gpu].peak_fp32 if found.precision == "fp32" else GPUS[gpu].peak
+        seconds = found.total_flops / (peak * UTILISATION) + MOVED * found.moved / GPUS[gpu].bandwidth
+        number = found.counts["epochs"]
+        fine = f"{duration(seconds * number)}: {number} epoch{'s' * (number != 1)} of {duration(seconds)}"
+    others = {
         stage: work if isinstance(work, str) else work.shown(GPUS[gpu])
         for stage, work in found.others.items()
     }
-    lines.append(f"time        on one {gpu} (rough)")
-    lines += [
-        f"            {stage:18}  {times.get(stage, fine)}"
-        for stage in ("train_collab", "encode_items", "learn_semantic_ids", "finetune", "evaluate")
+    return [
+        f"time        on one {gpu} (rough)",
+        *(
+            f"            {stage:18}  {others.get(stage, fine)}"
+            for stage in ("train_collab", "encode_items", "learn_semantic_ids", "finetune", "evaluate")
+        ),
     ]
-    return "\n".join(lines)
 
 
 def scaled(value: float, unit: str) -> str:
