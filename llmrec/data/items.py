@@ -54,6 +54,7 @@ class ItemFile:
         self.path = Path(config.items) if config.items is not None else None
         self.title, self.texts, self.image = config.title_column, config.text_columns, config.image_column
         self.url, self.folder, self.offline = config.image_url_column, config.image_folder, config.offline
+        self.root = picture_root(config)
         self.fetched: dict[str, Picture] = {}
         self.repeated_rows = 0
         """Rows that say once more what an earlier one says"""
@@ -67,13 +68,6 @@ class ItemFile:
         self.ids = id_column(table, file, item).combine_chunks()
         self.columns = {name: text_column(table, file, name) for name in optional}
         self._keep_first_rows(item)
-
-    @property
-    def root(self) -> Path | None:
-        """Folder that picture paths are relative to."""
-        if self.url is not None:
-            return Path(given(self.folder)).resolve()
-        return None if self.path is None or self.image is None else self.path.resolve().parent
 
     def knows(self, log: Log, what: str) -> np.ndarray:
         """Which interactions have an item of this file; bool (n,).
@@ -114,7 +108,7 @@ class ItemFile:
         images: list[str | None] = [None] * len(names)
         if self.image is not None:
             paths = [name.strip() for name in taken[self.image].to_pylist()]
-            images = [name if name and is_there(self.root / name) else None for name in paths]
+            images = [name if name and is_there(given(self.root) / name) else None for name in paths]
             counts["items_without_picture_path"] = paths.count("")
             counts["missing_picture_files"] = images.count(None) - paths.count("")
         if self.url is not None:
