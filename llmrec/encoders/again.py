@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ import pyarrow as pa
 from llmrec.artifacts import ContentEmbeddings
 from llmrec.config import from_dict
 from llmrec.encoders.config import ImageEncoderConfig, TextEncoderConfig
-from llmrec.encoders.encode import image_encoder, item_texts, text_encoder
+from llmrec.encoders.encode import image_encoder, item_texts, say_something, text_encoder
 from llmrec.encoders.encoder import Encoder, encode_pictures, encode_texts, finish
 from llmrec.encoders.pictures import read_picture
 from llmrec.errors import ConfigError
@@ -46,7 +45,7 @@ class ItemEncoders:
         if config.template is None:
             config = replace(config, columns=tuple(columns))
         texts, _ = item_texts(config, items)
-        present = np.array([re.search(r"\w", text) is not None for text in texts], dtype=bool)
+        present = say_something(texts)
         chosen = [text for text, there in zip(texts, present) if there]
         if not chosen:
             return self._finish("text", np.zeros((0, self._width("text")), np.float32), present, items)

@@ -70,7 +70,7 @@ def encode_text(config: TextEncoderConfig, data: Interactions) -> Encoded:
     if config.encoder == "precomputed":
         return precomputed("text", config, data)
     texts, columns = item_texts(config, data.items)
-    present = np.array([re.search(r"\w", text) is not None for text in texts])
+    present = say_something(texts)
     if not present.any():
         raise DataError(
             f"encode_items.text: none of the {data.num_items} items has text in {', '.join(columns)}; "
@@ -245,6 +245,11 @@ def assemble(
         "settings": as_dict(config),
     }
     return rows, missing, {**shared, **about}, fitted
+
+
+def say_something(texts: list[str]) -> np.ndarray:
+    """Which texts hold a letter or digit, bool (n,); items with the others count as missing."""
+    return np.array([re.search(r"\w", text) is not None for text in texts], dtype=bool)
 
 
 def item_texts(config: TextEncoderConfig, items: pa.Table) -> tuple[list[str], list[str]]:
