@@ -33,13 +33,15 @@ from llmrec.artifacts import SemanticIds
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
-from llmrec.interactions import Interactions
+from llmrec.interactions import Interactions, Targets
 
 if TYPE_CHECKING:
     import torch
 
+    from llmrec.evaluation.rank import Scorer
     from llmrec.finetune.model import MMESID
     from llmrec.finetune.prompt import Prompt
+    from llmrec.finetune.trainer import Trainer
 
 LAYOUTS = ("packed", "per_prefix")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -63,8 +65,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Published configs (llama3-8b: meta-llama/Meta-Llama-3-8B), but for the vocabulary, which only texts use."""
 
-FEWEST_ITEMS = 100
-"""In the random histories of `catalogue`, where a hundred items are popular."""
+POPULAR_ITEMS = 100
+"""Items that the random histories of `catalogue` name again and again; no catalogue may be smaller."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "16 targets": {"batch_size": 16},
@@ -225,9 +227,9 @@ def catalogue(options: argparse.Namespace) -> None:
     from llmrec.finetune.scoring import scorer_of
     from llmrec.finetune.trainer import Trainer
 
-    if options.items < FEWEST_ITEMS:
+    if options.items < POPULAR_ITEMS:
         raise ConfigError(
-            f"--items must be at least {FEWEST_ITEMS}, which the random histories name, got {options.items}"
+            f"--items must be at least {POPULAR_ITEMS}, which the random histories name, got {options.items}"
         )
     data = random_data(options.items)
     config = mini_config(options, batch_size=16)
@@ -251,13 +253,14 @@ def show_memory(what: str, begun: float | None = None) -> None:
 
 
 def random_data(num_items: int, num_users: int = 500) -> Interactions:
-    """Users of 12 random items each."""
+    """Users of 12 items each: popular ones at every seventh of the first N places, and random ones."""
     import pyarrow as pa
 
     rng = np.random.default_rng(0)
     split = np.tile(np.array([0] * 10 + [1, 2], dtype=np.int8), num_users)
     item = rng.integers(1, num_items + 1, len(split))
-    item[:num_items:7] = np.arange(1, len(item[:num_items:7]) + 1) % 100 + 1
+    popular = item[:num_items:7]
+    popular[:] = np.arange(1, len(popular) + 1) % POPULAR_ITEMS + 1
     names = [str(number) for number in range(1, num_items + 1)]
     count = np.bincount(item[split == 0], minlength=num_items + 1)[1:]
     table = pa.table({"raw_id": names, "title": names, "train_count": count})
@@ -361,40 +364,19 @@ def measure(
     config: FinetuneConfig, data: Interactions, model: MMESID, peak: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Some steps after a round of the same that does not count, and one ranking of some users."""
-    import torch
-
-    from llmrec.data.batches import pad_histories
-    from llmrec.evaluation.rank import rank_users
     from llmrec.finetune.scoring import scorer_of
     from llmrec.finetune.trainer import Trainer
 
     device = distributed.device()
     trainer = Trainer(config, data, model)
     steps = trainer.steps_of(1)
-
     timed = steps[: options.steps]
-    for chosen in timed:  # so that nothing is compiled or recorded while the clock runs
-        trainer.train_step(trainer.targets.take(chosen))
-    machine.finish(device)
-    begun, tokens = time.perf_counter(), 0
-    for chosen in timed:
-        tokens += trainer.train_step(trainer.targets.take(chosen))[1]
-    machine.finish(device)
-    seconds = time.perf_counter() - begun
+    seconds, tokens = training_time(trainer, timed)
     speed = tokens / seconds
     memory = machine.peak_memory(device)
-    scorer = scorer_of(model, config)
     targets = data.targets("test")
     some = targets.take(np.arange(min(options.users, len(targets))))
-    history = pad_histories(
-        torch.from_numpy(data.item), torch.from_numpy(some.start[:8]), torch.from_numpy(some.stop[:8])
-    )
-    scorer.score(history.to(device))
-    machine.finish(device)
-    begun = time.perf_counter()
-    rank_users(scorer, data, some)
-    machine.finish(device)
-    ranked = time.perf_counter() - begun
+    ranked = ranking_time(scorer_of(model, config), data, some)
     return {
         "steps": len(timed),
         "users_ranked": len(some),
@@ -406,6 +388,38 @@ def measure(
         "peak_gb" if device.type == "cuda" else "peak_gb_so_far": round(memory / 1e9, 2),
         "evaluation_seconds": round(ranked * len(targets) / len(some), 1),
     }
+
+
+def training_time(trainer: Trainer, steps: list[np.ndarray]) -> tuple[float, int]:
+    """Seconds and tokens of steps, after a round of the same that does not count."""
+    device = distributed.device()
+    for chosen in steps:  # so that nothing is compiled or recorded while the clock runs
+        trainer.train_step(trainer.targets.take(chosen))
+    machine.finish(device)
+    begun, tokens = time.perf_counter(), 0
+    for chosen in steps:
+        tokens += trainer.train_step(trainer.targets.take(chosen))[1]
+    machine.finish(device)
+    return time.perf_counter() - begun, tokens
+
+
+def ranking_time(scorer: Scorer, data: Interactions, targets: Targets) -> float:
+    """Seconds to rank users, after a few that do not count."""
+    import torch
+
+    from llmrec.data.batches import pad_histories
+    from llmrec.evaluation.rank import rank_users
+
+    device = distributed.device()
+    history = pad_histories(
+        torch.from_numpy(data.item), torch.from_numpy(targets.start[:8]), torch.from_numpy(targets.stop[:8])
+    )
+    scorer.score(history.to(device))
+    machine.finish(device)
+    begun = time.perf_counter()
+    rank_users(scorer, data, targets)
+    machine.finish(device)
+    return time.perf_counter() - begun
 
 
 def main(arguments: list[str] | None = None) -> None:
