@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -149,9 +150,13 @@ def flush_all(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on disk."""
+    """Wait until a file or a folder's list of names is on disk, if the disk can be asked that of folders:
+    some that are shared over a network refuse (EINVAL), when all the work is done."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(handle)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 
 from llmrec.errors import MissingArtifactError, StaleArtifactError
 from llmrec.finished import load
-from llmrec.manifest import MANIFEST, write_manifest
+from llmrec.manifest import MANIFEST, flush_all, write_manifest
 from llmrec.stages import STAGES
 
 
@@ -172,3 +175,26 @@ def test_a_full_disk_stops_a_run_with_a_sentence_and_more_room_lets_it_go_on(tmp
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 3
+
+
+def test_a_disk_that_cannot_flush_folders_ends_no_stage(tmp_path, monkeypatch):
+    """Some that are shared over a network; files must be flushed all the same."""
+    (tmp_path / "a.txt").write_text("a")
+    real, asked = os.fsync, []
+
+    def fsync(handle: int) -> None:
+        asked.append(stat.S_ISDIR(os.fstat(handle).st_mode))
+        if asked[-1]:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    flush_all(tmp_path)
+    assert asked == [False, True]
+
+    def broken(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        flush_all(tmp_path)

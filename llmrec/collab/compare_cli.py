@@ -32,6 +32,7 @@ def main(
     *,
     name: str = "compare_providers",
     description: str | None = None,
+    arguments: list[str] | None = None,
 ) -> None:
     """Compare from the command line, and exit (codes as in `llmrec.recipe.main`).
 
@@ -40,13 +41,20 @@ def main(
         data: settings of prepare_data; None: ``--prepare-data`` must be given.
         name: of the folder that results go to, below runs/.
         description: help text.
+        arguments: command line; None: the process's.
     """
-    sys.exit(guarded(lambda: compare(rows(), data() if data else None, name, description)))
+    sys.exit(guarded(lambda: compare(rows(), data() if data else None, name, description, arguments)))
 
 
-def compare(rows: Rows, data_config: PrepareDataConfig | None, name: str, description: str | None) -> None:
-    """Train what is missing and write results.json, table.md and report.html."""
-    options = parser(rows, data_config, name, description).parse_args()
+def compare(
+    rows: Rows,
+    data_config: PrepareDataConfig | None,
+    name: str,
+    description: str | None,
+    arguments: list[str] | None,
+) -> None:
+    """Train what is missing and write results.json, table.md and report.html; arguments as of `main`."""
+    options = parser(rows, data_config, name, description).parse_args(arguments)
     of_data, of_rows = by_stage(options.set, data_config is not None)
     every = set(rows)
     own = own_rows(rows, options.row)

@@ -251,13 +251,12 @@ def test_rows_that_cannot_be_are_refused(row, message):
     assert message in str(caught.value)
 
 
-def test_a_row_of_ones_own_is_trained_beside_the_others(finished, tmp_path, monkeypatch, capsys):
+def test_a_row_of_ones_own_is_trained_beside_the_others(finished, tmp_path, capsys):
     root, _, _ = finished
-    command = ["x", "--prepare-data", str(root / "prepare_data"), "--run-dir", str(tmp_path), "--seeds", "0"]
+    command = ["--prepare-data", str(root / "prepare_data"), "--run-dir", str(tmp_path), "--seeds", "0"]
     command += ["--row", "own", "provider=gru4rec", "epochs=1"]
-    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as left:
-        compare_cli.main(rows)
+        compare_cli.main(rows, arguments=command)
     assert not left.value.code, capsys.readouterr().err
     assert list(json.loads((tmp_path / "results.json").read_text())["rows"]) == ["own"]
     kept = json.loads((tmp_path / "cells" / "own" / "seed0" / "config.json").read_text())
