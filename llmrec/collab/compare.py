@@ -225,7 +225,7 @@ def summarise_cells(
     for name, config in rows.items():
         done = finished_cells(name, config, seeds, data, root)
         found[name] = {"num_seeds": len(done), "num_wanted": len(seeds)}
-        found[name] |= {name: getattr(config, name) for name in ("select", "include_valid", "mask_seen")}
+        found[name] |= {key: getattr(config, key) for key in ("select", "include_valid", "mask_seen")}
         if done:
             found[name] |= row_figures([read_json(cell / "metrics.json") for cell in done])
             users[name] = mean_by_user(done)

@@ -38,8 +38,6 @@ ATOMIC = (".inter", ".item")
 """RecBole's atomic files: columns are named with their type, as ``user_id:token``."""
 LOOSE = (".txt", ".data")
 """Names that do not say what separates columns: the first of tab, comma, semicolon, bar, space there is."""
-
-
 BLOCK_BYTES = 1 << 24
 """Block in which text files are read; no row can be longer than two, such as one with a picture in it."""
 

@@ -301,7 +301,7 @@ def notes(results: dict[str, Any]) -> list[str]:
         if other := [
             f"`{entry['row']}`"
             for entry in results["rows"]
-            if entry.get("valid_mask_seen", results["mask_seen"]) != results["mask_seen"]
+            if entry.get("validation") and entry["valid_mask_seen"] != results["mask_seen"]
         ]:
             history = "ranked, too" if results["mask_seen"] else "left out"
             found.append(f"At validation they are {history}: {', '.join(other)}.")
