@@ -686,29 +686,32 @@ def tables_in(text: str) -> list[dict[str, dict[str, str]]]:
     return found
 
 
+NARROW = ["--row", "narrow", "method=concat", "concat_mode=feature", "mini.hidden_size=2", "mini.num_heads=1"]
+"""A row that cannot be run: three modalities do not share two dimensions."""
+
+
 def test_methods_are_compared_on_one_run(finished, tmp_path, capsys):
     from llmrec.finetune import compare
 
     command = ["--run-dir", str(finished), "--out", str(tmp_path), "--jobs", "1", "--seeds", "0", "1"]
     command += ["--rows", "mme_sid", "e4srec", "concat", "se_sid_mmd", "concat_feature"]
+    command += NARROW
     for extra in (["--seeds", "0"], [], ["--summarise"]):
         with pytest.raises(SystemExit) as left:
             compare.main(tiny, command + extra)
         out, said = capsys.readouterr()
         assert left.value.code == (0 if extra == ["--summarise"] else 2)
-        assert (
-            "concat_feature cannot be run with these settings; the table says" in said or not left.value.code
-        )
-    reason = "\n`concat_feature` cannot be run with these settings: finetune.concat_mode='feature'"
+        assert "narrow cannot be run with these settings; the table says" in said or not left.value.code
+    reason = "\n`narrow` cannot be run with these settings: finetune.concat_mode='feature'"
     assert reason in out
     written = {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert written == {"table.md", "results.json", "report.html"}
     rows, costs = tables_in(out)[:2]
-    names = ["mme_sid", "e4srec", "concat", "se_sid_mmd", "concat_feature", "sasrec (ce)", "popularity"]
-    assert list(rows) == names and list(costs) == names[:4]
-    assert all(rows[name]["seeds"] == "2 of 2" for name in ("mme_sid", "e4srec", "concat"))
+    trained = ["mme_sid", "e4srec", "concat", "se_sid_mmd", "concat_feature"]
+    assert list(rows) == [*trained, "narrow", "sasrec (ce)", "popularity"] and list(costs) == trained
+    assert all(rows[name]["seeds"] == "2 of 2" for name in trained)
     assert re.fullmatch(r"0\.\d{4} ± 0\.\d{4}", rows["mme_sid"]["ndcg@10"])
-    assert rows["concat_feature"]["recall@10"] == "missing", "three modalities do not share a width of 16"
+    assert rows["narrow"]["recall@10"] == "missing"
     difference = "ndcg@10 minus mme_sid (95 % interval)"
     assert all(
         re.match(r"[+-]\d\.\d{4} \(", rows[name][difference])
@@ -902,18 +905,18 @@ def test_a_comparison_goes_on_without_a_row_whose_codebooks_collapse(finished, t
 def test_processes_share_the_cells_of_a_comparison(finished, tmp_path, capsys, caplog):
     from llmrec.finetune import compare
 
-    command = ["--run-dir", str(finished), "--rows", "mme_sid", "me", "concat_feature", "--seeds", "0", "1"]
+    command = ["--run-dir", str(finished), "--rows", "mme_sid", "me", "--seeds", "0", "1", *NARROW]
     caplog.set_level("INFO")
     with pytest.raises(SystemExit) as left:
         compare.main(tiny, [*command, "--out", str(tmp_path), "--jobs", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert left.value.code == 2, "a row that was asked for cannot be run"
-    assert any(line.startswith("`concat_feature` cannot be run") for line in lines)
+    assert any(line.startswith("`narrow` cannot be run") for line in lines)
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
     assert [row[:2] for row in table[:3]] == [
-        ["`mme_sid`", "2 of 2"], ["`me`", "2 of 2"], ["`concat_feature`", "0 of 2"],
+        ["`mme_sid`", "2 of 2"], ["`me`", "2 of 2"], ["`narrow`", "0 of 2"],
     ]  # fmt: skip
-    assert "concat_feature cannot be run with these settings" in caplog.text
+    assert "narrow cannot be run with these settings" in caplog.text
     assert "me, seed 0: recall@10 0." in caplog.text and "4 of 6 done" in caplog.text
     logs = [
         (tmp_path / row / f"seed{seed}" / "log.txt").read_text()

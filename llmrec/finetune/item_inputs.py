@@ -159,7 +159,7 @@ class SumOfParts(nn.Module):
 
 
 class SideBySide(nn.Module):
-    """Parts of width H / P, one behind the other in one token."""
+    """Parts whose widths add up to H, one behind the other in one token."""
 
     def forward(self, parts: list[Tensor]) -> Tensor:
         """(..., H)."""

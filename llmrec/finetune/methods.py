@@ -49,10 +49,12 @@ from llmrec.own import check_takes, is_own, own_class
 Parts = dict[str, nn.Module]
 
 
-def projected(inputs: ItemInputs, width: int | None = None) -> Parts:
-    """a_m of every modality; H wide unless said otherwise."""
-    width = inputs.hidden_size if width is None else width
-    return {f"vectors_{name}": ProjectedVectors(table, width) for name, table in inputs.vectors.items()}
+def projected(inputs: ItemInputs) -> Parts:
+    """a_m of every modality, H wide."""
+    return {
+        f"vectors_{name}": ProjectedVectors(table, inputs.hidden_size)
+        for name, table in inputs.vectors.items()
+    }
 
 
 def mlp(parts: Parts, inputs: ItemInputs, config: FinetuneConfig) -> Mlp:
@@ -92,13 +94,26 @@ def me(inputs: ItemInputs, config: FinetuneConfig) -> ItemTokens:
 def concat(inputs: ItemInputs, config: FinetuneConfig) -> ItemTokens:
     if config.concat_mode == "sequence":
         return ItemTokens(projected(inputs), OneTokenEach(len(inputs.vectors)))
-    width, left = divmod(inputs.hidden_size, len(inputs.vectors))
-    if left:
+    shares = shares_of_width(inputs.hidden_size, len(inputs.vectors))
+    if not all(shares):
         raise ConfigError(
-            f"finetune.concat_mode='feature' deals the model's width among {len(inputs.vectors)} modalities, "
-            f"which must divide it, got {inputs.hidden_size}"
+            f"finetune.concat_mode='feature' deals the base model's {inputs.hidden_size} dimensions among "
+            f"{len(inputs.vectors)} modalities, and there is not one for each"
         )
-    return ItemTokens(projected(inputs, width), SideBySide())
+    parts: Parts = {
+        f"vectors_{name}": ProjectedVectors(table, share)
+        for (name, table), share in zip(inputs.vectors.items(), shares)
+    }
+    return ItemTokens(parts, SideBySide())
+
+
+def shares_of_width(width: int, parts: int) -> list[int]:
+    """A token's dimensions, dealt as evenly as they go: where some are left over, the first parts get them.
+
+    Llama-3-8B's 4,096 are not a multiple of three modalities either; the paper does not say what then.
+    """
+    share, left = divmod(width, parts)
+    return [share + (part < left) for part in range(parts)]
 
 
 def concat_mlp(inputs: ItemInputs, config: FinetuneConfig) -> ItemTokens:

@@ -28,6 +28,7 @@ METHODS = [
     {"method": "me"},
     {"method": "me", "me_mode": "sum"},
     {"method": "concat"},
+    {"method": "concat", "concat_mode": "feature"},
     {"method": "concat_mlp"},
     {"method": "ctrl_mm"},
     {"method": "se_sid"},
@@ -95,15 +96,26 @@ def test_tokens_follow_their_formulas():
     torch.testing.assert_close(parts(ITEMS), F.gelu(second(torch.relu(first(inputs)))))
 
 
-def test_one_token_of_all_modalities_needs_a_width_they_can_share():
+@pytest.mark.parametrize(
+    ("dims", "widths"),
+    [({"collab": 5, "text": 7}, [8, 8]), ({"collab": 5, "image": 3, "text": 7}, [6, 5, 5])],
+)
+def test_one_token_of_all_modalities_deals_its_width_among_them(dims, widths):
     settings = {"method": "concat", "concat_mode": "feature", "fusion_temperature": 1e-3}
-    net = model(NUM_ITEMS, dims={"collab": 5, "text": 7}, **settings)
-    own = net.item_tokens.parts["vectors_collab"]
+    net = model(NUM_ITEMS, dims=dims, **settings)
+    parts = [net.item_tokens.parts[f"vectors_{name}"] for name in dims]
+    assert [part.width for part in parts] == widths and sum(widths) == WIDTH
     tokens = net.item_tokens(ITEMS)
-    assert tokens.shape == (NUM_ITEMS, WIDTH)
-    torch.testing.assert_close(tokens[:, : WIDTH // 2], linear(own, own.vectors[ITEMS]))
-    with pytest.raises(ConfigError, match=r"among 3 modalities, which must divide it, got 16"):
-        model(NUM_ITEMS, **settings)
+    expected = torch.cat([linear(part, part.vectors[ITEMS]) for part in parts], dim=-1)
+    torch.testing.assert_close(tokens, expected)
+
+
+def test_one_token_of_more_modalities_than_it_has_dimensions_is_refused():
+    names = ("collab", "text", "image")
+    vectors = {name: torch.zeros(3, 4) for name in names}
+    narrow = ItemInputs(vectors=vectors, codes={}, codebooks={}, hidden_size=2)
+    with pytest.raises(ConfigError, match=r"2 dimensions among 3 modalities, and there is not one for"):
+        item_tokens(FinetuneConfig(method="concat", concat_mode="feature"), narrow)
 
 
 def test_scores_of_a_single_modality_add_the_collaborative_term():
