@@ -98,6 +98,50 @@ class Settings:
                 raise ConfigError(f"{self.prefix}{name} has no effect with {reason}; leave it out")
             object.__setattr__(self, name, default)
 
+    def idle_fields(self) -> list[str]:
+        """Fields that these settings leave at their defaults, and that are not written down, so that a model
+        added later does not make what exists look as if it had been made differently."""
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageSettings(Settings):
+    """Settings of a stage, and what they tell the pipeline about themselves."""
+
+    def incidental_fields(self) -> tuple[str, ...]:
+        """Dotted paths of those that change how the stage computes, but beyond rounding nothing of what."""
+        return ()
+
+    def source_files(self) -> dict[str, str]:
+        """The users' own files that the result depends on, by setting."""
+        return {}
+
+    def source_folders(self) -> dict[str, str]:
+        """Folders of data of the users' that the result depends on, by setting."""
+        return {}
+
+    def model_folders(self) -> dict[str, str]:
+        """Models that the result depends on and that may lie in folders of the users', by setting."""
+        return {}
+
+    def source_digests(self, *inputs: Any) -> dict[str, str]:
+        """Hashes of further files of the users' that the result depends on, which the stage's inputs name."""
+        return {}
+
+    def optional_inputs(self) -> bool:
+        """Whether the stage takes the inputs that are optional."""
+        return False
+
+    def check_data(self, data: Any) -> None:
+        """Refuse data that these settings cannot work with, before anything is trained.
+
+        Args:
+            data: `llmrec.interactions.Interactions` that prepare_data made.
+
+        Raises:
+            LlmrecError: says what is missing.
+        """
+
 
 def typed(cls: type, name: str, value: Any) -> Any:
     """A value as the field of that name takes it.
@@ -135,13 +179,9 @@ def _type_hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def as_dict(config: Any) -> dict[str, Any]:
-    """The config as plain JSON data (tuples become lists).
-
-    Fields that the config names in ``idle_fields`` are left out: they hold their defaults, so that a
-    model added later does not make what exists look as if it had been made differently.
-    """
-    idle: list[str] = getattr(config, "idle_fields", list)()
+def as_dict(config: Settings) -> dict[str, Any]:
+    """The config as plain JSON data (tuples become lists), without its `Settings.idle_fields`."""
+    idle = config.idle_fields()
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in idle}
     return json.loads(json.dumps(values))
 
@@ -277,11 +317,10 @@ def changed_fields(before: Any, after: Any, prefix: str = "") -> list[str]:
     return found or groups
 
 
-def without_incidental(values: dict[str, Any], config: Any) -> dict[str, Any]:
-    """JSON settings without those that the config names in ``incidental_fields``, by dotted path: they change
-    how a stage computes, but beyond rounding nothing of what."""
+def without_incidental(values: dict[str, Any], config: StageSettings) -> dict[str, Any]:
+    """JSON settings without the config's `StageSettings.incidental_fields`."""
     kept = copy.deepcopy(values)
-    for path in getattr(config, "incidental_fields", tuple)():
+    for path in config.incidental_fields():
         *groups, name = path.split(".")
         group = kept
         for part in groups:
@@ -290,7 +329,7 @@ def without_incidental(values: dict[str, Any], config: Any) -> dict[str, Any]:
     return kept
 
 
-def changed_settings(before: dict[str, Any], config: Any) -> list[str]:
+def changed_settings(before: dict[str, Any], config: StageSettings) -> list[str]:
     """Sentences naming the settings whose change makes of a stage's output another one.
 
     A setting that an older version did not have counts as its default; what changes results beyond that
@@ -307,16 +346,16 @@ def changed_settings(before: dict[str, Any], config: Any) -> list[str]:
     return changed_fields(without_incidental(before, config), now)
 
 
-def with_defaults(values: dict[str, Any], config: Any) -> dict[str, Any]:
+def with_defaults(values: dict[str, Any], config: Settings) -> dict[str, Any]:
     """JSON settings with defaults where they lack one that the config has; groups that they lack stay out."""
     found = dict(values)
-    idle: list[str] = getattr(config, "idle_fields", list)()
+    idle = config.idle_fields()
     for field in dataclasses.fields(config):
         inner, default = getattr(config, field.name), default_of(field)
-        if dataclasses.is_dataclass(inner) and isinstance(found.get(field.name), dict):
+        if isinstance(inner, Settings) and isinstance(found.get(field.name), dict):
             found[field.name] = with_defaults(found[field.name], inner)
             continue
-        known = dataclasses.is_dataclass(inner) or field.name in (*found, *idle)
+        known = isinstance(inner, Settings) or field.name in (*found, *idle)
         if not known and default is not dataclasses.MISSING:
             found[field.name] = json.loads(json.dumps(default))
     return found

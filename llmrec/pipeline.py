@@ -23,7 +23,7 @@ from typing import Any
 
 from llmrec import __version__, distributed, machine, tracking
 from llmrec.artifacts import Report
-from llmrec.config import as_dict, changed_settings, without_incidental
+from llmrec.config import StageSettings, as_dict, changed_settings, without_incidental
 from llmrec.contents import content_digests
 from llmrec.encoders.config import PICTURES
 from llmrec.errors import (
@@ -82,9 +82,7 @@ def run(recipe: Any, run_dir: RunDir | str | Path, *, until: str | None = None) 
             made[name] = with_pictures_found(config, made[name])
             # Settings that these data rule out are told before anything is trained.
             for later in names:
-                check: Callable[[Any], None] | None = getattr(getattr(recipe, later), "check_data", None)
-                if check is not None:
-                    check(made[name])
+                getattr(recipe, later).check_data(made[name])
     return made.get("evaluate")
 
 
@@ -94,14 +92,17 @@ class RunDir:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
-    def stage(self, stage: Stage | Callable[..., Any], config: Any, *inputs: Any) -> Any:
+    def stage(self, stage: Stage | Callable[..., Any], config: StageSettings, *inputs: Any) -> Any:
         """What the stage makes of the config and inputs, from disk if this run has already computed it."""
         name = stage.name if isinstance(stage, Stage) else stage.__name__
         return run_stage(stage, config, inputs, self.root / name)
 
 
 def run_stage(
-    stage: Stage | str | Callable[..., Any], config: Any, inputs: tuple[Any, ...], folder: str | Path
+    stage: Stage | str | Callable[..., Any],
+    config: StageSettings,
+    inputs: tuple[Any, ...],
+    folder: str | Path,
 ) -> Any:
     """Compute one stage into folder unless folder already holds it, and load the result.
 
@@ -148,7 +149,7 @@ def run_stage(
         raise
 
 
-def check_given(stage: Stage, config: Any, inputs: tuple[Any, ...]) -> None:
+def check_given(stage: Stage, config: StageSettings, inputs: tuple[Any, ...]) -> None:
     """Refuse settings and inputs of another stage, by what they are."""
     if not isinstance(config, stage.config):
         raise ConfigError(f"{stage.name} takes a {stage.config.__name__}, got {type(config).__name__}")
@@ -162,7 +163,7 @@ def check_given(stage: Stage, config: Any, inputs: tuple[Any, ...]) -> None:
 
 def compute(
     function: Callable[..., Any],
-    config: Any,
+    config: StageSettings,
     inputs: tuple[Any, ...],
     folder: Path,
     wanted: dict[str, Any],
@@ -248,21 +249,19 @@ _unfinished: contextvars.ContextVar[tuple[Path, dict[str, Any]] | None] = contex
 )
 
 
-def describe_stage(name: str, config: Any, inputs: tuple[Any, ...]) -> dict[str, Any]:
+def describe_stage(name: str, config: StageSettings, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """What makes a stage's output what it is: name, config and the files it was made from."""
-    digests: Callable[..., dict[str, str]] = getattr(config, "source_digests", lambda *_: {})
     return {
         "schema": SCHEMA_VERSION,
         "stage": name,
         "config": as_dict(config),
-        "sources": source_hashes(config) | digests(*inputs),
+        "sources": source_hashes(config) | config.source_digests(*inputs),
         "inputs": {artifact.stage: fingerprint(artifact) for artifact in inputs},
     }
 
 
-def source_hashes(config: Any, known: dict[str, str] | None = None) -> dict[str, str]:
-    """Hashes of the users' own files that a config names in ``source_files``, and of folders that it names in
-    ``source_folders`` and ``model_folders``, by setting.
+def source_hashes(config: StageSettings, known: dict[str, str] | None = None) -> dict[str, str]:
+    """Hashes of the users' own files and folders that a config names, by setting.
 
     What is gone is left out: what was made from it may still be used.
 
@@ -270,23 +269,20 @@ def source_hashes(config: Any, known: dict[str, str] | None = None) -> dict[str,
         config: a stage's settings.
         known: hashes that need not be worked out again.
     """
-    files: dict[str, str] = getattr(config, "source_files", dict)()
     found = dict(known or {})
-    for name, path in files.items():
+    for name, path in config.source_files().items():
         if name not in found and Path(path).is_file():
             found[name] = sha256(Path(path))
     for name, path in folders_of(config).items():
         if name not in found and Path(path).is_dir():
-            data = name in getattr(config, "source_folders", dict)()
+            data = name in config.source_folders()
             found[name] = folder_digest(Path(path)) if data else model_digest(Path(path))
     return found
 
 
-def folders_of(config: Any) -> dict[str, str]:
+def folders_of(config: StageSettings) -> dict[str, str]:
     """Folders that a config names, of data and of models, by setting."""
-    data: dict[str, str] = getattr(config, "source_folders", dict)()
-    models: dict[str, str] = getattr(config, "model_folders", dict)()
-    return data | models
+    return config.source_folders() | config.model_folders()
 
 
 def changed_sources(
@@ -323,7 +319,7 @@ def form_of(digest: str) -> str:
     return form if mark else ""
 
 
-def changes_of(manifest: dict[str, Any], config: Any, sources: dict[str, str]) -> list[str]:
+def changes_of(manifest: dict[str, Any], config: StageSettings, sources: dict[str, str]) -> list[str]:
     """Phrases naming files and settings that are not those a stage was made with; a file that has moved, and
     is the same, is."""
     before = copy.deepcopy(manifest["config"])
@@ -342,7 +338,7 @@ def changes_of(manifest: dict[str, Any], config: Any, sources: dict[str, str]) -
     return [*changed_sources(manifest, sources, folders), *changed_settings(before, config)]
 
 
-def check_folder(folder: Path, wanted: dict[str, Any], config: Any) -> str:
+def check_folder(folder: Path, wanted: dict[str, Any], config: StageSettings) -> str:
     """'done' or 'absent'; raises if the folder holds anything else.
 
     Settings that change no result may be others than the folder was made with.

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Report, SemanticIds
 from llmrec.collab.config import TrainCollabConfig
+from llmrec.config import StageSettings
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.evaluation.config import EvaluateConfig
@@ -25,7 +26,7 @@ class Stage:
 
     name: str
     summary: str
-    config: type
+    config: type[StageSettings]
     module: str
     """Where the function called `name` lives."""
     inputs: tuple[str, ...]
@@ -37,9 +38,9 @@ class Stage:
     presets: dict[str, Any] = field(default_factory=dict)
     """Settings that have a name."""
 
-    def made_from(self, config: Any) -> tuple[str, ...]:
+    def made_from(self, config: StageSettings) -> tuple[str, ...]:
         """Names of the stages whose artefacts it takes with these settings, in order."""
-        return self.inputs + (self.optional if getattr(config, "content", ()) else ())
+        return self.inputs + (self.optional if config.optional_inputs() else ())
 
     def function(self) -> Callable[..., Any]:
         """The stage function; imports what it needs."""
@@ -53,7 +54,7 @@ class Stage:
 def _stage(
     name: str,
     summary: str,
-    config: type,
+    config: type[StageSettings],
     module: str,
     inputs: str,
     artifact: type | str,

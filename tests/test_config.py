@@ -33,7 +33,7 @@ from llmrec.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inner:
+class Inner(Settings):
     """A group."""
 
     rate: float = 0.5
@@ -44,7 +44,7 @@ class Inner:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outer:
+class Outer(Settings):
     """A stage."""
 
     count: int = 1

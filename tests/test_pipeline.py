@@ -13,6 +13,7 @@ from typing import ClassVar
 import pytest
 
 from llmrec import finished, pipeline, storage
+from llmrec.config import StageSettings
 from llmrec.errors import MissingArtifactError, StaleArtifactError, StorageError
 from llmrec.finished import fingerprint, manifest_of
 from llmrec.pipeline import RunDir
@@ -43,7 +44,7 @@ class Doubled(Number):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(StageSettings):
     """Settings."""
 
     number: int = 2

@@ -18,7 +18,7 @@ from llmrec.collab.configs.mind import MindConfig
 from llmrec.collab.configs.moe import MoeConfig
 from llmrec.collab.configs.sasrec import SASRecConfig
 from llmrec.collab.configs.svae import SvaeConfig
-from llmrec.config import Settings, require
+from llmrec.config import StageSettings, require
 from llmrec.encoders.config import vector_files
 from llmrec.own import OwnName, OwnSettings, is_own
 
@@ -44,7 +44,7 @@ PROVIDER_FIELDS = tuple(name for name in get_args(ProviderName) if name != "prec
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCollabConfig(Settings, path="train_collab"):
+class TrainCollabConfig(StageSettings, path="train_collab"):
     """Collaborative item vectors: a sequence model trained on item ids, or vectors from a file."""
 
     provider: ProviderName | OwnName = "sasrec"
@@ -191,6 +191,10 @@ class TrainCollabConfig(Settings, path="train_collab"):
     def content(self) -> tuple[str, ...]:
         """Modalities of encode_items that the model to train takes."""
         return () if self.is_own else getattr(getattr(self, self.provider, None), "content", ())
+
+    def optional_inputs(self) -> bool:
+        """Whether it takes encode_items."""
+        return bool(self.content)
 
     @property
     def is_own(self) -> bool:

@@ -3,16 +3,63 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
-from llmrec.config import Settings, given, require
+from llmrec.config import Settings, StageSettings, given, require
 from llmrec.errors import ConfigError
 
 OWN_COLUMNS = ("raw_id", "title", "train_count", "image_path")
 """Columns of items.parquet that text columns must not be named like."""
+
+
+READ_OF_MARKET = ("source", "seed", "market")
+"""Settings that source=sample_market reads."""
+
+KNOWN_OF_NAMED = (
+    "interactions",
+    "items",
+    "user_column",
+    "item_column",
+    "items_item_column",
+    "timestamp_column",
+    "timestamp_format",
+    "column_names",
+    "rating_column",
+    "title_column",
+    "text_columns",
+    "image_column",
+    "image_url_column",
+    "unknown_items",
+)
+"""What is known of a category that is fetched by name."""
+
+LACKING_IN_SEQUENCES = (
+    "user_column",
+    "timestamp_column",
+    "timestamp_format",
+    "column_names",
+    "rating_column",
+    "min_rating",
+    "ties",
+    "split",
+)
+"""About what lines of items do not have."""
+
+OF_ITEMS = (
+    "title_column",
+    "text_columns",
+    "image_column",
+    "unknown_items",
+    "image_url_column",
+    "image_folder",
+    "incomplete_items",
+    "items_item_column",
+)
+"""About the items file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +121,7 @@ class SampleMarketConfig(Settings, path="prepare_data.market"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareDataConfig(Settings, path="prepare_data"):
+class PrepareDataConfig(StageSettings, path="prepare_data"):
     """Where interactions and items come from, and how they are filtered and split."""
 
     source: Literal["sample_market", "table", "sequences", "amazon_2014"] = "sample_market"
@@ -181,64 +228,60 @@ class PrepareDataConfig(Settings, path="prepare_data"):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_values()
+        for names, reason in self._without_effect():
+            self.refuse_changed(names, reason)
+        self._check_what_goes_together()
+
+    def _without_effect(self) -> Iterator[tuple[Iterable[str], str]]:
+        """Settings that have no effect beside others, and beside which."""
+        source = f"source={self.source!r}"
         if self.source == "sample_market":
-            unused = set(self.__dataclass_fields__) - {"source", "seed", "market"}
-            self._refuse(unused, "source='sample_market'")
+            yield [name for name in self.__dataclass_fields__ if name not in READ_OF_MARKET], source
             return
+        yield ["market"], source
         if self.source == "amazon_2014":
-            self._check_named()
-            return
-        self._refuse({"category", "folder", "mirrors"}, f"source={self.source!r}")
-        require(
-            self.interactions is not None,
-            f"prepare_data.interactions must be the path of a file with source={self.source!r}, got none",
-        )
-        self._refuse({"market"}, f"source={self.source!r}")
-        if self.source == "sequences":
-            lacks = {
-                "user_column",
-                "timestamp_column",
-                "timestamp_format",
-                "column_names",
-                "rating_column",
-                "min_rating",
-                "ties",
-                "split",
-            }
-            self._refuse(lacks, "source='sequences', whose lines hold no times, ratings or column names")
-        if self.items is None:
-            about_items = {"title_column", "text_columns", "image_column", "unknown_items"}
-            about_items |= {"image_url_column", "image_folder", "incomplete_items", "items_item_column"}
+            yield KNOWN_OF_NAMED, f"{source}, whose files and columns are known"
+        else:
+            yield ["category", "folder", "mirrors"], source
             if self.source == "sequences":
-                about_items.add("item_column")
-            self._refuse(about_items, "no items file")
+                yield LACKING_IN_SEQUENCES, f"{source}, whose lines hold no times, ratings or column names"
+            if self.items is None:
+                of_items = [*OF_ITEMS, "item_column"] if self.source == "sequences" else OF_ITEMS
+                yield of_items, "no items file"
+            if self.image_url_column is None:
+                yield ["offline"], "nothing to fetch"
+        if self.timestamp_column is None:
+            yield ["timestamp_format", "ties"], "timestamp_column=none"
+        if self.split == "leave_one_out":
+            yield ["valid_rate", "test_rate"], "split='leave_one_out'"
+        if self.ties == "file":
+            yield ["seed"], "ties='file'"
+
+    def _check_what_goes_together(self) -> None:
+        needed = {"amazon_2014": ("category", "folder"), "sample_market": ()}.get(
+            self.source, ("interactions",)
+        )
+        for name in needed:
+            require(
+                getattr(self, name) is not None,
+                f"prepare_data.{name} must be set with source={self.source!r}, got none",
+            )
         require(
             self.image_url_column is None or self.image_column is None,
             "prepare_data.image_column must be none where prepare_data.image_url_column is set, got "
             f"{self.image_column!r}",
         )
         require(
-            (self.image_url_column is None) == (self.image_folder is None),
+            self.source == "amazon_2014" or (self.image_url_column is None) == (self.image_folder is None),
             "prepare_data.image_url_column and prepare_data.image_folder must be given together, got "
             f"{self.image_url_column!r} and {self.image_folder!r}",
         )
-        if self.image_url_column is None:
-            self._refuse({"offline"}, "nothing to fetch")
-        self._check_split()
-
-    def _check_named(self) -> None:
-        for name in ("category", "folder"):
-            require(
-                getattr(self, name) is not None,
-                f"prepare_data.{name} must be set with source='amazon_2014', got none",
-            )
-        known = {"user_column", "item_column", "timestamp_column", "column_names", "title_column"}
-        known |= {"items_item_column", "timestamp_format"}
-        known |= {"text_columns"}
-        known |= {"rating_column", "image_column", "image_url_column", "unknown_items"}
-        unused = {"interactions", "items", "market", *known}
-        self._refuse(unused, "source='amazon_2014', whose files and columns are known")
-        self._check_split()
+        if self.timestamp_format is not None:
+            self._check_format(self.timestamp_format)
+        require(
+            self.timestamp_column is not None or self.split == "leave_one_out",
+            f"prepare_data.split={self.split} needs times; set prepare_data.timestamp_column to their column",
+        )
 
     def _check_format(self, written: str) -> None:
         """Refuse a format that reads no times, or not the same ones everywhere."""
@@ -252,20 +295,6 @@ class PrepareDataConfig(Settings, path="prepare_data"):
         require(years, f"{full} names no year; use the codes of Python's strptime, such as %d.%m.%Y %H:%M")
         zones = "%Z knows the names of zones that this machine goes by alone; take %z, zones as numbers"
         require("%Z" not in written, f"{full}: {zones}")
-
-    def _check_split(self) -> None:
-        if self.timestamp_format is not None:
-            self._check_format(self.timestamp_format)
-        if self.timestamp_column is None:
-            self._refuse({"timestamp_format", "ties"}, "timestamp_column=none")
-        require(
-            self.timestamp_column is not None or self.split == "leave_one_out",
-            f"prepare_data.split={self.split} needs times; set prepare_data.timestamp_column to their column",
-        )
-        if self.split == "leave_one_out":
-            self._refuse({"valid_rate", "test_rate"}, "split='leave_one_out'")
-        if self.ties == "file":
-            self._refuse({"seed"}, "ties='file'")
 
     def incidental_fields(self) -> tuple[str, ...]:
         """Settings that change how this is computed, but nothing of what."""
@@ -339,15 +368,4 @@ class PrepareDataConfig(Settings, path="prepare_data"):
                 and self.text_columns.count(name) == 1,
                 "prepare_data.text_columns must be columns besides title and picture, each once and none "
                 f"named {', '.join(OWN_COLUMNS)}; got {','.join(self.text_columns)}",
-            )
-
-    def _refuse(self, names: set[str], reason: str) -> None:
-        """Settings that cannot take effect are an error."""
-        for name in sorted(names):
-            spec = self.__dataclass_fields__[name]
-            default = SampleMarketConfig() if name == "market" else spec.default
-            require(
-                getattr(self, name) == default,
-                f"prepare_data.{name} must be left out with {reason}, where it has no effect; "
-                f"got {getattr(self, name)!r}",
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmrec.config import Settings, require
+from llmrec.config import Settings, StageSettings, require
 from llmrec.errors import DataError
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class ImageEncoderConfig(Settings, path="encode_items.image"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeItemsConfig(Settings, path="encode_items"):
+class EncodeItemsConfig(StageSettings, path="encode_items"):
     """Content vectors of the items, one set per modality (MME-SID section 4.1)."""
 
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -249,8 +249,9 @@ class EncodeItemsConfig(Settings, path="encode_items"):
                 "text; name prepare_data.title_column or text_columns, or set encode_items.text.encoder=none"
             )
 
-    def source_digests(self, data: Interactions) -> dict[str, str]:
-        """Hashes of further files of the users' that the result depends on, which the inputs name."""
+    def source_digests(self, *inputs: Any) -> dict[str, str]:
+        """Of the pictures that the items name."""
+        (data,) = inputs
         if self.image.encoder in UNREAD or (digest := data.pictures_digest()) is None:
             return {}
         return {PICTURES: digest}

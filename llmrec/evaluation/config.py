@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmrec.config import Settings, require
+from llmrec.config import StageSettings, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Settings, path="evaluate"):
+class EvaluateConfig(StageSettings, path="evaluate"):
     """Ranking the whole catalogue for every user with a test item."""
 
     ks: tuple[int, ...] = (5, 10, 20)

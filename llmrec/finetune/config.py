@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llmrec.config import Settings, require
+from llmrec.config import Settings, StageSettings, require
 from llmrec.finetune.method_table import FREQUENCY_FIELDS, MethodName, method_of, without_effect
 from llmrec.own import OwnName, OwnSettings
 
@@ -49,7 +49,7 @@ A stopped run may go on with others, and a finished one stands under others."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(Settings, path="finetune"):
+class FinetuneConfig(StageSettings, path="finetune"):
     """Fine-tuning a causal language model on item tokens, with LoRA (MME-SID section 4.3)."""
 
     base_model: str = "mini"

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from llmrec.config import Settings, require
+from llmrec.config import StageSettings, require
 from llmrec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ MIN_SINKHORN_EPS = 0.003
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnSemanticIdsConfig(Settings, path="learn_semantic_ids"):
+class LearnSemanticIdsConfig(StageSettings, path="learn_semantic_ids"):
     """MM-RQ-VAE: one residual-quantised autoencoder per modality (MME-SID section 4.2)."""
 
     modalities: tuple[Literal["collab", "text", "image"], ...] | None = None
@@ -238,7 +238,7 @@ class LearnSemanticIdsConfig(Settings, path="learn_semantic_ids"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportSemanticIdsConfig(Settings, path="report_semantic_ids"):
+class ReportSemanticIdsConfig(StageSettings, path="report_semantic_ids"):
     """The page on which semantic IDs are judged."""
 
     samples: Literal["train", "test"] = "train"
