@@ -147,7 +147,8 @@ class PrepareDataConfig(StageSettings, path="prepare_data"):
     text."""
 
     items: str | None = None
-    """File of items, of the same kinds as tables; none: items are known by their id alone."""
+    """File of items, of the same kinds as tables, or MovieLens-100k's u.item; none: items are known by their
+    id alone."""
 
     user_column: str = "user_id"
     """Column of the user in the interactions file."""

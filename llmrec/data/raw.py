@@ -1,4 +1,4 @@
-"""Public raw files as tables: JSON lines of the Amazon releases, `.dat` files of MovieLens.
+"""Public raw files as tables: JSON lines of the Amazon releases, `.dat` files and the u.item of MovieLens.
 
 Only the columns asked for are kept, and the file is gone through in blocks, so it may be larger than
 memory. Columns of lists and numbers become text here; numbers are made of text where they are needed,
@@ -42,13 +42,25 @@ DAT_COLUMNS = {
     "ratings": ("user_id", "item_id", "rating", "timestamp"),
     "movies": ("item_id", "title", "genres"),
     "users": ("user_id", "gender", "age", "occupation", "zip"),
+    "u.item": ("item_id", "title", "release_date", "video_release_date", "imdb_url", "genres"),
 }
-"""Columns of MovieLens `.dat` files, which have no header, by the file's name (their README)."""
+"""Columns of MovieLens files, which have no header, by the file's name (their READMEs)."""
+
+U_ITEM = "u.item"
+"""The items of MovieLens-100k, which RecBole's `.item` files are not: fields separated by a bar."""
+
+U_ITEM_GENRES = (
+    *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),
+    *("Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War"),
+    "Western",
+)
+"""What the fields of u.item behind the address tell with a 1."""
 
 
 def kind_of(path: Path) -> str:
-    """Ending of a file's name in small letters, without that of packing: .csv of x.CSV.gz."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+    """Ending of a file's name in small letters, without that of packing: .csv of x.CSV.gz; u.item is one."""
+    name = path.name.lower().removesuffix(".gz")
+    return U_ITEM if name == U_ITEM else Path(name).suffix
 
 
 def read_json_lines(path: Path, columns: list[str]) -> pa.Table:
@@ -85,7 +97,8 @@ def read_json_lines(path: Path, columns: list[str]) -> pa.Table:
 
 
 def read_dat(path: Path, columns: list[str], names: tuple[str, ...] | None = None) -> pa.Table:
-    """Some columns of a MovieLens file: fields separated by ::, no header; UTF-8 (10M) or Latin-1 (1M).
+    """Some columns of a MovieLens file: fields separated by :: (100k's u.item: by |), no header; UTF-8 (10M)
+    or Latin-1 (1M, 100k).
 
     Args:
         path: the file.
@@ -105,12 +118,17 @@ def read_dat(path: Path, columns: list[str], names: tuple[str, ...] | None = Non
         if name not in names:
             raise DataError(f"{path} has no column {name!r}; a {path.name} has: {', '.join(names)}")
     place = [names.index(name) for name in columns]
+    flags = len(U_ITEM_GENRES) if kind_of(path) == U_ITEM else 0
+    width = len(names) + max(flags - 1, 0)
     batches, rows = [], []
     lines = lines_of(path, "utf-8" if is_utf8(path) else "latin-1")
     for number, line in progress(lines, f"reading {path.name}", unit="line"):
-        fields = line.rstrip("\r\n").split("::")
-        if len(fields) != len(names):
-            raise DataError(f"{path}, row {number}: {len(fields)} fields, expected {len(names)}")
+        fields = line.rstrip("\r\n").split("|" if flags else "::")
+        if len(fields) != width:
+            raise DataError(f"{path}, row {number}: {len(fields)} fields, expected {width}")
+        if flags:
+            told = zip(U_ITEM_GENRES, fields[-flags:])
+            fields[-flags:] = ["|".join(genre for genre, flag in told if flag == "1")]
         rows.append([fields[index] for index in place])
         if len(rows) == BLOCK_ROWS:
             batches.append(batch_of(rows, columns))

@@ -24,6 +24,7 @@ from llmrec.data.hub import PREFIX, read_hub
 from llmrec.data.raw import (
     NAMES,
     PACKING_ERRORS,
+    U_ITEM,
     is_packed,
     kind_of,
     lines_of,
@@ -132,12 +133,12 @@ class TableFile:
             return self._read_csv(columns)
         if self.kind in (".json", ".jsonl", ".ndjson"):
             return read_json_lines(self.path, columns)
-        if self.kind == ".dat":
+        if self.kind in (".dat", U_ITEM):
             return read_dat(self.path, columns, self.names)
         raise DataError(
             f"{self.path}: unknown kind of file, expected .csv, .tsv, .txt, .data, .json, .jsonl or .ndjson "
-            "(one object a line), .inter or .item of RecBole, a MovieLens .dat (all of these may be packed, "
-            ".gz), or .parquet"
+            "(one object a line), .inter or .item of RecBole, .dat or u.item of MovieLens (all of these may "
+            "be packed, .gz), or .parquet"
         )
 
     def check(self, columns: Sequence[str]) -> None:

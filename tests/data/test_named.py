@@ -168,10 +168,10 @@ def test_excluded_items_must_exist(server, tmp_path):
         ({"source": "amazon_2014", "category": "beauty"}, "folder must be set"),
         (
             {"source": "amazon_2014", "category": "beauty", "folder": "x", "items": "y"},
-            "items must be left out",
+            "items has no effect with",
         ),
-        ({"source": "table", "interactions": "x", "folder": "y"}, "folder must be left out"),
-        ({"source": "table", "interactions": "x", "offline": True}, "offline must be left out with nothing"),
+        ({"source": "table", "interactions": "x", "folder": "y"}, "folder has no effect with"),
+        ({"source": "table", "interactions": "x", "offline": True}, "offline has no effect with nothing"),
         (
             {"source": "table", "interactions": "x", "items": "y", "image_url_column": "u"},
             "image_url_column and prepare_data.image_folder must be given together",

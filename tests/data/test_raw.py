@@ -152,6 +152,42 @@ def test_movielens_files_have_no_header_and_are_latin_1(tmp_path):
         read_dat(tmp_path / "movies.dat", ["user"])
 
 
+def test_movielens_100k_is_read_as_it_is(tmp_path):
+    users, films = range(1, 8), range(1, 7)
+    ratings = "".join(
+        f"{user}\t{film}\t{3 + film % 3}\t{881250949 + 60 * (user + film)}\n"
+        for user in users
+        for film in films
+    )
+    flags = ["0"] * 19
+    flags[5], flags[18] = "1", "1"
+    lines = [
+        f"{film}|Café {film} (1995)|01-Jan-1995||http://films.test/{film}|{'|'.join(flags)}\n"
+        for film in films
+    ]
+    (tmp_path / "u.data").write_text(ratings)
+    path = tmp_path / "u.item"
+    path.write_bytes("".join(lines).encode("latin-1"))
+    config = PrepareDataConfig(
+        source="table",
+        interactions=str(tmp_path / "u.data"),
+        column_names=("user_id", "item_id", "rating", "timestamp"),
+        items=str(path),
+        text_columns=("genres", "release_date"),
+    )
+    data = prepare_data(config)
+    assert (data.num_users, data.num_items) == (7, 6)
+    assert data.items.select(["title", "genres", "release_date"]).to_pylist()[0] == {
+        "title": "Café 1 (1995)", "genres": "Comedy|Western", "release_date": "01-Jan-1995",
+    }  # fmt: skip
+    path.write_text(lines[0] + lines[1].replace("|0\n", "\n").replace("|1\n", "\n"))
+    with pytest.raises(DataError, match=r"u\.item, row 2: 23 fields, expected 24"):
+        prepare_data(config)
+    path.write_text("item_id:token\ttitle:token_seq\n1\tPlain\n")
+    with pytest.raises(DataError, match=r"u\.item, row 1: 1 fields, expected 24"):
+        prepare_data(config)
+
+
 @pytest.mark.parametrize("release", ["2014", "2023"])
 def test_a_raw_release_goes_through_prepare_data(release, tmp_path):
     user, item, time = (

@@ -153,7 +153,7 @@ def test_the_items_file_may_call_its_column_otherwise(tmp_path):
     assert data.titles == [f"T{n}" for n in range(5)]
     with pytest.raises(DataError, match=r"m\.csv has no column 'item_id'; .*\(items_item_column in"):
         prepared(path, items=str(items))
-    with pytest.raises(ConfigError, match="items_item_column must be left out with no items file"):
+    with pytest.raises(ConfigError, match="items_item_column has no effect with no items file"):
         prepared(path, items_item_column="movie_id")
 
 
