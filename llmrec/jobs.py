@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ WAIT_SECONDS = 1.0
 FAILED, BUSY, IMPOSSIBLE = 2, 75, 78
 """How the process of a cell ends without a result: by an error, because another one is at the cell, or
 because its row cannot be run with these settings."""
+
+LIFELINE = "LLMREC_LIFELINE"
+"""Variable that says that a cell's input ends with the process that began it."""
 
 LAUNCHER = (
     *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_"),
@@ -127,6 +131,9 @@ class Work:
     failed: list[str] = field(default_factory=list)
     impossible: set[str] = field(default_factory=set)
     """Rows that cannot be run"""
+    lifeline: tuple[int, int] = field(default_factory=os.pipe)
+    """A pipe that nobody writes to. The system closes our end of it if this process is killed; then the
+    processes of cells, which hold the other one, know that they are alone."""
 
     def see_what_ended(self) -> None:
         """Take leave of processes that have ended, and give up cells that they say will never be done."""
@@ -162,7 +169,7 @@ class Work:
                 return
             if not self.is_ours(cell) and not cell.busy():
                 job = min(set(range(jobs)) - self.running.keys())
-                self.running[job] = cell, start(cell, share(job, jobs))
+                self.running[job] = cell, start(cell, share(job, jobs), self.lifeline[0])
 
     def stop(self) -> None:
         """End what is running. It keeps its work when asked to stop, as this process does."""
@@ -170,6 +177,8 @@ class Work:
             process.terminate()
         for _, process in self.running.values():
             process.wait()
+        for end in self.lifeline:
+            os.close(end)
 
     def is_ours(self, cell: Cell) -> bool:
         """Whether a process of ours is at a cell."""
@@ -199,15 +208,22 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def start(cell: Cell, environment: dict[str, str]) -> subprocess.Popen:
-    """Begin a cell. An interrupt from the keyboard is for the process that began it, to hand on."""
+def start(cell: Cell, environment: dict[str, str], lifeline: int) -> subprocess.Popen:
+    """Begin a cell. An interrupt from the keyboard is for the process that began it, to hand on.
+
+    Args:
+        cell: which.
+        environment: variables that it gets besides ours.
+        lifeline: the end of `Work.lifeline` to read.
+    """
     cell.folder.mkdir(parents=True, exist_ok=True)
     with cell.log.open("w") as log:
         return subprocess.Popen(  # noqa: S603 (our own module, with paths)
             [sys.executable, "-m", *cell.command],
+            stdin=lifeline,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=without_launcher(os.environ) | environment | {"PYTHONPATH": search_path()},
+            env=without_launcher(os.environ) | environment | {"PYTHONPATH": search_path(), LIFELINE: "stdin"},
             start_new_session=True,
         )
 
@@ -222,6 +238,8 @@ def end_cell(work: Callable[[], None], impossible: tuple[type[LlmrecError], ...]
     Returns:
         How the process is to end. An error's message is the last line of the log.
     """
+    if os.environ.pop(LIFELINE, None):
+        threading.Thread(target=stop_when_alone, daemon=True).start()
     try:
         work()
     except LlmrecError as error:
@@ -230,6 +248,14 @@ def end_cell(work: Callable[[], None], impossible: tuple[type[LlmrecError], ...]
             return BUSY
         return IMPOSSIBLE if isinstance(error, impossible) else FAILED
     return 0
+
+
+def stop_when_alone() -> None:
+    """Ask this process to stop, as a scheduler would, once the one that began it is gone."""
+    while os.read(0, 1):
+        pass
+    logger.warning("the comparison that began this has been killed")
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:

@@ -110,10 +110,7 @@ def test_cells_that_others_are_at_are_left_to_them_and_taken_up_if_they_stop(cel
     assert (begun(theirs), begun(left), begun(good)) == (0, 1, 1)
 
 
-def test_a_comparison_that_is_asked_to_stop_stops_its_cells(cell, tmp_path):
-    """SIGTERM, as schedulers send it, and Ctrl-C and a terminal that closes, which cells hear of from their
-    comparison alone."""
-    script = """
+COMPARISON = """
 import sys
 from pathlib import Path
 from llmrec import console, jobs
@@ -128,19 +125,66 @@ cells = [
 ]
 sys.exit(console.guarded(lambda: jobs.run(cells, 2)))
 """
+
+
+def comparison(folder, module) -> subprocess.Popen:
+    """A process with three cells, of which the last two stay; back when these are at it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(module), *sys.path])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMPARISON, str(folder)], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    while not (folder / "c" / "begun").exists() and process.poll() is None:
+        time.sleep(0.02)
+    return process
+
+
+def processes_in(folder) -> list[psutil.Process]:
+    """Those that were given it."""
+    return [one for one in psutil.process_iter(["cmdline"]) if str(folder) in str(one.info["cmdline"])]
+
+
+def test_a_comparison_that_is_asked_to_stop_stops_its_cells(cell, tmp_path):
+    """SIGTERM, as schedulers send it, and Ctrl-C and a terminal that closes, which cells hear of from their
+    comparison alone."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         folder = tmp_path / number.name
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, str(folder)], stderr=subprocess.PIPE, text=True, env=environment
-        )
-        while not (folder / "c" / "begun").exists() and process.poll() is None:
-            time.sleep(0.02)
+        process = comparison(folder, tmp_path)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 130 and "stopped with 1 of 3 cells done; the same command" in said, said
-        left = [one for one in psutil.process_iter(["cmdline"]) if str(folder) in str(one.info["cmdline"])]
-        assert not left
+        assert not processes_in(folder)
+
+
+WATCHED = """
+import pathlib, sys, time
+from llmrec import jobs
+from llmrec.checkpoint import stop_requests
+folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]
+
+def work():
+    if what == "stay":
+        with stop_requests("saving") as stop:
+            (folder / "begun").write_text("x")
+            while not stop.asked:
+                time.sleep(0.02)
+        (folder / "saved").write_text("x")
+    (folder / "result").write_text("0.5")
+
+sys.exit(jobs.end_cell(work))
+"""
+
+
+def test_the_cells_of_a_comparison_that_is_killed_stop_and_keep_their_work(tmp_path):
+    (tmp_path / "toy_cell.py").write_text(WATCHED)
+    process = comparison(tmp_path / "runs", tmp_path)
+    process.kill()
+    process.communicate(timeout=60)
+    psutil.wait_procs(processes_in(tmp_path / "runs"), timeout=60)
+    assert not processes_in(tmp_path / "runs")
+    for name in ("b", "c"):
+        log = (tmp_path / "runs" / name / "log.txt").read_text()
+        assert (tmp_path / "runs" / name / "saved").exists(), log
+        assert "the comparison that began this has been killed" in log
 
 
 @pytest.mark.parametrize(
