@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import errno
 import logging
 import os
 import re
@@ -25,6 +26,9 @@ CLOSED_PIPE = 141
 
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that a process gets when its parent ends."""
+
+OF_DISKS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Errors of the system that users can mend: files that may not be read or written, disks that are full."""
 
 HIDDEN = "[hidden]"
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
@@ -78,6 +82,11 @@ def guarded(command: Callable[[], None]) -> int:
         # Whoever read the output has what they wanted; Python's own last flush would fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
+    except OSError as error:
+        if error.errno not in OF_DISKS:
+            raise
+        say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
+        return USER_ERROR
     return 0
 
 

@@ -45,7 +45,8 @@ def writing(folder: Path, advice: Mapping[int, str] = UNWRITABLE) -> Iterator[No
 
     Args:
         folder: the one that was asked for.
-        advice: what to do by the number of the system's error; other errors are raised as they are.
+        advice: what to do by the number of the system's error; other errors, and those of files elsewhere,
+            are raised as they are.
 
     Raises:
         StorageError: the disk is full, or may not be written.
@@ -55,12 +56,20 @@ def writing(folder: Path, advice: Mapping[int, str] = UNWRITABLE) -> Iterator[No
     except (OSError, SafetensorError) as error:
         # safetensors hands the number of the system's error on as text.
         number = getattr(error, "errno", None) or next(map(int, re.findall(r"os error (\d+)", str(error))), 0)
-        if number not in advice:
+        if number not in advice or is_elsewhere(getattr(error, "filename", None), folder):
             raise
         raise StorageError(
             f"{folder} cannot be written ({error}); nothing of it is kept. {advice[number]}, and start "
             "again: finished stages are kept"
         ) from None
+
+
+def is_elsewhere(name: object, folder: Path) -> bool:
+    """Whether a file that an error names lies neither beside a folder or in it, nor on the way to it."""
+    if not isinstance(name, str):
+        return False
+    file, folder = Path(name).absolute(), folder.absolute()
+    return not (file.is_relative_to(folder.parent) or folder.is_relative_to(file))
 
 
 def open_like_folder(folder: Path) -> None:

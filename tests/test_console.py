@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -153,6 +154,21 @@ distributed.state()
 stage = alone if what == "main alone raises" else distributed.every_process(shared)
 sys.exit(guarded(lambda: pipeline.run_stage(stage, EvaluateConfig(), (), Path(sys.argv[2]))))
 """
+
+
+@pytest.mark.parametrize(
+    ("number", "file", "said"),
+    [
+        (errno.EACCES, "mine.csv", "error: mine.csv: Permission denied\n"),
+        (errno.ENOSPC, None, "error: No space left on device\n"),
+    ],
+)
+def test_files_and_disks_are_the_users_to_mend(number, file, said, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    assert console.guarded(raising(OSError(number, os.strerror(number), file))) == 2
+    assert capsys.readouterr().err == said
+    with pytest.raises(FileNotFoundError):
+        console.guarded(raising(FileNotFoundError(errno.ENOENT, "No such file", "ours.json")))
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,15 @@ def test_a_file_in_the_way_of_a_folder_is_told(tmp_path):
         RunDir(tmp_path / "file").stage(count, Config())
 
 
+def test_a_file_elsewhere_that_may_not_be_read_is_no_matter_of_the_stages_folder(tmp_path):
+    run, mine = tmp_path / "runs" / "count", tmp_path / "mine.csv"
+    with pytest.raises(PermissionError, match=str(mine)), storage.writing(run):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(mine))
+    for place in (run / "x.json", run.with_name(".count.unfinished"), tmp_path / "runs", None):
+        with pytest.raises(StorageError, match=rf"^{run} cannot be written"), storage.writing(run):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), place and str(place))
+
+
 def test_a_file_that_a_stage_misses_is_no_matter_of_writing(tmp_path):
     def lost(config: Config) -> Number:
         raise FileNotFoundError(errno.ENOENT, "no such file", "input.csv")
