@@ -73,7 +73,8 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
     """Parse the command line of a recipe and do what it says."""
     name, description = name_of(recipe)
     options = parser(name, description.strip()).parse_args(arguments)
-    chosen = apply_overrides(with_preset(recipe(), options.preset), options.set)
+    chosen = with_seed(with_preset(recipe(), options.preset), options.seed)
+    chosen = apply_overrides(chosen, options.set)
     root = Path(options.run_dir or Path("runs") / (f"{name}_refit" if options.refit else name))
     if options.refit:
         chosen = refit(chosen, Path(options.refit))
@@ -197,6 +198,12 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
         "for learn_semantic_ids and finetune, base model included; --set changes them (default: no change)",
     )
     made.add_argument(
+        "--seed",
+        metavar="SEED",
+        type=int,
+        help=f"that of every stage that is trained ({', '.join(TRAINED)}); a stage's own by --set",
+    )
+    made.add_argument(
         "--refit",
         metavar="DIR",
         help="learn from validation items too, for as many epochs as the run in DIR chose by them",
@@ -221,6 +228,9 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     return made
 
 
+TRAINED = ("train_collab", "learn_semantic_ids", "finetune")
+"""Stages whose result their seed changes; prepare_data's says which data, evaluate's which resamplings."""
+
 TABLE_4: dict[str | None, dict[str, dict[str, Any]]] = {
     "toys_and_games": {"finetune": {"learning_rate": 2e-4, "epochs": 3}},
     "sports_and_outdoors": {
@@ -242,6 +252,14 @@ def with_preset(recipe: Recipe, name: str | None) -> Recipe:
         learn_semantic_ids=replace(ID_PRESETS[name], **own.get("learn_semantic_ids", {})),
         finetune=replace(FINETUNE_PRESETS[name], **own.get("finetune", {})),
     )
+
+
+def with_seed(recipe: Recipe, seed: int | None) -> Recipe:
+    """The recipe with one seed for all stages that are trained; None leaves it as it is."""
+    if seed is None:
+        return recipe
+    trained = [name for name in TRAINED if getattr(getattr(recipe, name), "provider", "") != "precomputed"]
+    return replace(recipe, **{name: replace(getattr(recipe, name), seed=seed) for name in trained})
 
 
 def refit(recipe: Recipe, run_dir: Path) -> Recipe:

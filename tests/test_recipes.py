@@ -42,8 +42,10 @@ from llmrec.recipe import (
     apply_overrides,
     main,
     recipe_of,
+    run_recipe,
     statuses,
     with_preset,
+    with_seed,
 )  # fmt: skip
 from llmrec.runs import Run
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
@@ -122,6 +124,24 @@ def test_a_preset_is_where_changes_begin(finished, tmp_path, capsys):
     assert left.value.code == 0, capsys.readouterr().err
     config = json.loads((tmp_path / "ids" / "manifest.json").read_text())["config"]
     assert (config["reconstruction"], config["rq_reduce"], config["epochs"]) == ("mmd", "sum", 1)
+
+
+def test_one_seed_is_that_of_every_stage_that_is_trained(capsys):
+    def seeds(*arguments: str) -> dict[str, str]:
+        run_recipe(tiny, ["--print-config", *arguments])
+        lines = (line.partition("=") for line in capsys.readouterr().out.splitlines())
+        return {path.removesuffix(".seed"): value for path, _, value in lines if path.endswith(".seed")}
+
+    usual = seeds()
+    trained = dict.fromkeys(["train_collab", "learn_semantic_ids", "finetune"], "7")
+    assert seeds("--seed", "7") == usual | trained
+    assert seeds("--seed", "7", "--set", "finetune.seed=2") == usual | trained | {"finetune": "2"}
+    given = ["train_collab.provider=precomputed", "train_collab.vectors=v.parquet"]
+    assert seeds("--seed", "7", "--set", *given)["train_collab"] == usual["train_collab"], (
+        "nothing is trained"
+    )
+    precomputed = with_seed(apply_overrides(tiny(), given), 7)
+    assert (precomputed.train_collab.seed, precomputed.finetune.seed) == (0, 7)
 
 
 @pytest.mark.parametrize("preset", ["paper", "official"])
