@@ -129,8 +129,8 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
     eval_every_epochs: int = 1
     """Epochs between rankings of the validation items."""
 
-    patience: int = 10
-    """Stop after so many validations in a row without a better ndcg@10."""
+    patience: int | None = 10
+    """Stop after so many validations in a row without a better ndcg@10; none: never."""
 
     mask_seen: bool = True
     """Leave items of a user's history out when validation items are ranked, as evaluate.mask_seen does for
@@ -146,7 +146,7 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
         super().__post_init__()
         for name in ("epochs", "batch_size", "eval_every_epochs", "patience"):
             value = getattr(self, name)
-            require(value >= 1, f"train_collab.{name} must be at least 1, got {value}")
+            require(value is None or value >= 1, f"train_collab.{name} must be at least 1, got {value}")
         require(
             self.save_every_minutes >= 0,
             f"train_collab.save_every_minutes must be at least 0, got {self.save_every_minutes}",

@@ -246,7 +246,7 @@ def learning_rate(config: TrainCollabConfig, epoch: int) -> float:
 
 def finished(config: TrainCollabConfig, best: dict[str, Any], log: list[dict[str, Any]]) -> bool:
     """Whether validation has not improved for as long as the settings wait."""
-    if not log or "valid_ndcg@10" not in log[-1]:
+    if config.patience is None or not log or "valid_ndcg@10" not in log[-1]:
         return False
     return log[-1]["epoch"] - best["best_epoch"] >= config.patience * config.eval_every_epochs
 

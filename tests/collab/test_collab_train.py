@@ -101,6 +101,16 @@ def test_an_epoch_is_one_short_line_that_says_which_was_best(caplog):
     )
 
 
+def test_without_patience_every_epoch_is_trained():
+    assert (
+        train_collab(tiny(epochs=5, learning_rate=1e-9, patience=1), two_communities()).log[-1]["epoch"] < 5
+    )
+    assert (
+        train_collab(tiny(epochs=5, learning_rate=1e-9, patience=None), two_communities()).log[-1]["epoch"]
+        == 5
+    )
+
+
 def test_patience_counts_validations_not_epochs():
     collab = train_collab(
         tiny(epochs=60, learning_rate=0.03, patience=3, eval_every_epochs=2), two_communities()
