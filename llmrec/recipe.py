@@ -333,37 +333,61 @@ def without_what_goes(recipe: Recipe, pairs: dict[str, str]) -> Recipe:
 
     They would have no effect any more, which is an error where a user sets them, but not here.
     """
+    return replace(
+        recipe,
+        train_collab=collab_without_what_goes(recipe.train_collab, pairs),
+        finetune=finetune_without_what_goes(recipe.finetune, pairs),
+    )
 
-    def chosen(path: str, now: str) -> str | None:
-        return pairs[path] if pairs.get(path, now) != now else None
 
-    collab, finetune = recipe.train_collab, recipe.finetune
-    if chosen("train_collab.provider", collab.provider) and collab.provider in PROVIDER_FIELDS:
-        old = collab.provider
-        if not any(path.startswith(f"train_collab.{old}.") for path in pairs):
-            collab = replace(collab, **{old: type(getattr(collab, old))()})
-    if chosen("train_collab.provider", collab.provider) and "train_collab.own" not in pairs:
-        collab = replace(collab, own={}, provider="sasrec") if collab.is_own else collab
-    if chosen("train_collab.provider", collab.provider) == "precomputed":
+def exchanged_for(pairs: dict[str, str], path: str, now: str) -> str | None:
+    """What pairs put in place of a setting; None if they leave it as it is."""
+    new = pairs.get(path, now)
+    return None if new == now else new
+
+
+def collab_without_what_goes(collab: TrainCollabConfig, pairs: dict[str, str]) -> TrainCollabConfig:
+    """The settings of train_collab without those of a provider that is exchanged."""
+    old, new = collab.provider, exchanged_for(pairs, "train_collab.provider", collab.provider)
+    if not new:
+        return collab
+    if old in PROVIDER_FIELDS and not any(path.startswith(f"train_collab.{old}.") for path in pairs):
+        collab = replace(collab, **{old: type(getattr(collab, old))()})
+    if collab.is_own and "train_collab.own" not in pairs:
+        collab = replace(collab, own={}, provider="sasrec")
+    if new == "precomputed":
         collab = TrainCollabConfig(provider=collab.provider)  # nothing is trained any more
+    return collab
+
+
+def finetune_without_what_goes(finetune: FinetuneConfig, pairs: dict[str, str]) -> FinetuneConfig:
+    """The settings of finetune without those of a method or base model that is exchanged."""
+    defaults = FinetuneConfig()
     idle: set[str] = set()
-    method = chosen("finetune.method", finetune.method)
-    if method is not None and (method in METHODS or is_own(method)):
-        idle |= set(without_effect(method))
-        if pairs.get("finetune.fusion", "auto") == "auto" and method_of(method).fusion != "frequency":
-            idle |= {"fusion", *FREQUENCY_FIELDS}
-    if base := chosen("finetune.base_model", finetune.base_model):
+    if base := exchanged_for(pairs, "finetune.base_model", finetune.base_model):
         if finetune.is_mini:
             idle.add("mini")
         elif base == "mini":
             idle |= {"revision", *LORA_FIELDS, "quantize"}
-    defaults = FinetuneConfig()
-    if method is not None and is_own(finetune.method) and "finetune.own" not in pairs:
-        finetune = replace(finetune, method="mme_sid", own={}, ctrl_weight=defaults.ctrl_weight)
-    changes = {name: getattr(defaults, name) for name in idle if f"finetune.{name}" not in pairs}
+    method = exchanged_for(pairs, "finetune.method", finetune.method)
+    if method is not None:
+        idle |= idle_with(method, pairs)
+        if is_own(finetune.method) and "finetune.own" not in pairs:
+            finetune = replace(finetune, method="mme_sid", own={}, ctrl_weight=defaults.ctrl_weight)
     if any(path.startswith("finetune.mini.") for path in pairs):
-        changes.pop("mini", None)
-    return replace(recipe, train_collab=collab, finetune=replace(finetune, **changes))
+        idle.discard("mini")
+    changes = {name: getattr(defaults, name) for name in idle if f"finetune.{name}" not in pairs}
+    return replace(finetune, **changes)
+
+
+def idle_with(method: str, pairs: dict[str, str]) -> set[str]:
+    """Settings of finetune that have no effect with a method; none, for one that does not exist."""
+    if method not in METHODS and not is_own(method):
+        return set()
+    idle = set(without_effect(method))
+    if pairs.get("finetune.fusion", "auto") == "auto" and method_of(method).fusion != "frequency":
+        idle |= {"fusion", *FREQUENCY_FIELDS}
+    return idle
 
 
 def refuse_what_is_stale(root: Path, stages: dict[str, str]) -> None:
