@@ -36,7 +36,8 @@ from llmrec.interactions import Interactions
 from llmrec.manifest import MANIFEST
 from llmrec.network import resolves
 from llmrec.preflight import to_fetch
-from llmrec.recipe import TO_DO, UNCERTAIN, Recipe, statuses
+from llmrec.recipe import Recipe
+from llmrec.stage_changes import TO_DO, UNCERTAIN, statuses
 from llmrec.stage_times import UTILISATION, Gpu, Work, duration, work_before
 
 logger = logging.getLogger("llmrec")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import copy
 import importlib.metadata
 import logging
 import os
@@ -17,30 +16,18 @@ import platform
 import shutil
 import time
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llmrec import __version__, distributed, machine, tracking
 from llmrec.artifacts import Report
-from llmrec.config import StageSettings, as_dict, changed_settings, without_incidental
+from llmrec.config import StageSettings, without_incidental
 from llmrec.contents import content_digests
-from llmrec.encoders.config import PICTURES
-from llmrec.errors import (
-    ConfigError,
-    MissingArtifactError,
-    StaleArtifactError,
-)
-from llmrec.finished import SCHEMA_VERSION, check_lineage, fingerprint, load, stage_manifest
-from llmrec.folder_digest import folder_digest, model_digest
-from llmrec.manifest import (
-    MANIFEST,
-    describe_files,
-    flush,
-    flush_all,
-    sha256,
-    write_manifest,
-)
+from llmrec.errors import ConfigError
+from llmrec.finished import check_lineage, load
+from llmrec.manifest import MANIFEST, describe_files, flush, flush_all, write_manifest
+from llmrec.stage_changes import check_folder, describe_stage, source_hashes
 from llmrec.stages import COMMANDS, STAGES, Stage, in_order
 from llmrec.storage import locked, open_like_folder, unfinished, writing
 
@@ -238,8 +225,8 @@ def resume_folder() -> Path | None:
 
 
 def made_from() -> dict[str, Any] | None:
-    """What the stage that is running is made from (see `describe_stage`), without settings that change no
-    result; None outside of a stage."""
+    """What the stage that is running is made from (see `stage_changes.describe_stage`), without settings
+    that change no result; None outside of a stage."""
     found = _unfinished.get()
     return None if found is None else found[1]
 
@@ -247,128 +234,6 @@ def made_from() -> dict[str, Any] | None:
 _unfinished: contextvars.ContextVar[tuple[Path, dict[str, Any]] | None] = contextvars.ContextVar(
     "unfinished", default=None
 )
-
-
-def describe_stage(name: str, config: StageSettings, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """What makes a stage's output what it is: name, config and the files it was made from."""
-    return {
-        "schema": SCHEMA_VERSION,
-        "stage": name,
-        "config": as_dict(config),
-        "sources": source_hashes(config) | config.source_digests(*inputs),
-        "inputs": {artifact.stage: fingerprint(artifact) for artifact in inputs},
-    }
-
-
-def source_hashes(config: StageSettings, known: dict[str, str] | None = None) -> dict[str, str]:
-    """Hashes of the users' own files and folders that a config names, by setting.
-
-    What is gone is left out: what was made from it may still be used.
-
-    Args:
-        config: a stage's settings.
-        known: hashes that need not be worked out again.
-    """
-    found = dict(known or {})
-    for name, path in config.source_files().items():
-        if name not in found and Path(path).is_file():
-            found[name] = sha256(Path(path))
-    for name, path in folders_of(config).items():
-        if name not in found and Path(path).is_dir():
-            data = name in config.source_folders()
-            found[name] = folder_digest(Path(path)) if data else model_digest(Path(path))
-    return found
-
-
-def folders_of(config: StageSettings) -> dict[str, str]:
-    """Folders that a config names, of data and of models, by setting."""
-    return config.source_folders() | config.model_folders()
-
-
-def changed_sources(
-    manifest: dict[str, Any], sources: dict[str, str], folders: Iterable[str] = ()
-) -> list[str]:
-    """Phrases naming the users' files whose content is no longer what a stage was made from.
-
-    Args:
-        manifest: of the stage.
-        sources: hashes as they are now, by setting.
-        folders: the settings among them that name a folder.
-    """
-    before = manifest.get("sources")
-    if before is None:
-        return []
-    phrases = {
-        PICTURES: f"other {PICTURES}",
-        **{name: f"other files in the {name} folder" for name in folders},
-    }
-    changed = [
-        phrases.get(name, f"other content of the {name} file")
-        for name, digest in sources.items()
-        if before.get(name, digest) != digest and form_of(before[name]) == form_of(digest)
-    ]
-    # Files that the settings name by themselves; what a setting names was there, or it was another setting.
-    appeared = [name for name in sources if name not in before and name not in folders]
-    absent = {PICTURES: f"some {PICTURES} absent"}
-    return changed + [f"{absent.get(name, f'no {name}')}, which are there now" for name in appeared]
-
-
-def form_of(digest: str) -> str:
-    """In which way a digest was made; those of different ways cannot be compared."""
-    form, mark, _ = digest.partition(":")
-    return form if mark else ""
-
-
-def changes_of(manifest: dict[str, Any], config: StageSettings, sources: dict[str, str]) -> list[str]:
-    """Phrases naming files and settings that are not those a stage was made with; a file that has moved, and
-    is the same, is."""
-    before = copy.deepcopy(manifest["config"])
-    now = as_dict(config)
-    made_from = manifest.get("sources") or {}
-    folders = folders_of(config)
-    for name in sources:
-        *groups, field = name.split(".")
-        old, new = before, now
-        for group in groups:
-            old, new = old.get(group) or {}, new.get(group) or {}
-        # More than a path, such as the split of a data set, must be the same.
-        moves = name not in folders or new.get(field) in (folders[name], f"local-dir:{folders[name]}")
-        if made_from.get(name) == sources[name] and field in old and field in new and moves:
-            old[field] = new[field]
-    return [*changed_sources(manifest, sources, folders), *changed_settings(before, config)]
-
-
-def check_folder(folder: Path, wanted: dict[str, Any], config: StageSettings) -> str:
-    """'done' or 'absent'; raises if the folder holds anything else.
-
-    Settings that change no result may be others than the folder was made with.
-    """
-    if not folder.exists():
-        if folder.is_symlink():  # nothing could take its name in the end
-            raise MissingArtifactError(
-                f"{folder} is a link to {folder.readlink()}, where nothing is. Make that folder's disk "
-                "available, or delete the link to compute the stage"
-            )
-        return "absent"
-    if not (folder / MANIFEST).is_file():
-        raise MissingArtifactError(
-            f"{folder} is not the output of a finished stage, and what is there is never overwritten. Use "
-            "another folder, or move it away"
-        )
-    manifest = stage_manifest(folder)
-    if manifest["stage"] != wanted["stage"]:
-        raise StaleArtifactError(
-            f"{folder} holds the output of {manifest['stage']}; give another folder to {wanted['stage']}"
-        )
-    changes = changes_of(manifest, config, wanted["sources"])
-    old, new = manifest["inputs"], wanted["inputs"]
-    changes += [f"another {name}" for name in new if old.get(name) != new[name]]
-    changes += [f"{name}, which is not given now" for name in old if name not in new]
-    if not changes:
-        return "done"
-    raise StaleArtifactError(
-        f"{folder} was made with {', '.join(changes)}. Use another folder, or delete {folder} to recompute it"
-    )
 
 
 def seal(folder: Path, wanted: dict[str, Any], seconds: float) -> None:

@@ -23,7 +23,7 @@ from llmrec.config import Settings, changed_settings, flatten, format_value, ove
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
-from llmrec.errors import ConfigError, StaleArtifactError
+from llmrec.errors import ConfigError
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.finetune.config import LORA_FIELDS, FinetuneConfig
 from llmrec.finetune.method_table import FREQUENCY_FIELDS, METHODS, method_of, without_effect
@@ -31,7 +31,8 @@ from llmrec.finetune.presets import PRESETS as FINETUNE_PRESETS
 from llmrec.own import is_own
 from llmrec.semantic_ids.config import PRESETS as ID_PRESETS
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
-from llmrec.stages import STAGES, in_order
+from llmrec.stage_changes import MADE_WITH, TO_DO, refuse_what_is_stale, statuses
+from llmrec.stages import STAGES
 
 C = TypeVar("C")
 
@@ -44,9 +45,6 @@ REFIT: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Stages that choose an epoch by validation: its name in their metrics, and settings without validation."""
 PRESETS = tuple(FINETUNE_PRESETS)
-TO_DO = "would be computed"
-MADE_WITH = "was made with"
-UNCERTAIN = "is kept if what it was made from comes out the same again, else refused"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,21 +388,6 @@ def idle_with(method: str, pairs: dict[str, str]) -> set[str]:
     return idle
 
 
-def refuse_what_is_stale(root: Path, stages: dict[str, str]) -> None:
-    """Say now which finished stages a run would refuse once it gets there.
-
-    Args:
-        root: the run folder.
-        stages: what `statuses` says of them.
-
-    Raises:
-        StaleArtifactError: names the first.
-    """
-    for name, status in stages.items():
-        if status not in ("done", TO_DO, UNCERTAIN):
-            raise StaleArtifactError(f"{root / name} {status}")
-
-
 def refuse_what_cannot_finish(recipe: Recipe, stages: dict[str, str]) -> None:
     """Say now what a stage would stumble over hours later.
 
@@ -421,41 +404,3 @@ def refuse_what_cannot_finish(recipe: Recipe, stages: dict[str, str]) -> None:
     problems = [one for one in in_the_way(recipe, to_do) if one.status == "problem"]
     if problems:
         raise ConfigError("; ".join(f"{one.what} ({one.advice})" for one in problems))
-
-
-def statuses(recipe: Recipe, root: Path, until: str | None) -> dict[str, str]:
-    """Of each stage: done, `TO_DO`, `UNCERTAIN`, or why what is there cannot be used."""
-    from llmrec.finished import fingerprint_of, stage_manifest
-    from llmrec.manifest import MANIFEST
-    from llmrec.pipeline import changes_of, source_hashes
-
-    found: dict[str, str] = {}
-    new = {name for name in STAGES if not (root / name).exists()}
-    for stage in in_order(recipe):
-        name = stage.name
-        folder = root / name
-        config = getattr(recipe, name)
-        if not folder.exists() and not folder.is_symlink():
-            status = TO_DO
-        elif not (folder / MANIFEST).exists():
-            status = "is not a finished stage; use another --run-dir, or move it away"
-        elif changes := [
-            *changes_of(manifest := stage_manifest(folder), config, source_hashes(config)),
-            *(
-                f"another {other}"
-                for other in stage.made_from(config)
-                if found.get(other) == "done"
-                and manifest["inputs"].get(other) != fingerprint_of(stage_manifest(root / other))
-            ),
-        ]:
-            status = f"{MADE_WITH} {', '.join(changes)}; use another --run-dir or delete the folder"
-        elif new.intersection(stage.made_from(config)):
-            status = UNCERTAIN
-        else:
-            status = "done"
-        found[name] = status
-        if status != "done":
-            new.add(name)  # what is made from it is not known to fit
-        if name == until:
-            break
-    return found

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from llmrec import finished, pipeline, storage
+from llmrec import finished, pipeline, stage_changes, storage
 from llmrec.config import StageSettings
 from llmrec.errors import MissingArtifactError, StaleArtifactError, StorageError
 from llmrec.finished import fingerprint, manifest_of
@@ -242,7 +242,9 @@ def test_the_folder_of_another_stage_is_never_offered_for_deletion(tmp_path):
     with pytest.raises(
         StaleArtifactError, match=r"holds the output of count; give another folder to double$"
     ):
-        pipeline.check_folder(tmp_path / "count", {"stage": "double", "sources": {}, "inputs": {}}, Config())
+        stage_changes.check_folder(
+            tmp_path / "count", {"stage": "double", "sources": {}, "inputs": {}}, Config()
+        )
 
 
 def test_two_processes_cannot_compute_one_stage(tmp_path):
@@ -329,11 +331,11 @@ def test_a_disk_without_locks_is_told(tmp_path, monkeypatch):
 
 def test_what_another_process_finished_with_other_settings_is_not_taken(tmp_path, monkeypatch):
     """Between the first look at the folder and the lock."""
-    wanted = pipeline.describe_stage("count", Config(number=3), ())
+    wanted = stage_changes.describe_stage("count", Config(number=3), ())
     RunDir(tmp_path).stage(count, Config(number=2))
     with pytest.raises(StaleArtifactError, match=r"number=2 \(now 3\)"):
         pipeline.compute(count, Config(number=3), (), tmp_path / "count", wanted)
-    wanted = pipeline.describe_stage("count", Config(number=2), ())
+    wanted = stage_changes.describe_stage("count", Config(number=2), ())
     pipeline.compute(count, Config(number=2), (), tmp_path / "count", wanted)
     assert CALLS == ["count"]
 

@@ -31,8 +31,9 @@ from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.train import finetune
 from llmrec.inference.recommender import Recommender
 from llmrec.interactions import Interactions
-from llmrec.pipeline import describe_stage, seal
+from llmrec.pipeline import seal
 from llmrec.semantic_ids.learn import learn_semantic_ids
+from llmrec.stage_changes import describe_stage
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"this torch has no {missing()}")
 

@@ -35,20 +35,10 @@ from llmrec.finetune.config import FinetuneConfig
 from llmrec.interactions import Interactions
 from llmrec.pipeline import RunDir
 from llmrec.preflight import in_the_way
-from llmrec.recipe import (
-    TO_DO,
-    UNCERTAIN,
-    Recipe,
-    apply_overrides,
-    main,
-    recipe_of,
-    run_recipe,
-    statuses,
-    with_preset,
-    with_seed,
-)  # fmt: skip
+from llmrec.recipe import Recipe, apply_overrides, main, recipe_of, run_recipe, with_preset, with_seed
 from llmrec.runs import Run
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.stage_changes import TO_DO, UNCERTAIN, statuses
 from llmrec.stages import STAGES, in_order
 
 ROOT = Path(__file__).resolve().parents[1]

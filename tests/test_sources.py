@@ -20,7 +20,8 @@ from llmrec.errors import DataError, StaleArtifactError
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.folder_digest import model_digest, weights_digest
 from llmrec.interactions import Interactions
-from llmrec.pipeline import RunDir, changes_of, run, source_hashes
+from llmrec.pipeline import RunDir, run
+from llmrec.stage_changes import changes_of, source_hashes
 from llmrec.stages import STAGES
 
 IDS = [f"i{number}" for number in range(8)]

@@ -30,9 +30,9 @@ from llmrec.recipe import (
     refit_stage,
     refuse_refit_of_another,
     refuse_what_cannot_finish,
-    statuses,
 )
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.stage_changes import statuses
 
 logger = logging.getLogger("llmrec")
 

@@ -191,7 +191,7 @@ def test_a_stopped_stage_leaves_its_work_and_a_finished_one_nothing(tmp_path, mo
         return plain(self, batch)
 
     monkeypatch.setattr(TextEncoder, "encode", encode)
-    monkeypatch.setattr("llmrec.pipeline.fingerprint", lambda artifact: {})
+    monkeypatch.setattr("llmrec.stage_changes.fingerprint", lambda artifact: {})
     out = tmp_path / "run" / "encode_items"
     with pytest.raises(KeyboardInterrupt):
         run_stage(encode_items, settings(folder), (data,), out)
@@ -231,9 +231,9 @@ def test_two_processes_share_the_work_and_give_equal_vectors(tmp_path):
     script.write_text(
         "import sys; from pathlib import Path\n"
         f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
-        "import pyarrow as pa, tiny, llmrec.pipeline as pipeline\n"
+        "import pyarrow as pa, tiny, llmrec.pipeline as pipeline, llmrec.stage_changes\n"
         "from llmrec.encoders.config import *; from llmrec.encoders.encode import encode_items\n"
-        "pipeline.fingerprint = lambda artifact: {}\n"
+        "llmrec.stage_changes.fingerprint = lambda artifact: {}\n"
         f"root = Path({str(tmp_path / 'images')!r})\n"
         f"data = tiny.catalogue(tiny.TEXTS, root, image_path=pa.array({names!r}))\n"
         f"text = TextEncoderConfig(encoder='huggingface', model={model!r}, batch_size=2)\n"

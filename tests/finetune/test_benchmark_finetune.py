@@ -13,7 +13,8 @@ import torch
 from tool import TOOLS, ended, load
 from worlds import cycle
 
-from llmrec.pipeline import describe_stage, seal
+from llmrec.pipeline import seal
+from llmrec.stage_changes import describe_stage
 
 
 @pytest.fixture(scope="module")
