@@ -767,8 +767,9 @@ def test_settings_of_ones_own_are_compared_like_methods(finished, tmp_path, caps
 def test_a_row_of_ones_own_reaches_the_process_of_its_cell(finished, tmp_path):
     from llmrec.finetune import compare_cells
 
-    (named,) = compare_cells.own_rows(tiny(), [["short", "epochs=1", "learning_rate=1e-4"]]).items()
-    cell = compare_cells.cell_to_run(tiny(), named, 3, finished, tmp_path, None)
+    rows = compare_cells.own_rows(tiny(), [["short", "epochs=1", "learning_rate=1e-4"]])
+    comparison = compare_cells.Comparison(recipe=tiny(), rows=rows, seeds=[3], root=finished, out=tmp_path)
+    cell = compare_cells.cell_to_run(comparison, "short", 3)
     assert not cell.done()
     compare_cells.main(cell.command[1:])
     assert cell.done() and cell.folder == tmp_path / "short" / "seed3"
@@ -961,8 +962,7 @@ def test_cells_of_other_processes_are_waited_for_and_those_they_leave_taken(monk
 
     tries: list[tuple[str, int]] = []
 
-    def run_cell(recipe, named, seed, *_):
-        name = named[0]
+    def run_cell(comparison, name, seed, inputs):
         tries.append((name, seed))
         if name == "me" and tries.count((name, seed)) < 3:
             raise BusyError("another process is computing finetune")
@@ -972,7 +972,9 @@ def test_cells_of_other_processes_are_waited_for_and_those_they_leave_taken(monk
     monkeypatch.setattr("llmrec.finished.load", lambda *_: None)
     monkeypatch.setattr(compare_cells.time, "sleep", slept.append)
     rows = {name: compare_cells.ROWS[name] for name in ("me", "mme_sid")}
-    compare_cells.run_cells(tiny(), rows, [0, 1], Path("a"), Path("b"))
+    compare_cells.run_cells(
+        compare_cells.Comparison(recipe=tiny(), rows=rows, seeds=[0, 1], root=Path("a"), out=Path("b"))
+    )
     assert tries[:4] == [("me", 0), ("mme_sid", 0), ("me", 1), ("mme_sid", 1)]
     assert {cell: tries.count(cell) for cell in tries[:4]} == {
         ("me", 0): 3, ("mme_sid", 0): 1, ("me", 1): 3, ("mme_sid", 1): 1,

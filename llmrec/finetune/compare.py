@@ -18,6 +18,7 @@ from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError, TrainingError
 from llmrec.finetune.compare_cells import (
     ROWS,
+    Comparison,
     cells_to_run,
     check_settings,
     own_rows,
@@ -79,56 +80,110 @@ def parser(names_recipe: bool, description: str | None) -> argparse.ArgumentPars
 
 def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) -> None:
     """Train what is missing; print the table and write it as table.md, results.json and report.html."""
+    asked = comparison_of(options, recipe)
+    set_up_logging()
+    tracking.choose(options.track)
+    from llmrec import distributed
+
+    at_a_time = cells_at_a_time(options.jobs, len(asked.rows) * len(asked.seeds))
+    failed: list[str] = []
+    if options.summarise:
+        check_settings(asked)
+    else:
+        failed = train(asked, at_a_time)
+    if not distributed.is_main():
+        return
+    some = bool(options.summarise and options.rows)
+    impossible = show(asked, None if options.summarise else at_a_time, failed, some=some)
+    if failed:
+        cells = len(asked.rows) * len(asked.seeds)
+        raise TrainingError(f"{len(failed)} of {cells} cells failed: {'; '.join(failed)}")
+    named = [*(options.rows or []), *(name for name, *_ in options.row)]
+    if (cannot := [name for name in named if name in impossible]) and not options.summarise:
+        raise ConfigError(f"{', '.join(cannot)} cannot be run with these settings; the table says why")
+
+
+def comparison_of(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) -> Comparison:
+    """What the command line asks for.
+
+    Raises:
+        ConfigError: it names settings, rows or a recipe that cannot be.
+    """
     if recipe is None:
         name, made = Path(options.recipe).stem, recipe_of(Path(options.recipe))
     else:
         name, made = name_of(recipe)[0], recipe()
     chosen = apply_overrides(made, options.set)
-    names = options.rows or ([] if options.row else list(ROWS))
-    rows = {name: ROWS[name] for name in names} | own_rows(chosen, options.row)
-    set_up_logging()
-    tracking.choose(options.track)
+    rows = options.rows or ([] if options.row else list(ROWS))
     root = Path(options.run_dir or Path("runs") / (f"{name}_refit" if options.refit else name))
-    out = Path(options.out or root / "methods")
-    from llmrec import distributed, machine
-    from llmrec.files import write_json
+    return Comparison(
+        recipe=chosen,
+        rows={row: ROWS[row] for row in rows} | own_rows(chosen, options.row),
+        seeds=options.seeds,
+        root=root,
+        out=Path(options.out or root / "methods"),
+        refit=Path(options.refit) if options.refit else None,
+    )
 
-    cells = len(rows) * len(options.seeds)
-    at_a_time = min(cells, options.jobs or (1 if distributed.world_size() > 1 else jobs.default()))
-    if at_a_time > 1 and distributed.world_size() > 1:
+
+def cells_at_a_time(asked: int | None, cells: int) -> int:
+    """How many cells are trained at a time.
+
+    Raises:
+        ConfigError: several, where a launcher has started several processes already.
+    """
+    from llmrec import distributed
+
+    several = distributed.world_size() > 1
+    at_a_time = min(cells, asked or (1 if several else jobs.default()))
+    if at_a_time > 1 and several:
         raise ConfigError("--jobs starts processes of its own; leave it out under a launcher of several")
-    failed: list[str] = []
-    refit = Path(options.refit) if options.refit else None
-    if options.summarise:
-        check_settings(chosen, rows, options.seeds, out, refit)
-    else:
-        work = (prepare(chosen, root, refit), rows, options.seeds, root, out, refit)
-        if at_a_time > 1:
-            failed = jobs.run(cells_to_run(*work), at_a_time)
-        else:
-            run_cells(*work)
-    if not distributed.is_main():
-        return
+    return at_a_time
+
+
+def train(asked: Comparison, at_a_time: int) -> list[str]:
+    """Run what is not finished, several cells at a time in processes of their own, or one by one in this one.
+
+    Returns:
+        A line for each cell that failed.
+    """
+    prepared = prepare(asked)
+    if at_a_time > 1:
+        return jobs.run(cells_to_run(prepared), at_a_time)
+    run_cells(prepared)
+    return []
+
+
+def show(asked: Comparison, at_a_time: int | None, failed: list[str], *, some: bool) -> list[str]:
+    """Print the table, and write it and the page.
+
+    Args:
+        asked: what was compared.
+        at_a_time: cells that were trained at a time; None: nothing was trained.
+        failed: a line for each cell that failed.
+        some: a table that is there already may have more rows, and stays.
+
+    Returns:
+        Names of the rows that cannot be run.
+    """
+    from llmrec import machine
+    from llmrec.files import write_json
     from llmrec.finetune.compare_report import add_reasons, cells_of, markdown, page, summarise
 
-    results = summarise({row: cells_of(out, row, options.seeds) for row in rows}, options.seeds)
+    out = asked.out
+    results = summarise({row: cells_of(out, row, asked.seeds) for row in asked.rows}, asked.seeds)
     results |= {
         "machine": machine.describe(),
-        "jobs": None if options.summarise else at_a_time,
+        "jobs": at_a_time,
         "command": shlex.join(["python", *sys.argv]),
         "failed": failed,
     }
-    reasons = add_reasons(results, out)
+    impossible = add_reasons(results, out)
     text = markdown(results)
     print(text)
-    some = options.summarise and options.rows and (out / "table.md").exists()
-    if out.is_dir() and not some:  # the files may be of more rows
+    if out.is_dir() and not (some and (out / "table.md").exists()):
         (out / "table.md").write_text(text, encoding="utf-8")
         write_json(out / "results.json", results)
         (out / "report.html").write_text(page(results), encoding="utf-8")
         print(f"report: {out / 'report.html'}")
-    if failed:
-        raise TrainingError(f"{len(failed)} of {cells} cells failed: {'; '.join(failed)}")
-    asked = [*(options.rows or []), *(name for name, *_ in options.row)]
-    if (cannot := [name for name in asked if name in reasons]) and not options.summarise:
-        raise ConfigError(f"{', '.join(cannot)} cannot be run with these settings; the table says why")
+    return impossible

@@ -110,16 +110,28 @@ def own_rows(recipe: Recipe, given: list[list[str]]) -> dict[str, Row]:
     return found
 
 
-def prepare(recipe: Recipe, root: Path, refit: Path | None = None) -> Recipe:
-    """Run the stages that all cells share; the recipe they were run with.
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared, and where it lies."""
 
-    Args:
-        recipe: settings.
-        root: where these stages lie.
-        refit: run directory of a comparison whose cells chose their epochs; see `llmrec.recipe.refit`.
-    """
+    recipe: Recipe
+    """What all rows share"""
+    rows: dict[str, Row]
+    seeds: list[int]
+    """Of fine-tuning"""
+    root: Path
+    """Where the stages lie that all cells share"""
+    out: Path
+    """Where cells go"""
+    refit: Path | None = None
+    """Run directory of a comparison whose cells chose their epochs; see `llmrec.recipe.refit`"""
+
+
+def prepare(comparison: Comparison) -> Comparison:
+    """Run the stages that all cells share; the comparison with the settings that they were run with."""
     from llmrec.pipeline import RunDir, run
 
+    recipe, root, refit = comparison.recipe, comparison.root, comparison.refit
     if refit is not None:
         refuse_refit_of_another(recipe, refit)
         collab = refit_stage("train_collab", recipe.train_collab, refit / "train_collab")
@@ -127,33 +139,21 @@ def prepare(recipe: Recipe, root: Path, refit: Path | None = None) -> Recipe:
     # Fine-tuning itself differs from row to row, and a row that cannot be run leaves the others be.
     refuse_what_cannot_finish(recipe, statuses(recipe, root, "learn_semantic_ids"))
     run(recipe, RunDir(root), until="learn_semantic_ids")
-    return recipe
+    return replace(comparison, recipe=recipe)
 
 
-def run_cells(
-    recipe: Recipe,
-    rows: dict[str, Row],
-    seeds: list[int],
-    root: Path,
-    out: Path,
-    refit: Path | None = None,
-) -> None:
+def run_cells(comparison: Comparison) -> None:
     """Fine-tune and rank what is not finished, seed by seed, so that all rows have results early.
 
     What another process is at is left to it and looked at again at the end.
 
     Args:
-        recipe: settings, as `prepare` gave them.
-        rows: by name.
-        seeds: of fine-tuning.
-        root: the stages before.
-        out: where cells go.
-        refit: see `prepare`.
+        comparison: as `prepare` gave it.
     """
     from llmrec import machine
 
-    inputs = inputs_of(root)
-    waiting = deque((name, seed) for seed in seeds for name in rows)
+    inputs = inputs_of(comparison.root)
+    waiting = deque((name, seed) for seed in comparison.seeds for name in comparison.rows)
     impossible: set[str] = set()
     busy: set[tuple[str, int]] = set()
     while waiting:
@@ -161,7 +161,7 @@ def run_cells(
         if name in impossible:
             continue
         try:
-            run_cell(recipe, (name, rows[name]), seed, inputs, out, refit)
+            run_cell(comparison, name, seed, inputs)
         except BusyError:
             waiting.append(cell)
             busy.add(cell)
@@ -182,15 +182,14 @@ def inputs_of(root: Path) -> tuple[Any, ...]:
     return tuple(load(STAGES[name].artifact_class(), root / name) for name in STAGES["finetune"].inputs)
 
 
-def run_cell(
-    recipe: Recipe,
-    named: tuple[str, Row],
-    seed: int,
-    inputs: tuple[Any, ...],
-    out: Path,
-    refit: Path | None,
-) -> None:
-    """One cell, of a row with its name, in its folder; why its row cannot be run is left in the row's folder.
+def run_cell(comparison: Comparison, name: str, seed: int, inputs: tuple[Any, ...]) -> None:
+    """One cell in its folder; why its row cannot be run is left in the row's folder.
+
+    Args:
+        comparison: as `prepare` gave it.
+        name: of the row.
+        seed: of fine-tuning.
+        inputs: see `inputs_of`.
 
     Raises:
         BusyError: another process is at it, or at its semantic IDs.
@@ -198,15 +197,14 @@ def run_cell(
     from llmrec.pipeline import run_stage
     from llmrec.stages import STAGES
 
-    name, row = named
+    recipe, row, out = comparison.recipe, comparison.rows[name], comparison.out
     folder = folder_of(out, name, seed)
     with keeping_why(out, name):
         if row.ids:
             ids_config = ids_settings(recipe.learn_semantic_ids, row)
             ids = run_stage(STAGES["learn_semantic_ids"], ids_config, inputs[:3], ids_folder(out, name))
             inputs = (*inputs[:3], ids)
-        chosen = folder_of(refit / "methods", name, seed) if refit is not None else None
-        config = cell_settings(recipe, row, chosen, seed)
+        config = cell_settings(comparison, name, seed)
         adapter = run_stage(STAGES["finetune"], config, inputs, folder / "finetune")
         run_stage(STAGES["evaluate"], recipe.evaluate, (*inputs, adapter), folder / "evaluate")
 
@@ -224,32 +222,35 @@ def keeping_why(out: Path, name: str) -> Iterator[None]:
         raise
 
 
-def cells_to_run(
-    recipe: Recipe, rows: dict[str, Row], seeds: list[int], root: Path, out: Path, refit: Path | None
-) -> list[jobs.Cell]:
-    """What `run_cells` does, as cells for `llmrec.jobs.run`; arguments as there.
+def cells_to_run(comparison: Comparison) -> list[jobs.Cell]:
+    """What `run_cells` does, as cells for `llmrec.jobs.run`.
 
     Raises:
         StaleArtifactError: a finished cell was made with other settings or data.
     """
-    inputs = inputs_of(root)
-    for named, seed in itertools.product(rows.items(), seeds):
-        if finished(folder_of(out, named[0], seed)):
-            run_cell(recipe, named, seed, inputs, out, refit)  # looks at them, and finds nothing to do
-    return [cell_to_run(recipe, named, seed, root, out, refit) for seed in seeds for named in rows.items()]
+    inputs = inputs_of(comparison.root)
+    for name, seed in itertools.product(comparison.rows, comparison.seeds):
+        if finished(folder_of(comparison.out, name, seed)):
+            run_cell(comparison, name, seed, inputs)  # looks at them, and finds nothing to do
+    return [cell_to_run(comparison, name, seed) for seed in comparison.seeds for name in comparison.rows]
 
 
-def cell_to_run(
-    recipe: Recipe, named: tuple[str, Row], seed: int, root: Path, out: Path, refit: Path | None
-) -> jobs.Cell:
-    """One cell, and a file with all that its process has to know."""
-    name, row = named
+def cell_to_run(comparison: Comparison, name: str, seed: int) -> jobs.Cell:
+    """One cell, and a file with all that its process has to know, which `main` reads."""
+    row, out, refit = comparison.rows[name], comparison.out, comparison.refit
     folder = folder_of(out, name, seed)
     stages = [folder / "finetune", folder / "evaluate"]
     if row.ids:
         stages.append(ids_folder(out, name))
-    request: dict[str, Any] = {"recipe": as_dict(recipe), "name": name, "row": asdict(row), "seed": seed}
-    request |= {"root": str(root), "out": str(out), "refit": None if refit is None else str(refit)}
+    request: dict[str, Any] = {
+        "recipe": as_dict(comparison.recipe),
+        "name": name,
+        "row": asdict(row),
+        "seed": seed,
+        "root": str(comparison.root),
+        "out": str(out),
+        "refit": None if refit is None else str(refit),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / REQUEST, request)
     return jobs.Cell(
@@ -273,31 +274,31 @@ def why_missing(out: Path, name: str) -> Path:
     return out / name / "why_missing.txt"
 
 
-def check_settings(
-    recipe: Recipe, rows: dict[str, Row], seeds: list[int], out: Path, refit: Path | None
-) -> None:
-    """Refuse finished cells that were made with other settings; arguments as of `run_cells`.
+def check_settings(comparison: Comparison) -> None:
+    """Refuse finished cells that were made with other settings.
 
     Raises:
         ConfigError: one was.
     """
     from llmrec.finished import stage_manifest
 
-    for (name, row), seed in itertools.product(rows.items(), seeds):
-        folder = folder_of(out, name, seed)
+    for name, seed in itertools.product(comparison.rows, comparison.seeds):
+        folder = folder_of(comparison.out, name, seed)
         if not finished(folder):
             continue
-        config = cell_settings(recipe, row, folder_of(refit / "methods", name, seed) if refit else None, seed)
+        config = cell_settings(comparison, name, seed)
         if changes := changed_settings(stage_manifest(folder / "finetune")["config"], config):
             raise ConfigError(
                 f"{folder} was made with {', '.join(changes)}; use another folder, or delete it"
             )
 
 
-def cell_settings(recipe: Recipe, row: Row, refit: Path | None, seed: int) -> FinetuneConfig:
-    """Settings of fine-tuning of one cell; `refit`: the one that chose its epochs."""
-    config = replace(settings_for(recipe, row), seed=seed)
-    return config if refit is None else refit_stage("finetune", config, refit / "finetune")
+def cell_settings(comparison: Comparison, name: str, seed: int) -> FinetuneConfig:
+    """Settings of fine-tuning of one cell, with the epochs that a refitted comparison chose for it."""
+    config = replace(settings_for(comparison.recipe, comparison.rows[name]), seed=seed)
+    if comparison.refit is None:
+        return config
+    return refit_stage("finetune", config, folder_of(comparison.refit / "methods", name, seed) / "finetune")
 
 
 def ids_folder(out: Path, name: str) -> Path:
@@ -359,11 +360,16 @@ def main(arguments: list[str]) -> None:
 
     set_up_logging()
     request = read_json(Path(arguments[0]))
-    root, out = Path(request["root"]), Path(request["out"])
-    refit = Path(request["refit"]) if request["refit"] else None
-    recipe = from_dict(Recipe, request["recipe"])
-    named = request["name"], Row(**request["row"])
-    run_cell(recipe, named, request["seed"], inputs_of(root), out, refit)
+    name, seed = request["name"], request["seed"]
+    comparison = Comparison(
+        recipe=from_dict(Recipe, request["recipe"]),
+        rows={name: Row(**request["row"])},
+        seeds=[seed],
+        root=Path(request["root"]),
+        out=Path(request["out"]),
+        refit=Path(request["refit"]) if request["refit"] else None,
+    )
+    run_cell(comparison, name, seed, inputs_of(comparison.root))
 
 
 if __name__ == "__main__":
