@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ from llmrec.config import override
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError, TrainingError
-from llmrec.files import write_json
 from llmrec.interactions import Interactions
 
 Rows = dict[str, TrainCollabConfig]
@@ -56,60 +54,104 @@ def compare(
     """Train what is missing and write results.json, table.md and report.html; arguments as of `main`."""
     options = parser(rows, data_config, name, description).parse_args(arguments)
     of_data, of_rows = by_stage(options.set, data_config is not None)
-    every = set(rows)
-    own = own_rows(rows, options.row)
-    names = options.rows or ([] if own else list(rows))
-    rows = chosen_rows(rows | own, [*names, *own], of_rows)
-    reference = options.reference or ("sasrec" if "sasrec" in rows else next(iter(rows)))
-    if reference not in rows:
-        raise ConfigError(f"--reference must be among the rows ({', '.join(rows)}), got {reference!r}")
+    asked = asked_rows(rows, options, of_rows)
+    reference = options.reference or ("sasrec" if "sasrec" in asked else next(iter(asked)))
+    if reference not in asked:
+        raise ConfigError(f"--reference must be among the rows ({', '.join(asked)}), got {reference!r}")
     set_up_logging()
     tracking.choose(options.track)
-    from llmrec import distributed, machine
-    from llmrec.collab.compare import run_cells, summarise_cells
-    from llmrec.collab.compare_report import markdown, page
-    from llmrec.data.prepare import prepare_data
-    from llmrec.finished import load
-    from llmrec.pipeline import run_stage
+    from llmrec.collab.compare import summarise_cells
+    from llmrec.evaluation.comparison import made_here
 
     root = Path(options.run_dir or Path("runs") / name)
     if options.summarise and not root.is_dir():
         raise ConfigError(f"{root}: there is no such folder, so nothing to summarise; give --run-dir")
     folder = Path(options.prepare_data) if options.prepare_data else root / "prepare_data"
-    if options.prepare_data:
-        data = load(Interactions, folder)
-    else:
-        assert data_config is not None
-        settings = override(data_config, of_data, prefix="prepare_data.")
-        data = run_stage(prepare_data, settings, (), folder)
-    if distributed.world_size() > 1 and not options.summarise:
+    data = data_in(folder, None if options.prepare_data else data_config, of_data)
+    at_a_time = None if options.summarise else options.jobs or jobs.default()
+    failed = [] if at_a_time is None else train(asked, options, folder, root, at_a_time)
+    results = summarise_cells(asked, options.seeds, data, root, reference=reference)
+    results |= made_here(at_a_time, failed)
+    some = options.summarise and options.rows and not set(rows) <= set(asked)
+    show(results, root, some=bool(some))
+    if failed:
+        cells = len(asked) * len(options.seeds)
+        raise TrainingError(f"{len(failed)} of {cells} cells failed: {'; '.join(failed)}")
+
+
+def asked_rows(rows: Rows, options: argparse.Namespace, settings: dict[str, str]) -> Rows:
+    """The rows that the command line asks for, the user's own last.
+
+    Args:
+        rows: those that have a name.
+        options: the command line.
+        settings: of train_collab, see `by_stage`.
+    """
+    own = own_rows(rows, options.row)
+    names = options.rows or ([] if own else list(rows))
+    return chosen_rows(rows | own, [*names, *own], settings)
+
+
+def data_in(folder: Path, config: PrepareDataConfig | None, settings: dict[str, str]) -> Interactions:
+    """The data in a folder, prepared first if they are not there yet.
+
+    Args:
+        folder: output of prepare_data.
+        config: what to prepare; None: they are there.
+        settings: of prepare_data, which change it.
+    """
+    if config is None:
+        from llmrec.finished import load
+
+        return load(Interactions, folder)
+    from llmrec.data.prepare import prepare_data
+    from llmrec.pipeline import run_stage
+
+    return run_stage(prepare_data, override(config, settings, prefix="prepare_data."), (), folder)
+
+
+def train(rows: Rows, options: argparse.Namespace, folder: Path, root: Path, at_a_time: int) -> list[str]:
+    """Train what is not finished.
+
+    Args:
+        rows: settings by row.
+        options: the command line.
+        folder: output of prepare_data.
+        root: where cells are kept.
+        at_a_time: how many are trained at a time.
+
+    Returns:
+        A line for each cell that failed.
+    """
+    from llmrec import distributed
+    from llmrec.collab.compare import run_cells
+
+    if distributed.world_size() > 1:
         raise ConfigError("a comparison starts processes of its own, see --jobs; call it with python alone")
-    failed = []
-    at_a_time = options.jobs or jobs.default()
-    if not options.summarise:
-        content = Path(options.encode_items) if options.encode_items else None
-        if wanting := [name for name, row in rows.items() if row.content and content is None]:
-            raise ConfigError(f"--encode-items: {', '.join(wanting)} need the output folder of encode_items")
-        failed = run_cells(rows, options.seeds, folder, root, at_a_time, content)
-    results = summarise_cells(rows, options.seeds, data, root, reference=reference)
-    results |= {
-        "machine": machine.describe(),
-        "jobs": None if options.summarise else at_a_time,
-        "command": shlex.join(["python", *sys.argv]),
-        "failed": failed,
-    }
+    content = Path(options.encode_items) if options.encode_items else None
+    if wanting := [name for name, row in rows.items() if row.content and content is None]:
+        raise ConfigError(f"--encode-items: {', '.join(wanting)} need the output folder of encode_items")
+    return run_cells(rows, options.seeds, folder, root, at_a_time, content)
+
+
+def show(results: dict[str, Any], root: Path, *, some: bool) -> None:
+    """Print the table, and write it and the page.
+
+    Args:
+        results: see `summarise_cells`.
+        root: where they go.
+        some: results that are there already may have more rows, and stay.
+    """
+    from llmrec.collab.compare_report import markdown, page
+    from llmrec.evaluation.comparison import write
+
     text = markdown(results)
-    if options.summarise and options.rows and not every <= set(rows) and (root / "results.json").exists():
-        print(text)  # the files may be of more rows
+    if some and (root / "results.json").exists():
+        print(text)
         return
-    write_json(root / "results.json", results)
-    (root / "table.md").write_text(text, encoding="utf-8")
-    (root / "report.html").write_text(page(results), encoding="utf-8")
+    write(root, results, text, page)
     print(text)
     print(f"report: {root / 'report.html'}")
-    if failed:
-        cells = len(rows) * len(options.seeds)
-        raise TrainingError(f"{len(failed)} of {cells} cells failed: {'; '.join(failed)}")
 
 
 def parser(

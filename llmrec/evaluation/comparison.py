@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +14,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from llmrec import __version__
+from llmrec import __version__, machine
 from llmrec.evaluation.tables import Table
+from llmrec.files import write_json
 from llmrec.pages import drawing, environment, legend_above, line_colours, svg
 
 MAIN = "ndcg@10"
 """Metric of differences, of the cost chart, and of validation."""
 SHOWN = ("recall@10", MAIN)
+
+Results = dict[str, Any]
+"""What a comparison found, as results.json holds it."""
 
 Chart = Callable[[], str]
 """Draws an SVG element; pages call it, text does not."""
@@ -83,6 +89,13 @@ def as_page(title: str, sections: Sequence[Section], notes: Sequence[str]) -> st
     )
 
 
+def write(folder: Path, results: Results, text: str, page: Callable[[Results], str]) -> None:
+    """Write a comparison as results.json, table.md and, drawn once these are safe, report.html."""
+    write_json(folder / "results.json", results)
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    (folder / "report.html").write_text(page(results), encoding="utf-8")
+
+
 def protocol(results: Mapping[str, Any]) -> str:
     """What a reader must know of how rows were ranked, spread and tested.
 
@@ -97,11 +110,26 @@ def protocol(results: Mapping[str, Any]) -> str:
     )
 
 
+def made_here(at_a_time: int | None, failed: list[str]) -> Results:
+    """What results say of how they were made: by this process.
+
+    Args:
+        at_a_time: cells that were trained at a time; None: nothing was trained.
+        failed: a line for each cell that failed.
+    """
+    return {
+        "machine": machine.describe(),
+        "jobs": at_a_time,
+        "command": shlex.join(["python", *sys.argv]),
+        "failed": failed,
+    }
+
+
 def provenance(results: Mapping[str, Any]) -> str:
     """Where the figures were made, and by which command.
 
     Args:
-        results: with ``machine``, ``jobs`` (None if nothing was trained) and ``command``.
+        results: with all of `made_here`.
     """
     jobs, where = results["jobs"], results["machine"]
     trained = f"Machine: {where}; {jobs} trained at a time" if jobs else f"Summed up on {where}"

@@ -8,7 +8,6 @@ A comparison that was stopped goes on, and what is missing is shown as missing.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -166,24 +165,16 @@ def show(asked: Comparison, at_a_time: int | None, failed: list[str], *, some: b
     Returns:
         Names of the rows that cannot be run.
     """
-    from llmrec import machine
-    from llmrec.files import write_json
+    from llmrec.evaluation.comparison import made_here, write
     from llmrec.finetune.compare_report import add_reasons, cells_of, markdown, page, summarise
 
     out = asked.out
     results = summarise({row: cells_of(out, row, asked.seeds) for row in asked.rows}, asked.seeds)
-    results |= {
-        "machine": machine.describe(),
-        "jobs": at_a_time,
-        "command": shlex.join(["python", *sys.argv]),
-        "failed": failed,
-    }
+    results |= made_here(at_a_time, failed)
     impossible = add_reasons(results, out)
     text = markdown(results)
     print(text)
     if out.is_dir() and not (some and (out / "table.md").exists()):
-        (out / "table.md").write_text(text, encoding="utf-8")
-        write_json(out / "results.json", results)
-        (out / "report.html").write_text(page(results), encoding="utf-8")
+        write(out, results, text, page)
         print(f"report: {out / 'report.html'}")
     return impossible
