@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; it exits with what `console.guarded` says."""
     options = parser().parse_args(arguments)
     if options.stage == "estimate":
-        sys.exit(guarded(lambda: estimate(options)))
+        sys.exit(guarded(lambda: print_estimate(options)))
     if options.stage == "doctor":
         sys.exit(guarded(lambda: doctor(options)))
     if options.stage in command.COMMANDS:
@@ -69,17 +69,18 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
         print(f"report: {Path(options.out) / 'report.html'}")
 
 
-def estimate(options: argparse.Namespace) -> None:
+def print_estimate(options: argparse.Namespace) -> None:
     """Print what a recipe will cost."""
     set_up_logging()
-    from llmrec import estimate as module
+    from llmrec.estimate import estimate
+    from llmrec.estimate_inputs import fitting
+    from llmrec.estimate_shown import shown
 
     recipe = with_preset(recipe_of(Path(options.recipe)), options.preset)
     recipe = apply_overrides(recipe, options.set)
     usual = Path("runs") / Path(options.recipe).stem
-    run_dir = Path(options.run_dir) if options.run_dir else module.fitting(recipe, usual)
-    found = module.estimate(recipe, run_dir)
-    print(module.shown(found, options.gpu))
+    run_dir = Path(options.run_dir) if options.run_dir else fitting(recipe, usual)
+    print(shown(estimate(recipe, run_dir), options.gpu))
 
 
 def doctor(options: argparse.Namespace) -> None:

@@ -21,17 +21,9 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encode import item_texts
 from llmrec.errors import ConfigError
-from llmrec.estimate import (
-    GPUS,
-    MOVED,
-    collab_width,
-    distinct_items,
-    encoder_width,
-    estimate,
-    fitting,
-    scaled,
-    shown,
-)  # fmt: skip
+from llmrec.estimate import distinct_items, estimate
+from llmrec.estimate_inputs import collab_width, encoder_width, fitting
+from llmrec.estimate_shown import GPUS, MOVED, scaled, shown
 from llmrec.finetune import base_model
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.pipeline import RunDir

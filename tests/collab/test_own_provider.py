@@ -26,7 +26,7 @@ from llmrec.collab.provider import load_provider, provider_scorer
 from llmrec.collab.train import train_collab
 from llmrec.data.batches import Batch
 from llmrec.errors import ConfigError, TrainingError
-from llmrec.estimate import collab_width
+from llmrec.estimate_inputs import collab_width
 from llmrec.evaluation.rank import rank_users
 from llmrec.recipe import Recipe, main
 from llmrec.runs import Run
