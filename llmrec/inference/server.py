@@ -40,50 +40,67 @@ class Limit:
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        begun = time.perf_counter()
+        await Exchange(scope, receive, send, self.numbers).through(self.app)
+
+
+class Exchange:
+    """A request on its way to the application, and the answer on its way back."""
+
+    def __init__(self, scope: dict, receive: Callable, send: Callable, numbers: Numbers) -> None:
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.numbers = numbers
+        self.begun = time.perf_counter()
         size = dict(scope["headers"]).get(b"content-length", b"0")
-        too_large = not size.isdigit() or int(size) > MAX_BODY
-        held = 0
+        self.too_large = not size.isdigit() or int(size) > MAX_BODY
+        self.held = 0
+        self.answered = False
 
-        async def limited() -> dict:
-            nonlocal held, too_large
-            message = await receive()
-            held += len(message.get("body", b""))
-            if held > MAX_BODY:
-                too_large = True
-                raise TooLarge
-            return message
-
-        answered = False
-
-        def count(status: int) -> None:
-            path = scope["path"] if scope["path"] in COUNTED else "other"
-            self.numbers.requests[(path, status)] += 1
-            self.numbers.seconds.append(time.perf_counter() - begun)
-
-        async def counted(message: MutableMapping[str, Any]) -> None:
-            nonlocal answered
-            if message["type"] == "http.response.start":
-                answered = True
-                count(message["status"])
-            await send(message)
-
-        async def unless_too_large(message: MutableMapping[str, Any]) -> None:
-            if not too_large:  # else the framework tells of a body that it could not read
-                await counted(message)
-
+    async def through(self, app: Callable) -> None:
+        """Let the application answer, or refuse the request if it is too large."""
         try:
-            if not too_large:
+            if not self.too_large:
                 with contextlib.suppress(TooLarge):
-                    await self.app(scope, limited, unless_too_large)
+                    await app(self.scope, self.read, self.answer_unless_too_large)
         finally:
-            if not answered and not too_large:
-                count(500)  # an error nobody foresaw is answered further out
-        if too_large:
+            if not self.answered and not self.too_large:
+                self.count(500)  # an error nobody foresaw is answered further out
+        if self.too_large:
             answer = JSONResponse(
                 {"detail": f"the body is larger than {MAX_BODY:,} bytes"}, 413, {"Connection": "close"}
             )
-            await answer(scope, receive, counted)
+            await answer(self.scope, self.receive, self.answer)
+
+    async def read(self) -> dict:
+        """The next part of the body.
+
+        Raises:
+            TooLarge: with it the body is over the limit, whatever its header said.
+        """
+        message = await self.receive()
+        self.held += len(message.get("body", b""))
+        if self.held > MAX_BODY:
+            self.too_large = True
+            raise TooLarge
+        return message
+
+    async def answer_unless_too_large(self, message: MutableMapping[str, Any]) -> None:
+        """Send what the application answers, but not that it could not read a body that is too large."""
+        if not self.too_large:
+            await self.answer(message)
+
+    async def answer(self, message: MutableMapping[str, Any]) -> None:
+        """Send a part of an answer, and count the request with the first."""
+        if message["type"] == "http.response.start":
+            self.answered = True
+            self.count(message["status"])
+        await self.send(message)
+
+    def count(self, status: int) -> None:
+        path = self.scope["path"] if self.scope["path"] in COUNTED else "other"
+        self.numbers.requests[(path, status)] += 1
+        self.numbers.seconds.append(time.perf_counter() - self.begun)
 
 
 class TooLarge(Exception):
@@ -106,7 +123,6 @@ def application(
     numbers = Numbers()
     batcher = Batcher(models, numbers)
     first = models["first"]
-    search = Search(first)
     pictures = find_pictures(first, images)
     shown = {name: (names or {}).get(name) or model.config["method"] for name, model in models.items()}
 
@@ -127,6 +143,16 @@ def application(
 
     explain_errors(app)
     tell_of_itself(app, batcher, numbers)
+    answer_histories(app, batcher, models, pictures)
+    show_items(app, first, pictures)
+    show_models(app, models, shown, pictures)
+    return app
+
+
+def answer_histories(
+    app: FastAPI, batcher: Batcher, models: dict[str, Recommender], pictures: dict[str, Path]
+) -> None:
+    """What the server is for."""
 
     @app.post("/recommend")
     async def recommend(ask: Ask) -> dict[str, Any]:
@@ -144,6 +170,11 @@ def application(
             raise HTTPException(422, str(error)) from None
         return {"results": [[as_json(item, pictures) for item in items] for items in found]}
 
+
+def show_items(app: FastAPI, recommender: Recommender, pictures: dict[str, Path]) -> None:
+    """The catalogue, to make histories from."""
+    search = Search(recommender)
+
     @app.get("/items")
     def items(
         q: Annotated[str, Query(max_length=200)] = "", limit: Annotated[int, Query(ge=1, le=100)] = 24
@@ -153,9 +184,9 @@ def application(
         return {
             "items": [
                 {
-                    "item_id": first.raw_ids[n],
-                    "title": first.titles[n],
-                    "picture": first.raw_ids[n] in pictures,
+                    "item_id": recommender.raw_ids[n],
+                    "title": recommender.titles[n],
+                    "picture": recommender.raw_ids[n] in pictures,
                 }
                 for n in found
             ]
@@ -167,6 +198,19 @@ def application(
         if item_id not in pictures or not pictures[item_id].is_file():
             raise HTTPException(404, "no picture of such an item")
         return FileResponse(pictures[item_id], headers={"Cache-Control": "max-age=86400"})
+
+
+def show_models(
+    app: FastAPI, models: dict[str, Recommender], shown: dict[str, str], pictures: dict[str, Path]
+) -> None:
+    """What answers here, for programs and for people.
+
+    Args:
+        app: where this is told.
+        models: see `application`.
+        shown: what people call them.
+        pictures: see `find_pictures`.
+    """
 
     @app.get("/about")
     async def about() -> dict[str, Any]:
@@ -182,13 +226,12 @@ def application(
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
         """The page for people."""
+        number = len(models["first"].raw_ids)
         return (
             environment(Path(__file__).parent)
             .get_template("page.html.j2")
-            .render(models=shown, version=__version__, items=len(first.raw_ids), pictures=bool(pictures))
+            .render(models=shown, version=__version__, items=number, pictures=bool(pictures))
         )
-
-    return app
 
 
 def explain_errors(app: FastAPI) -> None:
