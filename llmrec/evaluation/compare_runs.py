@@ -3,7 +3,7 @@ tested user by user."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +56,42 @@ def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str,
 
     Returns:
         Rows with ``name``, ``runs``, ``trained_on`` (blank for what is not trained, or where a run does not
-        say), mean and spread over the runs by metric (``sd`` is None
-        for one run), and for all but the first the mean difference of ndcg@10, its 95 % interval over users,
-        and p of a paired t-test, corrected for the number of rows (Holm).
+        say), mean and spread over the runs by metric (``sd`` is None for one run), and for all but the first
+        the mean difference of ndcg@10, its 95 % interval over users, and p of a paired t-test, corrected for
+        the number of rows (Holm).
 
     Raises:
         ArtifactMismatchError: runs on other items, users, targets or under another protocol.
         ConfigError: fewer than two names, a method that is not in a run, or a run that is given twice.
     """
-    names = list(dict.fromkeys(entry.name for entry in entries))
-    if len(names) < 2:
+    if len({entry.name for entry in entries}) < 2:
         raise ConfigError("give at least two names to compare")
+    found = seeds_by_name(entries)
+    rows = [row_of(name, seeds) for name, seeds in found.items()]
+    reference, *others = (mean_by_user(seeds, "ndcg@10") for seeds in found.values())
+    for row, mean in zip(rows[1:], others):
+        row |= analysis.difference_of(mean - reference, samples=samples, seed=0)
+    tested = [row for row in rows if row.get("p_value") is not None]
+    for row, p in zip(tested, analysis.holm([row["p_value"] for row in tested])):
+        row["p"] = p
+    return rows
+
+
+@dataclass
+class Seeds:
+    """What the runs of one name measured."""
+
+    users: list[dict[str, np.ndarray]] = field(default_factory=list)
+    """Every metric of every user, (U,), by run"""
+    trained_on: set[str] = field(default_factory=set)
+    """See `compare_runs`"""
+
+
+def seeds_by_name(entries: list[Entry]) -> dict[str, Seeds]:
+    """Read the runs; arguments and errors as of `compare_runs`."""
+    found: dict[str, Seeds] = {}
     first: Report | None = None
     counted: set[tuple[str, Path, str]] = set()
-    users: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in names}
-    learned: dict[str, set[str]] = {name: set() for name in names}
     for entry in entries:
         report = load(Report, entry.folder)
         first = first or report
@@ -83,26 +104,27 @@ def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str,
         if (one := (entry.name, entry.folder.resolve(), method)) in counted:
             raise ConfigError(f"{entry.name}={entry.folder}:{method} is given twice; a run counts once")
         counted.add(one)
-        users[entry.name].append(per_user(ranks_in(report.rankings, method), KS))
-        learned[entry.name].add(report.metrics.get("trained_on", {}).get(method, ""))
-    rows = []
-    means = {name: np.stack([run["ndcg@10"] for run in runs]).mean(axis=0) for name, runs in users.items()}
-    for name in names:
-        row: dict[str, Any] = {
-            "name": name,
-            "runs": len(users[name]),
-            "trained_on": " or ".join(sorted(learned[name])),
-        }
-        for metric in (f"{metric}@{k}" for k in KS for metric in METRICS):
-            values = [float(run[metric].mean()) for run in users[name]]
-            row[metric] = mean_and_spread(values)
-        if name != names[0]:
-            row |= analysis.difference_of(means[name] - means[names[0]], samples=samples, seed=0)
-        rows.append(row)
-    tested = [row for row in rows if row.get("p_value") is not None]
-    for row, p in zip(tested, analysis.holm([row["p_value"] for row in tested])):
-        row["p"] = p
-    return rows
+        seeds = found.setdefault(entry.name, Seeds())
+        seeds.users.append(per_user(ranks_in(report.rankings, method), KS))
+        seeds.trained_on.add(report.metrics.get("trained_on", {}).get(method, ""))
+    return found
+
+
+def mean_by_user(seeds: Seeds, metric: str) -> np.ndarray:
+    """A metric of every user, (U,): the mean over the runs."""
+    return np.stack([run[metric] for run in seeds.users]).mean(axis=0)
+
+
+def row_of(name: str, seeds: Seeds) -> dict[str, Any]:
+    """What the table says of one name by itself."""
+    row: dict[str, Any] = {
+        "name": name,
+        "runs": len(seeds.users),
+        "trained_on": " or ".join(sorted(seeds.trained_on)),
+    }
+    for metric in (f"{metric}@{k}" for k in KS for metric in METRICS):
+        row[metric] = mean_and_spread([float(run[metric].mean()) for run in seeds.users])
+    return row
 
 
 def check_comparable(first: Report, other: Report, first_folder: Path, folder: Path) -> None:
