@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
@@ -36,3 +38,9 @@ def tiny() -> Recipe:
         ),
         evaluate=EvaluateConfig(bootstrap_samples=50, num_examples=3),
     )
+
+
+def chosen_by_validation() -> Recipe:
+    """The same, but fine-tuning keeps the epoch that is best on the validation items."""
+    made = tiny()
+    return replace(made, finetune=replace(made.finetune, select="valid"))
