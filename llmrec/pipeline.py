@@ -172,34 +172,58 @@ def compute(
         logger.info("%s: started", function.__name__)
         machine.reset_peak_memory()
         started = time.perf_counter()
-        fixed = wanted | {"config": without_incidental(wanted["config"], config)}
-        name = function.__name__
-        track = tracking.Track(stage=name, folder=folder, unfinished=left, config=config)
-        token = _unfinished.set((left, fixed))
-        try:
-            with writing(folder), tracking.tracking(track) if main else contextlib.nullcontext():
-                result = function(config, *inputs)
-        finally:
-            _unfinished.reset(token)
+        result = call(function, config, inputs, folder, wanted)
         if not main:
             return
-        scratch = scratch_of(folder, os.getpid())
-        try:
-            with writing(folder):
-                scratch.mkdir(parents=True)
-                result.save(scratch)
-                seconds = time.perf_counter() - started
-                # Files that the stage has fetched belong to it too.
-                sources = source_hashes(config, wanted["sources"])
-                open_like_folder(scratch)
-                seal(scratch, wanted | {"sources": sources}, seconds)
-                flush_all(scratch)
-                os.replace(scratch, folder)
-                flush(folder.parent)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        seconds = store(result, config, folder, wanted, started)
         shutil.rmtree(left, ignore_errors=True)
     logger.info("%s: finished in %.1f s, %s", function.__name__, seconds, folder)
+
+
+def call(
+    function: Callable[..., Any],
+    config: StageSettings,
+    inputs: tuple[Any, ...],
+    folder: Path,
+    wanted: dict[str, Any],
+) -> Any:
+    """What the function makes; meanwhile `resume_folder`, `made_from` and trackers know which stage runs."""
+    left = unfinished(folder)
+    fixed = wanted | {"config": without_incidental(wanted["config"], config)}
+    track = tracking.Track(stage=function.__name__, folder=folder, unfinished=left, config=config)
+    token = _unfinished.set((left, fixed))
+    try:
+        with (
+            writing(folder),
+            tracking.tracking(track) if distributed.is_main() else contextlib.nullcontext(),
+        ):
+            return function(config, *inputs)
+    finally:
+        _unfinished.reset(token)
+
+
+def store(result: Any, config: StageSettings, folder: Path, wanted: dict[str, Any], started: float) -> float:
+    """Write an artefact beside its folder, its manifest last, and give it the folder's name once it is whole.
+
+    Returns:
+        Seconds since the stage was started, as its manifest has them.
+    """
+    scratch = scratch_of(folder, os.getpid())
+    try:
+        with writing(folder):
+            scratch.mkdir(parents=True)
+            result.save(scratch)
+            seconds = time.perf_counter() - started
+            # Files that the stage has fetched belong to it too.
+            sources = source_hashes(config, wanted["sources"])
+            open_like_folder(scratch)
+            seal(scratch, wanted | {"sources": sources}, seconds)
+            flush_all(scratch)
+            os.replace(scratch, folder)
+            flush(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return seconds
 
 
 def scratch_of(folder: Path, process: int | str) -> Path:
