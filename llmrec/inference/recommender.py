@@ -17,12 +17,10 @@ from llmrec.errors import ConfigError, DataError, MissingArtifactError
 from llmrec.finetune.base_model import window_of
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.scoring import CatalogueScores, load_scorer
+from llmrec.inference.best import Graph, best_of_all
 from llmrec.inference.devices import default_device, usable
 from llmrec.inference.package import MANIFEST, Package, advising, load_package
 from llmrec.manifest import reading
-
-BLOCK_SCORES = 1 << 24
-"""Scores held at once (64 MiB)."""
 
 MAX_CELLS = 1 << 13
 """Tokens in one forward pass."""
@@ -135,7 +133,7 @@ class Recommender:
         )
         self.number = {name: place for place, name in enumerate(self.raw_ids, start=1)}
         self.sources = ("target", *self.model.item_scores.modalities)
-        self.graph = graph_of(self.scores.matrix[1:].cpu().numpy()) if self.index == "faiss" else None
+        self.graph = Graph(self.scores.matrix) if self.index == "faiss" else None
 
     @property
     def model(self) -> MMESID:
@@ -183,8 +181,13 @@ class Recommender:
                 raise DataError("candidates: none of them is in the catalogue")
         found: list[list[Recommendation]] = [[] for _ in rows]
         for group in self._groups(rows):
-            hidden = self._read_out([rows[place] for place in group])
-            best = self._best(hidden, [rows[place] for place in group], k, exclude_seen, allowed)
+            asked = [rows[place] for place in group]
+            hidden = self._read_out(asked)
+            seen = asked if exclude_seen else [row[:0] for row in asked]
+            if self.graph is not None and allowed is None:
+                best = self.graph.best(self.scores.matrix, hidden, seen, k)
+            else:
+                best = best_of_all(self.scores.matrix, hidden, seen, k, allowed)
             for place, state, (items, values) in zip(group, hidden, best):
                 found[place] = self._describe(state, items, values, explain)
         return found
@@ -300,65 +303,6 @@ class Recommender:
             padded[place, : len(row)] = row
         return self.scores.read_out(torch.from_numpy(padded).to(self.device))
 
-    @torch.no_grad()
-    def _best(
-        self,
-        hidden: Tensor,
-        rows: list[np.ndarray],
-        k: int,
-        exclude_seen: bool,
-        allowed: np.ndarray | None,
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per history the best items and their scores, a block of the catalogue at a time."""
-        matrix = self.scores.matrix
-        if self.graph is not None and allowed is None:
-            return self._best_of_graph(hidden, rows, k, exclude_seen)
-        items = torch.arange(1, len(matrix), device=self.device)
-        table = matrix[1:]
-        if allowed is not None:
-            items = torch.from_numpy(allowed).to(self.device)
-            table = matrix[items]
-        size = max(1, BLOCK_SCORES // max(1, len(hidden)))
-        values = hidden.new_empty(len(hidden), 0)
-        chosen = items.new_empty(len(hidden), 0)
-        seen_row = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(row) for row in rows])).to(
-            self.device
-        )
-        seen_item = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *rows])).to(self.device)
-        for block, rows_of_block in zip(items.split(size), table.split(size)):
-            scores = hidden @ rows_of_block.T
-            if exclude_seen and len(seen_item):
-                place = torch.searchsorted(block, seen_item).clamp(max=len(block) - 1)
-                hit = block[place] == seen_item
-                scores[seen_row[hit], place[hit]] = -torch.inf
-            values = torch.cat([values, scores], dim=1)
-            chosen = torch.cat([chosen, block.expand(len(hidden), -1)], dim=1)
-            values, order = values.topk(min(k, values.shape[1]), dim=1)
-            chosen = chosen.gather(1, order)
-        found = []
-        for own_values, own_items in zip(values.cpu().numpy(), chosen.cpu().numpy()):
-            real = own_values > -np.inf
-            found.append((own_items[real], own_values[real]))
-        return found
-
-    def _best_of_graph(
-        self, hidden: Tensor, rows: list[np.ndarray], k: int, exclude_seen: bool
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The same among the items that a search of the graph comes up with; their scores are exact."""
-        wanted = min(k + (max(map(len, rows)) if exclude_seen else 0), len(self.raw_ids))
-        assert self.graph is not None
-        self.graph.hnsw.efSearch = max(128, 2 * wanted)
-        _, places = self.graph.search(hidden.cpu().numpy(), wanted)
-        found = []
-        for state, own, row in zip(hidden, places, rows):
-            items = np.sort(own[own >= 0]) + 1
-            if exclude_seen:
-                items = items[~np.isin(items, row)]
-            values = (self.scores.matrix[torch.from_numpy(items).to(self.device)] @ state).cpu().numpy()
-            order = np.argsort(-values, kind="stable")[:k]
-            found.append((items[order], values[order]))
-        return found
-
     def _describe(
         self, hidden: Tensor, items: np.ndarray, values: np.ndarray, explain: bool
     ) -> list[Recommendation]:
@@ -387,19 +331,3 @@ def shown_items(model: MMESID, trained: int | None) -> int | None:
     room = window - len(model.instruction) - len(model.response)
     fitting = max(1, room // model.item_tokens.tokens_per_item)
     return fitting if trained is None else min(trained, fitting)
-
-
-def graph_of(rows: np.ndarray) -> Any:
-    """faiss's HNSW graph over vectors (N, H), by inner product.
-
-    Raises:
-        ConfigError: faiss is not installed.
-    """
-    try:
-        import faiss
-    except ImportError:
-        raise ConfigError("index='faiss' needs the package faiss-cpu: pip install 'llmrec[faiss]'") from None
-    graph = faiss.IndexHNSWFlat(rows.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
-    graph.hnsw.efConstruction = 200
-    graph.add(np.ascontiguousarray(rows, dtype=np.float32))
-    return graph

@@ -27,6 +27,7 @@ from llmrec.files import read_json
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.scoring import load_scorer
 from llmrec.finished import load
+from llmrec.inference import best as best_items
 from llmrec.inference import recommender as module
 from llmrec.inference.model_card import card
 from llmrec.inference.package import ENDINGS, file_name, load_package, package_run, rename, without_folders
@@ -60,7 +61,7 @@ def test_recommendations_are_the_best_of_all_scores(loaded, monkeypatch):
     asked = histories(loaded)
     scores = loaded.score(asked)
     for block in (1 << 24, 40):
-        monkeypatch.setattr(module, "BLOCK_SCORES", block)
+        monkeypatch.setattr(best_items, "BLOCK_SCORES", block)
         for keep in (False, True):
             found = loaded.recommend(asked, k=7, exclude_seen=not keep)
             for history, row, items in zip(asked, scores, found):
