@@ -17,7 +17,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import urllib3
 from urllib3.exceptions import HTTPError
@@ -91,6 +91,50 @@ def send(
     url: str, headers: dict[str, str], timeout_seconds: float, public_only: bool
 ) -> urllib3.BaseHTTPResponse:
     """Headers of the answer to one GET, nothing followed."""
+    to = address_of(url)
+    timeout = urllib3.Timeout(connect=timeout_seconds, read=timeout_seconds)
+    options: dict[str, Any] = {
+        "headers": {
+            "User-Agent": AGENT,
+            "Accept-Encoding": "identity",
+            "Host": to.parts.netloc.split("@")[-1],
+            **headers,
+        },
+        "redirect": False,
+        "retries": False,
+        "preload_content": False,
+    }
+    proxy = urllib.request.getproxies().get(to.parts.scheme)
+    try:
+        if proxy and not urllib.request.proxy_bypass(to.host):
+            if public_only:  # else the proxy may know names that this machine does not
+                check_public(to.host, to.port, public_only)
+            manager = urllib3.ProxyManager(proxy, timeout=timeout)
+            return manager.request("GET", urllib.parse.urlunsplit(to.parts._replace(fragment="")), **options)
+        pool = pool_at(check_public(to.host, to.port, public_only), to, timeout)
+        return pool.urlopen("GET", to.path, **options)
+    except ValueError as error:  # names that cannot be encoded, headers that are no numbers
+        raise RefusedError(f"{shown(url)} cannot be asked ({short(error)})") from None
+    except HTTPError as error:
+        raise RetryError(f"{shown(url)}: {short(error)}") from None
+
+
+class Address(NamedTuple):
+    """Where a URL leads to."""
+
+    parts: urllib.parse.SplitResult
+    host: str
+    port: int
+    path: str
+    """With the query, as a request has it"""
+
+
+def address_of(url: str) -> Address:
+    """The parts of a URL.
+
+    Raises:
+        RefusedError: it is none of http or https.
+    """
     try:
         parts = urllib.parse.urlsplit(url)
         path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
@@ -102,45 +146,22 @@ def send(
         port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:
         raise RefusedError(f"{shown(url)} has no valid port") from None
-    timeout = urllib3.Timeout(connect=timeout_seconds, read=timeout_seconds)
-    headers = {
-        "User-Agent": AGENT,
-        "Accept-Encoding": "identity",
-        "Host": parts.netloc.split("@")[-1],
-        **headers,
-    }
     path += f"?{parts.query}" if parts.query else ""
-    options: dict[str, Any] = {
-        "headers": headers,
-        "redirect": False,
-        "retries": False,
-        "preload_content": False,
-    }
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    try:
-        if proxy and not urllib.request.proxy_bypass(parts.hostname):
-            if public_only:  # else the proxy may know names that this machine does not
-                check_public(parts.hostname, port, public_only)
-            manager = urllib3.ProxyManager(proxy, timeout=timeout)
-            return manager.request("GET", urllib.parse.urlunsplit(parts._replace(fragment="")), **options)
-        address = check_public(parts.hostname, port, public_only)
-        pool: urllib3.HTTPConnectionPool
-        if parts.scheme == "https":
-            pool = urllib3.HTTPSConnectionPool(
-                address,
-                port,
-                timeout=timeout,
-                ssl_context=ssl.create_default_context(),
-                server_hostname=parts.hostname,
-                assert_hostname=parts.hostname,
-            )
-        else:
-            pool = urllib3.HTTPConnectionPool(address, port, timeout=timeout)
-        return pool.urlopen("GET", path, **options)
-    except ValueError as error:  # names that cannot be encoded, headers that are no numbers
-        raise RefusedError(f"{shown(url)} cannot be asked ({short(error)})") from None
-    except HTTPError as error:
-        raise RetryError(f"{shown(url)}: {short(error)}") from None
+    return Address(parts, parts.hostname, port, path)
+
+
+def pool_at(numeric: str, to: Address, timeout: urllib3.Timeout) -> urllib3.HTTPConnectionPool:
+    """Connections to a numeric address; whoever answers there over https must prove to be the URL's host."""
+    if to.parts.scheme == "http":
+        return urllib3.HTTPConnectionPool(numeric, to.port, timeout=timeout)
+    return urllib3.HTTPSConnectionPool(
+        numeric,
+        to.port,
+        timeout=timeout,
+        ssl_context=ssl.create_default_context(),
+        server_hostname=to.host,
+        assert_hostname=to.host,
+    )
 
 
 def check_public(host: str, port: int, public_only: bool) -> str:
