@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +20,6 @@ import pyarrow.parquet as pq
 from llmrec.errors import ArtifactMismatchError
 from llmrec.files import load_arrays, read_json, read_jsonl, save_arrays, write_json, write_jsonl
 from llmrec.shown import Shown
-
-Modality = Literal["collab", "text", "image"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -166,7 +166,7 @@ def check_name(repo: str) -> None:
         raise ConfigError(f"{repo!r} is no name of a repository: {reason}") from None
 
 
-def check_login(endpoint: str | None = None) -> None:
+def check_login() -> None:
     """Refuse to begin what ends with a push that the Hub will not take.
 
     Raises:
@@ -174,7 +174,7 @@ def check_login(endpoint: str | None = None) -> None:
         HubError: the Hub cannot be reached.
     """
     try:
-        HfApi(endpoint=endpoint).whoami()
+        HfApi().whoami()
     except (HfHubHTTPError, OSError, unanswered()) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):

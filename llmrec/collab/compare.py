@@ -200,7 +200,7 @@ def summarise_cells(
     root: Path,
     *,
     reference: str,
-    samples: int = 2000,
+    samples: int = analysis.SAMPLES,
 ) -> dict[str, Any]:
     """Everything the table and the page show, from the cells that are finished.
 
@@ -302,9 +302,7 @@ def add_differences(
     others = [name for name in users if name != reference]
     for name in others:
         found[name]["difference"] = {
-            metric: analysis.difference_of(
-                users[name][metric] - users[reference][metric], samples=samples, seed=0
-            )
+            metric: analysis.difference_of(users[name][metric] - users[reference][metric], samples=samples)
             for metric in SHOWN
         }
     for metric in SHOWN:

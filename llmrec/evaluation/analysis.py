@@ -13,6 +13,8 @@ from llmrec.interactions import Targets
 
 GROUPS = ("head", "mid", "tail", "cold")
 LENGTHS = ((0, 5), (6, 10), (11, 20), (21, 50), (51, 100), (101, 200), (201, None))
+SAMPLES = 2000
+"""Resamplings of users behind an interval of a comparison."""
 
 
 def item_groups(train_count: np.ndarray, head_rate: float, mid_rate: float) -> np.ndarray:
@@ -100,7 +102,7 @@ def paired(first: np.ndarray, second: np.ndarray, *, samples: int, seed: int) ->
     }
 
 
-def difference_of(difference: np.ndarray, *, samples: int, seed: int) -> dict[str, Any]:
+def difference_of(difference: np.ndarray, *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
     """Mean of per-user differences (U,), its 95 % bootstrap interval, and the two-sided p of a paired t-test
     (None if no user differs, or there is one alone).
 

@@ -47,12 +47,11 @@ class Entry:
         return cls(name, Path(folder), method or None)
 
 
-def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str, Any]]:
+def compare_runs(entries: list[Entry]) -> list[dict[str, Any]]:
     """One row per name, in order; differences are to the first.
 
     Args:
         entries: what to compare.
-        samples: resamplings of users behind the intervals.
 
     Returns:
         Rows with ``name``, ``runs``, ``trained_on`` (blank for what is not trained, or where a run does not
@@ -70,7 +69,7 @@ def compare_runs(entries: list[Entry], *, samples: int = 2000) -> list[dict[str,
     rows = [row_of(name, seeds) for name, seeds in found.items()]
     reference, *others = (mean_by_user(seeds, "ndcg@10") for seeds in found.values())
     for row, mean in zip(rows[1:], others):
-        row |= analysis.difference_of(mean - reference, samples=samples, seed=0)
+        row |= analysis.difference_of(mean - reference)
     tested = [row for row in rows if row.get("p_value") is not None]
     for row, p in zip(tested, analysis.holm([row["p_value"] for row in tested])):
         row["p"] = p

@@ -57,8 +57,8 @@ def render(
 
     with drawing():
         charts = {
-            "groups": bars(metrics["groups"], "recall@10", label),
-            "lengths": bars(metrics["history_length"], "recall@10", label),
+            "groups": bars(metrics["groups"], label),
+            "lengths": bars(metrics["history_length"], label),
             "curves": curves(collab, ids, adapter),
             "parts": part_curves(collab.log if collab else []),
             "fusion": fusion_curve(adapter),
@@ -112,16 +112,16 @@ def best_values(rows: dict[str, dict[str, float]]) -> dict[str, float]:
     return {name: max(row[name] for row in real) for name in real[0]}
 
 
-def bars(slices: dict[str, Any], metric: str, label: Callable[[str], str]) -> str:
-    """Grouped bars of one metric: one cluster per slice, one bar per method; SVG."""
+def bars(slices: dict[str, Any], label: Callable[[str], str]) -> str:
+    """Grouped bars of recall@10: one cluster per slice, one bar per method; SVG."""
     methods = list(next(iter(slices.values()))["rows"])
     figure_, axes = plt.subplots(figsize=(6, 2.4))
     place, width = np.arange(len(slices)), 0.8 / len(methods)
     for number, method in enumerate(methods):
-        values = [part["rows"][method][metric] for part in slices.values()]
+        values = [part["rows"][method]["recall@10"] for part in slices.values()]
         axes.bar(place + (number - (len(methods) - 1) / 2) * width, values, width, label=label(method))
     axes.set_xticks(place, [f"{name}\n{part['num_users']:,} users" for name, part in slices.items()])
-    axes.set_ylabel(metric)
+    axes.set_ylabel("recall@10")
     legend_above(axes)
     return svg(figure_)
 

@@ -145,7 +145,7 @@ def add_differences(
             ours, theirs = (
                 np.mean([users[row][seed] for seed in common], axis=0) for row in (entry["row"], reference)
             )
-            entry |= analysis.difference_of(ours - theirs, samples=2000, seed=0)
+            entry |= analysis.difference_of(ours - theirs)
     tested = [entry for entry in table if entry.get("p_value") is not None]
     for entry, p in zip(tested, analysis.holm([entry["p_value"] for entry in tested])):
         entry["p"] = p
