@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from llmrec.errors import TrainingError
 from llmrec.progress import progress
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.kmeans import init_codebooks
-from llmrec.semantic_ids.mm_rqvae import MMRQVAE
+from llmrec.semantic_ids.mm_rqvae import MMRQVAE, Encoded, Losses
 from llmrec.semantic_ids.precision import matrix_precision
 
 logger = logging.getLogger("llmrec")
@@ -175,10 +175,8 @@ def train_epoch(
     """
     model.train()
     order = torch.from_numpy(rng.permutation(len(items))).to(items.device)
-    totals: list[Tensor] = []
-    parts: dict[str, dict[str, list[Tensor]]] = {name: {} for name in items.vectors}
-    codes: dict[str, list[Tensor]] = {name: [] for name in items.vectors}
-    residuals: dict[str, Tensor] = {}
+    tally = Tally(items.vectors)
+    residuals: dict[str, Tensor] = {}  # of the last batch
     for batch in order.tensor_split(num_batches(len(items), config.batch_size)):
         rows = {name: items.rows(name, batch) for name in items.vectors}
         here = {name: mask[batch] for name, mask in items.present.items()}
@@ -188,23 +186,49 @@ def train_epoch(
         optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         optimizer.step()
-        totals.append(losses.total.detach())
-        for name, found in encoded.items():
-            codes[name].append(found.quantized.codes)
-            residuals[name] = found.quantized.residuals
-            for part, value in losses.parts[name].items():
-                parts[name].setdefault(part, []).append(value.detach())
+        tally.add(encoded, losses)
+        residuals |= {name: found.quantized.residuals for name, found in encoded.items()}
     none = torch.zeros(0, config.num_levels, dtype=torch.int64, device=items.device)
-    used = {name: code_usage(torch.cat([none, *found]), config.num_codes) for name, found in codes.items()}
+    used = {
+        name: code_usage(torch.cat([none, *found]), config.num_codes) for name, found in tally.codes.items()
+    }
     if restarts is not None:
         for name, found in residuals.items():
             model.autoencoders[name].quantizer.restart(used[name], found, restarts)
-    mean_parts = {
-        name: {part: float(torch.stack(values).mean()) for part, values in found.items()}
-        for name, found in parts.items()
-    }
     shares = {name: found.double().mean(dim=1).tolist() for name, found in used.items()}
-    return float(torch.stack(totals).mean()) if totals else 0.0, mean_parts, shares
+    return tally.mean_loss(), tally.mean_parts(), shares
+
+
+class Tally:
+    """What the batches of an epoch gave. It stays on their device until the epoch has ended.
+
+    Args:
+        names: the modalities; a batch need not have all of them.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.losses: list[Tensor] = []
+        self.parts: dict[str, dict[str, list[Tensor]]] = {name: {} for name in names}
+        self.codes: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def add(self, encoded: Mapping[str, Encoded], losses: Losses) -> None:
+        """One batch."""
+        self.losses.append(losses.total.detach())
+        for name, found in encoded.items():
+            self.codes[name].append(found.quantized.codes)
+            for part, value in losses.parts[name].items():
+                self.parts[name].setdefault(part, []).append(value.detach())
+
+    def mean_loss(self) -> float:
+        """Per batch."""
+        return float(torch.stack(self.losses).mean()) if self.losses else 0.0
+
+    def mean_parts(self) -> dict[str, dict[str, float]]:
+        """Of the loss, by modality, per batch that has it."""
+        return {
+            name: {part: float(torch.stack(values).mean()) for part, values in found.items()}
+            for name, found in self.parts.items()
+        }
 
 
 def num_batches(num_items: int, batch_size: int) -> int:
