@@ -73,8 +73,15 @@ def own_rows(given: list[list[str]], stage: str, taken: Collection[str]) -> dict
 def with_verbs(
     description: str | None,
 ) -> tuple[argparse.ArgumentParser, Callable[[str, str], argparse.ArgumentParser]]:
-    """A parser of commands that do one of several things, as ``verb``; and what adds one of these, by its
-    name and in a few words. Options are written in full."""
+    """A parser of commands with several verbs, such as ``tool.py packing --users 5``.
+
+    Args:
+        description: help text.
+
+    Returns:
+        The parser, whose result names the verb as ``verb``; and a function that adds a verb by its name and
+        help text. Options of verbs must be written in full.
+    """
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -83,8 +90,8 @@ def with_verbs(
 
 
 def new_file(text: str) -> Path:
-    """A file that is not there yet, in a folder that may be written, as an argument: hours of work must not
-    end with the news that they cannot be kept, nor take the place of other results."""
+    """An argument: a file that does not exist yet, in a folder that may be written. It is checked before the
+    work begins, so that hours of it are not lost in the end, nor written over other results."""
     path = Path(text)
     if path.exists():
         raise argparse.ArgumentTypeError(f"{path} exists; give another file, or delete it")

@@ -23,8 +23,9 @@ WITH_MEASURED = {".json", ".jsonl", ".html"}
 
 
 def content_of(folder: Path) -> dict[str, Any]:
-    """What equal runs have in common: every file of a finished stage by name, without the manifest, the
-    fields in `MEASURED` and what pages mark as measured; JSON as values, pages as text, others as bytes."""
+    """The files of a finished stage by name, so that those of equal runs are equal: JSON as values, pages as
+    text, others as bytes. Left out are the manifest and what measures the machine: fields in `MEASURED`, and
+    what pages mark as measured."""
     files = {
         path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
@@ -36,7 +37,7 @@ def content_of(folder: Path) -> dict[str, Any]:
 
 
 def measured_left_out(path: Path) -> Any:
-    """What a file of `WITH_MEASURED` says, but for what measures the machine."""
+    """The content of a file of `WITH_MEASURED`, without what measures the machine."""
     if path.suffix == ".jsonl":
         return [without_measured(json.loads(line)) for line in path.read_text().splitlines()]
     if path.suffix == ".json":

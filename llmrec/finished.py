@@ -122,8 +122,8 @@ def manifest_of(artifact: Any) -> dict[str, Any]:
 
 
 def fingerprint(artifact: Any) -> str:
-    """Hash of the files an artefact was loaded from, the same for equal runs: a stage that is computed again
-    and comes out as before leaves what was made from it valid."""
+    """Hash of the files that an artefact was loaded from. Equal runs have equal hashes, so a stage that is
+    computed again with the same result leaves the stages made from it valid."""
     return fingerprint_of(manifest_of(artifact))
 
 
@@ -140,8 +140,8 @@ def peak_memory_of(manifest: dict[str, Any]) -> int:
 
 
 def check_lineage(inputs: tuple[Any, ...]) -> None:
-    """Refuse inputs of which one was made from another one than is given: a model trained on other data or
-    another split would be measured on what it was trained on.
+    """Refuse inputs that do not belong together: one was made from a stage of which another output is given.
+    Else a model that was trained on other data, or another split, might be measured on its own training data.
 
     Raises:
         ArtifactMismatchError: names both.

@@ -110,7 +110,13 @@ def push(
 
 
 def left_over(api: HfApi, repo: str, files: list[tuple[str, int]]) -> list[str]:
-    """Files in a repository that a package pushed before has and this one, with files, has not."""
+    """Files in a repository that belong to the package pushed before, but not to this one.
+
+    Args:
+        api: the Hub.
+        repo: the repository.
+        files: those of this package, with their sizes.
+    """
     from llmrec.inference.package import MANIFEST
 
     there = set(api.list_repo_files(repo))

@@ -113,7 +113,7 @@ def tf32(device: torch.device, wanted: bool) -> Iterator[None]:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until a GPU has done all that it was asked for; without it, clocks read when that was asked."""
+    """Wait until a GPU has done all its work. Calls return before that, so clocks are read after this one."""
     if device.type == "cuda":
         import torch
 
@@ -121,8 +121,8 @@ def finish(device: torch.device) -> None:
 
 
 def make_room() -> None:
-    """Give back memory of models that nothing needs any more: they refer to themselves, so they stay until
-    somebody looks."""
+    """Free the memory of models that are no longer used. Parts of a model refer to each other, so they stay
+    until Python's garbage collector runs."""
     import torch
 
     gc.collect()

@@ -113,7 +113,7 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Refuse files whose hashes are right and whose content is not: made by somebody, not by us.
+    """Refuse a folder that cannot be read although its hashes are right: llmrec writes no such files.
 
     Raises:
         DamagedError: something in the folder is not what we write.
@@ -150,8 +150,8 @@ def flush_all(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on disk, if the disk can be asked that of folders:
-    some that are shared over a network refuse (EINVAL), when all the work is done."""
+    """Wait until a file, or a folder's list of names, is on disk. Some disks that are shared over a network
+    cannot do this for folders (EINVAL); that is no reason to lose the finished work."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

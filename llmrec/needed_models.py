@@ -79,7 +79,8 @@ def model_finding(where: str, model: str, revision: str | None) -> Finding:
 
 
 def lacking(where: str, folder: Path) -> str | None:
-    """What a folder with a model lacks, if anything: weights, all their parts, settings, a tokenizer."""
+    """The first file, or kind of file, that a model's folder lacks; None if weights, settings and, for a base
+    model, a tokenizer are there."""
     if not any(folder.glob("*.safetensors")):
         return ".safetensors weights"
     if where.endswith(".adapter"):

@@ -94,8 +94,8 @@ def form_of(digest: str) -> str:
 
 
 def changes_of(manifest: dict[str, Any], config: StageSettings, sources: dict[str, str]) -> list[str]:
-    """Phrases naming files and settings that are not those a stage was made with; a file that has moved, and
-    is the same, is."""
+    """Phrases naming the files and settings that differ from those a stage was made with. A file that was
+    only moved does not differ."""
     before = copy.deepcopy(manifest["config"])
     now = as_dict(config)
     made_from = manifest.get("sources") or {}

@@ -184,7 +184,7 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
         self._refuse_settings_without_effect()
 
     def incidental_fields(self) -> tuple[str, ...]:
-        """Settings that change how this is computed, but nothing of what."""
+        """Settings that change how the result is computed, but not the result."""
         return ("save_every_minutes",)
 
     @property
@@ -219,7 +219,8 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
         return name == ("own" if self.is_own else self.provider)
 
     def _refuse_prefixes_of_another_loss(self) -> None:
-        """With a row per target these models would learn something else, not the same in another order."""
+        """Refuse layout=prefixes for models that would learn something else from a row per target; the others
+        learn the same in another order."""
         must = "train_collab.layout must be auto with"
         require(
             self.provider != "bert4rec",

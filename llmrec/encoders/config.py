@@ -216,7 +216,7 @@ class EncodeItemsConfig(StageSettings, path="encode_items"):
     image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
 
     def incidental_fields(self) -> tuple[str, ...]:
-        """Settings that change how this is computed, but beyond rounding nothing of what."""
+        """Settings that change how the result is computed, but not the result, except for rounding."""
         return ("text.batch_size", "image.batch_size")
 
     def source_files(self) -> dict[str, str]:

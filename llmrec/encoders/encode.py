@@ -136,8 +136,8 @@ def encode_image(config: ImageEncoderConfig, data: Interactions) -> Encoded:
 def cache_of(
     encoder: Encoder, config: TextEncoderConfig | ImageEncoderConfig, **limits: int | str
 ) -> VectorCache:
-    """What was encoded before the stage was stopped, in this run, by the same weights and within the same
-    limits."""
+    """Vectors that this run made before it was stopped, if they are of the same weights and limits; else an
+    empty cache."""
     about = {"encoder": config.encoder, **encoder.describe(), **limits}
     folders = {name: Path(folder) for name, folder in model_folders_of(config).items()}
     weights = {name: model_digest(folder) for name, folder in folders.items() if folder.is_dir()}

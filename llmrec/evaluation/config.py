@@ -41,7 +41,7 @@ class EvaluateConfig(StageSettings, path="evaluate"):
     """Seed of the bootstrap and of the examples."""
 
     def incidental_fields(self) -> tuple[str, ...]:
-        """Settings that change how this is computed, but nothing of what."""
+        """Settings that change how the result is computed, but not the result."""
         return ("batch_size",)
 
     def __post_init__(self) -> None:

@@ -111,7 +111,7 @@ def without_head() -> Iterator[None]:
 
 
 def tells_more(record: logging.LogRecord) -> bool:
-    """Whether a record is anything but a report of loading (a table) in which the head alone is left over."""
+    """False for transformers' report of loading if its table names nothing but the head; else true."""
     text = record.getMessage()
     rows = [line for line in text.splitlines() if "|" in line][1:]
     return not rows or "LOAD REPORT" not in text or not all(row.startswith("lm_head.") for row in rows)

@@ -211,7 +211,7 @@ def run_cell(comparison: Comparison, name: str, seed: int, inputs: tuple[Any, ..
 
 @contextlib.contextmanager
 def keeping_why(out: Path, name: str) -> Iterator[None]:
-    """Leave it in the row's folder if the row cannot be run, and nothing if it can."""
+    """Write down in the row's folder why the row cannot be run; a note of an earlier try is deleted."""
     why = why_missing(out, name)
     why.unlink(missing_ok=True)
     try:

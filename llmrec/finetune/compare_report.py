@@ -255,7 +255,7 @@ def name_of(entry: dict[str, Any]) -> str:
 
 
 def quality_table(table: list[dict[str, Any]], reference: str) -> Table:
-    """The paper's Table 3, with differences where a narrow window reaches them."""
+    """The paper's Table 3. Differences stand in the middle, so that they can be seen in a narrow window."""
     first, more = METRICS[:2], METRICS[2:]
     head = ["method", "seeds", *first, f"ndcg@10 minus {reference} (95 % interval)", "p", "valid ndcg@10"]
     lines = []

@@ -373,7 +373,7 @@ class FinetuneConfig(StageSettings, path="finetune"):
             self.refuse_changed(["mask_seen"], "eval_every_epochs=0")
 
     def incidental_fields(self) -> tuple[str, ...]:
-        """Settings that change how this is computed, but beyond rounding nothing of what."""
+        """Settings that change how the result is computed, but not the result, except for rounding."""
         return CHANGE_NO_RESULT
 
     def source_files(self) -> dict[str, str]:

@@ -152,7 +152,7 @@ class Engine:
         return deepspeed.zero.GatheredParameters(list(self.parameters.values()), modifier_rank=rank)
 
     def close(self) -> None:
-        """Let models be loaded whole again, which transformers would spread too after ZeRO-3."""
+        """Let models be loaded whole again; after ZeRO-3 transformers would spread them over processes."""
         if distributed.uses_deepspeed():
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

@@ -263,7 +263,8 @@ def batches(histories: Iterable[tuple[str, list[str]]]) -> Iterator[list[tuple[s
 
 
 def from_input() -> Iterator[list[tuple[str, list[str]]]]:
-    """The same from standard input, of the lines that are there: who writes one, and waits, is answered.
+    """The same from standard input. Lines are handed on as soon as they arrive, so a program that writes one
+    and waits for the answer gets it.
 
     Raises:
         DataError: of a line, once all before it are handed on.
@@ -284,7 +285,7 @@ def from_input() -> Iterator[list[tuple[str, list[str]]]]:
 
 
 def as_they_come(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Lines in lists of those that are there, at most `BATCH`, read by a thread.
+    """Lists of the lines that have arrived since the last list, at most `BATCH` each; a thread reads them.
 
     Raises:
         DataError: they are not UTF-8.
@@ -339,7 +340,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket at an address, which no one else can take from now on; who connects waits to be served.
+    """A socket that holds an address from now on; clients that connect early wait until they are served.
 
     Raises:
         ConfigError: the port is in use, or the address cannot be had.

@@ -47,11 +47,11 @@ def nearest_codes(autoencoder: ModalityAutoencoder, vectors: np.ndarray) -> np.n
 
 @torch.no_grad()
 def separate(autoencoder: ModalityAutoencoder, vectors: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Codes in which items share all levels only if a code's neighbours are used up.
+    """Codes without collisions, as far as there are enough last codes.
 
-    Items that share all codes but the last are dealt last codes anew where two of them collide: each code
-    once (or as evenly as there are more items than codes), at the least total squared distance. The linear
-    assignment is exact; TIGER and LETTER append a number or go through rounds of Sinkhorn instead.
+    Where items collide, all items that share the codes before the last one get new last codes: each code is
+    given once (or evenly, if there are more items than codes), at the least total squared distance. The
+    linear assignment is exact; TIGER and LETTER append a number or go through rounds of Sinkhorn instead.
 
     Args:
         autoencoder: see `frozen`.

@@ -185,7 +185,7 @@ class LearnSemanticIdsConfig(StageSettings, path="learn_semantic_ids"):
         self._refuse_settings_without_effect()
 
     def incidental_fields(self) -> tuple[str, ...]:
-        """Settings that change how this is computed, but nothing of what."""
+        """Settings that change how the result is computed, but not the result."""
         return ("log_every_epochs", "save_every_minutes")
 
     def check_data(self, data: Interactions) -> None:

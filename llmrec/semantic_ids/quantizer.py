@@ -179,7 +179,7 @@ class ResidualQuantizer(nn.Module):
 
 
 def rotate(latent: Tensor, target: Tensor) -> Tensor:
-    """target in value; its gradient is turned and scaled with the map that takes latent there, (B, D).
+    """The target (B, D) in value; in gradient, latent turned and scaled to where target is.
 
     With unit vectors e, q of both and r = (e + q) / |e + q|, the map
 
