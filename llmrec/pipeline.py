@@ -18,7 +18,7 @@ import time
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec import __version__, distributed, machine, tracking
 from llmrec.artifacts import Report
@@ -31,16 +31,19 @@ from llmrec.stage_changes import check_folder, describe_stage, source_hashes
 from llmrec.stages import COMMANDS, STAGES, Stage, in_order
 from llmrec.storage import locked, open_like_folder, unfinished, writing
 
+if TYPE_CHECKING:
+    from llmrec.recipe import Recipe
+
 logger = logging.getLogger("llmrec")
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "safetensors")
 
 
-def run(recipe: Any, run_dir: RunDir | str | Path, *, until: str | None = None) -> Report | None:
+def run(recipe: Recipe, run_dir: RunDir | str | Path, *, until: str | None = None) -> Report | None:
     """Run, in order, every stage that run_dir does not already hold.
 
     Args:
-        recipe: a `llmrec.recipe.Recipe`.
+        recipe: settings of every stage.
         run_dir: where stages keep their output, a sub-folder each.
         until: name of the last stage to run; None runs all.
 

@@ -35,6 +35,7 @@ from llmrec.stage_changes import MADE_WITH, TO_DO, refuse_what_is_stale, statuse
 from llmrec.stages import STAGES
 
 C = TypeVar("C")
+Refitted = TypeVar("Refitted", TrainCollabConfig, FinetuneConfig)
 
 REFIT: dict[str, tuple[str, dict[str, Any]]] = {
     "train_collab": (
@@ -286,7 +287,7 @@ def refuse_refit_of_another(recipe: Recipe, run_dir: Path) -> None:
             raise ConfigError(f"--refit: {run_dir / name} {what}; run with the same settings first")
 
 
-def refit_stage(stage: str, config: C, folder: Path) -> C:
+def refit_stage(stage: str, config: Refitted, folder: Path) -> Refitted:
     """The settings of one stage of `REFIT`, to learn from validation items too.
 
     Args:
@@ -300,18 +301,17 @@ def refit_stage(stage: str, config: C, folder: Path) -> C:
     from llmrec.files import read_json
     from llmrec.finished import checked_file, stage_manifest
 
-    settings: Any = config
-    if getattr(settings, "provider", None) == "precomputed":
+    if isinstance(config, TrainCollabConfig) and config.provider == "precomputed":
         return config
-    if changes := changed_settings(stage_manifest(folder)["config"], settings):
+    if changes := changed_settings(stage_manifest(folder)["config"], config):
         raise ConfigError(
             f"--refit: {folder} was made with {', '.join(changes)}; run with the same settings first"
         )
-    if settings.include_valid or settings.select != "valid":
+    if config.include_valid or config.select != "valid":
         raise ConfigError(f"--refit: {folder} chose no epoch by validation; set {stage}.select=valid")
     epochs, others = REFIT[stage]
     chosen = read_json(checked_file(folder, "metrics.json"))[epochs]
-    return replace(settings, include_valid=True, select="last", epochs=chosen, **others)
+    return replace(config, include_valid=True, select="last", epochs=chosen, **others)
 
 
 def apply_overrides(config: C, assignments: list[str]) -> C:

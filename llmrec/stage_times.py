@@ -19,6 +19,7 @@ from llmrec.collab.train import training_rows
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.encoders.encode import item_texts
 from llmrec.interactions import Interactions
+from llmrec.recipe import Recipe
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.learn import model_settings
 from llmrec.semantic_ids.mm_rqvae import MMRQVAE
@@ -83,11 +84,11 @@ class Work:
         return f"{'at most ' if self.most else ''}{duration(self.on(gpu))}"
 
 
-def work_before(recipe: Any, data: Interactions, widths: Mapping[str, int]) -> dict[str, Work | str]:
+def work_before(recipe: Recipe, data: Interactions, widths: Mapping[str, int]) -> dict[str, Work | str]:
     """What the stages between the data and fine-tuning ask, or why that is not known, by stage.
 
     Args:
-        recipe: a `llmrec.recipe.Recipe`.
+        recipe: settings.
         data: what it prepares.
         widths: of the item vectors by modality.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, Report, SemanticIds
 from llmrec.collab.config import TrainCollabConfig
@@ -18,6 +18,9 @@ from llmrec.finetune.presets import PRESETS as FINETUNE_PRESETS
 from llmrec.interactions import Interactions
 from llmrec.semantic_ids.config import PRESETS as ID_PRESETS
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig, ReportSemanticIdsConfig
+
+if TYPE_CHECKING:
+    from llmrec.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +136,7 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def in_order(recipe: Any) -> list[Stage]:
+def in_order(recipe: Recipe) -> list[Stage]:
     """The stages of a `llmrec.recipe.Recipe`, each behind those it reads, else as they are listed."""
     left = list(STAGES.values())
     ordered: list[Stage] = []
