@@ -29,7 +29,7 @@ from llmrec.evaluation.metrics import per_user, summarise
 from llmrec.evaluation.tables import mean_and_spread
 from llmrec.files import read_json, read_jsonl, write_json
 from llmrec.finished import checked_file, fingerprint, load, peak_memory_of, stage_manifest
-from llmrec.interactions import Interactions
+from llmrec.interactions import Interactions, Targets
 from llmrec.pipeline import run_stage
 
 logger = logging.getLogger("llmrec")
@@ -215,11 +215,7 @@ def summarise_cells(
     from llmrec.evaluation.rank import rank_users
 
     targets = data.targets("test")
-    groups = analysis.item_groups(data.train_count, 0.1, 0.4)[targets.item]
-    slices = {
-        "history length": analysis.parts_by_length(targets.stop - targets.start),
-        "popularity of the target": analysis.parts_by_group(np.array(analysis.GROUPS)[groups]),
-    }
+    slices = slices_of(data, targets)
     found: dict[str, Any] = {}
     users: dict[str, dict[str, np.ndarray]] = {}
     for name, config in rows.items():
@@ -227,8 +223,8 @@ def summarise_cells(
         found[name] = {"num_seeds": len(done), "num_wanted": len(seeds)}
         found[name] |= {key: getattr(config, key) for key in ("select", "include_valid", "mask_seen")}
         if done:
-            found[name] |= row_figures([read_json(cell / "metrics.json") for cell in done])
             users[name] = mean_by_user(done)
+            found[name] |= row_figures([read_json(cell / "metrics.json") for cell in done])
             found[name]["slices"] = {
                 what: {part: means_of(users[name], chosen) for part, chosen in parts.items()}
                 for what, parts in slices.items()
@@ -238,7 +234,6 @@ def summarise_cells(
     if reference in users:
         add_differences(found, users, reference, samples)
     popular = rank_users(popularity(data), data, targets)
-    counts = {what: {part: int(mask.sum()) for part, mask in parts.items()} for what, parts in slices.items()}
     return {
         "rows": found,
         "popularity": {
@@ -251,7 +246,18 @@ def summarise_cells(
         "num_items": data.num_items,
         "split": data.summary.get("split"),
         "ties": data.summary.get("ties"),
-        "slices": counts,
+        "slices": {
+            what: {part: int(mask.sum()) for part, mask in parts.items()} for what, parts in slices.items()
+        },
+    }
+
+
+def slices_of(data: Interactions, targets: Targets) -> dict[str, dict[str, np.ndarray]]:
+    """Parts of the users whose metrics are shown by themselves, bool (U,), by what parts them."""
+    groups = analysis.item_groups(data.train_count, 0.1, 0.4)[targets.item]
+    return {
+        "history length": analysis.parts_by_length(targets.stop - targets.start),
+        "popularity of the target": analysis.parts_by_group(np.array(analysis.GROUPS)[groups]),
     }
 
 
