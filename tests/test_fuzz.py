@@ -48,6 +48,14 @@ def test_everything_is_taken_or_refused(finished, packaged, tmp_path, monkeypatc
     assert len(refused) >= len(results) - 3, "what is bad is refused"
 
 
+def test_the_server_has_the_places_that_are_asked_for(packaged):
+    from llmrec.inference.server import application
+
+    app = application({"first": Recommender.from_pretrained(packaged)})
+    places = {place.partition("?")[0] for place in load("fuzz").PLACES}
+    assert places <= {route.path for route in app.routes}
+
+
 def test_the_tool_sees_faults(tmp_path):
     fuzz = load("fuzz")
 

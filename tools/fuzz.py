@@ -342,7 +342,7 @@ def server_targets(model: Recommender, names: list[str]) -> Iterator[Target]:
     def address_case(change: Change) -> None:
         rng = change.rng
         place = "/items" if change.nothing else PLACES[rng.integers(0, len(PLACES))]
-        tail = change(b"?query=red&limit=3" if place == "/items" else b"i1")
+        tail = change(b"?q=red&limit=3" if place == "/items" else b"i1")
         shown = [byte for byte in tail if 32 < byte < 127]
         share = 0 if change.nothing else 0.3
         text = "".join(f"%{byte:02x}" if rng.random() < share else chr(byte) for byte in shown)
@@ -352,7 +352,7 @@ def server_targets(model: Recommender, names: list[str]) -> Iterator[Target]:
     yield Target(name="server: addresses", case=address_case)
 
 
-PLACES = ("/items", "/image/", "/", "/recommend", "/metrics", "/health")
+PLACES = ("/items", "/picture?item_id=", "/", "/recommend", "/metrics", "/health")
 
 
 class SlowError(Exception):
