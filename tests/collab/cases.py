@@ -1,11 +1,22 @@
-"""Every provider with small settings, for the contract tests: one case per loss and variant worth it."""
+"""Every provider with small settings, for the contract tests: one case per loss and variant worth it; and
+batches to try models on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from llmrec.collab.config import TrainCollabConfig
+from llmrec.data.batches import Batch
+
+
+def batch(*sequences: list[int]) -> Batch:
+    """Train sequences padded with 0, every next item a target."""
+    item = torch.tensor(sequences)
+    shown = torch.where(item[:, 1:] != 0, item[:, :-1], 0)
+    return Batch(item=shown, target=item[:, 1:], time=torch.zeros_like(shown))
 
 
 @dataclass(frozen=True)

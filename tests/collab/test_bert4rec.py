@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from test_sasrec import batch
+from cases import batch
 
 from llmrec.collab.bert4rec import BERT4Rec
 from llmrec.collab.config import TrainCollabConfig

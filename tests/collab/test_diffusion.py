@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_sasrec import batch
+from cases import batch
 
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.diffurec import DiffuRec

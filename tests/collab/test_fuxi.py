@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_sasrec import batch
+from cases import batch
 from torch import Tensor
 
 from llmrec.collab.fuxi import Channels, Fuxi, context_of, fuxi_block, rms_norm, run_blocks

@@ -8,7 +8,7 @@ import providers_beauty
 import pytest
 import torch
 import torch.nn.functional as F
-from test_sasrec import batch
+from cases import batch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from worlds import cycle

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_sasrec import batch
+from cases import batch
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 

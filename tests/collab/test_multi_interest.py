@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_sasrec import batch
+from cases import batch
 
 from llmrec.collab.comirec import ComiRec, dynamic_routing, squash
 from llmrec.collab.config import TrainCollabConfig

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import batch
 
 from llmrec.collab import losses
 from llmrec.collab.losses import draw_unseen
 from llmrec.collab.sasrec import SASRec
-from llmrec.data.batches import Batch
 
 SIZES = {
     "num_items": 30,
@@ -20,13 +20,6 @@ SIZES = {
     "dropout_rate": 0.0,
     "max_history": 10,
 }
-
-
-def batch(*sequences: list[int]) -> Batch:
-    """Train sequences padded with 0, every next item a target."""
-    item = torch.tensor(sequences)
-    shown = torch.where(item[:, 1:] != 0, item[:, :-1], 0)
-    return Batch(item=shown, target=item[:, 1:], time=torch.zeros_like(shown))
 
 
 def model(**settings) -> SASRec:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_sasrec import batch
+from cases import batch
 
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.svae import SVAE

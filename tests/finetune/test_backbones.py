@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 from backbones import KINDS, save_backbone
+from packing_reference import plain_prompts, random_users
 from safetensors.torch import load_file, save_file
-from test_packing import plain_prompts, random_users
 from test_train import TINY, fit
 from tiny_mme_sid import PROMPT, semantic_ids, tiny_base, vectors
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fake_gpu import fake_gpu
-from test_layouts import NUM_ITEMS, random_users
+from packing_reference import NUM_ITEMS, random_users
 from tiny_mme_sid import WIDE, model
 
 from llmrec.finetune import flex as module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_packing import full_scores, gradients, random_users
+from packing_reference import full_scores, gradients, random_users
 from tiny_mme_sid import WIDTH, model
 
 from llmrec.finetune.fusion import EqualWeights, FrequencyGate

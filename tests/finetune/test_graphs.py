@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from fake_gpu import fake_gpu
+from packing_reference import EXACT, NUM_ITEMS, random_users
 from taped import record
-from test_packing import EXACT, NUM_ITEMS, random_users
 from tiny_mme_sid import WIDE, model
 
 from llmrec.errors import TrainingError

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from packing_reference import EXACT, NUM_ITEMS, full_scores, gradients, random_users
 from test_methods import METHODS, NAMES
-from test_packing import EXACT, NUM_ITEMS, full_scores, gradients, random_users
 from tiny_mme_sid import PROMPT, WIDE, model
 
 from llmrec.errors import ConfigError

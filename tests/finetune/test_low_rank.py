@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
+from packing_reference import EXACT
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from test_packing import EXACT
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

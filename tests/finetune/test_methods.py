@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_packing import EXACT, NUM_ITEMS, full_scores, plain_prompts, random_users
+from packing_reference import EXACT, NUM_ITEMS, full_scores, plain_prompts, random_users
 from tiny_mme_sid import WIDTH, model
 from worlds import cycle
 

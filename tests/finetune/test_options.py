@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_packing import EXACT, NUM_ITEMS, full_scores, gradients, plain_prompts, random_users
+from packing_reference import EXACT, NUM_ITEMS, full_scores, gradients, plain_prompts, random_users
 from test_train import TINY, fit
 from tiny_mme_sid import model
 from worlds import cycle, interactions

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from test_packing import EXACT, NUM_ITEMS, plain_prompts, random_users
+from packing_reference import EXACT, NUM_ITEMS, plain_prompts, random_users
 from tiny_mme_sid import WIDTH, model
 from tiny_recipe import tiny
 
