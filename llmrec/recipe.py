@@ -81,35 +81,49 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
     if options.print_config:
         print("\n".join(f"{path}={format_value(value)}" for path, value in flatten(chosen)))
         return
-    if options.dry_run:
-        stages = statuses(chosen, root, options.until)
-        print("\n".join(f"{stage:20s} {status}" for stage, status in stages.items()))
-        refuse_what_is_stale(root, stages)
-        refuse_what_cannot_finish(chosen, stages)
-        return
-    set_up_logging()
-    if options.push_to_hub and options.until not in (None, "evaluate"):
-        raise ConfigError(f"--push-to-hub pushes a finished run, which --until {options.until} does not make")
-    if options.push_to_hub:
-        from llmrec.hub import check_login, check_name
-
-        check_name(options.push_to_hub)
-        check_login()
+    if not options.dry_run:
+        set_up_logging()
+        check_push(options.push_to_hub, options.until)
     stages = statuses(chosen, root, options.until)
+    if options.dry_run:
+        print("\n".join(f"{stage:20s} {status}" for stage, status in stages.items()))
     refuse_what_is_stale(root, stages)
     refuse_what_cannot_finish(chosen, stages)
+    if not options.dry_run:
+        compute(chosen, root, options.until, options.push_to_hub)
+
+
+def check_push(repo: str | None, until: str | None) -> None:
+    """Refuse now what would be refused when all is done; nothing to do if nothing is to be pushed.
+
+    Raises:
+        ConfigError: the run would not be finished, there can be no such repository, or nobody is logged in.
+    """
+    if not repo:
+        return
+    if until not in (None, "evaluate"):
+        raise ConfigError(f"--push-to-hub pushes a finished run, which --until {until} does not make")
+    from llmrec.hub import check_login, check_name
+
+    check_name(repo)
+    check_login()
+
+
+def compute(recipe: Recipe, root: Path, until: str | None, repo: str | None) -> None:
+    """Run what is not finished, print the table, and push the run if a repository is given."""
+    from llmrec import distributed
     from llmrec.pipeline import RunDir, run
 
-    report = run(chosen, RunDir(root), until=options.until)
-    from llmrec import distributed
-
-    if report is not None and distributed.is_main():
+    report = run(recipe, RunDir(root), until=until)
+    if not distributed.is_main():
+        return
+    if report is not None:
         from llmrec.evaluation.table import format_table
 
         print(format_table(report.metrics))
         print(f"report: {root / 'evaluate' / 'report.html'}")
-    if options.push_to_hub and distributed.is_main():
-        push_run(root, options.push_to_hub)
+    if repo:
+        push_run(root, repo)
 
 
 def name_of(recipe: Callable[[], Recipe]) -> tuple[str, str]:
