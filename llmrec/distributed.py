@@ -6,13 +6,16 @@ the result from disk.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import logging
 import os
 import random
 import re
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from llmrec.errors import ConfigError, TrainingError
@@ -23,6 +26,9 @@ PATIENCE = datetime.timedelta(days=7)
 LOST = re.compile(r"connection (closed|reset) by|timed out waiting|broken pipe", re.IGNORECASE)
 
 MINUTES = re.compile(r"\d{1,6}(\.\d*)?")
+
+_drawing = threading.RLock()
+"""Held by the thread that draws random numbers which must be the same every time."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -273,3 +279,30 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def drawing_alone() -> Iterator[None]:
+    """Inside, random numbers may be seeded and drawn: no other thread is there, as all of them draw from the
+    same generators. Afterwards those of Python, NumPy and torch go on as they would have: a search that draws
+    its settings must not draw the same ones after every training."""
+    import numpy as np
+
+    with _drawing:
+        plain, arrays = random.getstate(), np.random.get_state()
+        try:
+            with _torch_as_it_was():
+                yield
+        finally:
+            random.setstate(plain)
+            np.random.set_state(arrays)
+
+
+def _torch_as_it_was() -> contextlib.AbstractContextManager:
+    """Afterwards torch's random numbers, those of this process's GPU included, go on as they were; what does
+    not need torch need not load it."""
+    if "torch" not in sys.modules:
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])

@@ -97,7 +97,8 @@ def run_stage(
     """Compute one stage into folder unless folder already holds it, and load the result.
 
     Under several processes, only the main one computes and writes, unless the function is marked
-    `distributed.every_process`; all of them load.
+    `distributed.every_process`; all of them load. Of several threads one computes at a time. The caller's
+    random numbers, of Python, NumPy and torch, go on afterwards as if none had been drawn.
 
     Args:
         stage: one of `stages.COMMANDS` or its name, whose libraries are imported only if there is something
@@ -167,7 +168,7 @@ def compute(
     if not main and not distributed.runs_everywhere(function):
         return
     left = unfinished(folder)
-    with locked(folder) if main else contextlib.nullcontext():
+    with locked(folder) if main else contextlib.nullcontext(), distributed.drawing_alone():
         if main:
             clear_scratch(folder)
         if distributed.world_size() == 1 and check_folder(folder, wanted, config) == "done":

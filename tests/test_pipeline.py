@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import random
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
+import torch
 
-from llmrec import finished, pipeline, stage_changes, storage
+from llmrec import distributed, finished, pipeline, stage_changes, storage
 from llmrec.config import StageSettings
 from llmrec.errors import MissingArtifactError, StaleArtifactError, StorageError
 from llmrec.finished import fingerprint, manifest_of
@@ -44,6 +50,13 @@ class Doubled(Number):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drawn(Number):
+    """A third."""
+
+    stage: ClassVar[str] = "draw"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(StageSettings):
     """Settings."""
 
@@ -61,6 +74,21 @@ def double(config: Config, number: Number) -> Doubled:
     if config.number == 13:
         raise KeyboardInterrupt
     return Doubled(value=2 * number.value)
+
+
+def draw(config: Config) -> Drawn:
+    distributed.seed_everything(config.number)
+    drawn = []
+    for _ in range(5):
+        drawn += drawn_by_all()
+        time.sleep(0.01)
+    if config.number == 13:
+        raise KeyboardInterrupt
+    return Drawn(value=sum(drawn))
+
+
+def drawn_by_all() -> list[int]:
+    return [random.randrange(1000), int(np.random.randint(1000)), int(torch.randint(1000, ()))]
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +139,27 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"count cannot be written \(.*disk full\); nothing of it is kept"):
         RunDir(tmp_path).stage(count, Config())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", [3, 13])
+def test_the_callers_random_numbers_go_on_as_if_no_stage_had_drawn_any(seed, tmp_path):
+    with distributed.drawing_alone():
+        distributed.seed_everything(0)
+        expected = [drawn_by_all() for _ in range(3)]
+        distributed.seed_everything(0)
+        seen = []
+        for trial in range(3):
+            seen.append(drawn_by_all())
+            with contextlib.suppress(KeyboardInterrupt):
+                RunDir(tmp_path / f"{trial}").stage(draw, Config(number=seed))
+    assert seen == expected
+
+
+def test_threads_draw_what_each_would_draw_alone(tmp_path):
+    alone = RunDir(tmp_path / "alone").stage(draw, Config(number=3))
+    with ThreadPoolExecutor(3) as threads:
+        runs = [threads.submit(RunDir(tmp_path / f"{n}").stage, draw, Config(number=3)) for n in range(3)]
+    assert [run.result() for run in runs] == [alone] * 3
 
 
 def test_the_manifest_lists_every_file_and_what_made_them(tmp_path):

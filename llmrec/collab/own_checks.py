@@ -6,14 +6,13 @@ Models of this package are held to it by their tests.
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmrec import distributed
 from llmrec.artifacts import check_item_rows
 from llmrec.collab.losses import Loss, Pooled
 from llmrec.data.batches import Batch
@@ -51,7 +50,7 @@ def check_provider(
         ConfigError: names the class, the method, what it gave and what it must give.
     """
     where = f"train_collab.provider={name}"
-    with as_it_was(model, batch.item.device):
+    with as_it_was(model):
         model.train()
         loss = checked_loss(where, model.loss(batch))
         model.eval()
@@ -81,18 +80,15 @@ def check_attributes(where: str, model: Any) -> None:
 
 
 @contextlib.contextmanager
-def as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """Afterwards, what is random goes on as if nothing had been drawn, and the model has its modes and
     buffers again; those of its weights that `one_step_later` moves are put back there."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(value, value.clone()) for value in model.buffers()]
-    plain, arrays = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with distributed.drawing_alone():
             yield
     finally:
-        random.setstate(plain)
-        np.random.set_state(arrays)
         for module, training in modes:
             module.training = training
         with torch.no_grad():
