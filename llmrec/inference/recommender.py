@@ -36,10 +36,14 @@ class UnknownItemError(DataError):
     """
 
     def __init__(self, where: str, place: int | None, reason: str) -> None:
-        super().__init__(f"{where}: {reason}; unknown='skip' leaves such ids out")
+        # What Python makes it of again where it is handed to another process.
+        super().__init__(where, place, reason)
         self.where = where
         self.place = place
         self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}; unknown='skip' leaves such ids out"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import json
 import shutil
@@ -147,6 +148,15 @@ def test_candidates_more_than_there_are_and_parts(loaded):
     for item in found:
         assert set(item.parts) == {"target", "collab", "image", "text"}
         assert sum(item.parts.values()) == pytest.approx(item.score, abs=1e-4)
+
+
+def test_an_unknown_item_is_told_to_another_process_as_it_is(loaded):
+    with pytest.raises(module.UnknownItemError) as caught:
+        loaded.recommend([[], ["gone"]])
+    # Process pools hand errors on as copies are made; one that cannot be copied broke the pool.
+    copied = copy.copy(caught.value)
+    assert str(copied) == str(caught.value) and "histories[1]: 'gone' is not in the" in str(copied)
+    assert (copied.where, copied.place, copied.reason) == ("histories[1]", 1, caught.value.reason)
 
 
 @pytest.mark.parametrize(
