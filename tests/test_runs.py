@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,3 +131,7 @@ def test_a_name_that_is_not_there_is_answered_by_those_that_are():
         llmrec.fit  # noqa: B018
     for name in llmrec.PUBLIC:
         assert getattr(llmrec, name).__name__ == name
+
+
+def test_types_are_told_to_whoever_checks_code_that_uses_the_package():
+    assert (Path(llmrec.__file__).parent / "py.typed").is_file()
