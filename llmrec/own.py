@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
@@ -27,6 +28,16 @@ OwnSettings = dict[
 """Its settings, by argument of its constructor; numbers of NumPy are taken as Python's of their kind."""
 
 
+BESIDE_RECIPES: set[Path] = set()
+"""Folders of the recipes that this process has loaded, where classes may lie that their settings name."""
+
+
+def beside(folder: Path, name: str) -> Path | None:
+    """The file of a module, or of a package, that lies in a folder; None if there is none."""
+    files = (folder / f"{name}.py", folder / name / "__init__.py")
+    return next((file for file in files if file.is_file()), None)
+
+
 def is_own(name: str) -> bool:
     """Whether a name is that of something of the user's own."""
     return ":" in name
@@ -40,9 +51,16 @@ def own_class(name: str, setting: str) -> Any:
         setting: where it was named, for messages.
 
     Raises:
-        ConfigError: it cannot be imported, or is no class.
+        ConfigError: it cannot be imported, or is no class; or it is not clear which one is meant.
     """
     module, _, attribute = name.partition(":")
+    holders = [folder for folder in BESIDE_RECIPES if beside(folder, module.partition(".")[0])]
+    if len(holders) > 1:
+        raise ConfigError(
+            f"{setting}={name}: recipes that this process has loaded have such a module beside them each, in "
+            f"{' and in '.join(sorted(map(str, holders)))}; give them names of their own, or start a process "
+            "for each recipe"
+        )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

@@ -7,6 +7,7 @@ calls that function and changes fields with `dataclasses.replace`.
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import importlib.util
 import inspect
@@ -28,7 +29,7 @@ from llmrec.evaluation.config import EvaluateConfig
 from llmrec.finetune.config import LORA_FIELDS, FinetuneConfig
 from llmrec.finetune.method_table import FREQUENCY_FIELDS, METHODS, method_of, without_effect
 from llmrec.finetune.presets import PRESETS as FINETUNE_PRESETS
-from llmrec.own import is_own
+from llmrec.own import BESIDE_RECIPES, beside, is_own
 from llmrec.semantic_ids.config import PRESETS as ID_PRESETS
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stage_changes import MADE_WITH, TO_DO, refuse_what_is_stale, statuses
@@ -138,12 +139,14 @@ def module_of(path: str | Path, example: str = "mme_sid_sample") -> ModuleType:
     """A recipe's file as a module, which may import what lies beside it, and name models and methods there.
 
     Raises:
-        ConfigError: no such file.
+        ConfigError: no such file; or what it imports from beside it would be a module that lies elsewhere.
     """
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
         raise ConfigError(f"{path}: no such recipe; give a Python file such as recipes/{example}.py")
     folder = str(path.resolve().parent)
+    refuse_modules_of_others(path)
+    BESIDE_RECIPES.add(Path(folder))
     sys.path.insert(0, folder)
     try:
         # Under a name that is no other module's.
@@ -157,6 +160,23 @@ def module_of(path: str | Path, example: str = "mme_sid_sample") -> ModuleType:
         if folder not in sys.path:
             sys.path.append(folder)  # for classes that its settings name, which are imported later
     return module
+
+
+def refuse_modules_of_others(path: Path) -> None:
+    """Raise ConfigError if a recipe imports what lies beside it, and Python holds a module of this name that
+    lies elsewhere, which it would be given in its stead."""
+    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        for name in {name.partition(".")[0] for name in names}:
+            meant = beside(path.resolve().parent, name)
+            loaded = getattr(sys.modules.get(name), "__file__", None)
+            if meant and loaded and Path(loaded).resolve() != meant.resolve():
+                raise ConfigError(
+                    f"{path} imports {name}, which lies beside it, and this process has loaded {loaded} by "
+                    "that name; give one of them another name, or start a process for each recipe"
+                )
 
 
 def recipe_of(path: str | Path) -> Recipe:

@@ -30,6 +30,7 @@ from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
 from llmrec.files import read_json
 from llmrec.interactions import Interactions
+from llmrec.own import own_class
 from llmrec.pipeline import RunDir
 from llmrec.preflight import in_the_way
 from llmrec.recipe import Recipe, apply_overrides, main, recipe_of, run_recipe, with_preset, with_seed
@@ -707,6 +708,42 @@ def test_settings_of_a_recipe_may_name_classes_that_lie_beside_it(tmp_path, monk
     made = recipe_of("../recipes/with_a_model.py")
     assert provider_class(made.train_collab.provider).__name__ == "Bag" and sys.path[0] == before
     assert str(tmp_path / "recipes") in jobs.search_path().split(os.pathsep)
+
+
+def two_experiments(folder: Path, name: str, *, imported: bool) -> list[Path]:
+    """Recipes of one name in two folders, each with a module of the same name beside it."""
+    paths = []
+    for number in (1, 2):
+        (folder / f"{number}").mkdir()
+        (folder / f"{number}" / f"{name}.py").write_text(f"EPOCHS = {number}\nclass Mine:\n    pass\n")
+        paths.append(folder / f"{number}" / "experiment.py")
+        paths[-1].write_text(
+            (f"from {name} import EPOCHS\n" if imported else f"EPOCHS = {number}\n")
+            + "from llmrec.collab.config import TrainCollabConfig\nfrom llmrec.recipe import Recipe\n"
+            "def recipe():\n    return Recipe(train_collab=TrainCollabConfig(epochs=EPOCHS, "
+            f"provider='{name}:Mine'))\n"
+        )
+    return paths
+
+
+def test_a_recipe_is_not_given_what_lies_beside_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    first, second = two_experiments(tmp_path, "settings_of_an_experiment", imported=True)
+    assert recipe_of(first).train_collab.epochs == recipe_of(first).train_collab.epochs == 1
+    with pytest.raises(
+        ConfigError, match="imports settings_of_an_experiment, which lies beside it, and this"
+    ):
+        recipe_of(second)
+
+
+def test_a_class_that_lies_beside_two_recipes_is_not_guessed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    first, second = two_experiments(tmp_path, "models_of_an_experiment", imported=False)
+    name = recipe_of(first).train_collab.provider
+    assert own_class(name, "x").__name__ == "Mine"
+    assert recipe_of(second).train_collab.epochs == 2
+    with pytest.raises(ConfigError, match=r"such a module beside them each, in .*1 and in .*2; give them"):
+        own_class(name, "train_collab.provider")
 
 
 def test_a_recipe_may_be_a_function_with_some_arguments_given(capsys):
