@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmrec.errors import ArtifactMismatchError, MissingArtifactError
+from llmrec.errors import ArtifactMismatchError, ConfigError, MissingArtifactError
 from llmrec.manifest import MANIFEST, DamagedError, check_files, read_manifest, reading
 from llmrec.stages import COMMANDS
 
@@ -117,7 +117,18 @@ def load(artifact: Any, folder: str | Path) -> Any:
 
 
 def manifest_of(artifact: Any) -> dict[str, Any]:
-    """The manifest of a loaded artefact: stage, config, inputs, files, versions, seconds."""
+    """The manifest of a loaded artefact: stage, config, inputs, files, versions, seconds.
+
+    Raises:
+        ConfigError: it does not come from a finished stage.
+    """
+    if not hasattr(artifact, "_manifest"):
+        kind = type(artifact).__name__
+        raise ConfigError(
+            f"this {kind} was made or changed in Python, or read by {kind}.load, which does not tell what it "
+            "is made from; give what run_stage returned, or what Run(FOLDER) holds. Vectors of your own are "
+            "read from a file (train_collab.provider=precomputed, encode_items.text.encoder=precomputed)"
+        )
     return artifact._manifest
 
 

@@ -18,7 +18,7 @@ import time
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmrec import __version__, distributed, machine, tracking
 from llmrec.artifacts import Report
@@ -27,12 +27,10 @@ from llmrec.contents import content_digests
 from llmrec.errors import ConfigError
 from llmrec.finished import check_lineage, load
 from llmrec.manifest import MANIFEST, describe_files, flush, flush_all, write_manifest
+from llmrec.recipe import Recipe
 from llmrec.stage_changes import check_folder, describe_stage, source_hashes
 from llmrec.stages import COMMANDS, STAGES, Stage, in_order
 from llmrec.storage import locked, open_like_folder, unfinished, writing
-
-if TYPE_CHECKING:
-    from llmrec.recipe import Recipe
 
 logger = logging.getLogger("llmrec")
 
@@ -51,9 +49,12 @@ def run(recipe: Recipe, run_dir: RunDir | str | Path, *, until: str | None = Non
         The evaluation report, or None if `until` stopped the run before it.
 
     Raises:
-        ConfigError: there is no stage named `until`.
+        ConfigError: there is no stage named `until`; or the recipe is none.
         LlmrecError: a stage cannot be computed, or a later one could not with these data.
     """
+    if not isinstance(recipe, Recipe):
+        advice = "; call it for the one that it returns" if callable(recipe) else ""
+        raise ConfigError(f"run takes a Recipe, got {recipe!r:.60}{advice}")
     if not isinstance(run_dir, RunDir):
         run_dir = RunDir(run_dir)
     made: dict[str, Any] = {}
@@ -108,7 +109,8 @@ def run_stage(
         folder: where its output lies.
 
     Raises:
-        ConfigError: there is no stage of this name; or its settings or inputs are of another one.
+        ConfigError: there is no stage of this name; or its settings or inputs are of another one, or an input
+            is not what a finished stage wrote.
         StaleArtifactError: if the folder was made with another config or other inputs.
         BusyError: if another process is computing it.
         MissingArtifactError: if the folder holds something else, or is damaged.

@@ -71,6 +71,8 @@ def main(recipe: Callable[[], Recipe], arguments: list[str] | None = None) -> No
 
 def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> None:
     """Parse the command line of a recipe and do what it says."""
+    if not callable(recipe):
+        raise ConfigError(f"main takes the function that returns a Recipe, got the {type(recipe).__name__}")
     name, description = name_of(recipe)
     options = parser(name, description.strip()).parse_args(arguments)
     chosen = with_seed(with_preset(recipe(), options.preset), options.seed)

@@ -16,6 +16,7 @@ from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.rankings import key_of
 from llmrec.inference.recommender import Recommender
 from llmrec.interactions import Interactions
+from llmrec.recipe import main
 from llmrec.runs import Run
 
 
@@ -124,6 +125,26 @@ def test_what_belongs_to_another_stage_is_refused(stage, config, message, tmp_pa
     with pytest.raises(ConfigError, match=message):
         llmrec.run_stage(stage, config, (), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_what_is_no_recipe_is_told_what_is(tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"run takes a Recipe, got <function tiny .*; call it for the one"):
+        llmrec.run(tiny_recipe.tiny, tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"run takes a Recipe, got 'recipes/mme_sid_sample.py'$"):
+        llmrec.run("recipes/mme_sid_sample.py", tmp_path / "x")
+    with pytest.raises(SystemExit):
+        main(llmrec.Recipe(), [])
+    assert "main takes the function that returns a Recipe, got the Recipe" in capsys.readouterr().err
+
+
+def test_inputs_that_no_stage_wrote_are_refused(finished, tmp_path):
+    run, config = Run(finished), tiny_recipe.tiny().learn_semantic_ids
+    read = Interactions.load(finished / "prepare_data")
+    with pytest.raises(ConfigError, match=r"this Interactions was made or .* or read by Interactions\.load"):
+        llmrec.run_stage("learn_semantic_ids", config, (read, run.collab, run.content), tmp_path / "x")
+    scaled = dataclasses.replace(run.collab, vectors=2 * run.collab.vectors)
+    with pytest.raises(ConfigError, match=r"this CollabEmbeddings .*train_collab\.provider=precomputed"):
+        llmrec.run_stage("learn_semantic_ids", config, (run.data, scaled, run.content), tmp_path / "x")
 
 
 def test_a_name_that_is_not_there_is_answered_by_those_that_are():
