@@ -306,3 +306,21 @@ def _torch_as_it_was() -> contextlib.AbstractContextManager:
     import torch
 
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
+
+
+@contextlib.contextmanager
+def usual_torch() -> Iterator[None]:
+    """Inside, torch makes float32 numbers and keeps gradients, whatever it was told before (a notebook that
+    began with `torch.set_grad_enabled(False)`); afterwards it does as before."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)

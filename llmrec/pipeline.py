@@ -170,7 +170,8 @@ def compute(
     if not main and not distributed.runs_everywhere(function):
         return
     left = unfinished(folder)
-    with locked(folder) if main else contextlib.nullcontext(), distributed.drawing_alone():
+    lock = locked(folder) if main else contextlib.nullcontext()
+    with lock, distributed.drawing_alone(), distributed.usual_torch():
         if main:
             clear_scratch(folder)
         if distributed.world_size() == 1 and check_folder(folder, wanted, config) == "done":

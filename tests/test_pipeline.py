@@ -87,6 +87,19 @@ def draw(config: Config) -> Drawn:
     return Drawn(value=sum(drawn))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shaped(Number):
+    """A fourth."""
+
+    stage: ClassVar[str] = "shape"
+
+
+def shape(config: Config) -> Shaped:
+    weight = torch.zeros(3, requires_grad=True)
+    (2 * weight).sum().backward()
+    return Shaped(value=torch.zeros(config.number).nbytes + int(weight.grad.sum()))
+
+
 def drawn_by_all() -> list[int]:
     return [random.randrange(1000), int(np.random.randint(1000)), int(torch.randint(1000, ()))]
 
@@ -153,6 +166,19 @@ def test_the_callers_random_numbers_go_on_as_if_no_stage_had_drawn_any(seed, tmp
             with contextlib.suppress(KeyboardInterrupt):
                 RunDir(tmp_path / f"{trial}").stage(draw, Config(number=seed))
     assert seen == expected
+
+
+@pytest.mark.parametrize("before", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
+def test_a_stage_does_not_depend_on_what_torch_was_told_before(before, tmp_path):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with before():
+            told = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            assert RunDir(tmp_path).stage(shape, Config(number=2)).value == 2 * 4 + 3 * 2
+            assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == told
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_threads_draw_what_each_would_draw_alone(tmp_path):
