@@ -213,7 +213,7 @@ class Recommender:
         neighbours: int = 10,
     ) -> None:
         """Make items known that came after training; nothing is trained (see `new_items`). Encoders run on
-        the GPU of the process, whatever this recommender's device is.
+        the GPU of the process, whatever this recommender's device is. Other threads must not ask meanwhile.
 
         Args:
             items: each with `item_id`, the catalogue's text columns as far as they are known (`title`...),
