@@ -13,6 +13,8 @@ SOURCES = sorted(path for folder in ("llmrec", "recipes", "tools") for path in (
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "np.load", "numpy.load", "yaml.load"}
 FORBIDDEN_MODULES = {"pickle", "dill", "joblib", "shelve", "marshal"}
 FORBIDDEN_KEYWORDS = {("trust_remote_code", True), ("strict", False), ("allow_pickle", True)}
+CHANGES = {"pop", "popitem", "append", "extend", "add", "remove", "update", "setdefault", "read", "write"}
+"""Methods that change what they are called on: none of an assertion, which ``python -O`` leaves out"""
 ABSOLUTE = re.compile(r"/(home|root|tmp|work|usr|data|mnt)\b")
 
 
@@ -42,6 +44,11 @@ def violations(source: str) -> list[str]:
             caught = name_of(node.type) if node.type else "everything"
             if caught in ("everything", "Exception", "BaseException"):
                 found.append(f"{node.lineno}: except {caught}")
+        elif isinstance(node, ast.Assert):
+            inner = list(ast.walk(node))
+            names = [name_of(one.func) for one in inner if isinstance(one, ast.Call)]
+            found += [f"{node.lineno}: assert {name}()" for name in names if name.split(".")[-1] in CHANGES]
+            found += [f"{node.lineno}: assert :=" for one in inner if isinstance(one, ast.NamedExpr)]
         elif isinstance(node, ast.Constant) and ABSOLUTE.match(str(node.value)):
             found.append(f"{node.lineno}: absolute path {node.value!r}")
     return found
@@ -69,8 +76,10 @@ try:
     pass
 except:
     pass
+assert found.pop("x") == 1
+assert (y := 1)
 """
-    assert len(violations(bad)) == 11
+    assert len(violations(bad)) == 13
 
 
 def test_there_are_files_to_check():

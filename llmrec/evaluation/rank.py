@@ -149,7 +149,8 @@ def rank_users(
     if shard and distributed.world_size() > 1:
         for values in result.values():
             torch.distributed.all_reduce(values)
-    assert bool((result.pop("times") == 1).all()), "every target must be ranked exactly once"
+    times = result.pop("times")
+    assert bool((times == 1).all()), "every target must be ranked exactly once"
     return Ranking(**{name: values.cpu().numpy() for name, values in result.items()})
 
 
