@@ -55,6 +55,7 @@ def guarded(command: Callable[[], None]) -> int:
         output any more.
     """
     sys.excepthook = show_traceback
+    open_what_is_closed()
     end_with_launcher()
     try:
         with terminated_like_interrupted():
@@ -88,6 +89,16 @@ def guarded(command: Callable[[], None]) -> int:
         say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}")
         return USER_ERROR
     return 0
+
+
+def open_what_is_closed() -> None:
+    """Give standard streams that were closed (``2>&-``, or by what starts services) the null device. Python
+    has None for them, and the next files to be opened would get their numbers, and what libraries print."""
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(handle, True)
+            setattr(sys, name, os.fdopen(handle, mode))
 
 
 @contextlib.contextmanager

@@ -321,3 +321,28 @@ def test_a_last_word_that_nobody_can_hear_changes_no_exit_code():
         "sys.exit(guarded(work))"
     )
     assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == console.USER_ERROR
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_are_no_matter_and_no_file_takes_their_place(closed, tmp_path):
+    script = tmp_path / "speaks.py"
+    script.write_text(
+        "import os, pathlib, subprocess, sys\n"
+        "from llmrec.console import guarded, set_up_logging\n"
+        "from llmrec.progress import progress\n"
+        "def work():\n"
+        "    set_up_logging()\n"
+        "    file = pathlib.Path(sys.argv[1]).open('w')\n"
+        "    for _ in progress(range(3), 'counting'):\n"
+        "        print('to standard output')\n"
+        "    for number in 1, 2:\n"
+        "        os.write(number, b'by a library')\n"
+        "    subprocess.run('echo x && echo y >&2', shell=True, check=True)\n"
+        "    file.write('ours')\n"
+        "sys.exit(guarded(work))\n"
+    )
+    command = f'"$0" "$1" "$2" {closed}'
+    out = tmp_path / "out"
+    done = subprocess.run(["sh", "-c", command, sys.executable, script, out], capture_output=True, timeout=60)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert out.read_text() == "ours"
