@@ -12,6 +12,10 @@ from safetensors.numpy import save_file
 
 from llmrec.errors import ArtifactMismatchError, MissingArtifactError
 
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""There is no file of a name. Other errors of the system, such as those of permissions or of a disk that is
+away for a moment, say nothing of what the file holds."""
+
 
 def save_arrays(path: Path, catalog: str, /, **arrays: np.ndarray) -> None:
     """Write arrays, which may have any names, to a safetensors file with the catalogue hash in its header."""
@@ -53,7 +57,7 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (*ABSENT, json.JSONDecodeError) as error:
         raise MissingArtifactError(f"{path} cannot be read ({error}); recompute its stage") from None
 
 

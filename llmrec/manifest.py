@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from llmrec.errors import LlmrecError, MissingArtifactError, StaleArtifactError
-from llmrec.files import write_json
+from llmrec.files import ABSENT, write_json
 
 MANIFEST = "manifest.json"
 """Its name in the folder of a stage."""
@@ -60,14 +60,14 @@ def read_manifest(path: Path, schema: int) -> dict[str, Any]:
     """A manifest that is whole and that this version understands.
 
     Raises:
-        DamagedError: it cannot be read, is damaged, or was edited.
+        DamagedError: it is absent, damaged, or was edited.
         StaleArtifactError: another version wrote it in another form.
     """
     try:
         text = path.read_text(encoding="utf-8")
         manifest = json.loads(text)
         found, digest = manifest["schema"], manifest.get("digest")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (*ABSENT, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     if isinstance(found, int) and found != schema:
         versions = manifest.get("versions")

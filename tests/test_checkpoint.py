@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -56,6 +57,23 @@ def test_a_damaged_one_is_named_kept_aside_and_passed_over(name, how, tmp_path, 
     assert "step-00000002 is damaged" in caplog.text and "going on from the one before" in caplog.text
     assert (tmp_path / "damaged-step-00000002").is_dir()
     assert store.latest().step == 1, "and it is not looked at again"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("name", ["state.json", "manifest.json"])
+def test_one_that_cannot_be_read_now_is_not_taken_for_damaged(name, number, tmp_path, monkeypatch):
+    """As of a colleague's run, or on a disk that is away for a moment; hours of work would be put aside."""
+    store, read = saved(tmp_path, 1, 2), Path.read_text
+
+    def refused(path: Path, *arguments, **named) -> str:
+        if path.name == name:
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path, *arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(number)):
+        patch.setattr(Path, "read_text", refused)
+        store.latest()
+    assert store.latest().step == 2
 
 
 def test_another_runs_work_is_not_taken_up(tmp_path, caplog):

@@ -161,6 +161,7 @@ sys.exit(guarded(lambda: pipeline.run_stage(stage, EvaluateConfig(), (), Path(sy
     [
         (errno.EACCES, "mine.csv", "error: mine.csv: Permission denied\n"),
         (errno.ENOSPC, None, "error: No space left on device\n"),
+        (errno.ESTALE, "mine.csv", "error: mine.csv: Stale file handle\n"),
     ],
 )
 def test_files_and_disks_are_the_users_to_mend(number, file, said, capsys, monkeypatch):

@@ -93,6 +93,15 @@ def test_a_manifest_edited_by_hand_is_noticed(finished, tmp_path):
         load(STAGES["train_collab"].artifact_class(), path.parent)
 
 
+def test_a_manifest_that_may_not_be_read_is_no_reason_to_delete_a_stage(finished, monkeypatch):
+    def refused(path: Path, **_) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(PermissionError, match=MANIFEST):
+        load(STAGES["train_collab"].artifact_class(), finished / "train_collab")
+
+
 def test_a_manifest_cannot_point_outside(finished, tmp_path):
     shutil.copytree(finished / "train_collab", tmp_path / "train_collab")
     path = tmp_path / "train_collab" / MANIFEST
