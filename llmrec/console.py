@@ -29,10 +29,10 @@ PR_SET_PDEATHSIG = 1
 
 OF_DISKS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE),
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG),
 )
 """Errors of the system that users can mend: files that may not be read or written, disks that are full or
-away, too many open files."""
+away, too many open files, names that are too long."""
 
 HIDDEN = "[hidden]"
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
@@ -87,6 +87,13 @@ def guarded(command: Callable[[], None]) -> int:
         # Whoever read the output has what they wanted; Python's own last flush would fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
+    except UnicodeEncodeError as error:
+        # Titles to a terminal of another encoding, and names of files that are not in the locale's.
+        say(
+            f"error: {error.object[error.start : error.end]!a} cannot be written in {error.encoding}; use a "
+            "locale in UTF-8, such as LC_ALL=C.UTF-8, and names of files in it"
+        )
+        return USER_ERROR
     except OSError as error:
         if error.errno not in OF_DISKS:
             raise

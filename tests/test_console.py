@@ -162,6 +162,7 @@ sys.exit(guarded(lambda: pipeline.run_stage(stage, EvaluateConfig(), (), Path(sy
         (errno.EACCES, "mine.csv", "error: mine.csv: Permission denied\n"),
         (errno.ENOSPC, None, "error: No space left on device\n"),
         (errno.ESTALE, "mine.csv", "error: mine.csv: Stale file handle\n"),
+        (errno.ENAMETOOLONG, "x", "error: x: File name too long\n"),
     ],
 )
 def test_files_and_disks_are_the_users_to_mend(number, file, said, capsys, monkeypatch):
@@ -170,6 +171,21 @@ def test_files_and_disks_are_the_users_to_mend(number, file, said, capsys, monke
     assert capsys.readouterr().err == said
     with pytest.raises(FileNotFoundError):
         console.guarded(raising(FileNotFoundError(errno.ENOENT, "No such file", "ours.json")))
+
+
+def test_letters_that_the_locale_has_not_are_told_with_what_to_do(tmp_path):
+    """Titles to a terminal that is not in UTF-8, and names of files that are not."""
+    script = (
+        "import sys, pyarrow.parquet\nfrom llmrec.console import guarded\n"
+        "sys.exit(guarded(lambda: pyarrow.parquet.read_table(sys.argv[1]) if sys.argv[1:] else print('茶')))"
+    )
+    command = [sys.executable, "-c", script]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(r"error: '\u8336' cannot be written in latin-1; use a locale in UTF-8")
+    done = subprocess.run([*command, b"t\xfcr"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith(r"error: '\udcfc' cannot be written in utf-8; use")
 
 
 @pytest.mark.parametrize(
