@@ -11,7 +11,7 @@ gradients leave as a copy.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ WARM_UP = 3
 
 MASK_TENSORS = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")
 
-Decode = Callable[[Tensor, Any, Tensor], Tensor]
-"""Embeddings (1, S, H), a mask and positions (1, S) to last hidden states (1, S, H)."""
+Decode = Callable[[Tensor, Any, Tensor, Mapping[str, nn.Parameter]], Tensor]
+"""Embeddings (1, S, H), a mask, positions (1, S) and parameters by name, in place of the decoder's, to last
+hidden states (1, S, H)."""
 
 
 def cuda_graph(function: Callable[[], None], pool: Any) -> Callable[[], None]:
@@ -59,18 +60,18 @@ class DecoderGraphs:
 
     Args:
         decode: the pass itself.
-        parameters: what is trained in it.
+        parameters: what is trained in it, by name.
         record: how a function is recorded.
     """
 
     def __init__(
         self,
         decode: Decode,
-        parameters: Sequence[nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         record: Callable[[Callable[[], None], Any], Callable[[], None]] = cuda_graph,
     ) -> None:
         self.decode = decode
-        self.parameters = tuple(parameters)
+        self.names, self.parameters = tuple(parameters), tuple(parameters.values())
         self.record = record
         self.pool: Any = None
         self.recorded: dict[int, Recorded] = {}
@@ -80,6 +81,15 @@ class DecoderGraphs:
         assert len({parameter.dtype for parameter in self.parameters}) == 1
         self.flat = self.parameters[0].new_empty(sum(self.sizes))
         """Gradients of all parameters after a backward pass, in one piece: one copy takes them all away."""
+
+    def leaves(self) -> dict[str, nn.Parameter]:
+        """The parameters' values as leaves that autograd has not met.
+
+        Its node of a leaf belongs to the stream it was made on and lives as long as any graph that has it.
+        Were a parameter's own node of some plain pass still there, a recorded pass would have to wait for the
+        stream of that one, which a recording must not.
+        """
+        return {name: nn.Parameter(value.detach()) for name, value in zip(self.names, self.parameters)}
 
     def takes(self, stream: TokenStream) -> bool:
         """Whether a stream of this length is recorded."""
@@ -141,6 +151,7 @@ class Recorded:
         self.stream = type(stream)(**{name: value.clone() for name, value in vars(self.stream).items()})
         self.mask = None if blocks is None else flex.block_mask(self.stream, blocks)
         self.hidden = self.grad = self.embeddings_grad = torch.empty(0)
+        leaves: dict[str, nn.Parameter] = {}
         kind = device.type
         dtype = torch.get_autocast_dtype(kind)
         enabled = torch.is_autocast_enabled(kind)
@@ -150,21 +161,22 @@ class Recorded:
             autocast = torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
             with torch.enable_grad(), autocast:
                 mask = self.stream.visible() if self.mask is None else self.mask
-                self.hidden = owner.decode(self.embeddings, mask, self.stream.position[None])
+                self.hidden = owner.decode(self.embeddings, mask, self.stream.position[None], leaves)
 
         def backward() -> None:
             with torch.autocast(kind, enabled=False):
-                sources = [self.embeddings, *owner.parameters]
+                sources = [self.embeddings, *leaves.values()]
                 self.embeddings_grad, *others = torch.autograd.grad(self.hidden, sources, self.grad)
                 torch.cat([gradient.flatten() for gradient in others], out=owner.flat)
 
         with aside(device):
+            leaves = owner.leaves()
             for _ in range(WARM_UP):
                 forward()
                 self.grad = torch.zeros_like(self.hidden)
                 backward()
-            # What autograd still holds was made on that stream, and parameters with it.
             self.hidden = self.hidden.detach()
+        leaves, self.embeddings = owner.leaves(), self.embeddings.detach().requires_grad_()
         self.replay_forward = owner.record(forward, owner.pool)
         self.replay_backward = owner.record(backward, owner.pool)
         self.hidden = self.hidden.detach()

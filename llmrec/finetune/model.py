@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import DynamicCache
 
 from llmrec import machine
@@ -253,9 +255,9 @@ class MMESID(nn.Module):
     def record_base(self) -> None:
         """From now on replay the base's training passes over streams (see `graphs`)."""
         outside = {id(value) for value in self.base.get_input_embeddings().parameters()}
-        inside = [value for value in self.base.parameters() if id(value) not in outside]
-        trained = [value for value in inside if value.requires_grad]
-        self.graphs = DecoderGraphs(self._run_base, trained) if trained else None
+        inside = {name: value for name, value in self.base.named_parameters() if id(value) not in outside}
+        trained = {name: value for name, value in inside.items() if value.requires_grad}
+        self.graphs = DecoderGraphs(self._run_base_with, trained) if trained else None
 
     def _run_base(self, embeddings: Tensor, mask: Any, position: Tensor, past: Any = None) -> Tensor:
         known = {} if past is None else {self.cache_name: past}
@@ -266,6 +268,14 @@ class MMESID(nn.Module):
             use_cache=past is not None,
             **known,
         ).last_hidden_state
+
+    def _run_base_with(
+        self, embeddings: Tensor, mask: Any, position: Tensor, parameters: Mapping[str, nn.Parameter]
+    ) -> Tensor:
+        """`_run_base` without a cache, with other parameters in place of those of these names."""
+        known = {"inputs_embeds": embeddings, "attention_mask": mask, "position_ids": position}
+        output = functional_call(self.base, dict(parameters), (), {**known, "use_cache": False})
+        return output.last_hidden_state
 
 
 def cache_name(base: nn.Module) -> str:

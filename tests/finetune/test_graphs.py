@@ -73,26 +73,38 @@ def test_updates_of_the_weights_are_seen(lora, precision):
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "whole"])
-def test_nothing_of_the_recording_stays_in_autograd(lora):
-    """Nodes of parameters belong to the stream they were made on, so the next pass must make its own."""
+def test_a_recording_shares_no_node_of_autograd_with_other_passes(lora):
+    """A parameter's node belongs to the stream it was made on, as long as any pass keeps it."""
     net = model(NUM_ITEMS, rows="stream", lora=lora)
+    parts = [rows_of([3, 7]), rows_of([5])]
+    kept = net("loss", parts[:1])  # so every node of this pass is still there
     net.record_base()
-    tagged = []
+    asked, decoders, recording = [], [], []
+    for parameter in net.graphs.parameters:
+        parameter.register_hook(lambda gradient: asked.append(bool(recording)))
+    decode = net.graphs.decode
 
-    def node(parameter):
-        return parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+    def watched(embeddings, mask, position, parameters):
+        decoders.append([embeddings, *parameters.values()])
+        return decode(embeddings, mask, position, parameters)
 
-    def tagging(function, pool):
+    def marked(function, pool):
+        recording.append(function)
         replay = record(function, pool)
-        for number, parameter in enumerate(net.graphs.parameters):
-            node(parameter).metadata["recorded"] = number
-            tagged.append("recorded" in node(parameter).metadata)
+        recording.clear()
         return replay
 
-    net.graphs.record = tagging
-    passes(net, [rows_of([3, 7])])
-    assert any(tagged), "while it is recorded the nodes are kept"
-    assert not any("recorded" in node(parameter).metadata for parameter in net.graphs.parameters)
+    net.graphs.decode, net.graphs.record = watched, marked
+    loss = net("loss", parts[1:])
+    assert not asked, "gradients for the parameters' own nodes"
+    loss.backward()
+    assert asked == [False] * len(net.graphs.parameters)
+    *warm_up, recorded = decoders
+    assert len(warm_up) == graphs.WARM_UP
+    assert not {id(leaf) for leaf in recorded} & {id(leaf) for leaves in warm_up for leaf in leaves}
+    for leaf, parameter in zip(recorded[1:], net.graphs.parameters):
+        assert leaf.data_ptr() == parameter.data_ptr()
+    kept.backward()
 
 
 def test_gradients_are_given_once():
