@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llmrec import running
 from llmrec.errors import StaleArtifactError, StoppedError, StorageError, TrainingError
 from llmrec.files import read_json, write_json
 from llmrec.manifest import (
@@ -95,6 +96,7 @@ class Checkpoints:
                 drop(final)
             os.replace(scratch, final)
             flush(self.folder)
+            running.note_seconds()
         except (OSError, SafetensorError) as error:
             raise StorageError(
                 f"the checkpoint {final} cannot be written ({error}); make room and start again, which goes "
@@ -209,13 +211,11 @@ def checkpoints_here(free: tuple[str, ...] = ()) -> Checkpoints | None:
     Args:
         free: settings that may be others when work goes on, since they change no result.
     """
-    from llmrec.pipeline import made_from, resume_folder
-
-    folder, source = resume_folder(), made_from()
-    if folder is None or source is None:
+    run = running.current()
+    if run is None:
         return None
-    fixed = {name: value for name, value in source["config"].items() if name not in free}
-    return Checkpoints(folder / "checkpoints", source | {"config": fixed})
+    fixed = {name: value for name, value in run.made_from["config"].items() if name not in free}
+    return Checkpoints(run.folder / "checkpoints", run.made_from | {"config": fixed})
 
 
 class EpochCheckpoints:

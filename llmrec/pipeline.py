@@ -8,13 +8,11 @@ temporary folder, its manifest last, then renamed, so a folder with the stage's 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import importlib.metadata
 import logging
 import os
 import platform
 import shutil
-import time
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ from llmrec.errors import ConfigError
 from llmrec.finished import check_lineage, load
 from llmrec.manifest import MANIFEST, describe_files, flush, flush_all, write_manifest
 from llmrec.recipe import Recipe
+from llmrec.running import Running, running
 from llmrec.stage_changes import check_folder, describe_stage, source_hashes
 from llmrec.stages import COMMANDS, STAGES, Stage, in_order
 from llmrec.storage import locked, open_like_folder, unfinished, writing
@@ -178,49 +177,39 @@ def compute(
             return  # another process finished it just now
         logger.info("%s: started", function.__name__)
         machine.reset_peak_memory()
-        started = time.perf_counter()
-        result = call(function, config, inputs, folder, wanted)
-        if not main:
-            return
-        seconds = store(result, config, folder, wanted, started)
+        with running(left, wanted | {"config": without_incidental(wanted["config"], config)}) as run:
+            result = call(function, config, inputs, folder)
+            if not main:
+                return
+            seconds = store(result, config, folder, wanted, run)
         shutil.rmtree(left, ignore_errors=True)
-    logger.info("%s: finished in %.1f s, %s", function.__name__, seconds, folder)
+    before = f", {run.earlier:.1f} s of them before a stop" if run.earlier else ""
+    logger.info("%s: finished in %.1f s%s, %s", function.__name__, seconds, before, folder)
 
 
-def call(
-    function: Callable[..., Any],
-    config: StageSettings,
-    inputs: tuple[Any, ...],
-    folder: Path,
-    wanted: dict[str, Any],
-) -> Any:
-    """What the function makes; meanwhile `resume_folder`, `made_from` and trackers know which stage runs."""
+def call(function: Callable[..., Any], config: StageSettings, inputs: tuple[Any, ...], folder: Path) -> Any:
+    """What the function makes; meanwhile trackers know which stage runs."""
     left = unfinished(folder)
-    fixed = wanted | {"config": without_incidental(wanted["config"], config)}
     track = tracking.Track(stage=function.__name__, folder=folder, unfinished=left, config=config)
-    token = _unfinished.set((left, fixed))
-    try:
-        with (
-            writing(folder),
-            tracking.tracking(track) if distributed.is_main() else contextlib.nullcontext(),
-        ):
-            return function(config, *inputs)
-    finally:
-        _unfinished.reset(token)
+    with (
+        writing(folder),
+        tracking.tracking(track) if distributed.is_main() else contextlib.nullcontext(),
+    ):
+        return function(config, *inputs)
 
 
-def store(result: Any, config: StageSettings, folder: Path, wanted: dict[str, Any], started: float) -> float:
+def store(result: Any, config: StageSettings, folder: Path, wanted: dict[str, Any], run: Running) -> float:
     """Write an artefact beside its folder, its manifest last, and give it the folder's name once it is whole.
 
     Returns:
-        Seconds since the stage was started, as its manifest has them.
+        Seconds that the stage has taken, as its manifest has them.
     """
     scratch = scratch_of(folder, os.getpid())
     try:
         with writing(folder):
             scratch.mkdir(parents=True)
             result.save(scratch)
-            seconds = time.perf_counter() - started
+            seconds = run.seconds()
             # Files that the stage has fetched belong to it too.
             sources = source_hashes(config, wanted["sources"])
             open_like_folder(scratch)
@@ -244,27 +233,6 @@ def clear_scratch(folder: Path) -> None:
     for path in folder.parent.iterdir():
         if path.name.startswith(prefix) and path.name.removeprefix(prefix).isdecimal():
             shutil.rmtree(path, ignore_errors=True)
-
-
-def resume_folder() -> Path | None:
-    """Where the stage that is running may leave work for the run after a stop; None outside of a stage.
-
-    It is deleted once the stage is done. What lies in it must say what it was made from.
-    """
-    found = _unfinished.get()
-    return None if found is None else found[0]
-
-
-def made_from() -> dict[str, Any] | None:
-    """What the stage that is running is made from (see `stage_changes.describe_stage`), without settings
-    that change no result; None outside of a stage."""
-    found = _unfinished.get()
-    return None if found is None else found[1]
-
-
-_unfinished: contextvars.ContextVar[tuple[Path, dict[str, Any]] | None] = contextvars.ContextVar(
-    "unfinished", default=None
-)
 
 
 def seal(folder: Path, wanted: dict[str, Any], seconds: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 from cases import CASES
 from worlds import cycle
 
-from llmrec import checkpoint, contents, pipeline
+from llmrec import checkpoint, contents, pipeline, running
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings
 from llmrec.collab import train as collab
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.errors import StoppedError
+from llmrec.files import read_json
 from llmrec.semantic_ids import train as ids
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.learn import learn_semantic_ids
@@ -50,6 +52,31 @@ def stopped_and_resumed(function, config, inputs, tmp_path, monkeypatch, module,
     assert contents.content_of(tmp_path / "cut") == contents.content_of(tmp_path / "whole")
     assert not list(tmp_path.glob(".*.unfinished"))
     return again
+
+
+def test_the_time_of_stopped_runs_counts(tmp_path, monkeypatch):
+    """As long as what they left is used; with other settings work begins anew, and so does the clock."""
+    clock, stop_at = [0.0], [20.0]
+    real = collab.train_epoch
+
+    def epoch(*arguments):
+        clock[0] += 10.0
+        if clock == stop_at:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(collab, "train_epoch", epoch)
+    monkeypatch.setattr(running.time, "perf_counter", lambda: clock[0])
+    config = TrainCollabConfig(epochs=4, save_every_minutes=1e-9)
+    inputs = as_loaded(cycle(num_items=8, num_users=8))
+    with pytest.raises(KeyboardInterrupt):  # in the second epoch
+        pipeline.run_stage(collab.train_collab, config, inputs, tmp_path / "run")
+    shutil.copytree(tmp_path / ".run.unfinished", tmp_path / ".other.unfinished")
+    pipeline.run_stage(collab.train_collab, config, inputs, tmp_path / "run")
+    assert read_json(tmp_path / "run" / "manifest.json")["seconds"] == 20.0 + 30.0
+    other = dataclasses.replace(config, epochs=2)
+    pipeline.run_stage(collab.train_collab, other, inputs, tmp_path / "other")
+    assert read_json(tmp_path / "other" / "manifest.json")["seconds"] == 20.0
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -19,6 +19,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from llmrec.running import note_seconds
+
 logger = logging.getLogger("llmrec")
 
 PART_ROWS = 4096
@@ -93,6 +95,7 @@ class VectorCache:
         save_file({"keys": rows, "vectors": np.stack(vectors)}, scratch)
         os.replace(scratch, path)
         self.seen.add(path.name)
+        note_seconds()
 
     def hand_over(self, keys: list[str]) -> np.ndarray:
         """Vectors float32 (n, D) of keys that are all there; here they are let go of."""

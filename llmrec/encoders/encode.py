@@ -30,7 +30,7 @@ from llmrec.errors import ConfigError, DataError
 from llmrec.folder_digest import model_digest
 from llmrec.interactions import Interactions
 from llmrec.manifest import sha256
-from llmrec.pipeline import resume_folder
+from llmrec.running import resume_folder
 
 logger = logging.getLogger("llmrec")
 

@@ -31,8 +31,8 @@ from llmrec.finetune.passes import Passes
 from llmrec.finetune.run_state import RunCheckpoints, RunState, Window
 from llmrec.finetune.steps import steps_of_epoch, training_targets
 from llmrec.interactions import Interactions, Targets
-from llmrec.pipeline import resume_folder
 from llmrec.progress import progress
+from llmrec.running import resume_folder
 
 logger = logging.getLogger("llmrec")
 
