@@ -6,8 +6,8 @@ Run:       accelerate launch recipes/mme_sid_beauty.py
 Fetches:   reviews and metadata (2014), one picture per item, into data/amazon_2014; the models from the Hub
 Needs:     one GPU with 40 GB or more (fine-tuning took 21.9 GB with a random base of this shape, and the
            vocabulary takes 1 GB more: 24 GB are tight); access to the base model on the Hub
-Takes:     an epoch of fine-tuning 6.2 minutes on an H200, 4.7 with finetune.compile=true; measured with a
-           random base of this shape and no dropout (tools/engine.md)
+Takes:     an epoch of fine-tuning 6.1 minutes on an H200, 4.7 to 5.0 with finetune.compile=true; measured
+           with a random base of this shape and no dropout (tools/engine.md)
 Not run:   from end to end, for want of the base's weights; recipes/mme_sid_beauty_mini.py is the same
            pipeline on a base that trains on a CPU, with measured results
 """
