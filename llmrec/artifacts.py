@@ -2,6 +2,7 @@
 
 Tables are parquet, tensors safetensors, numbers JSON. Every tensor file carries the catalogue
 hash in its header. Arrays here are NumPy, so that reading an artefact costs no torch import.
+Two artefacts are equal when they are one object; `llmrec.contents` says whether folders hold the same.
 
 Shape letters of the whole package: B batch, T history, N items, U users, D embedding,
 H base-model width, L levels, K codes, M modalities, S sources.
@@ -22,7 +23,7 @@ from llmrec.files import load_arrays, read_json, read_jsonl, save_arrays, write_
 from llmrec.shown import Shown
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class CollabEmbeddings(Shown):
     """Collaborative item vectors and the sequence model that learned them; made by train_collab."""
 
@@ -74,7 +75,7 @@ class CollabEmbeddings(Shown):
         )
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class ContentEmbeddings(Shown):
     """Text and image vectors of the items, whichever were asked for; made by encode_items."""
 
@@ -129,7 +130,7 @@ class ContentEmbeddings(Shown):
         )
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class SemanticIds(Shown):
     """Codes of every item and the code embeddings behind them; made by learn_semantic_ids."""
 
@@ -196,7 +197,7 @@ class SemanticIds(Shown):
         )
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Report(Shown):
     """Metrics and one row per ranked user; made by evaluate."""
 

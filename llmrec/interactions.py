@@ -28,7 +28,7 @@ def catalog_of(raw_ids: list[str]) -> str:
     return hashlib.sha256("\n".join(raw_ids).encode()).hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Targets:
     """Items to predict and the histories they are predicted from, as index ranges.
 
@@ -84,7 +84,7 @@ def split_codes(column: pa.ChunkedArray) -> np.ndarray:
     return codes[encoded.indices.to_numpy()]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Interactions(Shown):
     """Who interacted with what, in time order, split; made by prepare_data.
 

@@ -141,7 +141,8 @@ def module_of(path: str | Path, example: str = "mme_sid_sample") -> ModuleType:
     """A recipe's file as a module, which may import what lies beside it, and name models and methods there.
 
     Raises:
-        ConfigError: no such file; or what it imports from beside it would be a module that lies elsewhere.
+        ConfigError: no such file; it imports by dots; or what it imports from beside it would be a module
+            that lies elsewhere.
     """
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
@@ -166,10 +167,15 @@ def module_of(path: str | Path, example: str = "mme_sid_sample") -> ModuleType:
 
 def refuse_modules_of_others(path: Path) -> None:
     """Raise ConfigError if a recipe imports what lies beside it, and Python holds a module of this name that
-    lies elsewhere, which it would be given in its stead."""
+    lies elsewhere, which it would be given in its stead; or imports by dots, out of a package."""
     for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            raise ConfigError(
+                f"{path}, line {node.lineno}: a recipe is a file of its own, without a package to import "
+                "from; leave out the dots, and it is given what lies beside it"
+            )
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and not node.level:
+        if isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
         for name in {name.partition(".")[0] for name in names}:
             meant = beside(path.resolve().parent, name)

@@ -736,6 +736,14 @@ def test_a_recipe_is_not_given_what_lies_beside_another(tmp_path, monkeypatch):
         recipe_of(second)
 
 
+@pytest.mark.parametrize("line", ["from .settings import EPOCHS", "from .. import settings"])
+def test_a_recipe_that_imports_by_dots_is_told_so(line, tmp_path):
+    path = tmp_path / "experiment.py"
+    path.write_text(f"import os\n{line}\n")
+    with pytest.raises(ConfigError, match=r"experiment.py, line 2: a recipe is .* without a package"):
+        recipe_of(path)
+
+
 def test_a_class_that_lies_beside_two_recipes_is_not_guessed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     first, second = two_experiments(tmp_path, "models_of_an_experiment", imported=False)

@@ -30,6 +30,15 @@ def test_a_run_holds_what_its_stages_made(finished):
     assert Interactions.load(str(finished / "prepare_data")).raw_ids == run.data.raw_ids
 
 
+def test_artefacts_can_be_compared_and_collected(finished):
+    """As objects: arrays have no one truth."""
+    run, again = llmrec.Run(finished), llmrec.Run(finished)
+    for name in ("data", "collab", "content", "ids", "adapter", "report"):
+        one, other = getattr(run, name), getattr(again, name)
+        assert one == one and one != other and len({one, other}) == 2
+    assert run.data.targets("test") != run.data.targets("test")
+
+
 def test_ranks_begin_with_1_and_their_means_are_the_metrics(finished):
     run = Run(finished)
     for method, row in run.report.metrics["rows"].items():

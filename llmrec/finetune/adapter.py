@@ -21,7 +21,7 @@ def per_item(name: str) -> bool:
     return name.rpartition(".")[2] in PER_ITEM
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Adapter(Shown):
     """The trained weights of MME-SID; made by finetune.
 
