@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,6 +22,16 @@ from llmrec.finetune.model import MMESID
 from llmrec.finetune.optimizer_states import States, read_states, whole, write_master, write_states
 from llmrec.finetune.passes import Pass
 from llmrec.finetune.scoring import scorer_of
+
+
+def refuse_other_precision() -> None:
+    """Raise ConfigError if this process has an Accelerator already that casts what it is given."""
+    if is_initialized() and (precision := AcceleratorState().mixed_precision) != "no":
+        raise ConfigError(
+            f"this process has made an Accelerator(mixed_precision={precision!r}), and accelerate allows one "
+            "precision per process; fine-tune in another process, or make that one with mixed_precision='no' "
+            "(finetune.precision is what a model is trained in here)"
+        )
 
 
 class Engine:
@@ -41,6 +52,7 @@ class Engine:
         self.model = model
         # bfloat16 is the model's own affair: wrappers would turn what is trained into bfloat16 too.
         # Buffers are equal by construction, and large: DDP would send them around in every step.
+        refuse_other_precision()
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
         self.fsdp = distributed.uses_fsdp()

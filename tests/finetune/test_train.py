@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from backbones import save_backbone
 from tiny_mme_sid import vectors
 from worlds import cycle, interactions
@@ -243,6 +245,19 @@ def test_one_more_bad_step_than_allowed_ends_the_run_and_says_whose_it_was(tmp_p
         assert set(whose["users"]) <= set(data.user_raw_ids) and set(whose["items"]) <= set(data.raw_ids)
     kept = sorted(path.name for path in (tmp_path / ".out.unfinished" / "checkpoints").glob("step-*"))
     assert kept == ["step-00000002", "step-00000003"], "nothing of step 4"
+
+
+def test_an_accelerator_of_another_precision_in_this_process_is_named():
+    AcceleratorState._reset_state()
+    try:
+        Accelerator(mixed_precision="bf16")
+        with pytest.raises(ConfigError, match=r"made an Accelerator\(mixed_precision='bf16'\), and"):
+            fit(TINY)
+        AcceleratorState._reset_state()
+        Accelerator()  # the script's own, of the same
+        assert fit(dataclasses.replace(TINY, epochs=1))[0].log
+    finally:
+        AcceleratorState._reset_state()
 
 
 def test_code_width_and_constant_frequency_are_explained():
