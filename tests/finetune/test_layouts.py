@@ -170,7 +170,7 @@ def on_gpu(scale: float):
 
 
 def error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return float((found.float() - truth).norm() / truth.norm().clamp(min=1e-6))
+    return float(((found.float() - truth).norm() / truth.norm().clamp(min=1e-6)).detach())
 
 
 @pytest.mark.gpu
