@@ -19,33 +19,25 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from llmrec import tracking
-from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
-from llmrec.config import Settings, changed_settings, flatten, format_value, override
+from llmrec.collab.config import TrainCollabConfig
+from llmrec.config import Settings, flatten, format_value, override
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
 from llmrec.evaluation.config import EvaluateConfig
-from llmrec.finetune.config import LORA_FIELDS, FinetuneConfig
-from llmrec.finetune.method_table import FREQUENCY_FIELDS, METHODS, method_of, without_effect
+from llmrec.exchanged import collab_without_what_goes, finetune_without_what_goes
+from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.presets import PRESETS as FINETUNE_PRESETS
-from llmrec.own import BESIDE_RECIPES, beside, is_own
+from llmrec.own import BESIDE_RECIPES, beside
+from llmrec.refit import refit
 from llmrec.semantic_ids.config import PRESETS as ID_PRESETS
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
-from llmrec.stage_changes import MADE_WITH, TO_DO, refuse_what_is_stale, statuses
+from llmrec.stage_changes import TO_DO, refuse_what_is_stale, statuses
 from llmrec.stages import STAGES
 
 C = TypeVar("C")
-Refitted = TypeVar("Refitted", TrainCollabConfig, FinetuneConfig)
 
-REFIT: dict[str, tuple[str, dict[str, Any]]] = {
-    "train_collab": (
-        "best_epoch",
-        {name: getattr(TrainCollabConfig, name) for name in ("eval_every_epochs", "patience", "mask_seen")},
-    ),
-    "finetune": ("epoch_kept", {"eval_every_epochs": 0, "patience": None, "mask_seen": True}),
-}
-"""Stages that choose an epoch by validation: its name in their metrics, and settings without validation."""
 PRESETS = tuple(FINETUNE_PRESETS)
 
 
@@ -303,59 +295,6 @@ def with_seed(recipe: Recipe, seed: int | None) -> Recipe:
     return replace(recipe, **{name: replace(getattr(recipe, name), seed=seed) for name in trained})
 
 
-def refit(recipe: Recipe, run_dir: Path) -> Recipe:
-    """The recipe, to learn from validation items too, for the epochs that a finished run chose by them.
-
-    What is learned from the validation items cannot be measured on them, so the last weights are kept and
-    nothing is validated. Vectors from a file stay what they are.
-
-    Raises:
-        ConfigError: the run was made with other settings, or chose no epochs by validation.
-    """
-    from llmrec.finished import require_run
-
-    precomputed = recipe.train_collab.provider == "precomputed"
-    require_run(run_dir, [stage for stage in REFIT if stage != "train_collab" or not precomputed])
-    refuse_refit_of_another(recipe, run_dir)
-    changed = {stage: refit_stage(stage, getattr(recipe, stage), run_dir / stage) for stage in REFIT}
-    return replace(recipe, **changed)
-
-
-def refuse_refit_of_another(recipe: Recipe, run_dir: Path) -> None:
-    """Raise ConfigError if the epochs of a run were chosen on other data, content or semantic IDs."""
-    for name, status in statuses(recipe, run_dir, "learn_semantic_ids").items():
-        if name not in REFIT and status.startswith(MADE_WITH):
-            what = status.partition(";")[0]
-            raise ConfigError(f"--refit: {run_dir / name} {what}; run with the same settings first")
-
-
-def refit_stage(stage: str, config: Refitted, folder: Path) -> Refitted:
-    """The settings of one stage of `REFIT`, to learn from validation items too.
-
-    Args:
-        stage: its name.
-        config: settings that it was run with.
-        folder: its output.
-
-    Raises:
-        ConfigError: it was run with other settings, or chose no epoch by validation.
-    """
-    from llmrec.files import read_json
-    from llmrec.finished import checked_file, stage_manifest
-
-    if isinstance(config, TrainCollabConfig) and config.provider == "precomputed":
-        return config
-    if changes := changed_settings(stage_manifest(folder)["config"], config):
-        raise ConfigError(
-            f"--refit: {folder} was made with {', '.join(changes)}; run with the same settings first"
-        )
-    if config.include_valid or config.select != "valid":
-        raise ConfigError(f"--refit: {folder} chose no epoch by validation; set {stage}.select=valid")
-    epochs, others = REFIT[stage]
-    chosen = read_json(checked_file(folder, "metrics.json"))[epochs]
-    return replace(config, include_valid=True, select="last", epochs=chosen, **others)
-
-
 def apply_overrides(config: C, assignments: list[str]) -> C:
     """The config with every ``path=value`` applied; of two for one path, the later wins."""
     for assignment in assignments:
@@ -378,56 +317,6 @@ def without_what_goes(recipe: Recipe, pairs: dict[str, str]) -> Recipe:
         train_collab=collab_without_what_goes(recipe.train_collab, pairs),
         finetune=finetune_without_what_goes(recipe.finetune, pairs),
     )
-
-
-def exchanged_for(pairs: dict[str, str], path: str, now: str) -> str | None:
-    """What pairs put in place of a setting; None if they leave it as it is."""
-    new = pairs.get(path, now)
-    return None if new == now else new
-
-
-def collab_without_what_goes(collab: TrainCollabConfig, pairs: dict[str, str]) -> TrainCollabConfig:
-    """The settings of train_collab without those of a provider that is exchanged."""
-    old, new = collab.provider, exchanged_for(pairs, "train_collab.provider", collab.provider)
-    if not new:
-        return collab
-    if old in PROVIDER_FIELDS and not any(path.startswith(f"train_collab.{old}.") for path in pairs):
-        collab = replace(collab, **{old: type(getattr(collab, old))()})
-    if collab.is_own and "train_collab.own" not in pairs:
-        collab = replace(collab, own={}, provider="sasrec")
-    if new == "precomputed":
-        collab = TrainCollabConfig(provider=collab.provider)  # nothing is trained any more
-    return collab
-
-
-def finetune_without_what_goes(finetune: FinetuneConfig, pairs: dict[str, str]) -> FinetuneConfig:
-    """The settings of finetune without those of a method or base model that is exchanged."""
-    defaults = FinetuneConfig()
-    idle: set[str] = set()
-    if base := exchanged_for(pairs, "finetune.base_model", finetune.base_model):
-        if finetune.is_mini:
-            idle.add("mini")
-        elif base == "mini":
-            idle |= {"revision", *LORA_FIELDS, "quantize"}
-    method = exchanged_for(pairs, "finetune.method", finetune.method)
-    if method is not None:
-        idle |= idle_with(method, pairs)
-        if is_own(finetune.method) and "finetune.own" not in pairs:
-            finetune = replace(finetune, method="mme_sid", own={}, ctrl_weight=defaults.ctrl_weight)
-    if any(path.startswith("finetune.mini.") for path in pairs):
-        idle.discard("mini")
-    changes = {name: getattr(defaults, name) for name in idle if f"finetune.{name}" not in pairs}
-    return replace(finetune, **changes)
-
-
-def idle_with(method: str, pairs: dict[str, str]) -> set[str]:
-    """Settings of finetune that have no effect with a method; none, for one that does not exist."""
-    if method not in METHODS and not is_own(method):
-        return set()
-    idle = set(without_effect(method))
-    if pairs.get("finetune.fusion", "auto") == "auto" and method_of(method).fusion != "frequency":
-        idle |= {"fusion", *FREQUENCY_FIELDS}
-    return idle
 
 
 def refuse_what_cannot_finish(recipe: Recipe, stages: dict[str, str]) -> None:

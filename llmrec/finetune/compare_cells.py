@@ -24,13 +24,8 @@ from llmrec.errors import BusyError, ConfigError, MissingArtifactError, Training
 from llmrec.files import read_json, write_json
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.method_table import FREQUENCY_FIELDS, method_of, without_effect
-from llmrec.recipe import (
-    Recipe,
-    apply_overrides,
-    refit_stage,
-    refuse_refit_of_another,
-    refuse_what_cannot_finish,
-)
+from llmrec.recipe import Recipe, apply_overrides, refuse_what_cannot_finish
+from llmrec.refit import refit_stage, refuse_refit_of_another
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stage_changes import statuses
 
