@@ -261,7 +261,9 @@ def stop_when_alone() -> None:
 def add_argument(parser: argparse.ArgumentParser) -> None:
     """``--jobs``, of a command that trains cells."""
     parser.add_argument(
-        "--jobs", type=positive, help="cells trained at a time (one a GPU, or without any one a core)"
+        "--jobs",
+        type=positive,
+        help="cells trained at a time (one a GPU, or without any one a core); with more, they share a GPU",
     )
 
 
