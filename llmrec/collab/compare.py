@@ -25,7 +25,7 @@ from llmrec.collab.config import TrainCollabConfig
 from llmrec.config import as_dict, changed_settings, from_dict
 from llmrec.errors import ConfigError
 from llmrec.evaluation import analysis
-from llmrec.evaluation.metrics import per_user, summarise
+from llmrec.evaluation.metrics import ndcg_at_k, per_user, summarise
 from llmrec.evaluation.tables import mean_and_spread
 from llmrec.files import read_json, read_jsonl, write_json
 from llmrec.finished import checked_file, fingerprint, load, peak_memory_of, stage_manifest
@@ -211,11 +211,11 @@ def summarise_cells(
     Raises:
         ConfigError: a cell was trained with other settings, or on other data.
     """
-    from llmrec.evaluation.evaluate import popularity
-    from llmrec.evaluation.rank import rank_users
+    from llmrec.evaluation.rank import popularity, rank_users
 
     targets = data.targets("test")
     slices = slices_of(data, targets)
+    popular_valid = popular_ndcg(rows, data)
     found: dict[str, Any] = {}
     users: dict[str, dict[str, np.ndarray]] = {}
     for name, config in rows.items():
@@ -223,13 +223,20 @@ def summarise_cells(
         found[name] = {"num_seeds": len(done), "num_wanted": len(seeds)}
         found[name] |= {key: getattr(config, key) for key in ("select", "include_valid", "mask_seen")}
         if done:
-            users[name] = mean_by_user(done)
-            found[name] |= row_figures([read_json(cell / "metrics.json") for cell in done])
+            users[name] = mean_by_user(list(done.values()))
+            metrics = {seed: read_json(cell / "metrics.json") for seed, cell in done.items()}
+            found[name] |= row_figures(list(metrics.values()))
+            if config.select == "valid":
+                found[name]["learned_nothing"] = [
+                    seed
+                    for seed, one in metrics.items()
+                    if one["valid"]["ndcg@10"] <= popular_valid[config.mask_seen]
+                ]
             found[name]["slices"] = {
                 what: {part: means_of(users[name], chosen) for part, chosen in parts.items()}
                 for what, parts in slices.items()
             }
-            log = read_jsonl(checked_file(done[0] / "train_collab", "log.jsonl"))
+            log = read_jsonl(checked_file(next(iter(done.values())) / "train_collab", "log.jsonl"))
             found[name]["log"] = [{key: row[key] for key in row if key != "seconds"} for row in log]
     if reference in users:
         add_differences(found, users, reference, samples)
@@ -263,19 +270,30 @@ def slices_of(data: Interactions, targets: Targets) -> dict[str, dict[str, np.nd
 
 def finished_cells(
     name: str, config: TrainCollabConfig, seeds: list[int], data: Interactions, root: Path
-) -> list[Path]:
-    """Folders of a row's finished cells, seed by seed.
+) -> dict[int, Path]:
+    """Folders of a row's finished cells by seed.
 
     Raises:
         ConfigError: one was trained with other settings, or on other data.
     """
-    found = []
+    found = {}
     for _, seed, cell, settings in cells_of({name: config}, seeds, root):
         if (cell / "metrics.json").exists():
             check_settings(cell, settings, f"{name}, seed {seed}")
             check_made_from(cell, data)
-            found.append(cell)
+            found[seed] = cell
     return found
+
+
+def popular_ndcg(rows: dict[str, TrainCollabConfig], data: Interactions) -> dict[bool, float]:
+    """Popularity's ndcg@10 of the validation items, by whether items of the history are left out; as far as
+    rows chose their epoch so."""
+    from llmrec.evaluation.rank import popularity, rank_users
+
+    targets, scorer = data.targets("valid"), popularity(data)
+    ways = {config.mask_seen for config in rows.values() if config.select == "valid"}
+    ranks = {way: rank_users(scorer, data, targets, mask_seen=way).rank for way in ways}
+    return {way: float(np.mean(ndcg_at_k(rank, 10))) for way, rank in ranks.items()}
 
 
 def mean_by_user(cells: list[Path]) -> dict[str, np.ndarray]:

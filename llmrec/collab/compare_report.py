@@ -146,6 +146,12 @@ def notes(results: dict[str, Any]) -> list[str]:
         comparison.protocol(results),
         "Items of the history are left out, unless 'seen kept'.",
         *how_epochs_were_chosen(results["rows"]),
+        *(
+            f"{name}, seed {', '.join(map(str, seeds))}: no better than popularity on validation items; "
+            "nothing was learned of users."
+            for name, row in results["rows"].items()
+            if (seeds := row.get("learned_nothing"))
+        ),
     ]
     if rate := (results.get("ties") or {}).get("tie_rate"):
         found.append(

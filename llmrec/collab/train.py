@@ -29,7 +29,7 @@ from llmrec.data.batches import Batch
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError, TrainingError
 from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k
-from llmrec.evaluation.rank import rank_users
+from llmrec.evaluation.rank import Scorer, popularity, rank_users
 from llmrec.interactions import Interactions, Sequences, Split, Targets
 from llmrec.progress import progress
 
@@ -86,6 +86,8 @@ def train_collab(
         again = lambda: make_provider(config.provider, settings).to(distributed.device())  # noqa: E731
         check_provider(config.provider, model, first_batch(rows), data.num_items, again)
     metrics, log = fit(model, config, data, rows, valid)
+    if valid is not None:
+        warn_if_popularity_is_as_good(config, metrics, data, valid)
     if hasattr(model, "never_began") and (missed := model.never_began(metrics["epochs"])):
         logger.warning("train_collab: %s ended with epoch %d, %s", config.provider, metrics["epochs"], missed)
     state = {name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()}
@@ -381,12 +383,30 @@ def validate(
 ) -> dict[str, float]:
     """Mean recall@10 and ndcg@10 of the validation targets, over all items or, with mask_seen, the unseen."""
     model.eval()
-    scorer = scorer_of(model, "valid", quick=True)
+    return valid_metrics(scorer_of(model, "valid", quick=True), data, targets, mask_seen)
+
+
+def valid_metrics(scorer: Scorer, data: Interactions, targets: Targets, mask_seen: bool) -> dict[str, float]:
+    """See `validate`."""
     rank = rank_users(scorer, data, targets, mask_seen=mask_seen, shard=False).rank
     return {
         "valid_ndcg@10": float(np.mean(ndcg_at_k(rank, 10))),
         "valid_recall@10": float(np.mean(recall_at_k(rank, 10))),
     }
+
+
+def warn_if_popularity_is_as_good(
+    config: TrainCollabConfig, metrics: dict[str, Any], data: Interactions, valid: Targets
+) -> None:
+    """Say so if a model has learned nothing of its users: its vectors would look like any others."""
+    popular = valid_metrics(popularity(data), data, valid, config.mask_seen)["valid_ndcg@10"]
+    if metrics["valid_ndcg@10"] <= popular:
+        logger.warning(
+            "train_collab: validation ndcg@10 of %s is %.4f (epoch %d of %d), and of popularity alone %.4f: "
+            "it has learned nothing of its users; try another train_collab.learning_rate, smaller steps "
+            "(train_collab.batch_size) or more train_collab.patience",
+            *(config.provider, metrics["valid_ndcg@10"], metrics["best_epoch"], metrics["epochs"], popular),
+        )
 
 
 def describe(row: dict[str, Any], best: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from llmrec.errors import DataError
 from llmrec.evaluation import analysis, report
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import summarise
-from llmrec.evaluation.rank import Ranking, Scorer, rank_targets, rank_users, top_items
+from llmrec.evaluation.rank import Ranking, Scorer, popularity, rank_targets, rank_users, top_items
 from llmrec.evaluation.rankings import table_of as rankings_table
 from llmrec.finetune.adapter import Adapter
 from llmrec.finetune.config import FinetuneConfig
@@ -84,12 +84,6 @@ def evaluate(
         rankings=rankings_table(data, targets, rankings, groups),
         html=page,
     )
-
-
-def popularity(data: Interactions) -> Scorer:
-    """The same scores for everyone: interactions in the train split."""
-    count = torch.from_numpy(data.train_count).float().to(distributed.device())
-    return Scorer(name="popularity", score=lambda history: count.expand(len(history), -1))
 
 
 def rank_methods(

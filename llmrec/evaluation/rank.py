@@ -37,6 +37,12 @@ class Scorer:
     """Whether `score` takes the timestamps of the history, int64 (B, T), as its second argument."""
 
 
+def popularity(data: Interactions) -> Scorer:
+    """The same scores for everyone: interactions in the train split."""
+    count = torch.from_numpy(data.train_count).float().to(distributed.device())
+    return Scorer(name="popularity", score=lambda history: count.expand(len(history), -1))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
     """Where the targets stand, in the order of the targets."""

@@ -338,6 +338,21 @@ def test_few_validation_targets_are_warned_about(caplog):
     assert "only 60 validation targets" in caplog.text
 
 
+def test_a_model_that_is_no_better_than_popularity_is_warned_about(caplog):
+    """Half of the users take item 1 first, and the others at validation."""
+    rng = np.random.default_rng(0)
+    others = [(rng.permutation(39)[:3] + 2).tolist() for _ in range(200)]
+    lists = [[1, *own] if user % 2 else [*own[:2], 1, own[2]] for user, own in enumerate(others)]
+    data = interactions(lists, 40)
+    idle = TrainCollabConfig(epochs=1, learning_rate=1e-12)
+    train_collab(idle, data)
+    assert "of popularity alone" in caplog.text
+    caplog.clear()
+    train_collab(replace(idle, select="last"), data)
+    train_collab(TrainCollabConfig(epochs=30, learning_rate=1e-2), cycle())
+    assert "of popularity alone" not in caplog.text
+
+
 def test_a_diverged_loss_names_the_setting_to_change():
     with pytest.raises(TrainingError, match=r"in epoch [12]; lower train_collab.learning_rate \(now 1e\+3"):
         train_collab(tiny(learning_rate=1e30, sasrec=replace(TINY, loss="bce")), cycle())

@@ -308,3 +308,17 @@ def test_the_notes_say_how_epochs_were_chosen_and_what_was_learned_from():
         "c kept the last epoch.",
         "b kept the last epoch, and learned from validation items too.",
     ]
+
+
+def test_a_seed_that_is_no_better_than_popularity_is_named(finished, tmp_path):
+    root, _, _ = finished
+    idle = replace(rows()["sasrec"], learning_rate=1e-12, epochs=1)
+    shutil.copytree(root / "prepare_data", tmp_path / "prepare_data")
+    asked = {"idle": idle, "last": replace(idle, select="last")}
+    assert not run_cells(asked, [0, 1], tmp_path / "prepare_data", tmp_path, jobs=2)
+    data = load(Interactions, tmp_path / "prepare_data")
+    results = summarise_cells(asked, [0, 1], data, tmp_path, reference="idle", samples=50)
+    assert results["rows"]["idle"]["learned_nothing"] == [0, 1]
+    text = markdown(results | {"machine": "m", "jobs": 2, "command": "c"})
+    assert "idle, seed 0, 1: no better than popularity on validation items" in text
+    assert "last, seed" not in text

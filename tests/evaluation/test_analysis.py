@@ -14,7 +14,7 @@ from llmrec.errors import ConfigError
 from llmrec.evaluation import analysis, evaluate, report
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import ndcg_at_k
-from llmrec.evaluation.rank import Ranking
+from llmrec.evaluation.rank import Ranking, popularity
 from llmrec.evaluation.table import format_table
 from llmrec.finetune.config import FinetuneConfig
 
@@ -114,7 +114,7 @@ def test_methods_are_ranked_with_the_truth_where_it_is_known(caplog):
         EvaluateConfig(),
         data,
         data.targets("test"),
-        [evaluate.popularity(data)],
+        [popularity(data)],
         {"popularity": "shown"},
     )
     assert "evaluate: shown, recall@10" in caplog.text
