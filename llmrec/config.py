@@ -124,6 +124,10 @@ class StageSettings(Settings):
         """Models that the result depends on and that may lie in folders of the users', by setting."""
         return {}
 
+    def own_classes(self) -> dict[str, str]:
+        """Classes of the users' own whose code the result depends on (see `llmrec.own`), by setting."""
+        return {}
+
     def source_digests(self, *inputs: Any) -> dict[str, str]:
         """Hashes of further files of the users' that the result depends on, which the stage's inputs name."""
         return {}

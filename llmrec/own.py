@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
@@ -61,8 +62,7 @@ def own_class(name: str, setting: str) -> Any:
             f"{' and in '.join(sorted(map(str, holders)))}; give them names of their own, or start a process "
             "for each recipe"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    look_in_current_folder()
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -73,6 +73,26 @@ def own_class(name: str, setting: str) -> Any:
     if not isinstance(found, type):
         raise ConfigError(f"{setting}={name} must be a class, got {type(found).__name__}")
     return found
+
+
+def look_in_current_folder() -> None:
+    """Let imports find what lies where this process was started."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def code_file(name: str) -> Path | None:
+    """The file that defines a class of that name, found without running it; None if there is none."""
+    look_in_current_folder()
+    try:
+        spec = importlib.util.find_spec(name.partition(":")[0])
+    except (
+        ImportError,
+        ValueError,
+    ):  # a package that is not there; a module that was not imported from a file
+        return None
+    file = None if spec is None or spec.origin is None else Path(spec.origin)
+    return file if file is not None and file.is_file() else None
 
 
 def check_takes(kind: Any, name: str, setting: str, *first: object, **settings: object) -> None:

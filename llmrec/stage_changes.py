@@ -13,11 +13,14 @@ from llmrec.errors import MissingArtifactError, StaleArtifactError
 from llmrec.finished import SCHEMA_VERSION, fingerprint, fingerprint_of, stage_manifest
 from llmrec.folder_digest import folder_digest, model_digest
 from llmrec.manifest import MANIFEST, sha256
+from llmrec.own import code_file
 from llmrec.stages import STAGES, in_order
 
 if TYPE_CHECKING:
     from llmrec.recipe import Recipe
 
+CODE = "code of "
+"""Before a setting's name, among what a stage was made from: the code of the class that the setting names."""
 TO_DO = "would be computed"
 MADE_WITH = "was made with"
 UNCERTAIN = "is kept if what it was made from comes out the same again, else refused"
@@ -51,7 +54,13 @@ def source_hashes(config: StageSettings, known: dict[str, str] | None = None) ->
         if name not in found and Path(path).is_dir():
             data = name in config.source_folders()
             found[name] = folder_digest(Path(path)) if data else model_digest(Path(path))
-    return found
+    return code_hashes(config) | found
+
+
+def code_hashes(config: StageSettings) -> dict[str, str]:
+    """Hashes of the files that hold the users' own classes; not of what those import."""
+    files = {CODE + name: code_file(kind) for name, kind in config.own_classes().items()}
+    return {name: sha256(file) for name, file in files.items() if file is not None}
 
 
 def folders_of(config: StageSettings) -> dict[str, str]:
@@ -75,6 +84,7 @@ def changed_sources(
     phrases = {
         PICTURES: f"other {PICTURES}",
         **{name: f"other files in the {name} folder" for name in folders},
+        **{name: f"other {name}" for name in sources if name.startswith(CODE)},
     }
     changed = [
         phrases.get(name, f"other content of the {name} file")
@@ -82,7 +92,9 @@ def changed_sources(
         if before.get(name, digest) != digest and form_of(before[name]) == form_of(digest)
     ]
     # Files that the settings name by themselves; what a setting names was there, or it was another setting.
-    appeared = [name for name in sources if name not in before and name not in folders]
+    appeared = [
+        name for name in sources if name not in before and name not in folders and not name.startswith(CODE)
+    ]
     absent = {PICTURES: f"some {PICTURES} absent"}
     return changed + [f"{absent.get(name, f'no {name}')}, which are there now" for name in appeared]
 

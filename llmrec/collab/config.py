@@ -210,6 +210,10 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
         """The users' own files that the result depends on, by setting."""
         return vector_files("vectors", self.vectors)
 
+    def own_classes(self) -> dict[str, str]:
+        """Classes of the users' own whose code the result depends on, by setting."""
+        return {"provider": self.provider} if self.is_own else {}
+
     def idle_fields(self) -> list[str]:
         """Settings of the models that are not trained; they hold defaults and are not written down."""
         return [name for name in (*PROVIDER_FIELDS, "own") if not self.reads(name)]

@@ -27,7 +27,7 @@ from llmrec.finetune.method_table import FREQUENCY_FIELDS, method_of, without_ef
 from llmrec.recipe import Recipe, apply_overrides, refuse_what_cannot_finish
 from llmrec.refit import refit_stage, refuse_refit_of_another
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
-from llmrec.stage_changes import statuses
+from llmrec.stage_changes import changed_sources, code_hashes, statuses
 
 logger = logging.getLogger("llmrec")
 
@@ -270,7 +270,7 @@ def why_missing(out: Path, name: str) -> Path:
 
 
 def check_settings(comparison: Comparison) -> None:
-    """Refuse finished cells that were made with other settings.
+    """Refuse finished cells that were made with other settings, or by other code of the user's.
 
     Raises:
         ConfigError: one was.
@@ -282,7 +282,9 @@ def check_settings(comparison: Comparison) -> None:
         if not finished(folder):
             continue
         config = cell_settings(comparison, name, seed)
-        if changes := changed_settings(stage_manifest(folder / "finetune")["config"], config):
+        manifest = stage_manifest(folder / "finetune")
+        changes = changed_settings(manifest["config"], config)
+        if changes := [*changes, *changed_sources(manifest, code_hashes(config))]:
             raise ConfigError(
                 f"{folder} was made with {', '.join(changes)}; use another folder, or delete it"
             )

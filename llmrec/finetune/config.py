@@ -7,7 +7,7 @@ from typing import Literal
 
 from llmrec.config import Settings, StageSettings, require
 from llmrec.finetune.method_table import FREQUENCY_FIELDS, MethodName, method_of, without_effect
-from llmrec.own import OwnName, OwnSettings
+from llmrec.own import OwnName, OwnSettings, is_own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,6 +379,10 @@ class FinetuneConfig(StageSettings, path="finetune"):
     def source_files(self) -> dict[str, str]:
         """The users' own files that the result depends on, by setting."""
         return {"prompt": self.prompt} if self.prompt.endswith(".toml") else {}
+
+    def own_classes(self) -> dict[str, str]:
+        """Classes of the users' own whose code the result depends on, by setting."""
+        return {"method": self.method} if is_own(self.method) else {}
 
     def model_folders(self) -> dict[str, str]:
         """Models that may lie in folders of the user's, by setting."""

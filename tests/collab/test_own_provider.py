@@ -19,17 +19,22 @@ from worlds import cycle
 from llmrec.artifacts import CollabEmbeddings
 from llmrec.cli import main as llmrec
 from llmrec.collab import train
+from llmrec.collab.compare import run_cells
 from llmrec.collab.compare_cli import chosen_rows
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.own_checks import check_provider
 from llmrec.collab.provider import load_provider, provider_scorer
 from llmrec.collab.train import train_collab
 from llmrec.data.batches import Batch
-from llmrec.errors import ConfigError, TrainingError
+from llmrec.errors import ConfigError, StaleArtifactError, TrainingError
 from llmrec.estimate_inputs import collab_width
 from llmrec.evaluation.rank import rank_users
+from llmrec.finished import SCHEMA_VERSION
+from llmrec.manifest import read_manifest, write_manifest
+from llmrec.pipeline import run
 from llmrec.recipe import Recipe, main
 from llmrec.runs import Run
+from llmrec.stage_changes import statuses
 
 BAG = {"provider": "own_models:Bag", "own": {"embed_dim": 16, "decay": 0.25}}
 
@@ -110,6 +115,39 @@ def test_cells_of_a_comparison_find_it_beside_the_recipe(tmp_path, monkeypatch, 
         compare_cli.main(rows, lambda: tiny().prepare_data)
     assert left.value.code == 0, capsys.readouterr().err
     assert "| bag | 1 of 1 |" in capsys.readouterr().out
+
+
+def test_other_code_of_it_is_noticed(tmp_path, monkeypatch):
+    """Where it is told from a class that was edited: stages, the look before a run, and comparisons."""
+    code = tmp_path / "models_edited.py"
+    shutil.copy(Path(__file__).parent / "own_models.py", code)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    config = TrainCollabConfig(**(BAG | {"provider": "models_edited:Bag"}), epochs=1)
+    recipe = dataclasses.replace(tiny(), train_collab=config)
+    run(recipe, tmp_path / "run", until="train_collab")
+    cells = tmp_path / "cells"
+    data = tmp_path / "run" / "prepare_data"
+    assert not run_cells({"bag": config}, [0], data, cells, jobs=1)
+    assert set(statuses(recipe, tmp_path / "run", "train_collab").values()) == {"done"}
+    code.write_text(code.read_text() + "\n# edited\n")
+    status = statuses(recipe, tmp_path / "run", "train_collab")["train_collab"]
+    assert status.startswith("was made with other code of provider; use another")
+    with pytest.raises(StaleArtifactError, match="made with other code of provider"):
+        run(recipe, tmp_path / "run", until="train_collab")
+    with pytest.raises(ConfigError, match=r"bag, seed 0\) was made with other code of provider; use"):
+        run_cells({"bag": config}, [0], data, cells, jobs=1)
+    code.unlink()  # what is gone cannot differ
+    assert set(statuses(recipe, tmp_path / "run", "train_collab").values()) == {"done"}
+
+
+def test_runs_from_before_code_was_looked_at_are_kept(tmp_path):
+    recipe = mine()
+    run(recipe, tmp_path, until="train_collab")
+    path = tmp_path / "train_collab" / "manifest.json"
+    manifest = read_manifest(path, SCHEMA_VERSION)
+    assert manifest.pop("digest") and manifest["sources"].pop("code of provider")
+    write_manifest(path, manifest)
+    assert statuses(recipe, tmp_path, "train_collab")["train_collab"] == "done"
 
 
 def test_its_settings_go_to_its_rows_alone_where_it_is_compared():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,15 +98,23 @@ def test_it_has_a_loss_of_its_own_through_a_whole_run(tmp_path, capsys):
     assert left.value.code == 0, capsys.readouterr().err
 
 
-def test_it_is_a_row_of_a_comparison(tmp_path, capsys):
+def test_it_is_a_row_of_a_comparison(tmp_path, capsys, monkeypatch):
     from llmrec.finetune import compare
 
-    arguments = ["--rows", "e4srec", "--row", "shares", "method=own_methods:Shares", "own=scale=0.5"]
+    code = tmp_path / "methods_edited.py"
+    shutil.copy(Path(__file__).parent / "own_methods.py", code)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    arguments = ["--run-dir", str(tmp_path / "run"), "--seeds", "0", "--jobs", "1", "--rows", "e4srec"]
+    arguments += ["--row", "shares", "method=methods_edited:Shares", "own=scale=0.5"]
     with pytest.raises(SystemExit) as left:
-        compare.main(tiny, ["--run-dir", str(tmp_path / "run"), "--seeds", "0", "--jobs", "1", *arguments])
+        compare.main(tiny, arguments)
     assert left.value.code == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "shares" in out and "missing" not in out
+    code.write_text(code.read_text() + "\n# edited\n")
+    with pytest.raises(SystemExit) as left:
+        compare.main(tiny, arguments)
+    assert left.value.code == 2 and "was made with other code of method" in capsys.readouterr().err
 
 
 def test_a_recipe_of_another_method_is_set_to_it_and_back(tmp_path, capsys):
@@ -114,8 +125,6 @@ def test_a_recipe_of_another_method_is_set_to_it_and_back(tmp_path, capsys):
     assert left.value.code == 0, capsys.readouterr().err
     config = json.loads((tmp_path / "run" / "finetune" / "manifest.json").read_text())["config"]
     assert config["own"] == {"scale": 0.5}
-    import shutil
-
     shutil.rmtree(tmp_path / "run" / "finetune")
     with pytest.raises(SystemExit) as left:
         main(mine, [*before, "finetune.method=e4srec"])
