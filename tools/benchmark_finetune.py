@@ -363,7 +363,7 @@ def random_base(shape: dict[str, Any], config: FinetuneConfig, device: torch.dev
 def measure(
     config: FinetuneConfig, data: Interactions, model: MMESID, peak: float, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Some steps after a round of the same that does not count, and one ranking of some users."""
+    """Some steps after a round of the same that does not count, and one ranking of some users, if of any."""
     from llmrec.finetune.scoring import scorer_of
     from llmrec.finetune.trainer import Trainer
 
@@ -376,7 +376,7 @@ def measure(
     memory = machine.peak_memory(device)
     targets = data.targets("test")
     some = targets.take(np.arange(min(options.users, len(targets))))
-    ranked = ranking_time(scorer_of(model, config), data, some)
+    ranked = ranking_time(scorer_of(model, config), data, some) / len(some) if len(some) else None
     return {
         "steps": len(timed),
         "users_ranked": len(some),
@@ -386,7 +386,7 @@ def measure(
         "seconds_per_epoch": round(seconds / len(timed) * len(steps), 1),
         # A process's largest size is that of all that it has done, variants before this one included.
         "peak_gb" if device.type == "cuda" else "peak_gb_so_far": round(memory / 1e9, 2),
-        "evaluation_seconds": round(ranked * len(targets) / len(some), 1),
+        "evaluation_seconds": None if ranked is None else round(ranked * len(targets), 1),
     }
 
 
@@ -441,11 +441,17 @@ def parser() -> argparse.ArgumentParser:
     ranked = verb("evaluation", "ranking in blocks of users against one prompt per user, with a mini base")
     large = verb("catalogue", "memory and time of training and ranking in a very large catalogue")
     gpu = verb("engine", "every variant of training on a random base of a published shape; for a GPU")
-    for one, users in ((packed, "whose targets are trained on"), (ranked, "ranked"), (gpu, "ranked")):
+    for one in (packed, ranked, gpu):
         one.add_argument(
             "--prepare-data", metavar="DIR", required=True, help="a finished prepare_data folder"
         )
+    for one, users in ((packed, "whose targets are trained on"), (ranked, "ranked")):
         arguments.add_count(one, "--users", 600, f"users that are {users}; all where there are fewer")
+    arguments.add_count(
+        gpu, "--users", 600,
+        "users that are ranked, which takes minutes of compiling first; all where there are fewer; 0: none",
+        arguments.whole,
+    )  # fmt: skip
     for one in (packed, ranked):
         arguments.add_count(one, "--rounds", 5, "timed rounds of each way, after one that does not count")
     for one in (packed, ranked, large):

@@ -63,7 +63,11 @@ def test_the_catalogue_and_the_engine_run_small(run, prepared, tmp_path):
     assert all(row["tokens_per_second"] > 0 and row["seconds_per_epoch"] > 0 for row in rows)
     memory = "peak_gb" if torch.cuda.is_available() else "peak_gb_so_far"
     assert all(row["steps"] == 2 and row["users_ranked"] == 8 and memory in row for row in rows)
-    assert text.count(f"{memory} ") == 2
+    assert text.count(f"{memory} ") == 2 and all(row["evaluation_seconds"] >= 0 for row in rows)
+    code, text, said = run(
+        "engine", "--prepare-data", prepared, *small[:-1], "0", "--steps", "1", "--only", "64 targets"
+    )
+    assert code == 0 and "users_ranked 0" in text and "evaluation_seconds None" in text, said
 
 
 @pytest.mark.parametrize(
