@@ -96,7 +96,7 @@ class Checkpoints:
                 drop(final)
             os.replace(scratch, final)
             flush(self.folder)
-            running.note_seconds()
+            running.note_seconds(self.folder)
         except (OSError, SafetensorError) as error:
             raise StorageError(
                 f"the checkpoint {final} cannot be written ({error}); make room and start again, which goes "
@@ -149,6 +149,7 @@ class Checkpoints:
                     aside.name,
                 )
                 continue
+            running.goes_on_with(self.folder)
             return Checkpoint(
                 step=manifest["step"],
                 tensors=load_file(path / "tensors.safetensors"),

@@ -20,7 +20,7 @@ from llmrec.files import read_json, write_json
 FILE = "seconds.json"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Running:
     """One run of a stage."""
 
@@ -30,19 +30,27 @@ class Running:
     """Its settings, without those that change no result, and inputs (see `stage_changes.describe_stage`)"""
     started: float
     """`time.perf_counter` at its begin"""
-    earlier: float
+    earlier: float = 0.0
     """Seconds of the runs that left the work it goes on with"""
+    work: Path | None = None
+    """The folder of work that it went on with or left last"""
 
     def seconds(self) -> float:
         """Seconds so far, those of earlier runs included."""
         return self.earlier + time.perf_counter() - self.started
 
-    def note_seconds(self) -> None:
+    def goes_on_with(self, work: Path) -> None:
+        """Count the seconds that are noted beside work. Those beside several works include each other's."""
+        self.work = work
+        self.earlier = max(self.earlier, seconds_beside(work))
+
+    def note_seconds(self, work: Path) -> None:
         """Write them beside work that has just been left."""
+        self.work = work
         if distributed.is_main():
-            path = self.folder / FILE
+            path = work / FILE
             scratch = path.with_name(f".{FILE}.{os.getpid()}")
-            write_json(scratch, {"seconds": self.seconds(), "made_from": self.made_from})
+            write_json(scratch, {"seconds": self.seconds()})
             os.replace(scratch, path)
 
 
@@ -54,32 +62,26 @@ def running(folder: Path, made_from: dict[str, Any]) -> Iterator[Running]:
     """While a stage runs, what it may ask here.
 
     Args:
-        folder: see `Running`; what earlier runs left there counts if it was made from the same.
+        folder: see `Running`.
         made_from: see `Running`.
     """
-    run = Running(
-        folder=folder,
-        made_from=json.loads(json.dumps(made_from)),
-        started=time.perf_counter(),
-        earlier=seconds_of(folder, made_from),
-    )
+    run = Running(folder=folder, made_from=json.loads(json.dumps(made_from)), started=time.perf_counter())
     token = _running.set(run)
     try:
         yield run
     finally:
         _running.reset(token)
-        if (folder / FILE).exists():  # else nothing is left
+        if run.work is not None:  # else nothing is left
             with contextlib.suppress(OSError):  # why it stopped is what is told
-                run.note_seconds()
+                run.note_seconds(run.work)
 
 
-def seconds_of(folder: Path, made_from: dict[str, Any]) -> float:
-    """Seconds that earlier runs noted; 0 where they were made from something else."""
+def seconds_beside(work: Path) -> float:
+    """Seconds that runs noted beside work that they left; 0 where none did."""
     try:
-        found = read_json(folder / FILE)
+        return read_json(work / FILE)["seconds"]
     except MissingArtifactError:
         return 0.0
-    return found["seconds"] if found["made_from"] == json.loads(json.dumps(made_from)) else 0.0
 
 
 def current() -> Running | None:
@@ -96,8 +98,16 @@ def resume_folder() -> Path | None:
     return None if run is None else run.folder
 
 
-def note_seconds() -> None:
-    """How long the stage has taken, beside work that it has just left; nothing outside of a stage."""
+def goes_on_with(work: Path) -> None:
+    """The stage goes on with work that an earlier run left in this folder; nothing outside of a stage."""
     run = current()
     if run is not None:
-        run.note_seconds()
+        run.goes_on_with(work)
+
+
+def note_seconds(work: Path) -> None:
+    """How long the stage has taken, beside work that it has just left in this folder; nothing outside of a
+    stage."""
+    run = current()
+    if run is not None:
+        run.note_seconds(work)

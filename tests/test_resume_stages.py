@@ -16,7 +16,7 @@ from llmrec import checkpoint, contents, pipeline, running
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings
 from llmrec.collab import train as collab
 from llmrec.collab.config import TrainCollabConfig
-from llmrec.errors import StoppedError
+from llmrec.errors import ConfigError, StoppedError
 from llmrec.files import read_json
 from llmrec.semantic_ids import train as ids
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
@@ -56,27 +56,40 @@ def stopped_and_resumed(function, config, inputs, tmp_path, monkeypatch, module,
 
 def test_the_time_of_stopped_runs_counts(tmp_path, monkeypatch):
     """As long as what they left is used; with other settings work begins anew, and so does the clock."""
-    clock, stop_at = [0.0], [20.0]
+    clock, interrupted = [0.0], [20.0]
     real = collab.train_epoch
 
     def epoch(*arguments):
         clock[0] += 10.0
-        if clock == stop_at:
+        if clock[0] in interrupted:
             raise KeyboardInterrupt
         return real(*arguments)
 
     monkeypatch.setattr(collab, "train_epoch", epoch)
     monkeypatch.setattr(running.time, "perf_counter", lambda: clock[0])
     config = TrainCollabConfig(epochs=4, save_every_minutes=1e-9)
-    inputs = as_loaded(cycle(num_items=8, num_users=8))
-    with pytest.raises(KeyboardInterrupt):  # in the second epoch
-        pipeline.run_stage(collab.train_collab, config, inputs, tmp_path / "run")
-    shutil.copytree(tmp_path / ".run.unfinished", tmp_path / ".other.unfinished")
-    pipeline.run_stage(collab.train_collab, config, inputs, tmp_path / "run")
-    assert read_json(tmp_path / "run" / "manifest.json")["seconds"] == 20.0 + 30.0
     other = dataclasses.replace(config, epochs=2)
-    pipeline.run_stage(collab.train_collab, other, inputs, tmp_path / "other")
-    assert read_json(tmp_path / "other" / "manifest.json")["seconds"] == 20.0
+    inputs = as_loaded(cycle(num_items=8, num_users=8))
+
+    def seconds(config, folder):
+        pipeline.run_stage(collab.train_collab, config, inputs, folder)
+        return read_json(folder / "manifest.json")["seconds"]
+
+    with pytest.raises(KeyboardInterrupt):  # in the second epoch
+        seconds(config, tmp_path / "run")
+    shutil.copytree(tmp_path / ".run.unfinished", tmp_path / ".other.unfinished")
+    with monkeypatch.context() as patch, pytest.raises(ConfigError):  # before it looks for work
+        patch.setattr(collab, "training_rows", refuse)
+        seconds(other, tmp_path / "run")
+    assert seconds(config, tmp_path / "run") == 20.0 + 30.0
+    interrupted.append(clock[0] + 10.0)
+    with pytest.raises(KeyboardInterrupt):  # in the first epoch, so nothing is left
+        seconds(other, tmp_path / "other")
+    assert seconds(other, tmp_path / "other") == 20.0
+
+
+def refuse(*_):
+    raise ConfigError("settings that cannot be")
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from llmrec.running import note_seconds
+from llmrec.running import goes_on_with, note_seconds
 
 logger = logging.getLogger("llmrec")
 
@@ -45,6 +45,8 @@ class VectorCache:
         self.seen: set[str] = set()
         self.since = time.monotonic()
         self.read()
+        if self.folder is not None and self.place:
+            goes_on_with(self.folder)
 
     def __contains__(self, key: str) -> bool:
         return key in self.place
@@ -95,7 +97,7 @@ class VectorCache:
         save_file({"keys": rows, "vectors": np.stack(vectors)}, scratch)
         os.replace(scratch, path)
         self.seen.add(path.name)
-        note_seconds()
+        note_seconds(self.folder)
 
     def hand_over(self, keys: list[str]) -> np.ndarray:
         """Vectors float32 (n, D) of keys that are all there; here they are let go of."""

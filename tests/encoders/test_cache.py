@@ -14,12 +14,14 @@ import tiny
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from llmrec import running
 from llmrec.encoders import cache as module
 from llmrec.encoders.cache import VectorCache
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encode import encode_image, encode_items, encode_text
 from llmrec.encoders.encoder import encode_pictures, encode_texts, finish
 from llmrec.errors import DataError
+from llmrec.files import read_json
 from llmrec.pipeline import run_stage
 
 KEYS = [f"{number:064x}" for number in range(10)]
@@ -200,6 +202,30 @@ def test_a_stopped_stage_leaves_its_work_and_a_finished_one_nothing(tmp_path, mo
     assert len(calls) == 3 + 2  # four batches, of which two were done
     assert np.array_equal(made.vectors["text"], expected.vectors["text"])
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["encode_items"]
+
+
+def test_the_time_of_vectors_that_are_used_counts_whatever_else_is_set(tmp_path, monkeypatch):
+    clock = [0.0]
+
+    def encode(self, batch):
+        clock[0] += 10.0
+        if clock[0] == 30.0:
+            raise KeyboardInterrupt
+        return plain(self, batch)
+
+    from llmrec.encoders.huggingface import TextEncoder
+
+    plain = TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "encode", encode)
+    monkeypatch.setattr(module, "PART_ROWS", 1)
+    monkeypatch.setattr(running.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("llmrec.stage_changes.fingerprint", lambda artifact: {})
+    config, data = settings(tiny.bert(tmp_path / "model")), tiny.catalogue(tiny.TEXTS)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(encode_items, config, (data,), tmp_path / "run")
+    other = dataclasses.replace(config, text=dataclasses.replace(config.text, missing="zero"))
+    run_stage(encode_items, other, (data,), tmp_path / "run")
+    assert read_json(tmp_path / "run" / "manifest.json")["seconds"] == 30.0 + 20.0  # two of four batches
 
 
 def test_another_limit_on_pictures_reads_them_again(tmp_path, monkeypatch):
