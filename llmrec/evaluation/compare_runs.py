@@ -14,7 +14,7 @@ from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.evaluation import analysis
 from llmrec.evaluation.metrics import METRICS, per_user
 from llmrec.evaluation.rankings import key_of, ranks_in
-from llmrec.evaluation.tables import Table, difference_cells, mean_and_spread, spread_text
+from llmrec.evaluation.tables import Table, difference_cells, fine_tuned_in, mean_and_spread, spread_text
 from llmrec.finished import load
 
 KS = (5, 10, 20)
@@ -61,7 +61,8 @@ def compare_runs(entries: list[Entry]) -> list[dict[str, Any]]:
 
     Raises:
         ArtifactMismatchError: runs on other items, users, targets or under another protocol.
-        ConfigError: fewer than two names, a method that is not in a run, or a run that is given twice.
+        ConfigError: fewer than two names, a method that is not in a run, a run that is given twice, or runs
+            of one name that share what was trained.
     """
     if len({entry.name for entry in entries}) < 2:
         raise ConfigError("give at least two names to compare")
@@ -76,6 +77,10 @@ def compare_runs(entries: list[Entry]) -> list[dict[str, Any]]:
     return rows
 
 
+Training = tuple[str, str]
+"""A stage, and the hash of its output"""
+
+
 @dataclass
 class Seeds:
     """What the runs of one name measured."""
@@ -84,6 +89,8 @@ class Seeds:
     """Every metric of every user, (U,), by run"""
     trained_on: set[str] = field(default_factory=set)
     """See `compare_runs`"""
+    trainings: dict[Training, Path] = field(default_factory=dict)
+    """Where each was found, by `training_of`"""
 
 
 def seeds_by_name(entries: list[Entry]) -> dict[str, Seeds]:
@@ -104,9 +111,26 @@ def seeds_by_name(entries: list[Entry]) -> dict[str, Seeds]:
             raise ConfigError(f"{entry.name}={entry.folder}:{method} is given twice; a run counts once")
         counted.add(one)
         seeds = found.setdefault(entry.name, Seeds())
+        training = training_of(report, method)
+        if training is not None and training in seeds.trainings:
+            raise ConfigError(
+                f"{entry.name}={entry.folder}:{method} and {seeds.trainings[training]}:{method} are one "
+                f"training, since the runs share their {training[0]}; it counts once"
+            )
+        if training is not None:
+            seeds.trainings[training] = entry.folder
         seeds.users.append(per_user(ranks_in(report.rankings, method), KS))
         seeds.trained_on.add(report.metrics.get("trained_on", {}).get(method, ""))
     return found
+
+
+def training_of(report: Report, method: str) -> Training | None:
+    """What a method was trained in; None for what is not trained, or where it is not known."""
+    inputs = (getattr(report, "_manifest", None) or {}).get("inputs", {})
+    if method not in report.metrics.get("trained_on", {}):
+        return None
+    stage = "finetune" if method == fine_tuned_in(report.metrics) else "train_collab"
+    return (stage, inputs[stage]) if stage in inputs else None
 
 
 def mean_by_user(seeds: Seeds, metric: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -78,6 +79,23 @@ def test_a_run_counts_once_whatever_it_is_called(again, runs):
     runs |= {name: report(ranks(0)) for name in ("a", "b", "x/../b")}
     with pytest.raises(ConfigError, match=f"b={again.folder}:mme_sid is given twice"):
         compare_runs([Entry("a", Path("a")), Entry("b", Path("b")), again])
+
+
+def test_a_training_that_runs_share_counts_once(runs):
+    """A run made of another one's folders has its sequence model, whose spread would be one of nothing."""
+    for number, name in enumerate("ab"):
+        made = report(ranks(number), fine_tuned="mme_sid")
+        made.metrics["rows"]["sasrec"] = summarise(ranks(2))
+        made.metrics["trained_on"]["sasrec"] = "train"
+        table = made.rankings.append_column("rank_sasrec", [ranks(2) + 1])
+        runs[name] = dataclasses.replace(made, rankings=table)
+        made_from = {"train_collab": "one", "finetune": name}
+        object.__setattr__(runs[name], "_manifest", {"inputs": made_from})
+    ours = [Entry("ours", Path("a")), Entry("ours", Path("b"))]
+    sasrec = [Entry("sasrec", Path(name), "sasrec") for name in "ab"]
+    assert [row["runs"] for row in compare_runs([sasrec[0], *ours])] == [1, 2]
+    with pytest.raises(ConfigError, match=r"sasrec=b:sasrec and a:sasrec are one training, .* their train_c"):
+        compare_runs([*sasrec, *ours])
 
 
 def test_what_was_learned_from_is_told(runs):
