@@ -113,7 +113,7 @@ def sequence_model(config: TrainCollabConfig, data: Interactions) -> Work | str:
     return Work(
         steps=epochs * steps,
         seconds=epochs * rows.num_targets / 1e6 * PER_MILLION_TARGETS[config.provider],
-        most=config.select == "valid" and bool(config.eval_every_epochs),
+        most=config.select == "valid" and config.patience is not None,
     )
 
 

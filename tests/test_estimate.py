@@ -150,6 +150,8 @@ def test_every_sequence_model_has_a_time_or_a_reason_why_not(tmp_path):
     work = stage_times.sequence_model(one, data)
     users = [length for length in np.diff(data.sequences("train").offset).tolist() if length > 1]
     assert work.steps == 2 * -(-len(users) // 8) and not work.most
+    patient = stage_times.sequence_model(TrainCollabConfig(patience=None), data)
+    assert not patient.most, "by validation, and yet all epochs"
     assert work.seconds == pytest.approx(2 * (sum(users) - len(users)) / 1e6 * 0.48)
     assert work.on(GPUS["A100"]) == max(work.steps * stage_times.SMALL_STEP, work.seconds)
     for settings, reason in (
