@@ -110,7 +110,7 @@ def row_of(
         "valid_mask_seen": first["valid_mask_seen"],
         "trained_on": first["trained_on"].get(first["fine_tuned"], ""),
         "trained": first["metrics"]["parameters"]["trainable"],
-        "tokens": first["metrics"]["tokens"],
+        "tokens": round(np.mean([cell["metrics"]["tokens"] for cell in found])),
         "seconds": float(np.mean([training_seconds(cell["metrics"]) for cell in found])),
         "memory": max(cell["memory"] for cell in found),
         "validation": [[row["step"], row["valid_ndcg@10"]] for row in first["log"] if "valid_ndcg@10" in row],

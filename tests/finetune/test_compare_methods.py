@@ -138,7 +138,12 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
         rng = np.random.default_rng(seed)
         ranks = {name: np.floor(rng.exponential(12, 50)) for name in ("mme_sid", "popularity")}
         rows = {name: {"recall@10": float((rank < 10).mean())} for name, rank in ranks.items()}
-        metrics = {"parameters": {"trainable": 1}, "tokens": 1, "train_seconds": 3.0, "align_seconds": 4.0}
+        metrics = {
+            "parameters": {"trainable": 1},
+            "tokens": 1 + 2 * seed,
+            "train_seconds": 3.0,
+            "align_seconds": 4.0,
+        }
         costs = {"memory": 1, "metrics": metrics}
         labels = {"popularity": "popularity"}
         return {
@@ -166,7 +171,7 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
     table = results["rows"]
     wanted = np.mean([ndcg_at_k(one["ranks"]["mme_sid"], 20).mean() for one in cells])
     assert table[0]["ndcg@20"]["mean"] == pytest.approx(wanted)
-    assert table[0]["seconds"] == 7
+    assert (table[0]["seconds"], table[0]["tokens"]) == (7, 2), "means over seeds, which may end early"
     parts = results["slices"]["popularity of the target"]
     assert parts == {"head": 30, "cold": 20} and sum(results["slices"]["history length"].values()) == 50
     shares = table[0]["slices"]["popularity of the target"]
