@@ -37,6 +37,9 @@ WAIT_SECONDS = 2.0
 BESIDE = ("popularity", "best_possible")
 """What evaluations rank beside the models."""
 
+SHARED = ("prepare_data", "train_collab", "encode_items")
+"""Stages whose output all cells are made from; semantic IDs may be a row's own."""
+
 REQUEST = "cell.json"
 """Its name in the folder of a cell that a process of its own runs."""
 
@@ -270,21 +273,28 @@ def why_missing(out: Path, name: str) -> Path:
 
 
 def check_settings(comparison: Comparison) -> None:
-    """Refuse finished cells that were made with other settings, or by other code of the user's.
+    """Refuse finished cells that were made with other settings, by other code of the user's, or from other
+    data than the first of them.
 
     Raises:
         ConfigError: one was.
     """
     from llmrec.finished import stage_manifest
 
+    first: tuple[Path, dict[str, str]] | None = None
     for name, seed in itertools.product(comparison.rows, comparison.seeds):
         folder = folder_of(comparison.out, name, seed)
         if not finished(folder):
             continue
         config = cell_settings(comparison, name, seed)
-        manifest = stage_manifest(folder / "finetune")
-        changes = changed_settings(manifest["config"], config)
-        if changes := [*changes, *changed_sources(manifest, code_hashes(config))]:
+        tuned, ranked = (stage_manifest(folder / stage) for stage in ("finetune", "evaluate"))
+        changes = changed_settings(tuned["config"], config)
+        changes += changed_sources(tuned, code_hashes(config))
+        changes += changed_settings(ranked["config"], comparison.recipe.evaluate)
+        first = first or (folder, tuned["inputs"])
+        others = [stage for stage in SHARED if tuned["inputs"].get(stage) != first[1].get(stage)]
+        changes += [f"another {stage} than {first[0]}" for stage in others]
+        if changes:
             raise ConfigError(
                 f"{folder} was made with {', '.join(changes)}; use another folder, or delete it"
             )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny_recipe import chosen_by_validation, tiny
 
+from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 
@@ -190,6 +191,36 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
     assert "missing" in shown and "http" not in shown.replace("http://www.w3", "")
     assert shown.count("<svg") == 6, "quality, differences, cost, two slices, validation"
     assert 'href="mme_sid/seed1/evaluate/report.html"' in shown
+
+
+@pytest.mark.parametrize(
+    ("stage", "part", "message"),
+    [
+        ("finetune", {"inputs": {"prepare_data": "other"}}, "another prepare_data than .*mme_sid"),
+        ("finetune", {"inputs": {"train_collab": "other"}}, "another train_collab than .*mme_sid"),
+        ("evaluate", {"config": {"mask_seen": False}}, "mask_seen=false"),
+    ],
+)
+def test_cells_from_elsewhere_are_not_summed_up(stage, part, message, tmp_path, monkeypatch):
+    """Users of other data would pair, were there as many, and ranks of another protocol."""
+    from llmrec.config import as_dict
+    from llmrec.finetune import compare_cells
+
+    rows = {name: compare_cells.ROWS[name] for name in ("mme_sid", "e4srec")}
+    asked = compare_cells.Comparison(recipe=tiny(), rows=rows, seeds=[0], root=tmp_path, out=tmp_path)
+    manifests = {}
+    for name in rows:
+        folder = compare_cells.folder_of(tmp_path, name, 0)
+        (folder / "evaluate").mkdir(parents=True)
+        tuned = {"config": as_dict(compare_cells.cell_settings(asked, name, 0))}
+        manifests[folder / "finetune"] = tuned | {"inputs": dict.fromkeys(compare_cells.SHARED, "one")}
+        manifests[folder / "evaluate"] = {"config": as_dict(asked.recipe.evaluate)}
+    monkeypatch.setattr("llmrec.finished.stage_manifest", manifests.__getitem__)
+    compare_cells.check_settings(asked)
+    for name, changes in part.items():
+        manifests[tmp_path / "e4srec" / "seed0" / stage][name] |= changes
+    with pytest.raises(ConfigError, match=rf"e4srec.seed0 was made with {message}"):
+        compare_cells.check_settings(asked)
 
 
 def test_a_comparison_without_a_finished_cell_is_shown_as_such():
