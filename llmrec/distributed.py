@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ logger = logging.getLogger("llmrec")
 PATIENCE = datetime.timedelta(days=7)
 LOST = re.compile(r"connection (closed|reset) by|timed out waiting|broken pipe", re.IGNORECASE)
 
+MEETING_SECONDS = 20.0
+"""Of waiting for other processes to begin, before it is said."""
 MINUTES = re.compile(r"\d{1,6}(\.\d*)?")
 
 _drawing = threading.RLock()
@@ -81,7 +84,8 @@ def state() -> Any:
         on_cpu = False
     else:
         on_cpu = on_cpu or not torch.cuda.is_available()
-    found = PartialState(cpu=on_cpu, **options)
+    with meeting_others():
+        found = PartialState(cpu=on_cpu, **options)
     if world_size() > 1 and found.num_processes == 1:
         raise ConfigError(
             f"{world_size()} processes were started by a launcher that does not bring them together on GPUs; "
@@ -90,6 +94,28 @@ def state() -> Any:
     # With a GPU too, where the main process works alone for minutes: launchers leave it one thread.
     torch.set_num_threads(num_threads())
     return found
+
+
+@contextlib.contextmanager
+def meeting_others() -> Iterator[None]:
+    """While processes wait for each other, in vain where a launcher's variables are left over: say so after a
+    while, and end at once when asked, since no Python runs that could do it in an orderly way."""
+    if world_size() == 1:
+        yield
+        return
+    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    what = "waiting for all of %d processes at %s; if no others were started, unset WORLD_SIZE and RANK"
+    said = threading.Timer(MEETING_SECONDS, logger.warning, (what, world_size(), where))
+    said.daemon = True
+    said.start()
+    asked = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in asked}
+    try:
+        yield
+    finally:
+        said.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def uses_deepspeed() -> bool:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import subprocess
+import sys
 import types
 
 import pytest
@@ -81,3 +85,31 @@ def test_processes_of_a_comparison_know_nothing_of_its_launcher():
     }  # fmt: skip
     kept = {"PATH": "/bin", "HF_HOME": "/hub", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "1"}
     assert jobs.without_launcher(of_launcher | kept) == kept
+
+
+def test_a_process_whose_others_never_come_says_so_and_can_be_stopped(nothing_launched):
+    """A launcher's variables are left over; the command's own handlers would wait for Python to run."""
+    script = (
+        "import logging, signal\n"
+        "from llmrec import distributed\n"
+        "logging.basicConfig()\n"
+        "signal.signal(signal.SIGTERM, print)\n"
+        "distributed.MEETING_SECONDS = 0.5\n"
+        "distributed.state()\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    left_over = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**os.environ, **left_over, "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        assert any(f"waiting for all of 2 processes at 127.0.0.1:{port}" in line for line in lines)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
