@@ -30,7 +30,8 @@ class SigmaMamba(nn.Module):
 
     ``variant="released"`` pads every history to max_history slots and flips all slots but the last
     kept_items, so that short histories are moved among the padding, whose vector is not zero and competes
-    with the items in the softmax: padding matters there, by design of the release.
+    with the items in the softmax: padding matters there, by design of the release. What stands behind the
+    last place that is read is computed only where something before it depends on it.
     """
 
     uses_time = False
@@ -97,13 +98,15 @@ class SigmaMamba(nn.Module):
 
     def encode(self, history: Tensor) -> Tensor:
         """What the model knows after each position, (B, T, D), from int64 (B, T)."""
+        places = history.shape[1]
         if self.released:
-            history = F.pad(history, (0, self.max_history - history.shape[1]))
+            history = F.pad(history, (0, self.max_history - places))
         order = self.flipped_order(history)
         hidden = self.norm(self.dropout(self.item(history)))
-        for layer in self.layers:
+        *first, last = self.layers
+        for layer in first:
             hidden = layer(hidden, order)
-        return hidden
+        return last(hidden, order[:, :places])
 
     def encode_prefixes(self, history: Tensor) -> Tensor:
         """What the model knows at the end of every prefix, (B, T, D), from int64 (B, T)."""
@@ -128,10 +131,7 @@ class SigmaMamba(nn.Module):
 
     def loss(self, batch: Batch) -> Loss:
         """Loss of naming the next item after every history of a batch."""
-        if self.layout == "positions":
-            query = self.encode_prefixes(batch.item)
-        else:
-            query = self.encode(batch.item)[:, : batch.target.shape[1]]
+        query = self.encode_prefixes(batch.item) if self.layout == "positions" else self.encode(batch.item)
         found = next_item_loss(
             self.loss_name,
             query,
@@ -254,11 +254,15 @@ class GatedMamba(nn.Module):
         return logits.masked_fill(~self.there, -torch.inf).softmax(-1)
 
     def forward(self, hidden: Tensor, order: Tensor | None) -> Tensor:
-        """(B, T, D) to (B, T, D); order says where the flipped direction takes its items from, (B, T).
+        """(B, T, D) to (B, P, D), the first P places; order, (B, P), says where the flipped direction takes
+        its items from, which may be any of the T.
 
-        Without an order every position stands for the prefix that ends there.
+        Without an order every position stands for the prefix that ends there, and P is T.
         """
         forward = gate = None
+        whole = hidden
+        if order is not None:
+            hidden = whole[:, : order.shape[1]]
         if self.mamba is not None:
             forward, gate = self.gated(self.mamba(hidden), hidden, "forward_dense", None)
         paths = [forward, None]
@@ -267,10 +271,10 @@ class GatedMamba(nn.Module):
                 lengths = torch.arange(1, hidden.shape[1] + 1)
                 turned, mixed = hidden, flipped_ends(self.mamba, hidden, self.kept(lengths))
             else:
-                turned = hidden.gather(1, order[..., None].expand_as(hidden))
+                turned = whole.gather(1, order[..., None].expand_as(hidden))
                 mixed = self.mamba(turned)
             paths[1] = self.gated(mixed, turned, "flipped_dense", gate)[0]
-        paths.append(None if self.gru is None else self.recurrent(hidden))
+        paths.append(None if self.gru is None else self.recurrent(whole, hidden.shape[1]))
         if self.mixing_out is None:  # there is only one
             return next(path for path in paths if path is not None)
         weights = self.weights(hidden, paths)
@@ -294,11 +298,12 @@ class GatedMamba(nn.Module):
         self.gate_means[dense] = gate.detach().mean(-1)
         return mixed * (1 + gate), gate
 
-    def recurrent(self, hidden: Tensor) -> Tensor:
-        """The path for short histories, (B, T, D) to (B, T, D)."""
-        around = (1, 1) if self.released else (2, 0)
+    def recurrent(self, hidden: Tensor, places: int) -> Tensor:
+        """The path for short histories, (B, T, D) to (B, P, D), the first P places."""
+        before, after = (1, 1) if self.released else (2, 0)
         assert self.conv is not None and self.gru is not None
-        local = self.conv(F.pad(hidden.transpose(1, 2), around)).transpose(1, 2)
+        around = before, max(places + after - hidden.shape[1], 0)
+        local = self.conv(F.pad(hidden[:, : places + after].transpose(1, 2), around)).transpose(1, 2)
         return self.gru(local)[0]
 
     def report(self, at: Tensor) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ class Layer(nn.Module):
     """A mixer over time and a feed-forward part, post-norm; chengkai-liu/Mamba4Rec mamba4rec.py.
 
     Args:
-        mixer: maps (B, T, D) to (B, T, D).
+        mixer: maps (B, T, D) to (B, P, D), the first P places.
         residual: whether the mixer's input is added to its output; the release leaves that out with a
             single layer. The feed-forward part always has its residual.
     """
@@ -110,9 +110,9 @@ class Layer(nn.Module):
         self.inner_norm = nn.LayerNorm(embed_dim, eps=1e-12)
 
     def forward(self, hidden: Tensor, *context: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D); context goes to the mixer."""
+        """(B, T, D) to (B, P, D); context goes to the mixer."""
         mixed = self.dropout(self.mixer(hidden, *context))
-        hidden = self.norm(mixed + hidden if self.residual else mixed)
+        hidden = self.norm(mixed + hidden[:, : mixed.shape[1]] if self.residual else mixed)
         inner = self.dropout(F.gelu(self.inner(hidden)))
         return self.inner_norm(hidden + self.dropout(self.inner_out(inner)))
 

@@ -77,6 +77,26 @@ def test_the_release_flips_slots_and_so_moves_a_short_history_among_the_padding(
     assert model.item.weight[0].any() and not model.item_embeddings()[0].any()
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_the_release_is_the_same_to_its_gradients_if_what_nothing_depends_on_is_left_out(num_layers):
+    torch.manual_seed(0)
+    model = SigmaMamba(**SMALL | {"num_layers": num_layers}, kept_items=2, variant="released").double().eval()
+    for weight in model.parameters():
+        weight.data += 0.3 * torch.randn_like(weight)
+    for places in (1, 7, 11):  # of 12 slots: padding alone is turned into the first, and items from the sixth
+        history = torch.randint(1, 31, (3, places))
+        weight = torch.randn(3, places, 16, dtype=torch.float64)
+        all_slots = model.encode(F.pad(history, (0, 12 - places)))[:, :places]
+        found = model.encode(history)
+        assert found.shape[1] == places
+        torch.testing.assert_close(found, all_slots, rtol=1e-10, atol=1e-10)
+        parameters = list(model.parameters())
+        one = torch.autograd.grad((found * weight).sum(), parameters)
+        other = torch.autograd.grad((all_slots * weight).sum(), parameters)
+        for first, second in zip(one, other):
+            torch.testing.assert_close(first, second, rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize(("variant", "first"), [("released", 0), ("corrected", 1)])
 def test_row_0_is_in_the_softmax_of_the_released_variant_alone(variant, first):
     torch.manual_seed(0)
