@@ -96,7 +96,7 @@ class Checkpoints:
                 drop(final)
             os.replace(scratch, final)
             flush(self.folder)
-            running.note_seconds(self.folder)
+            running.note_spent(self.folder)
         except (OSError, SafetensorError) as error:
             raise StorageError(
                 f"the checkpoint {final} cannot be written ({error}); make room and start again, which goes "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,11 @@ def digest_of_ends(root: Path, paths: list[str]) -> bytes:
             file.seek(max(0, size - ENDS))
             digest.update(file.read(ENDS))
     return digest.digest()
+
+
+def knows_times(summary: Mapping[str, Any]) -> bool:
+    """Whether a data set's timestamps are times, not the places of a user's interactions."""
+    return not summary.get("times_are_positions", summary.get("source") == "sequences")
 
 
 def split_codes(column: pa.ChunkedArray) -> np.ndarray:
@@ -162,7 +168,7 @@ class Interactions(Shown):
     @property
     def knows_times(self) -> bool:
         """Whether timestamps are times, not the places of a user's interactions."""
-        return not self.summary.get("times_are_positions", self.summary.get("source") == "sequences")
+        return knows_times(self.summary)
 
     def image_file(self, item_id: int) -> Path | None:
         """Where the picture of an item lies, or None if it has none."""

@@ -49,7 +49,7 @@ class Cell:
     row: str
     seed: int
     folder: Path
-    """Where it goes; what its process says, to log.txt in it."""
+    """Where it goes; what its processes say, one after another, to log.txt in it."""
     command: list[str]
     """Its process: arguments of ``python -m``."""
     stages: tuple[Path, ...]
@@ -217,7 +217,7 @@ def start(cell: Cell, environment: dict[str, str], lifeline: int) -> subprocess.
         lifeline: the end of `Work.lifeline` to read.
     """
     cell.folder.mkdir(parents=True, exist_ok=True)
-    with cell.log.open("w") as log:
+    with cell.log.open("a") as log:
         return subprocess.Popen(  # noqa: S603 (our own module, with paths)
             [sys.executable, "-m", *cell.command],
             stdin=lifeline,

@@ -26,7 +26,7 @@ from llmrec.errors import ConfigError
 from llmrec.finished import check_lineage, load
 from llmrec.manifest import MANIFEST, describe_files, flush, flush_all, write_manifest
 from llmrec.recipe import Recipe
-from llmrec.running import Running, running
+from llmrec.running import Running, Spent, running
 from llmrec.stage_changes import check_folder, describe_stage, source_hashes
 from llmrec.stages import COMMANDS, STAGES, Stage, in_order
 from llmrec.storage import locked, open_like_folder, unfinished, writing
@@ -183,7 +183,7 @@ def compute(
                 return
             seconds = store(result, config, folder, wanted, run)
         shutil.rmtree(left, ignore_errors=True)
-    before = f", {run.earlier:.1f} s of them before a stop" if run.earlier else ""
+    before = f", {run.earlier.seconds:.1f} s of them before a stop" if run.earlier.seconds else ""
     logger.info("%s: finished in %.1f s%s, %s", function.__name__, seconds, before, folder)
 
 
@@ -209,17 +209,17 @@ def store(result: Any, config: StageSettings, folder: Path, wanted: dict[str, An
         with writing(folder):
             scratch.mkdir(parents=True)
             result.save(scratch)
-            seconds = run.seconds()
+            spent = run.spent()
             # Files that the stage has fetched belong to it too.
             sources = source_hashes(config, wanted["sources"])
             open_like_folder(scratch)
-            seal(scratch, wanted | {"sources": sources}, seconds)
+            seal(scratch, wanted | {"sources": sources}, spent)
             flush_all(scratch)
             os.replace(scratch, folder)
             flush(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return seconds
+    return spent.seconds
 
 
 def scratch_of(folder: Path, process: int | str) -> Path:
@@ -235,7 +235,7 @@ def clear_scratch(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def seal(folder: Path, wanted: dict[str, Any], seconds: float) -> None:
+def seal(folder: Path, wanted: dict[str, Any], spent: Spent) -> None:
     """Write the list of files with their hashes, and what made them; the last file of a stage."""
     versions = {"llmrec": __version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
@@ -244,9 +244,9 @@ def seal(folder: Path, wanted: dict[str, Any], seconds: float) -> None:
         "files": describe_files(folder),
         "contents": dict(content_digests(folder)),
         "versions": versions,
-        "seconds": round(seconds, 3),
-        "peak_memory_bytes": machine.peak_resident_memory(),
-        "peak_gpu_memory_bytes": machine.peak_gpu_memory(),
+        "seconds": round(spent.seconds, 3),
+        "peak_memory_bytes": spent.peak_memory_bytes,
+        "peak_gpu_memory_bytes": spent.peak_gpu_memory_bytes,
         "processes": distributed.world_size(),
     }
     write_manifest(folder / MANIFEST, content)

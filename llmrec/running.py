@@ -1,5 +1,5 @@
-"""The stage that is running: what it is made from, where it may leave work for a run after a stop, and how
-long it has taken, stopped runs included."""
+"""The stage that is running: what it is made from, where it may leave work for a run after a stop, and what
+time and memory it has taken, stopped runs included."""
 
 from __future__ import annotations
 
@@ -9,15 +9,35 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from llmrec import distributed
+from llmrec import distributed, machine
 from llmrec.errors import MissingArtifactError
 from llmrec.files import read_json, write_json
 
-FILE = "seconds.json"
+FILE = "spent.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What a stage has taken."""
+
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    """Most that its process held"""
+    peak_gpu_memory_bytes: int | None = None
+    """Most that was allocated on its GPU; None without one"""
+
+    def most(self, other: Spent) -> Spent:
+        """The more of each."""
+        gpu = [one.peak_gpu_memory_bytes for one in (self, other)]
+        return Spent(
+            seconds=max(self.seconds, other.seconds),
+            peak_memory_bytes=max(self.peak_memory_bytes, other.peak_memory_bytes),
+            peak_gpu_memory_bytes=max((peak for peak in gpu if peak is not None), default=None),
+        )
 
 
 @dataclass(kw_only=True)
@@ -30,27 +50,32 @@ class Running:
     """Its settings, without those that change no result, and inputs (see `stage_changes.describe_stage`)"""
     started: float
     """`time.perf_counter` at its begin"""
-    earlier: float = 0.0
-    """Seconds of the runs that left the work it goes on with"""
+    earlier: Spent = Spent()
+    """By the runs that left the work it goes on with"""
     work: Path | None = None
     """The folder of work that it went on with or left last"""
 
-    def seconds(self) -> float:
-        """Seconds so far, those of earlier runs included."""
-        return self.earlier + time.perf_counter() - self.started
+    def spent(self) -> Spent:
+        """What it has taken so far, earlier runs included: their seconds too, and the most memory of any."""
+        here = Spent(
+            seconds=self.earlier.seconds + time.perf_counter() - self.started,
+            peak_memory_bytes=machine.peak_resident_memory(),
+            peak_gpu_memory_bytes=machine.peak_gpu_memory(),
+        )
+        return here.most(self.earlier)
 
     def goes_on_with(self, work: Path) -> None:
-        """Count the seconds that are noted beside work. Those beside several works include each other's."""
+        """Count what is noted beside work. Notes beside several works include each other's."""
         self.work = work
-        self.earlier = max(self.earlier, seconds_beside(work))
+        self.earlier = self.earlier.most(spent_beside(work))
 
-    def note_seconds(self, work: Path) -> None:
-        """Write them beside work that has just been left."""
+    def note_spent(self, work: Path) -> None:
+        """Write it beside work that has just been left."""
         self.work = work
         if distributed.is_main():
             path = work / FILE
             scratch = path.with_name(f".{FILE}.{os.getpid()}")
-            write_json(scratch, {"seconds": self.seconds()})
+            write_json(scratch, asdict(self.spent()))
             os.replace(scratch, path)
 
 
@@ -73,15 +98,16 @@ def running(folder: Path, made_from: dict[str, Any]) -> Iterator[Running]:
         _running.reset(token)
         if run.work is not None:  # else nothing is left
             with contextlib.suppress(OSError):  # why it stopped is what is told
-                run.note_seconds(run.work)
+                run.note_spent(run.work)
 
 
-def seconds_beside(work: Path) -> float:
-    """Seconds that runs noted beside work that they left; 0 where none did."""
+def spent_beside(work: Path) -> Spent:
+    """What runs noted beside work that they left; nothing where none did."""
     try:
-        return read_json(work / FILE)["seconds"]
+        noted = read_json(work / FILE)
     except MissingArtifactError:
-        return 0.0
+        return Spent()
+    return Spent(**{field.name: noted[field.name] for field in fields(Spent)})
 
 
 def current() -> Running | None:
@@ -105,9 +131,8 @@ def goes_on_with(work: Path) -> None:
         run.goes_on_with(work)
 
 
-def note_seconds(work: Path) -> None:
-    """How long the stage has taken, beside work that it has just left in this folder; nothing outside of a
-    stage."""
+def note_spent(work: Path) -> None:
+    """What the stage has taken, beside work that it has just left in this folder; nothing outside of one."""
     run = current()
     if run is not None:
-        run.note_seconds(work)
+        run.note_spent(work)

@@ -32,6 +32,7 @@ from llmrec.finetune.train import finetune
 from llmrec.inference.recommender import Recommender
 from llmrec.interactions import Interactions
 from llmrec.pipeline import seal
+from llmrec.running import Spent
 from llmrec.semantic_ids.learn import learn_semantic_ids
 from llmrec.stage_changes import describe_stage
 
@@ -170,7 +171,7 @@ def test_benchmarks(tool, arguments, data, tmp_path, capsys):
     """What they are compared with lies where they do."""
     if tool != "benchmark_inference":
         data.save(tmp_path)
-        seal(tmp_path, describe_stage("prepare_data", RECIPE.prepare_data, ()), 0.0)
+        seal(tmp_path, describe_stage("prepare_data", RECIPE.prepare_data, ()), Spent())
         arguments = (*arguments, "--prepare-data", str(tmp_path))
     with on_gpu(), mock.patch.object(base_model, "MIN_FLEX_HEAD", 10**9):
         code, _, said = ended(load(tool).main, capsys, *arguments)

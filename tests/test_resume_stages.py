@@ -54,9 +54,9 @@ def stopped_and_resumed(function, config, inputs, tmp_path, monkeypatch, module,
     return again
 
 
-def test_the_time_of_stopped_runs_counts(tmp_path, monkeypatch):
+def test_the_time_and_memory_of_stopped_runs_count(tmp_path, monkeypatch):
     """As long as what they left is used; with other settings work begins anew, and so does the clock."""
-    clock, interrupted = [0.0], [20.0]
+    clock, interrupted, memory = [0.0], [20.0], [900]
     real = collab.train_epoch
 
     def epoch(*arguments):
@@ -67,25 +67,29 @@ def test_the_time_of_stopped_runs_counts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(collab, "train_epoch", epoch)
     monkeypatch.setattr(running.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(running.machine, "peak_resident_memory", lambda: memory[0])
+    monkeypatch.setattr(running.machine, "peak_gpu_memory", lambda: memory[0] // 10)
     config = TrainCollabConfig(epochs=4, save_every_minutes=1e-9)
     other = dataclasses.replace(config, epochs=2)
     inputs = as_loaded(cycle(num_items=8, num_users=8))
 
-    def seconds(config, folder):
+    def taken(config, folder):
         pipeline.run_stage(collab.train_collab, config, inputs, folder)
-        return read_json(folder / "manifest.json")["seconds"]
+        manifest = read_json(folder / "manifest.json")
+        return tuple(manifest[name] for name in ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes"))
 
     with pytest.raises(KeyboardInterrupt):  # in the second epoch
-        seconds(config, tmp_path / "run")
+        taken(config, tmp_path / "run")
     shutil.copytree(tmp_path / ".run.unfinished", tmp_path / ".other.unfinished")
     with monkeypatch.context() as patch, pytest.raises(ConfigError):  # before it looks for work
         patch.setattr(collab, "training_rows", refuse)
-        seconds(other, tmp_path / "run")
-    assert seconds(config, tmp_path / "run") == 20.0 + 30.0
+        taken(other, tmp_path / "run")
+    memory[0] = 500
+    assert taken(config, tmp_path / "run") == (20.0 + 30.0, 900, 90)
     interrupted.append(clock[0] + 10.0)
     with pytest.raises(KeyboardInterrupt):  # in the first epoch, so nothing is left
-        seconds(other, tmp_path / "other")
-    assert seconds(other, tmp_path / "other") == 20.0
+        taken(other, tmp_path / "other")
+    assert taken(other, tmp_path / "other") == (20.0, 500, 50)
 
 
 def refuse(*_):

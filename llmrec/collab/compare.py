@@ -139,6 +139,20 @@ def check_made_from(folder: Path, data: Interactions, content: ContentEmbeddings
         )
 
 
+def check_one_content(cells: list[Path]) -> None:
+    """Raise ConfigError if finished cells learned from different text or image vectors."""
+    found: dict[str, Path] = {}
+    for cell in cells:
+        if made_from := stage_manifest(cell / "train_collab")["inputs"].get("encode_items"):
+            found.setdefault(made_from, cell)
+    if len(found) > 1:
+        one, other, *_ = found.values()
+        raise ConfigError(
+            f"{one} and {other} were trained with different text or image vectors; delete those that are not "
+            "to be compared"
+        )
+
+
 def run_cell(folder: Path, data_folder: Path, content_folder: Path | None = None) -> None:
     """Train the cell's model, rank the test targets, and write the ranks, then metrics.json.
 
@@ -213,7 +227,8 @@ def summarise_cells(
     method; the spread over seeds stands beside them.
 
     Raises:
-        ConfigError: a cell was trained with other settings, or on other data.
+        ConfigError: a cell was trained with other settings, on other data, or with other text or image
+            vectors than another one.
     """
     from llmrec.evaluation.rank import popularity, rank_users
 
@@ -222,8 +237,10 @@ def summarise_cells(
     popular_valid = popular_ndcg(rows, data)
     found: dict[str, Any] = {}
     users: dict[str, dict[str, np.ndarray]] = {}
+    cells = {name: finished_cells(name, config, seeds, data, root) for name, config in rows.items()}
+    check_one_content([cell for done in cells.values() for cell in done.values()])
     for name, config in rows.items():
-        done = finished_cells(name, config, seeds, data, root)
+        done = cells[name]
         found[name] = {"num_seeds": len(done), "num_wanted": len(seeds)}
         found[name] |= {key: getattr(config, key) for key in ("select", "include_valid", "mask_seen")}
         if done:
@@ -256,7 +273,7 @@ def summarise_cells(
         "num_users": len(targets),
         "num_items": data.num_items,
         "split": data.summary.get("split"),
-        "ties": data.summary.get("ties"),
+        "data_warnings": data.summary.get("warnings", []),
         "slices": {
             what: {part: int(mask.sum()) for part, mask in parts.items()} for what, parts in slices.items()
         },

@@ -153,11 +153,7 @@ def notes(results: dict[str, Any]) -> list[str]:
             if (seeds := row.get("learned_nothing"))
         ),
     ]
-    if rate := (results.get("ties") or {}).get("tie_rate"):
-        found.append(
-            f"{rate:.1%} of neighbouring interactions carry the same time; order: {results['ties']['order']}."
-        )
-    return [*found, comparison.provenance(results)]
+    return [*found, *results["data_warnings"], comparison.provenance(results)]
 
 
 def how_epochs_were_chosen(rows: dict[str, Any]) -> list[str]:

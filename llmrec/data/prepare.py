@@ -26,7 +26,7 @@ from llmrec.data.summary import (
 )
 from llmrec.data.table_file import TableFile, no_file, not_utf8
 from llmrec.errors import DataError
-from llmrec.interactions import Interactions
+from llmrec.interactions import Interactions, knows_times
 from llmrec.manifest import sha256
 
 
@@ -197,9 +197,19 @@ def drop_items(config: PrepareDataConfig, rows: Rows, item_file: ItemFile) -> No
 
 
 def order_rows(config: PrepareDataConfig, rows: Rows, summary: dict[str, Any]) -> None:
-    """Sort by user and time, and measure ties as the file has them."""
+    """Sort by user and time, and measure ties as the file has them, if it has times.
+
+    Raises:
+        DataError: ties to shuffle among places.
+    """
     rows.reorder(ties.file_order(rows.user, rows.timestamp))
-    if config.source == "sequences":
+    if not knows_times(summary):
+        if config.ties == "shuffle":
+            raise DataError(
+                f"{config.interactions}, column {config.timestamp_column!r}: every user's times count 0, 1, "
+                "2, ..., so no two are equal and prepare_data.ties=shuffle has nothing to shuffle; give real "
+                "times or leave it out"
+            )
         return
     summary["ties"] = {"order": config.ties} | ties.measure(rows.offset, rows.timestamp, rows.item)
     if config.ties == "shuffle":
@@ -218,7 +228,7 @@ def split_rows(config: PrepareDataConfig, rows: Rows, summary: dict[str, Any]) -
     if config.split == "leave_one_out":
         _refuse_short_users(config, rows)
         split = splits.leave_one_out(rows.offset)
-        if config.source == "table" and not summary["times_are_positions"]:
+        if knows_times(summary):
             summary["train_after_test_rate"] = future_rate(rows.timestamp, split)
             summary["leaking_user_rate"] = leaking_user_rate(rows.timestamp, split)
         return split
@@ -256,7 +266,7 @@ def assemble(
     if rows.incomplete:
         summary["incomplete_items"] = rows.incomplete
     summary["warnings"] = unexpected + warnings_of(summary)
-    if summary.get("times_are_positions") is False:
+    if knows_times(summary):
         summary["warnings"] += warnings_of_times(int(rows.timestamp.min()), int(rows.timestamp.max()))
     log_summary(summary)
     return Interactions(

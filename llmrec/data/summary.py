@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmrec.data import ties
-from llmrec.interactions import SPLIT_CODES
+from llmrec.interactions import SPLIT_CODES, knows_times
 
 logger = logging.getLogger("llmrec")
 
@@ -72,6 +72,12 @@ def warnings_of(summary: dict[str, Any]) -> list[str]:
     found = []
     if "ties" in summary and (sentence := ties.warning(summary["ties"])):
         found.append(sentence)
+    if not knows_times(summary):
+        found.append(
+            "Times are places in a user's history, so two things cannot be measured: how many interactions "
+            "happened at the same time, whose order in the file a model can learn, and how much of the "
+            "future of other users a model trains on."
+        )
     if summary.get("train_after_test_rate") or summary.get("leaking_user_rate"):
         found.append(
             "Leave-one-out lets a model train on the future of other users: "

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from llmrec.running import goes_on_with, note_seconds
+from llmrec.running import goes_on_with, note_spent
 
 logger = logging.getLogger("llmrec")
 
@@ -97,7 +97,7 @@ class VectorCache:
         save_file({"keys": rows, "vectors": np.stack(vectors)}, scratch)
         os.replace(scratch, path)
         self.seen.add(path.name)
-        note_seconds(self.folder)
+        note_spent(self.folder)
 
     def hand_over(self, keys: list[str]) -> np.ndarray:
         """Vectors float32 (n, D) of keys that are all there; here they are let go of."""

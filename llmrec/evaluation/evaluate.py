@@ -130,6 +130,7 @@ def summarise_all(
         "num_items": data.num_items,
         "split": data.summary.get("split"),
         "mask_seen": config.mask_seen,
+        "data_warnings": data.summary.get("warnings", []),
         "rows": rows,
         "seen_kept": {
             name: summarise(ranking.rank_seen_kept, config.ks) for name, ranking in rankings.items()

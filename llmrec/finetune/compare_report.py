@@ -22,7 +22,7 @@ from llmrec.finished import peak_memory_of, stage_manifest
 
 METRICS = ("recall@10", "ndcg@10", "recall@5", "recall@20", "ndcg@5", "ndcg@20")
 REPORT = Path("evaluate") / "report.html"
-OF_DATA = ("num_users", "num_items", "split", "mask_seen")
+OF_DATA = ("num_users", "num_items", "split", "mask_seen", "data_warnings")
 """Of a cell's metrics.json: what all cells have in common."""
 
 
@@ -46,7 +46,7 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
                 "fine_tuned": fine_tuned_in(evaluated),
                 "labels": evaluated["labels"],
                 "trained_on": evaluated.get("trained_on", {}),
-                "of_data": {name: evaluated[name] for name in OF_DATA},
+                "of_data": {name: evaluated[name] for name in OF_DATA if name in evaluated},
                 "ranks": {name: ranks_in(ranks, name) for name in rows},
                 "history_length": ranks["history_length"].to_numpy(),
                 "target_group": np.array(ranks["target_group"].to_pylist()),
@@ -317,4 +317,5 @@ def notes(results: dict[str, Any]) -> list[str]:
         for entry in results["rows"]
         if "why_missing" in entry
     ]
+    found += results.get("data_warnings", [])
     return [*found, *([comparison.provenance(results)] if "machine" in results else [])]

@@ -17,6 +17,7 @@ from llmrec.collab import compare_cli
 from llmrec.collab.compare import (
     cell_to_run,
     check_made_from,
+    check_one_content,
     prepare_cell,
     run_cell,
     run_cells,
@@ -177,6 +178,12 @@ def test_cells_with_other_texts_are_refused(finished, tmp_path):
     config = TrainCollabConfig(sasrec=SASRecConfig(embed_dim=8, inner_dim=16, content=("text",)), epochs=1)
     run_stage(train_collab, config, (data, content), folder / "train_collab")
     check_made_from(folder, data, content)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for cell, vectors in ((one, content), (two, encoded("third", 6))):
+        run_stage(train_collab, config, (data, vectors), cell / "train_collab")
+    check_one_content([root / "cells" / "sasrec" / "seed0", folder, one])
+    with pytest.raises(ConfigError, match=r"cell and .*two were trained with different text or image vec"):
+        check_one_content([folder, one, two])
     with pytest.raises(ConfigError, match="cell was trained with other text or image vectors"):
         check_made_from(folder, data, encoded("second", 5))
 
@@ -189,6 +196,8 @@ def test_the_table_and_the_page_show_what_is_there_and_what_is_missing(finished)
     assert "| sasrec (ce) | 2 of 2 |" in text and "ndcg@10 minus sasrec" in text
     shown = page(results)
     assert shown.count("<svg") == 6, "quality, differences, cost, two slices, validation"
+    told = markdown(results | {"data_warnings": ["The data are odd."]})
+    assert told.splitlines()[-2:] == ["The data are odd.", text.splitlines()[-1]]
     assert "missing" in shown and "http" not in shown.replace("http://www.w3", "")
     assert label("sasrec-bce", {"loss": "bce"}) == "sasrec-bce"
 

@@ -380,7 +380,8 @@ def test_sequences_keep_their_order_and_need_no_filter(tmp_path):
     assert data.user_raw_ids == ["2", "10"]
     assert histories(data) == {"2": ["5", "3", "5", "1"], "10": ["3", "1", "2"]}
     assert data.timestamp.tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert "ties" not in data.summary
+    assert "ties" not in data.summary and "train_after_test_rate" not in data.summary
+    assert data.summary["warnings"][0].startswith("Times are places")
 
 
 def test_a_global_time_split_counts_what_it_leaves_out(tmp_path):
@@ -425,8 +426,12 @@ def test_times_that_are_positions_say_nothing_about_the_future(tmp_path):
     assert data.summary["times_are_positions"] is True
     data.save(tmp_path)
     assert Interactions.load(tmp_path).summary == data.summary
-    assert "train_after_test_rate" not in data.summary
-    assert data.summary["warnings"] == ["Only 3 test items: too few to tell methods apart."]
+    assert "train_after_test_rate" not in data.summary and "ties" not in data.summary
+    places, few = data.summary["warnings"]
+    assert places.startswith("Times are places in a user's history, so two things cannot be measured")
+    assert few == "Only 3 test items: too few to tell methods apart."
+    with pytest.raises(DataError, match=r"no two are equal and prepare_data\.ties=shuffle has nothing to"):
+        prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]), ties="shuffle")
 
 
 def test_the_result_survives_saving_and_loading(tmp_path):

@@ -85,4 +85,5 @@ def test_movielens_keeps_its_posters_and_knows_that_its_times_are_positions(real
     assert data.raw_ids[0] == "1"
     assert data.titles[0] == "Toy Story (1995)"
     assert data.image_file(1).is_file()
-    assert data.summary["times_are_positions"]
+    assert data.summary["times_are_positions"] and "ties" not in data.summary
+    assert any(sentence.startswith("Times are places") for sentence in data.summary["warnings"])

@@ -14,6 +14,7 @@ from tool import TOOLS, ended, load
 from worlds import cycle
 
 from llmrec.pipeline import seal
+from llmrec.running import Spent
 from llmrec.stage_changes import describe_stage
 
 
@@ -28,7 +29,7 @@ def prepared(tmp_path_factory) -> str:
 
     folder = tmp_path_factory.mktemp("prepare_data")
     cycle(num_users=40).save(folder)
-    seal(folder, describe_stage("prepare_data", PrepareDataConfig(), ()), 0.0)
+    seal(folder, describe_stage("prepare_data", PrepareDataConfig(), ()), Spent())
     return str(folder)
 
 

@@ -186,6 +186,9 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
     assert "At validation they are left out: `mme_sid`." in text
     unvalidated = compare_report.summarise({"mme_sid": [one | {"log": []} for one in cells]}, [0, 1])
     assert "At validation" not in compare_report.markdown(unvalidated), "as after a refit"
+    assert "The data are odd.\n" in compare_report.markdown(
+        results | {"data_warnings": ["The data are odd."]}
+    )
     seen_left_out = compare_report.markdown(results | {"mask_seen": True})
     assert "Items of the history are left out." in seen_left_out and "At validation" not in seen_left_out
     assert "missing" in shown and "http" not in shown.replace("http://www.w3", "")
