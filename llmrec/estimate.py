@@ -53,6 +53,8 @@ class Estimate:
     """Of products: see finetune.precision"""
     memory: dict[str, float]
     """Bytes on one GPU by part"""
+    ends_early: bool
+    """Whether validation may end it before its last epoch"""
     others: dict[str, Work | str]
     """What the other stages ask of a GPU, or why that is not known, in order"""
 
@@ -120,6 +122,7 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
         memory=memory,
         moved=bytes_moved(config, counts["steps"], memory["frozen weights"], parameters["trainable"]),
         precision=config.precision,
+        ends_early=config.patience is not None,
         others=work_before(recipe, data, widths) | {"evaluate": ranking(config, model, data, prompts)},
     )
 

@@ -63,7 +63,11 @@ def times(found: Estimate, gpu: str) -> list[str]:
         peak = GPUS[gpu].peak_fp32 if found.precision == "fp32" else GPUS[gpu].peak
         seconds = found.total_flops / (peak * UTILISATION) + MOVED * found.moved / GPUS[gpu].bandwidth
         number = found.counts["epochs"]
-        fine = f"{duration(seconds * number)}: {number} epoch{'s' * (number != 1)} of {duration(seconds)}"
+        most = "at most " if found.ends_early else ""
+        fine = (
+            f"{most}{duration(seconds * number)}: {most}{number} epoch{'s' * (number != 1)} of "
+            f"{duration(seconds)}"
+        )
     others = {
         stage: work if isinstance(work, str) else work.shown(GPUS[gpu])
         for stage, work in found.others.items()

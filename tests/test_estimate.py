@@ -109,6 +109,11 @@ def test_the_published_size_is_counted_without_building_it(tmp_path):
     assert f"finetune            {duration(3 * seconds)}: 3 epochs of {duration(seconds)}" in shown(
         slow, "H100"
     )
+    early = shown(dataclasses.replace(slow, ends_early=True), "H100")
+    assert (
+        f"finetune            at most {duration(3 * seconds)}: at most 3 epochs of {duration(seconds)}"
+        in early
+    )
     # What a step of this shape takes beside its tokens, as measured on an H200 (tools/engine.md).
     beside = MOVED * found.moved / found.counts["steps"] / GPUS["H200"][2]
     assert beside == pytest.approx(0.026, rel=0.1)
@@ -134,6 +139,7 @@ def test_what_settings_cost_is_counted(finished):
     plain, best, single = with_settings(), with_settings(select="valid"), with_settings(layout="per_prefix")
     trained = plain.parameters["trainable"]
     assert best.total_memory - plain.total_memory == 4 * trained
+    assert with_settings(select="valid", patience=2).ends_early and not best.ends_early
     # On a GPU one instruction serves all prompts of a pass, however many there are.
     assert plain.counts["tokens"] < single.counts["tokens"] < single.counts["tokens_per_prefix"]
     assert with_settings(method="ctrl_mm", fusion_temperature=1e-3).parameters["trainable"] < trained

@@ -73,6 +73,8 @@ def test_cells_that_fail_are_named_and_leave_the_others_be(cell, caplog):
     ]  # fmt: skip
     assert "compare: good, seed 0: recall@10 0.5; 1 of 4 done" in caplog.text and "2 of 4 done" in caplog.text
     assert jobs.run([cells[0], cells[3]], 2) == [] and [begun(one) for one in cells] == [1] * 4
+    jobs.run(cells, 2)
+    assert cells[1].log.read_text() == "going on\nerror: it did not work\n" * 2, "of both runs"
 
 
 def test_a_row_that_cannot_be_run_is_begun_once_and_is_no_failure(cell, caplog):

@@ -282,8 +282,10 @@ class Trainer:
             TrainingError: too many steps since the last look were bad.
         """
         self._settle()
+        began = time.perf_counter()
         self.state.bad_steps = self.bad_steps.count
         self.checkpoints.save(self.state, self.best_weights)
+        self.state.window.started += time.perf_counter() - began  # no training, so no part of tokens/s
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +18,9 @@ from worlds import cycle
 
 from llmrec import contents, pipeline
 from llmrec.errors import StoppedError
-from llmrec.finetune import train
+from llmrec.finetune import train, trainer
 from llmrec.finetune.adapter import Adapter
-from llmrec.finetune.run_state import RunState, Window
+from llmrec.finetune.run_state import RunCheckpoints, RunState, Window
 
 OFTEN = dataclasses.replace(TINY, epochs=3, save_every_minutes=1e-9, dropout_rate=0.2, select="valid")
 
@@ -69,6 +71,27 @@ def test_stopped_and_resumed_equals_never_stopped(settings, step, tmp_path, monk
         assert torch.equal(weights(found)[name], value), name
     assert contents.content_of(tmp_path / "stopped") == contents.content_of(tmp_path / "whole")
     assert not (tmp_path / ".stopped.unfinished").exists()
+
+
+def test_writing_checkpoints_is_no_training_time(tmp_path, monkeypatch):
+    """Tokens a second are of the time since a window of the log began, which moves by what writing takes."""
+    now, ticks, moved = [0.0], itertools.count(), []
+    write, save = RunCheckpoints.save, train.Trainer._save
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: now[0] + next(ticks) / 1e6))
+
+    def writing(self, *state):
+        now[0] += 100.0
+        write(self, *state)
+
+    def saving(self):
+        before = self.state.window.started
+        save(self)
+        moved.append(self.state.window.started - before)
+
+    monkeypatch.setattr(RunCheckpoints, "save", writing)
+    monkeypatch.setattr(train.Trainer, "_save", saving)
+    fine_tune(OFTEN, tmp_path / "run")
+    assert moved and moved == pytest.approx([100.0] * len(moved), abs=1e-3)
 
 
 def test_work_of_other_settings_is_not_taken_up(tmp_path, monkeypatch):
