@@ -59,6 +59,7 @@ def guarded(command: Callable[[], None]) -> int:
         output any more.
     """
     sys.excepthook = show_traceback
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which is not to be had in another environment
     open_what_is_closed()
     end_with_launcher()
     try:

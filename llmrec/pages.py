@@ -13,9 +13,9 @@ from typing import Any, cast
 
 import jinja2
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -45,10 +45,18 @@ STYLE = {
 
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
-    """Figures made inside have the look of our pages, whatever display there is."""
-    plt.switch_backend("Agg")  # files only
+    """Figures made inside have the look of our pages."""
     with matplotlib.rc_context(cast(Any, STYLE)):
         yield
+
+
+def plot(width: float, height: float) -> tuple[Any, Any]:
+    """An empty figure of so many inches, and its axes.
+
+    Not by pyplot, which would need a display or change that of a notebook, and keep the figure.
+    """
+    made = Figure(figsize=(width, height))
+    return made, made.subplots()
 
 
 def environment(folder: Path) -> jinja2.Environment:
@@ -88,15 +96,14 @@ def line_colours(number: int) -> list[Any]:
     """Colours of so many lines: ours as far as they reach, else from dark to light."""
     if number <= len(COLOURS):
         return list(COLOURS[:number])
-    return list(plt.get_cmap("viridis")(np.linspace(0, 0.92, number)))
+    return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, number)))
 
 
 def svg(figure_: Any) -> str:
-    """A figure as an inline SVG element, and close it."""
+    """A figure as an inline SVG element."""
     buffer = io.StringIO()
     figure_.tight_layout()
     figure_.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure_)
     text = buffer.getvalue()
     # The metadata block only names vocabularies by web address.
     return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from llmrec import __version__, machine
 from llmrec.evaluation.tables import Table
 from llmrec.files import write_json
-from llmrec.pages import drawing, environment, legend_above, line_colours, svg
+from llmrec.pages import drawing, environment, legend_above, line_colours, plot, svg
 
 MAIN = "ndcg@10"
 """Metric of differences, of the cost chart, and of validation."""
@@ -187,7 +186,7 @@ def difference_chart(rows: Sequence[Compared], reference: str) -> str:
 
 def _lines_of(rows: Sequence[Compared]) -> tuple[Any, Any]:
     """A plot with a line for each row."""
-    figure, axes = plt.subplots(figsize=(6, 0.7 + 0.28 * len(rows)))
+    figure, axes = plot(6, 0.7 + 0.28 * len(rows))
     axes.set_yticks(np.arange(len(rows))[::-1], [row.name for row in rows])
     axes.set_ylim(-0.5, len(rows) - 0.5)
     axes.grid(axis="x", alpha=0.3)
@@ -196,7 +195,7 @@ def _lines_of(rows: Sequence[Compared]) -> tuple[Any, Any]:
 
 def cost_chart(rows: Sequence[Compared]) -> str:
     """Quality against training time, both as measured; SVG."""
-    figure, axes = plt.subplots(figsize=(6, 3))
+    figure, axes = plot(6, 3)
     for row in rows:
         if row.minutes is None:
             continue
@@ -216,7 +215,7 @@ def cost_chart(rows: Sequence[Compared]) -> str:
 
 def slice_chart(rows: Sequence[Compared], what: str, parts: Sequence[str]) -> str:
     """recall@10 of every row in each slice of users; SVG."""
-    figure, axes = plt.subplots(figsize=(6, 2.8))
+    figure, axes = plot(6, 2.8)
     place = np.arange(len(parts))
     for row, colour in zip(rows, line_colours(len(rows))):
         values = [row.slices[what][part] for part in parts]
@@ -236,7 +235,7 @@ def validation_chart(rows: Sequence[Compared], along: str) -> str:
         along: what their places in training count.
     """
     rows = [row for row in rows if row.validation]
-    figure, axes = plt.subplots(figsize=(6, 2.8))
+    figure, axes = plot(6, 2.8)
     for row, colour in zip(rows, line_colours(len(rows))):
         few = len(row.validation) < 20
         axes.plot(*zip(*row.validation), marker="." if few else None, color=colour, label=row.name)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from llmrec import __version__
@@ -24,6 +23,7 @@ from llmrec.pages import (
     epochs_along,
     legend_above,
     line_colours,
+    plot,
     svg,
     thumbnail,
 )
@@ -115,7 +115,7 @@ def best_values(rows: dict[str, dict[str, float]]) -> dict[str, float]:
 def bars(slices: dict[str, Any], label: Callable[[str], str]) -> str:
     """Grouped bars of recall@10: one cluster per slice, one bar per method; SVG."""
     methods = list(next(iter(slices.values()))["rows"])
-    figure_, axes = plt.subplots(figsize=(6, 2.4))
+    figure_, axes = plot(6, 2.4)
     place, width = np.arange(len(slices)), 0.8 / len(methods)
     for number, method in enumerate(methods):
         values = [part["rows"][method]["recall@10"] for part in slices.values()]
@@ -142,7 +142,7 @@ def curves(collab: Any, ids: Any, adapter: Any) -> list[str]:
 
 def curve(title: str, rows: list[dict[str, Any]], x: str, loss: str, valid: str | None) -> str:
     """Train loss and, on a second axis, a validation metric over epochs or steps; SVG."""
-    figure_, axes = plt.subplots(figsize=(3.4, 2.4))
+    figure_, axes = plot(3.4, 2.4)
     shown = [row for row in rows if loss in row]
     axes.plot([row[x] for row in shown], [row[loss] for row in shown], color=COLOURS[0], marker=dots(shown))
     axes.set_title(title, fontsize=9)
@@ -175,7 +175,7 @@ def part_curves(log: list[dict[str, Any]]) -> list[str]:
 
 def part_curve(name: str, rows: list[dict[str, Any]]) -> str:
     """One reported quantity over epochs; SVG."""
-    figure_, axes = plt.subplots(figsize=(2.3, 1.9))
+    figure_, axes = plot(2.3, 1.9)
     rows = [row for row in rows if name in row["parts"]]
     values = np.array([row["parts"][name] for row in rows], dtype=float)
     lines = axes.plot([row["epoch"] for row in rows], values, marker=dots(rows))
@@ -201,7 +201,7 @@ def fusion_curve(adapter: Any) -> str:
     rows = [row for row in (adapter.log if adapter else []) if row.get("fusion")]
     if not rows:
         return ""
-    figure_, axes = plt.subplots(figsize=(6, 2.2))
+    figure_, axes = plot(6, 2.2)
     for source in rows[0]["fusion"]["mean_weight"]:
         axes.plot(
             [row["epoch"] for row in rows],
@@ -222,7 +222,7 @@ def frequency_curve(adapter: Any) -> str:
     rows = [row for row in (adapter.log if adapter else []) if row.get("fusion")]
     if not rows or "by_frequency" not in rows[0]["fusion"]:
         return ""
-    figure_, axes = plt.subplots(figsize=(6, 2.2))
+    figure_, axes = plot(6, 2.2)
     groups = list(rows[0]["fusion"]["by_frequency"])
     for number, source in enumerate(rows[0]["fusion"]["mean_weight"]):
         for row, style in ((rows[0], ":"), (rows[-1], "-")):
@@ -241,7 +241,7 @@ def spectra_curve(adapter: Any) -> str:
     found = adapter.analysis.get("spectra", {}) if adapter is not None else {}
     if not found:
         return ""
-    figure_, axes = plt.subplots(figsize=(6, 2.8))
+    figure_, axes = plot(6, 2.8)
     for number, (name, values) in enumerate(found.items()):
         ratio = np.maximum(values["log10_ratio"], -8)
         style = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from llmrec import __version__
@@ -19,7 +18,7 @@ from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds, c
 from llmrec.files import read_json, write_json
 from llmrec.finished import manifest_of
 from llmrec.interactions import Interactions
-from llmrec.pages import COLOURS, drawing, environment, epochs_along, legend_above, svg, thumbnail
+from llmrec.pages import COLOURS, drawing, environment, epochs_along, legend_above, plot, svg, thumbnail
 from llmrec.semantic_ids.assign import Rebuilt, frozen, load_quantizer
 from llmrec.semantic_ids.config import ReportSemanticIdsConfig
 from llmrec.semantic_ids.diagnostics import (
@@ -201,7 +200,7 @@ def page(
 
 def usage_chart(coded: Coded) -> str:
     """Items per code, most used first, one line per level; SVG."""
-    figure, axes = plt.subplots(figsize=(4.5, 2.4))
+    figure, axes = plot(4.5, 2.4)
     codes, size = coded.codes[coded.items], coded.codebooks.shape[1]
     for level in range(codes.shape[1]):
         count = np.sort(np.bincount(codes[:, level], minlength=size))[::-1]
@@ -217,7 +216,7 @@ def usage_chart(coded: Coded) -> str:
 
 def group_chart(sizes: dict[str, int]) -> str:
     """Number of items by how many share all their codes; SVG."""
-    figure, axes = plt.subplots(figsize=(4.5, 2.4))
+    figure, axes = plot(4.5, 2.4)
     bins = {"1": 0, "2": 0, "3": 0, "4": 0, "5-9": 0, "10+": 0}
     for size, count in sizes.items():
         number = int(size)
@@ -233,7 +232,7 @@ def group_chart(sizes: dict[str, int]) -> str:
 
 def spectrum_chart(spectra: dict[str, Any]) -> str:
     """Singular values over the largest; SVG."""
-    figure, axes = plt.subplots(figsize=(4.5, 2.4))
+    figure, axes = plot(4.5, 2.4)
     for (name, found), colour in zip(spectra.items(), COLOURS):
         curve = [value for value in found["log10_ratio"] if value > -8]
         axes.plot(np.arange(1, len(curve) + 1), curve, label=name, color=colour)
@@ -249,7 +248,7 @@ def distance_chart(coded: Coded, pairs: Pairs, seed: int) -> str:
     if len(both) > DOTS:
         both = np.random.default_rng(seed).choice(both, DOTS, replace=False)
     history, target = pairs.history[both], pairs.target[both]
-    figure, axes = plt.subplots(figsize=(4.5, 2.4))
+    figure, axes = plot(4.5, 2.4)
     axes.hexbin(
         distances(coded.table("source"), history, target),
         distances(coded.table("latent"), history, target),
@@ -269,7 +268,7 @@ def training_chart(log: list[dict[str, Any]]) -> str:
     rows = [row for row in log if row.get("parts")]
     if len(rows) < 2:
         return ""
-    figure, axes = plt.subplots(figsize=(6.8, 2.4))
+    figure, axes = plot(6.8, 2.4)
     styles = ("-", "--", ":", "-.")
     for colour, name in zip(COLOURS, rows[0]["parts"]):
         # An epoch may have had no batch with two vectors of a modality that few items have.
