@@ -211,6 +211,17 @@ class Report(Shown):
     html: str
     """The report page; stands alone offline."""
 
+    def __str__(self) -> str:
+        """The headline table."""
+        from llmrec.evaluation.table import format_table
+
+        return format_table(self.metrics)
+
+    def _repr_html_(self) -> str:
+        from llmrec.evaluation.table import html_table
+
+        return html_table(self.metrics)
+
     def save(self, folder: Path) -> None:
         write_json(folder / "metrics.json", {"catalog": self.catalog, **self.metrics})
         pq.write_table(self.rankings, folder / "rankings.parquet")

@@ -14,6 +14,7 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError, DataError, MissingArtifactError
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.rankings import key_of
+from llmrec.evaluation.table import format_table
 from llmrec.inference.recommender import Recommender
 from llmrec.interactions import Interactions
 from llmrec.recipe import main
@@ -27,6 +28,8 @@ def test_a_run_holds_what_its_stages_made(finished):
     assert set(run.ids.codes) == {"collab", "text", "image"} and run.adapter.log
     assert len(repr(run.data)) < 1000 and "num" not in repr(run) and str(finished) in repr(run)
     assert "user_raw_ids=list of 120" in repr(run.data) and "vectors=float32 (97, 16)" in repr(run.collab)
+    assert str(run.report) == format_table(run.report.metrics) and "<table>" in run.report._repr_html_()
+    assert repr(run.recommender()) == "Recommender(mme_sid, 96 items, device='cpu')"
     assert Interactions.load(str(finished / "prepare_data")).raw_ids == run.data.raw_ids
 
 

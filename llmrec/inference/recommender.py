@@ -139,6 +139,10 @@ class Recommender:
         self.sources = ("target", *self.model.item_scores.modalities)
         self.graph = Graph(self.scores.matrix) if self.index == "faiss" else None
 
+    def __repr__(self) -> str:
+        name, items = type(self).__name__, len(self.raw_ids)
+        return f"{name}({self.config['method']}, {items:,} items, device={str(self.device)!r})"
+
     @property
     def model(self) -> MMESID:
         return cast(MMESID, self.scores.run)

@@ -15,7 +15,7 @@ from llmrec.evaluation import analysis, evaluate, report
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import ndcg_at_k
 from llmrec.evaluation.rank import Ranking, popularity
-from llmrec.evaluation.table import format_table
+from llmrec.evaluation.table import format_table, html_table
 from llmrec.finetune.config import FinetuneConfig
 
 
@@ -102,6 +102,9 @@ def test_ratios_and_table_say_what_the_rows_say():
     table = format_table(metrics)
     assert "3.0 x popularity, 75.0% of the best possible" in table
     assert table.splitlines()[1].split()[:3] == ["mme_sid", "0.7500", "0.7500"]
+    shown = html_table(metrics | {"labels": {"mme_sid": "<own>"}})
+    assert "<tr><td>&lt;own&gt;</td><td>0.7500</td><td>0.7500</td>" in shown
+    assert shown.count("<tr>") == 4 and "recall@10 of &lt;own&gt;: 3.0 x popularity" in shown
 
 
 def test_methods_are_ranked_with_the_truth_where_it_is_known(caplog):
