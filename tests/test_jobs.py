@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from llmrec import arguments, jobs, storage
+from llmrec import arguments, jobs, machine, storage
 from llmrec.errors import BusyError, ConfigError, DataError, TrainingError
 
 CELL = """
@@ -318,8 +319,6 @@ def test_threads_that_were_asked_for_are_taken_and_a_launchers_are_not(no_settin
 def test_a_container_counts_the_cores_it_is_granted(
     groups, files, expected, no_settings, monkeypatch, tmp_path
 ):
-    from llmrec import machine
-
     monkeypatch.setattr(machine, "PROCESS", tmp_path / "self")
     monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
     (tmp_path / "self").mkdir()
@@ -359,3 +358,12 @@ def test_numbers_as_arguments(kind, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match=r"must be a .*number .*, got "):
             kind(text)
+
+
+@pytest.mark.parametrize(("system", "counted"), [("linux", 3000), ("darwin", 3000 * 1024)])
+def test_peak_memory_is_in_bytes_where_the_system_counts_otherwise(system, counted, tmp_path, monkeypatch):
+    """Without /proc: getrusage counts KiB, and bytes on macOS."""
+    monkeypatch.setattr(machine, "PROCESS", tmp_path)
+    monkeypatch.setattr(machine.sys, "platform", system)
+    monkeypatch.setattr(machine.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=counted))
+    assert machine.peak_resident_memory() == 3000 * 1024
