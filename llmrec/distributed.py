@@ -56,6 +56,7 @@ def state() -> Any:
     import torch
     from accelerate import PartialState
 
+    refuse_other_parallelism()
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if on_cpu and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         logger.warning(
@@ -94,6 +95,46 @@ def state() -> Any:
     # With a GPU too, where the main process works alone for minutes: launchers leave it one thread.
     torch.set_num_threads(num_threads())
     return found
+
+
+def refuse_other_parallelism() -> None:
+    """Raise ConfigError if the launcher was told to cut models in pieces that nothing here knows of."""
+    for what, name in ("Megatron-LM", "MEGATRON_LM"), ("a parallelism config", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise ConfigError(
+                f"accelerate was launched with {what}, which is not supported here; name a profile in place "
+                "of its default one, such as --config_file recipes/accelerate/ddp.yaml"
+            )
+
+
+def left_aside(precision: str) -> list[str]:
+    """What accelerate was told by its command line or default profile and has no effect on fine-tuning.
+
+    Args:
+        precision: of fine-tuning, 'fp32' or 'bf16'.
+    """
+    asked = {
+        "mixed_precision": (
+            os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower(),
+            ("no", precision),
+            f"finetune.precision={precision} says what is computed in what",
+        ),
+        "dynamo_backend": (
+            os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(),
+            ("no",),
+            "finetune.compile=true compiles what pays",
+        ),
+        "gradient_accumulation_steps": (
+            os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
+            ("1",),
+            "finetune.batch_size is what a step takes, in passes of finetune.micro_batch_tokens",
+        ),
+    }
+    return [
+        f"accelerate's {name}={value} is left aside: {instead}"
+        for name, (value, same, instead) in asked.items()
+        if value not in same
+    ]
 
 
 @contextlib.contextmanager

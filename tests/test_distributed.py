@@ -72,6 +72,28 @@ def test_one_process_spreads_nothing(nothing_launched):
     assert distributed.uses_fsdp()
 
 
+@pytest.mark.parametrize(
+    ("name", "what"), [("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "a parallelism config")]
+)
+def test_parallelism_that_nothing_here_knows_of_is_refused(name, what, nothing_launched):
+    nothing_launched.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ConfigError, match=rf"launched with {what}, which .* --config_file recipes/accel"):
+        distributed.state.__wrapped__()
+
+
+def test_what_accelerate_is_told_in_vain_is_said(nothing_launched):
+    assert distributed.left_aside("fp32") == []
+    for name, value in (("MIXED_PRECISION", "bf16"), ("DYNAMO_BACKEND", "NO")):
+        nothing_launched.setenv(f"ACCELERATE_{name}", value)
+    assert distributed.left_aside("bf16") == []
+    nothing_launched.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    nothing_launched.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    precision, dynamo, steps = distributed.left_aside("fp32")
+    assert precision.startswith("accelerate's mixed_precision=bf16 is left aside: finetune.precision=fp32 ")
+    assert dynamo.startswith("accelerate's dynamo_backend=inductor is left aside: finetune.compile=true ")
+    assert steps.startswith("accelerate's gradient_accumulation_steps=4 is left aside: finetune.batch_size ")
+
+
 def test_what_one_process_wants_is_done_at_once():
     wanted = distributed.Agreement()
     assert [wanted(False, True), wanted(True, False)] == [(False, True), (True, False)]

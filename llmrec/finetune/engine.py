@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -22,6 +23,8 @@ from llmrec.finetune.model import MMESID
 from llmrec.finetune.optimizer_states import States, read_states, whole, write_master, write_states
 from llmrec.finetune.passes import Pass
 from llmrec.finetune.scoring import scorer_of
+
+logger = logging.getLogger("llmrec")
 
 
 def refuse_other_precision() -> None:
@@ -54,7 +57,15 @@ class Engine:
         # Buffers are equal by construction, and large: DDP would send them around in every step.
         refuse_other_precision()
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
+        for sentence in distributed.left_aside(config.precision):
+            logger.warning("finetune: %s", sentence)
+        # What the launcher says of these would change results with the launcher, or the time for nothing.
+        self.accelerator = Accelerator(
+            mixed_precision="no",
+            dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[ddp],
+        )
         self.fsdp = distributed.uses_fsdp()
         self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.deepspeed and config.bad_steps:
@@ -74,6 +85,7 @@ class Engine:
         if plugin is not None:
             plugin.deepspeed_config |= {
                 "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
                 "gradient_clipping": config.clip_norm,
                 "zero_allow_untested_optimizer": True,
             }

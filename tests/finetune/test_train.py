@@ -260,6 +260,22 @@ def test_an_accelerator_of_another_precision_in_this_process_is_named():
         AcceleratorState._reset_state()
 
 
+def test_a_launcher_that_asks_for_compilation_or_accumulation_changes_no_result(monkeypatch, caplog):
+    """What `accelerate config` once wrote into its default profile holds for every launch."""
+    expected = weights(fit(dataclasses.replace(TINY, epochs=1))[0])
+    AcceleratorState._reset_state()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", None)
+            found = weights(fit(dataclasses.replace(TINY, epochs=1))[0])
+    finally:
+        AcceleratorState._reset_state()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert "dynamo_backend=eager is left aside" in caplog.text
+
+
 def test_code_width_and_constant_frequency_are_explained():
     wide = dataclasses.replace(TINY, mini=MiniConfig(hidden_size=32, num_heads=2))
     with pytest.raises(
