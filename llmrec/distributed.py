@@ -377,17 +377,23 @@ def _torch_as_it_was() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def usual_torch() -> Iterator[None]:
-    """Inside, torch makes float32 numbers and keeps gradients, whatever it was told before (a notebook that
-    began with `torch.set_grad_enabled(False)`); afterwards it does as before."""
+    """Inside, torch makes float32 numbers, on the CPU unless told a device, keeps gradients, and computes in
+    the precision of what it is given, whatever it was told before (a notebook that began with
+    `torch.set_grad_enabled(False)`, `set_default_device("cuda")` or an autocast); afterwards as before."""
     if "torch" not in sys.modules:
         yield
         return
     import torch
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    with contextlib.ExitStack() as told:
+        told.enter_context(torch.inference_mode(False))
+        told.enter_context(torch.enable_grad())
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            told.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            told.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                told.enter_context(torch.autocast(kind, enabled=False))
+        yield

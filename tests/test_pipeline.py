@@ -96,6 +96,7 @@ class Shaped(Number):
 
 def shape(config: Config) -> Shaped:
     weight = torch.zeros(3, requires_grad=True)
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     (2 * weight).sum().backward()
     return Shaped(value=torch.zeros(config.number).nbytes + int(weight.grad.sum()))
 
@@ -168,17 +169,31 @@ def test_the_callers_random_numbers_go_on_as_if_no_stage_had_drawn_any(seed, tmp
     assert seen == expected
 
 
-@pytest.mark.parametrize("before", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
+@pytest.mark.parametrize(
+    "before",
+    [
+        *(torch.no_grad, torch.inference_mode, contextlib.nullcontext),
+        *(lambda: torch.device("meta"), lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+    ],
+    ids=["no_grad", "inference_mode", "nothing", "device", "autocast"],
+)
 def test_a_stage_does_not_depend_on_what_torch_was_told_before(before, tmp_path):
     torch.set_default_dtype(torch.float64)
     try:
         with before():
-            told = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+            told = what_torch_is_told()
             assert RunDir(tmp_path).stage(shape, Config(number=2)).value == 2 * 4 + 3 * 2
-            assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == told
+            assert what_torch_is_told() == told
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def what_torch_is_told() -> tuple:
+    return (
+        *(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
+        *(torch.get_default_dtype(), torch.get_default_device()),
+    )
 
 
 def test_threads_draw_what_each_would_draw_alone(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmrec.data.batches import length_groups
+from llmrec.distributed import usual_torch
 from llmrec.errors import ConfigError, DataError, MissingArtifactError
 from llmrec.finetune.base_model import window_of
 from llmrec.finetune.model import MMESID
@@ -124,6 +125,7 @@ class Recommender:
         with advising(), reading(folder):
             return cls(package, device, index=index)
 
+    @usual_torch()
     def _load(self) -> None:
         package = self.package
         scorer = load_scorer(package.adapter, package.collab, package.content, package.ids, self.device)
@@ -152,6 +154,7 @@ class Recommender:
         """Settings of fine-tuning."""
         return self.package.adapter.settings["config"]
 
+    @usual_torch()
     def recommend(
         self,
         histories: Sequence[Sequence[str]],
@@ -200,6 +203,7 @@ class Recommender:
                 found[place] = self._describe(state, items, values, explain)
         return found
 
+    @usual_torch()
     def score(self, histories: Sequence[Sequence[str]], *, unknown: str = "error") -> np.ndarray:
         """Scores of all items, float32 (n, N), in the order of `raw_ids`."""
         rows = self._rows(histories, unknown)
@@ -209,6 +213,7 @@ class Recommender:
             found[group] = (hidden @ self.scores.matrix.T)[:, 1:].cpu().numpy()
         return found
 
+    @usual_torch()
     def add_items(
         self,
         items: Sequence[Mapping[str, Any]],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,32 @@ def test_scores_are_those_of_the_run(finished, loaded):
         numbers = torch.tensor([[loaded.number[name] for name in history] or [0]])
         expected = scorer.score(numbers)[:, 1:].numpy()
         assert np.array_equal(loaded.score([history]), expected)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        *(lambda: torch.device("meta"), lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+        *(torch.inference_mode, lambda: default_dtype(torch.float64)),
+    ],
+    ids=["device", "autocast", "inference_mode", "float64"],
+)
+def test_scores_do_not_depend_on_what_torch_was_told(told, loaded, packaged):
+    expected, best = loaded.score(histories(loaded)), loaded.recommend(histories(loaded), explain=True)
+    with told():
+        found = Recommender.from_pretrained(packaged)
+        assert np.array_equal(found.score(histories(found)), expected)
+        assert found.recommend(histories(found), explain=True) == best
+        found.add_items([{"item_id": "new", "title": "Plain red drum"}])
+        assert found.score([[]]).shape == (1, len(loaded.raw_ids) + 1)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
 
 
 def test_recommendations_are_the_best_of_all_scores(loaded, monkeypatch):
