@@ -145,6 +145,10 @@ def check_given(stage: Stage, config: StageSettings, inputs: tuple[Any, ...]) ->
     """Refuse settings and inputs of another stage, by what they are."""
     if not isinstance(config, stage.config):
         raise ConfigError(f"{stage.name} takes a {stage.config.__name__}, got {type(config).__name__}")
+    if not isinstance(inputs, tuple | list):
+        raise ConfigError(
+            f"{stage.name} reads a tuple of artefacts, got {type(inputs).__name__}; one alone is (artefact,)"
+        )
     wanted = [COMMANDS[name].artifact_class() for name in (*stage.inputs, *stage.optional)]
     given = [type(one) for one in inputs]
     # Whether its settings ask for the optional ones the stage says better.

@@ -113,6 +113,10 @@ def test_a_run_is_made_in_python_by_names_and_paths_as_text(finished, tmp_path):
     assert again.catalog == data.catalog
     collab = llmrec.run_stage("train_collab", recipe.train_collab, (data,), str(tmp_path / "collab"))
     assert collab.vectors.shape[0] == data.num_items + 1
+    with pytest.raises(
+        ConfigError, match=r"reads a tuple of artefacts, got Interactions; one alone is \(art"
+    ):
+        llmrec.run_stage("train_collab", recipe.train_collab, data, str(tmp_path / "other"))
     text = len(repr(llmrec.Run(finished).adapter))
     assert text < 2000
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -250,8 +251,8 @@ def item_table(items: Sequence[Mapping[str, Any]], columns: list[str]) -> pa.Tab
     """New items as a table: raw_id, and the known text columns that they have.
 
     Raises:
-        DataError: an item is not a mapping, has no id, a column that the catalogue does not have, or one that
-            holds no text.
+        DataError: an item is not a mapping, has no id, a picture that is no path, a column that the catalogue
+            does not have, or one that holds no text.
     """
     names = [name for name in columns if name not in ("raw_id", "train_count")]
     allowed = {"item_id", "image", *names}
@@ -264,6 +265,10 @@ def item_table(items: Sequence[Mapping[str, Any]], columns: list[str]) -> pa.Tab
                 f"new items: {', '.join(extra)} is no column of the catalogue ({', '.join(sorted(allowed))})"
             )
         check_id(item["item_id"])
+        if not isinstance(item.get("image"), str | os.PathLike | None):
+            raise DataError(
+                f"new items: image of {item['item_id']!r} must be a file's path, got {item['image']!r:.80}"
+            )
         for name in names:
             if not isinstance(item.get(name), str | None):
                 raise DataError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -238,6 +238,11 @@ class Recommender:
         """
         from llmrec.inference.new_items import check_ids, content_of, extended, item_table
 
+        if not isinstance(items, Sequence):
+            raise DataError(
+                f"new items must be a list of mappings with item_id, got a {type(items).__name__}; of a "
+                "DataFrame, give frame.to_dict('records')"
+            )
         if not items:
             return
         table = item_table(items, self.package.items.column_names)
@@ -291,10 +296,10 @@ class Recommender:
         self, history: Sequence[str], unknown: str, where: str, place: int | None = None
     ) -> np.ndarray:
         """Item ids int64 of raw ids."""
-        if isinstance(history, np.ndarray) and history.ndim == 1:
-            history = history.tolist()
-        if isinstance(history, str) or not isinstance(history, Sequence):
+        unordered = place is not None and isinstance(history, Set)
+        if isinstance(history, str | bytes | Mapping) or unordered or not isinstance(history, Iterable):
             raise DataError(f"{where} must be a list of item ids, got {history!r:.80}")
+        history = list(history)  # of a frame's column or an array, too
         numbers = [self.number.get(name) if isinstance(name, str) else None for name in history]
         if unknown == "error" and None in numbers:
             name = history[numbers.index(None)]

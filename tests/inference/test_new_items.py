@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -122,6 +123,7 @@ def test_what_training_would_have_given_is_the_mean_of_neighbours(fresh):
         ([{"title": "x"}], "each must be a mapping with item_id"),
         ([{"item_id": "a", "colour": "red"}], "colour is no column of the catalogue"),
         ([{"item_id": "a", "image": "no/such/file.png"}], "no/such/file.png"),
+        ([{"item_id": "a", "image": b"GIF89a"}], "image of 'a' must be a file's path, got b'GIF89a'"),
     ],
 )
 def test_impossible_items_are_refused_and_change_nothing(items, message, fresh):
@@ -130,6 +132,8 @@ def test_impossible_items_are_refused_and_change_nothing(items, message, fresh):
     before = len(fresh.raw_ids), fresh.package.catalog
     with pytest.raises(DataError, match=message):
         fresh.add_items(items)
+    with pytest.raises(DataError, match=r"got a DataFrame; .*, give frame\.to_dict\('records'\)"):
+        fresh.add_items(pd.DataFrame(items))
     assert before == (len(fresh.raw_ids), fresh.package.catalog)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -195,6 +196,8 @@ def test_an_unknown_item_is_told_to_another_process_as_it_is(loaded):
             r"histories\[0\]: 'nothing' is not in the catalogue of 96 items; .*'P",
         ),
         ({"histories": ["P01"]}, r"histories\[0\] must be a list of item ids"),
+        ({"histories": [{"P01": 1}]}, r"histories\[0\] must be a list of item ids"),
+        ({"histories": [{"P01", "P02"}]}, r"histories\[0\] must be a list of item ids"),
         ({"histories": [[], [7]]}, r"histories\[1\]: 7 is not .*; unknown='skip' leaves such"),
         ({"histories": [[]], "k": 0}, "k must be a whole number of at least 1, got 0"),
         ({"histories": [[]], "k": True}, "k must be a whole number"),
@@ -207,6 +210,14 @@ def test_an_unknown_item_is_told_to_another_process_as_it_is(loaded):
 def test_what_cannot_be_answered_is_refused_with_a_reason(arguments, message, loaded):
     with pytest.raises(DataError, match=message):
         loaded.recommend(**arguments)
+
+
+@pytest.mark.parametrize("made", [tuple, np.array, pd.Series, pd.Index, iter], ids=lambda kind: kind.__name__)
+def test_histories_and_candidates_may_come_in_anything_that_has_an_order(made, loaded):
+    ids = loaded.raw_ids
+    expected = loaded.recommend([ids[:3]], k=2, candidates=ids[5:9])
+    assert loaded.recommend([made(ids[:3])], k=2, candidates=made(ids[5:9])) == expected
+    assert loaded.recommend(pd.Series([ids[:3]]), k=2, candidates=set(ids[5:9])) == expected
 
 
 def test_unknown_ids_are_skipped_when_asked(loaded):
