@@ -363,3 +363,24 @@ def test_streams_that_are_closed_are_no_matter_and_no_file_takes_their_place(clo
     done = subprocess.run(["sh", "-c", command, sys.executable, script, out], capture_output=True, timeout=60)
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
     assert out.read_text() == "ours"
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [({}, console.SPINS), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    ids=["nothing", "spins", "policy"],
+)
+def test_threads_of_commands_wait_briefly_unless_told_otherwise(asked, expected, monkeypatch):
+    """Which OpenMP reads when torch is imported, so no command may have done that before."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    code = (
+        "import os, sys, llmrec.cli, llmrec.recipe, llmrec.collab.compare_cli, llmrec.finetune.compare\n"
+        "from llmrec.console import guarded\n"
+        "assert 'torch' not in sys.modules\n"
+        "guarded(lambda: print(os.environ.get('GOMP_SPINCOUNT')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(expected)
