@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,9 @@ def running(folder: Path, made_from: dict[str, Any]) -> Iterator[Running]:
 def spent_beside(work: Path) -> Spent:
     """What runs noted beside work that they left; nothing where none did."""
     try:
-        noted = read_json(work / FILE)
+        return Spent(**read_json(work / FILE))
     except MissingArtifactError:
         return Spent()
-    return Spent(**{field.name: noted[field.name] for field in fields(Spent)})
 
 
 def current() -> Running | None:
