@@ -10,7 +10,6 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,22 +93,6 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = Non
         finish(device)
         best = min(best, time.perf_counter() - begun)
     return 2 * size**3 / best
-
-
-@contextlib.contextmanager
-def tf32(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Inside, a GPU multiplies float32 matrices in TF32 (10 bits of mantissa), if wanted."""
-    import torch
-
-    if not wanted or device.type != "cuda":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def finish(device: torch.device) -> None:

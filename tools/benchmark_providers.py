@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 import numpy as np
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from llmrec.data.batches import Batch
 
 LENGTHS = (50, 200, 1000)
+PRECISIONS = get_args(get_type_hints(TrainCollabConfig)["precision"])
 LENGTHS_PROVIDERS = ("sasrec", "gru4rec", "mamba4rec", "mamba", "fuxi")
 LAYOUT_PROVIDERS = ("sasrec", "gru4rec", "mamba4rec")
 """Models that `padded_step` trains as it should: the others read times, see the items that follow, draw
@@ -118,6 +119,7 @@ def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
     from llmrec.collab.rows import TrainingRows
     from llmrec.collab.train import Sums, train_step
 
+    config = TrainCollabConfig(provider=options.provider)
     model = make(options.provider, data.num_items)
     per_prefix = make(options.provider, data.num_items)
     ours, theirs = optimiser(model), optimiser(per_prefix)
@@ -142,7 +144,7 @@ def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
         keep = turn > 0  # the first round warms up
         measure(
             "ours",
-            (lambda step=step: train_step(model, ours, 5.0, rows.batches(step), Sums()) for step in steps),
+            (lambda step=step: train_step(model, ours, config, rows.batches(step), Sums()) for step in steps),
             keep=keep,
         )
         measure(
@@ -163,12 +165,22 @@ def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
     print(f"{options.rounds} rounds; {options.provider}, {len(targets):,} targets")
 
 
-def rows_timed(comparison: str | None, names: list[str] | None) -> dict[str, TrainCollabConfig]:
-    """What `epochs` times: the rows of a comparison, or every model with its default settings; or some."""
+def rows_timed(
+    comparison: str | None, names: list[str] | None, precisions: list[str] | None = None
+) -> dict[str, TrainCollabConfig]:
+    """What `epochs` times: the rows of a comparison, or every model with its default settings; or some. Each
+    as it is, or in every one of the precisions."""
     known = every_provider() if comparison is None else comparison_rows(comparison)
     if unknown := [name for name in names or () if name not in known]:
         raise ConfigError(f"--providers must be among {', '.join(known)}, got {', '.join(unknown)}")
-    return {name: known[name] for name in names or known}
+    chosen = {name: known[name] for name in names or known}
+    if precisions is None:
+        return chosen
+    return {
+        f"{name} {precision}": replace(config, precision=precision)
+        for name, config in chosen.items()
+        for precision in precisions
+    }
 
 
 def comparison_rows(path: str) -> dict[str, TrainCollabConfig]:
@@ -201,17 +213,18 @@ def comparison_rows(path: str) -> dict[str, TrainCollabConfig]:
 
 def time_epochs(options: argparse.Namespace, rows: dict[str, TrainCollabConfig], data: Interactions) -> None:
     """Seconds per epoch and per 1,000 targets of every row, from some of its steps."""
+    wide = max(20, *(len(name) + 2 for name in rows))
     print(
-        f"{'row':20}{'layout':>11}{'parameters':>12}{'steps':>8}{'timed':>7}{'s / epoch':>11}"
+        f"{'row':{wide}}{'layout':>11}{'parameters':>12}{'steps':>8}{'timed':>7}{'s / epoch':>11}"
         f"{'ms / 1,000 targets':>20}"
     )
     for name, config in rows.items():
-        print(epoch_line(name, config, data, options.warm_up, options.steps))
+        print(f"{name:{wide}}{epoch_figures(config, data, options.warm_up, options.steps)}")
     print("steps: of an epoch; timed: those that its seconds come from; validation is not in it")
 
 
-def epoch_line(name: str, config: TrainCollabConfig, data: Interactions, warm_up: int, number: int) -> str:
-    """One row, from `number` steps after those that warm up, or from all where there are no others."""
+def epoch_figures(config: TrainCollabConfig, data: Interactions, warm_up: int, number: int) -> str:
+    """Those of a row, from `number` steps after those that warm up, or from all where there are no others."""
     from llmrec.collab.train import Sums, train_step, training_rows
 
     model = make(config.provider, data.num_items, **asdict(getattr(config, config.provider)))
@@ -223,7 +236,7 @@ def epoch_line(name: str, config: TrainCollabConfig, data: Interactions, warm_up
         wait()
         started, number = time.perf_counter(), 0
         for step in chosen:
-            number += train_step(model, optimizer, 5.0, rows.batches(step), Sums())
+            number += train_step(model, optimizer, config, rows.batches(step), Sums())
         wait()
         return (time.perf_counter() - started) / number
 
@@ -233,7 +246,7 @@ def epoch_line(name: str, config: TrainCollabConfig, data: Interactions, warm_up
     each = run(timed)
     size = sum(weight.numel() for weight in model.parameters())
     return (
-        f"{name:20}{rows.layout:>11}{size:12,}{len(steps):8,}{len(timed):7,}"
+        f"{rows.layout:>11}{size:12,}{len(steps):8,}{len(timed):7,}"
         f"{each * rows.num_targets:11.2f}{each * 1e6:20.2f}"
     )
 
@@ -312,6 +325,10 @@ def parser() -> argparse.ArgumentParser:
         help="time the rows of a comparison, recipes/providers_ml1m.py for example, as they are set there "
         "(every model with its default settings)",
     )  # fmt: skip
+    epochs.add_argument(
+        "--precision", nargs="+", metavar="NAME", choices=PRECISIONS,
+        help="time each in these, of float32, tf32 and bfloat16 (as it is set)",
+    )  # fmt: skip
     arguments.add_count(epochs, "--steps", 16, "steps that are timed; fewer where an epoch has no more")
     arguments.add_count(epochs, "--warm-up", 1, "steps before them, 0 for none", arguments.whole)
     lengths.add_argument(
@@ -331,7 +348,7 @@ def measure(options: argparse.Namespace) -> None:
     elif options.verb == "layout":
         compare_layouts(options, finished.load(Interactions, Path(options.prepare_data)))
     else:
-        rows = rows_timed(options.comparison, options.providers)
+        rows = rows_timed(options.comparison, options.providers, options.precision)
         time_epochs(options, rows, finished.load(Interactions, Path(options.prepare_data)))
     import torch
 

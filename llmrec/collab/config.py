@@ -120,6 +120,10 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
     clip_norm: float = 5.0
     """Largest norm of the gradient; it is scaled down to this."""
 
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Matrix products of the model while it learns; tf32 changes nothing on a CPU, and bfloat16 leaves the
+    products with all item vectors in float32. Rankings, those of validation too, are computed in float32."""
+
     include_valid: bool = False
     """Learn from the validation items too, once settings and epochs are known; see recipes' --refit."""
 

@@ -31,6 +31,7 @@ from llmrec.errors import ConfigError, TrainingError
 from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k
 from llmrec.evaluation.rank import Scorer, popularity, rank_users
 from llmrec.interactions import Interactions, Sequences, Split, Targets
+from llmrec.precision import matrix_precision, tf32
 from llmrec.progress import progress
 
 logger = logging.getLogger("llmrec")
@@ -308,7 +309,7 @@ def train_epoch(
     label = f"train_collab epoch {epoch} of at most {config.epochs}"
     for number, chosen in enumerate(progress(steps, label, unit="step")):
         batches = rows.batches(chosen, step=before + number, epoch=epoch)
-        num_targets += train_step(model, optimizer, config.clip_norm, batches, sums)
+        num_targets += train_step(model, optimizer, config, batches, sums)
     if not num_targets:
         raise TrainingError(
             f"train_collab: {config.provider} found nothing to predict in all of epoch {epoch}: its loss() "
@@ -354,26 +355,28 @@ class Sums:
 def train_step(
     model: Any,
     optimizer: torch.optim.Optimizer,
-    clip_norm: float,
+    config: TrainCollabConfig,
     batches: Iterable[Batch],
     sums: Sums,
 ) -> int:
     """One update from the mean loss over all targets of the batches, added to sums; their number. Without
     any target nothing is updated."""
     optimizer.zero_grad(set_to_none=True)
-    num_targets = 0
+    num_targets, device = 0, distributed.device()
     for batch in batches:
-        loss = model.loss(batch)
+        with matrix_precision(config.precision, device):
+            loss = model.loss(batch)
         if not loss.num_targets:  # of a model of the user's own, which may draw what it predicts
             continue
-        loss.total.backward()
+        with tf32(device, config.precision == "tf32"):
+            loss.total.backward()
         sums.add(loss)
         num_targets += loss.num_targets
     if not num_targets:
         return 0
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     torch._foreach_div_(gradients, num_targets)
-    sums.norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip_norm).detach())
+    sums.norms.append(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm).detach())
     optimizer.step()
     return num_targets
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import DynamicCache
 
-from llmrec import machine
 from llmrec.config import given
 from llmrec.data.batches import sent
 from llmrec.finetune import flex as flex_attention
@@ -23,6 +22,7 @@ from llmrec.finetune.graphs import DecoderGraphs
 from llmrec.finetune.item_inputs import ItemTokens
 from llmrec.finetune.packing import PackedRows, lay_out, lay_out_stream, several_slots
 from llmrec.item_softmax import item_binary_cross_entropy, item_cross_entropy
+from llmrec.precision import tf32
 
 Instruction = tuple[list[tuple[Tensor, Tensor]], Tensor]
 
@@ -132,7 +132,7 @@ class MMESID(nn.Module):
         else:
             kind = item_cross_entropy if self.loss_kind == "ce" else item_binary_cross_entropy
             # The item matrix stays in float32, so its products are TF32's where bfloat16 is good enough.
-            with machine.tf32(device, self.precision == "bf16"):
+            with tf32(device, self.precision == "bf16"):
                 queries, keys = self.item_scores.factors(readout)
                 loss = kind(queries, keys, target, skip_row_0=self.mask_pad)
         loss = weight * loss

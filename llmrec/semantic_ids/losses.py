@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from llmrec.semantic_ids.precision import full_precision
+from llmrec.precision import full_precision
 
 
 def mmd(x: Tensor, y: Tensor, *, estimator: Literal["tllib", "unbiased"] = "tllib") -> Tensor:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmrec.config import given
+from llmrec.precision import full_precision
 from llmrec.semantic_ids.losses import info_nce, mmd
-from llmrec.semantic_ids.precision import full_precision
 from llmrec.semantic_ids.quantizer import Quantized, ResidualQuantizer
 
 

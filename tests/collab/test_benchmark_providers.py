@@ -124,3 +124,11 @@ def test_rows_of_a_comparison_are_timed_as_it_sets_them(run, folder, tmp_path):
     ):
         code, text, said = run(*given, *wrong)
         assert code == 2 and not text and re.search(f"error: .*{words}", said), said
+
+
+def test_epochs_are_timed_in_each_precision(run, folder):
+    code, text, _ = run(
+        *("epochs", "--prepare-data", str(folder), "--steps", "1", "--providers", "sasrec"),
+        *("--precision", "float32", "bfloat16"),
+    )
+    assert code == 0 and len(re.findall(r"^sasrec (float32|bfloat16) +positions ", text, re.M)) == 2

@@ -162,7 +162,7 @@ def test_a_step_depends_neither_on_how_rows_are_grouped_nor_on_their_layout(
         batches = list(rows.batches(np.arange(rows.num_rows)))
         assert (len(batches) == 1) == (case[1] > 0)
         sums = train.Sums()
-        assert train.train_step(model, optimizer, 1e9, batches, sums) == rows.num_targets
+        assert train.train_step(model, optimizer, tiny(clip_norm=1e9), batches, sums) == rows.num_targets
         weights.append(nn.utils.parameters_to_vector(model.parameters()).detach())
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
@@ -409,3 +409,26 @@ def test_weights_of_another_size_are_refused_by_name():
     wrong = replace(collab, model={**collab.model, "inner_dim": 4})
     with pytest.raises(ArtifactMismatchError, match="inner"):
         load_provider(wrong)
+
+
+def test_half_precision_learns_as_much_and_ranks_in_full(monkeypatch):
+    data = two_communities()
+    seen = []
+    real = train.validate
+
+    def watched(*arguments, **settings):
+        seen.append(torch.is_autocast_enabled(distributed.device().type))
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(train, "validate", watched)
+    found = {
+        precision: train_collab(tiny(epochs=12, learning_rate=0.03, precision=precision), data)
+        for precision in ("float32", "tf32", "bfloat16")
+    }
+    assert not any(seen)
+    half, full = (found[name].metrics["valid_ndcg@10"] for name in ("bfloat16", "float32"))
+    assert half == pytest.approx(full, abs=0.05)
+    assert found["bfloat16"].vectors.dtype == np.float32
+    assert not np.array_equal(found["bfloat16"].vectors, found["float32"].vectors)
+    if distributed.device().type == "cpu":
+        assert np.array_equal(found["tf32"].vectors, found["float32"].vectors)

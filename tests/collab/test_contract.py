@@ -18,7 +18,7 @@ from llmrec.artifacts import CollabEmbeddings
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.collab.losses import Pooled
 from llmrec.collab.provider import PROVIDERS, load_provider, provider_scorer
-from llmrec.collab.train import train_collab
+from llmrec.collab.train import Sums, train_collab, train_step
 from llmrec.data.batches import Batch
 from llmrec.evaluation.rank import rank_users
 from llmrec.interactions import Interactions
@@ -265,3 +265,24 @@ def test_histories_longer_than_the_model_are_cut(name, windows, num_targets):
     collab = train_collab(settings, data)
     assert collab.metrics["num_targets"] == num_targets
     assert np.isfinite(ranks(collab, data)).all()
+
+
+def test_half_precision_changes_little_of_a_gradient(name):
+    """Products in bfloat16, 8 bits of mantissa, whose gradients point where float32's do."""
+    case = CASES[name]
+    gradients = []
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        config = case.config(precision=precision, clip_norm=1e9)
+        settings = {"num_items": 20, **config.of_model}
+        model = PROVIDERS[case.provider](**settings).to(distributed.device()).train()
+        layout = model.layout
+        batch = batch_of([[1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 0, 0, 0]], layout)
+        torch.manual_seed(1)
+        sums = Sums()
+        train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), config, [batch], sums)
+        found = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        assert all(gradient.dtype == torch.float32 for gradient in found)
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    assert not torch.equal(*gradients)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.95

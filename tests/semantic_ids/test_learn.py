@@ -178,6 +178,17 @@ def test_every_option_runs(changes):
     assert len(ids.log) == 3 and json.dumps(ids.quality, allow_nan=False)
 
 
+def test_half_precision_learns_within_an_epoch():
+    """Encoders that stood still until its end would leave the loss of later batches as it was."""
+    data, made = clustered()
+    config = dataclasses.replace(SMALL, epochs=2, log_every_epochs=1, batch_size=8, min_utilisation=0.0)
+    full, half = (
+        learn_semantic_ids(dataclasses.replace(config, precision=one), data, *artefacts(data, made))
+        for one in ("float32", "bfloat16")
+    )
+    assert half.log[-1]["loss"] == pytest.approx(full.log[-1]["loss"], rel=0.05)
+
+
 def test_restarts_keep_codes_alive():
     data, made = clustered()
     config = dataclasses.replace(SMALL, init="random", epochs=20, min_utilisation=0.0)

@@ -1,5 +1,5 @@
-"""Number formats of matrix products: lower ones for encoders and decoders, never for distances and
-losses (but for the gradients of InfoNCE's products)."""
+"""Number formats of matrix products: lower ones where a stage's settings say so, never where results would
+depend on more than rounding."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ import torch
 def matrix_precision(
     precision: Literal["float32", "tf32", "bfloat16"], device: torch.device
 ) -> Iterator[None]:
-    """Number format of matrix products inside: float32, tf32 (CUDA alone), or bfloat16 by autocast."""
-    products = "high" if precision == "tf32" else torch.get_float32_matmul_precision()
-    half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-    with float32_products(products), half:
+    """Number format of matrix products inside: float32, tf32 (CUDA alone), or bfloat16 by autocast.
+
+    Weights may change inside: they are converted whenever they are used. (What autocast would keep of them
+    until its end would stay as it was before the first step.)
+    """
+    half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
+    with tf32(device, precision == "tf32"), half:
         yield
 
 
@@ -25,6 +28,14 @@ def matrix_precision(
 def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in no less than float32 inside, whatever stands around."""
     with float32_products("highest"), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextlib.contextmanager
+def tf32(device: torch.device, wanted: bool) -> Iterator[None]:
+    """Inside, a GPU multiplies float32 matrices in TF32 (10 bits of mantissa), if wanted."""
+    before = torch.get_float32_matmul_precision()
+    with float32_products("high" if wanted and device.type == "cuda" else before):
         yield
 
 
