@@ -145,6 +145,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     found = [
         comparison.protocol(results),
         "Items of the history are left out, unless 'seen kept'.",
+        *fewer_seeds(results["rows"]),
         *how_epochs_were_chosen(results["rows"]),
         *(
             f"{name}, seed {', '.join(map(str, seeds))}: no better than popularity on validation items; "
@@ -154,6 +155,16 @@ def notes(results: dict[str, Any]) -> list[str]:
         ),
     ]
     return [*found, *results["data_warnings"], comparison.provenance(results)]
+
+
+def fewer_seeds(rows: dict[str, Any]) -> list[str]:
+    """A sentence on rows that lack cells, if any has but some."""
+    names = [name for name, row in rows.items() if 0 < row["num_seeds"] < row["num_wanted"]]
+    if not names:
+        return []
+    return [
+        f"Of {', '.join(names)} some seeds are missing; their differences are of the mean over the others."
+    ]
 
 
 def how_epochs_were_chosen(rows: dict[str, Any]) -> list[str]:

@@ -305,6 +305,10 @@ def notes(results: dict[str, Any]) -> list[str]:
         ]:
             history = "ranked, too" if results["mask_seen"] else "left out"
             found.append(f"At validation they are {history}: {', '.join(other)}.")
+    if short := [f"`{entry['row']}`" for entry in results["rows"] if 0 < entry["seeds"] < entry["of"]]:
+        found.append(
+            f"Of {', '.join(short)} some seeds are missing; differences are of the seeds that both rows have."
+        )
     found.append(
         "trained: parameters; tokens: of all training; train seconds: of optimiser steps alone; rank: "
         "numerical rank of the item tokens before their activation; tau: Kendall's, of the collaborative "

@@ -199,6 +199,9 @@ def test_the_table_and_the_page_show_what_is_there_and_what_is_missing(finished)
     told = markdown(results | {"data_warnings": ["The data are odd."]})
     assert told.splitlines()[-2:] == ["The data are odd.", text.splitlines()[-1]]
     assert "missing" in shown and "http" not in shown.replace("http://www.w3", "")
+    some = results["rows"] | {"gru4rec": results["rows"]["gru4rec"] | {"num_seeds": 1}}
+    assert "Of gru4rec some seeds are missing" in markdown(results | {"rows": some})
+    assert "some seeds are missing" not in text
     assert label("sasrec-bce", {"loss": "bce"}) == "sasrec-bce"
 
 

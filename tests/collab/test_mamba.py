@@ -101,6 +101,37 @@ def test_the_release_is_the_same_to_its_gradients_if_what_nothing_depends_on_is_
         check_same_to_gradients(model, found, all_slots, weight, rtol=1e-10)
 
 
+def test_the_whole_released_form_follows_its_formulas():
+    """Written down once more, from the padded slots to the scores."""
+    torch.manual_seed(0)
+    slots, kept = 12, 2
+    model = SigmaMamba(**SMALL, kept_items=kept, variant="released").double().eval()
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    layer, block = model.layers[0], model.layers[0].mixer
+    gates, length = block.gates, [1, 5, 12]
+    history = torch.randint(1, 20, (3, slots))
+    for row, number in enumerate(length):
+        history[row, number:] = 0
+    x = model.norm(model.item(history))
+    turned = torch.cat([x[:, : slots - kept].flip(1), x[:, slots - kept :]], dim=1)
+    u, v = x + gates["forward_dense"](x), turned + gates["flipped_dense"](turned)
+    gate = gates["silu"](u * u.sigmoid()) + gates["sigmoid"](u.sigmoid())
+    turned_gate = gates["silu"](v * v.sigmoid()) + gates["sigmoid"](gate.sigmoid())
+    around = torch.cat([x[:, :1] * 0, x, x[:, :1] * 0], dim=1)
+    local = block.conv.bias + sum(around[:, k : k + slots] @ block.conv.weight[:, :, k].T for k in range(3))
+    forward, flipped, gru = block.mixing
+    mixed = block.mixing_out(
+        forward * block.mamba(x) * (1 + gate)
+        + flipped * block.mamba(turned) * (1 + turned_gate)
+        + gru * block.gru(local)[0]
+    )
+    hidden = layer.norm(mixed)
+    found = layer.inner_norm(hidden + layer.inner_out(F.gelu(layer.inner(hidden))))
+    last = found[torch.arange(3), torch.tensor(length) - 1]
+    torch.testing.assert_close(model.score(history), last @ model.item.weight.T, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(("variant", "first"), [("released", 0), ("corrected", 1)])
 def test_row_0_is_in_the_softmax_of_the_released_variant_alone(variant, first):
     torch.manual_seed(0)

@@ -186,6 +186,9 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
     assert "At validation they are left out: `mme_sid`." in text
     unvalidated = compare_report.summarise({"mme_sid": [one | {"log": []} for one in cells]}, [0, 1])
     assert "At validation" not in compare_report.markdown(unvalidated), "as after a refit"
+    one_seed = compare_report.summarise({"mme_sid": cells[:1]}, [0, 1])
+    assert "Of `mme_sid` some seeds are missing" in compare_report.markdown(one_seed)
+    assert "some seeds are missing" not in text
     assert "The data are odd.\n" in compare_report.markdown(
         results | {"data_warnings": ["The data are odd."]}
     )
