@@ -242,9 +242,13 @@ class MMESID(nn.Module):
         stream = stream.to(self.instruction.device)
         embed = self.base.get_input_embeddings()
         text = embed(torch.cat([self.response, self.instruction]))
-        items = self.dropout(tokens.reshape(-1, tokens.shape[-1]).to(text.dtype))
+        items = tokens.reshape(-1, tokens.shape[-1]).to(text.dtype)
         table = torch.cat([text, text.new_zeros(1, text.shape[1]), items])
-        embeddings = F.embedding(stream.source, table)[None]
+        embeddings = F.embedding(stream.source, table)
+        if self.training and self.dropout.p:  # of every place by itself, however often its item is there
+            is_item = (stream.source > len(text))[:, None]
+            embeddings = torch.where(is_item, self.dropout(embeddings), embeddings)
+        embeddings = embeddings[None]
         if graphs is not None and graphs.takes(stream):
             hidden = graphs(embeddings, stream, blocks)
         else:

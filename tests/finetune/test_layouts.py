@@ -107,6 +107,29 @@ def test_the_quirk_changes_short_histories_alone():
     assert (found[True][:2] - found[False][:2]).abs().amax(dim=1).min() > 1e-3
 
 
+@pytest.mark.parametrize("rows", ["padded", "stream"])
+def test_dropout_drops_every_place_by_itself_and_no_text(rows):
+    """Not an item's vector once for all the places where it stands."""
+    net = model(NUM_ITEMS, rows=rows, dropout_rate=0.5).train()
+    shown, real = [], net.base.forward
+
+    def watched(*arguments, inputs_embeds, **named):
+        shown.append(inputs_embeds.detach().flatten(0, 1))
+        return real(*arguments, inputs_embeds=inputs_embeds, **named)
+
+    net.base.forward = watched
+    item, targets = random_users([9, 9])
+    item = torch.full_like(item, 3)
+    packed = pack(item, targets, group_rows(targets, "packed"))
+    token = net.item_tokens(torch.tensor([3])).detach().flatten()
+    net.loss([packed])
+    places = [place for place in torch.cat(shown) if ((place == 0) | (place == 2 * token)).all()]
+    dropped = torch.stack([place == 0 for place in places if 0 < (place == 0).sum() < len(token)])
+    assert len(dropped.unique(dim=0)) > 5
+    text = net.base.get_input_embeddings()(net.instruction).detach()
+    assert all((torch.cat(shown) == row).all(1).any() for row in text)
+
+
 def test_padding_of_a_stream_changes_nothing_and_sees_nothing():
     net = model(NUM_ITEMS, rows="stream")
     item, targets = random_users([3, 4])
