@@ -130,6 +130,7 @@ def info_nce(anchor: Tensor, other: Tensor, temperature: float) -> Tensor:
     Returns:
         Mean over the batch, scalar.
     """
+    dtype = torch.promote_types(torch.promote_types(anchor.dtype, other.dtype), torch.float32)
     with full_precision(anchor.device):
-        cosine = F.normalize(anchor, dim=-1) @ F.normalize(other, dim=-1).T
+        cosine = F.normalize(anchor.to(dtype), dim=-1) @ F.normalize(other.to(dtype), dim=-1).T
     return F.cross_entropy(cosine / temperature, torch.arange(len(anchor), device=anchor.device))

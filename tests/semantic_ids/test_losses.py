@@ -135,6 +135,14 @@ def test_info_nce_is_exact_inside_of_autocast():
         assert torch.equal(info_nce(anchor, other, 0.1), expected)
 
 
+def test_info_nce_of_half_precision_vectors_is_computed_in_float32():
+    """As CTRL-MM's are under autocast: cosines of 8 bits, divided by 0.1, would be off by several percent."""
+    anchor, other = (rows.bfloat16() for rows in samples(6, dtype=torch.float32))
+    found = info_nce(anchor, other, 0.1)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, info_nce(anchor.float(), other.float(), 0.1))
+
+
 def test_mmd_needs_two_rows_of_one_shape_on_both_sides():
     x, y = samples(4)
     for first, second in ((x[:1], y[:1]), (x, y[:3]), (x, y[:, :2])):
