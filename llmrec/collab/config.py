@@ -185,6 +185,8 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
         )
         if self.layout == "prefixes":
             self._refuse_prefixes_of_another_loss()
+        if self.windows == "all" and self.provider == "svae":
+            self._refuse_windows_of_another_loss()
         self._refuse_settings_without_effect()
 
     def incidental_fields(self) -> tuple[str, ...]:
@@ -249,6 +251,20 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
                 f"{must} svae.kl_scope='user' (it averages a user's divergences, and a row has one), got "
                 "prefixes; or set svae.kl_scope=target",
             )
+
+    def _refuse_windows_of_another_loss(self) -> None:
+        """Refuse windows=all for what SVAE says of a whole user, or of items beyond a window's end."""
+        must = "train_collab.windows must be auto or last with"
+        require(
+            self.svae.num_next == 1,
+            f"{must} svae.num_next={self.svae.num_next} (the next items of a window's last ones stand in "
+            "another window), got all",
+        )
+        require(
+            self.svae.kl_scope == "target",
+            f"{must} svae.kl_scope='user' (it averages a user's divergences, and a window has a part of "
+            "them), got all; or set svae.kl_scope=target",
+        )
 
     def _refuse_settings_without_effect(self) -> None:
         """A setting that cannot change the result is a mistake of whoever set it."""

@@ -108,6 +108,11 @@ REFUSED = [
     ({"provider": "moe", "moe.single_stage": "true"}, "moe_targets must be without ffn"),
     ({"provider": "comirec", "comirec.num_routings": "5"}, "has no effect with routing='attention'"),
     ({"provider": "mind", "mind.num_interests": "0"}, "mind.num_interests must be at least 1"),
+    ({"provider": "svae", "windows": "all"}, "must be auto or last with svae.kl_scope='user'"),
+    (
+        {"provider": "svae", "windows": "all", "svae.num_next": "2", "svae.kl_scope": "target"},
+        "must be auto or last with svae.num_next=2",
+    ),
     ({"select": "last", "patience": "3"}, "train_collab.patience has no effect with select='last'"),
     ({"select": "last", "eval_every_epochs": "3"}, "eval_every_epochs has no effect with select='last'"),
 ]
