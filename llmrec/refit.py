@@ -74,4 +74,6 @@ def refit_stage(stage: str, config: Refitted, folder: Path) -> Refitted:
         raise ConfigError(f"--refit: {folder} chose no epoch by validation; set {stage}.select=valid")
     epochs, others = REFIT[stage]
     chosen = read_json(checked_file(folder, "metrics.json"))[epochs]
+    if isinstance(config, FinetuneConfig):  # the same learning rates again
+        others = {**others, "schedule_epochs": config.schedule_epochs or config.epochs}
     return replace(config, include_valid=True, select="last", epochs=chosen, **others)

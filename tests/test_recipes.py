@@ -357,6 +357,7 @@ def test_a_refit_takes_the_epochs_that_validation_chose_and_says_what_it_learned
         config = json.loads((tmp_path / "second" / stage / "manifest.json").read_text())["config"]
         assert config["include_valid"] and config["epochs"] == metrics[name]
         assert "valid" not in (tmp_path / "second" / stage / "log.jsonl").read_text()
+    assert config["schedule_epochs"] == chosen_by_validation().finetune.epochs
     page = (tmp_path / "second" / "evaluate" / "report.html").read_text()
     assert "learned from train and validation items" in page
     code, _, error = go("--refit", second, "--run-dir", str(tmp_path / "third"))

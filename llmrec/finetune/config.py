@@ -206,6 +206,10 @@ class FinetuneConfig(StageSettings, path="finetune"):
     warmup_steps: int = 100
     """Optimiser steps of linear warm-up, before a cosine to zero."""
 
+    schedule_epochs: int | None = None
+    """Epochs after which the cosine would reach zero, at least `epochs`; none: `epochs`. --refit sets it to
+    the epochs among which one was chosen."""
+
     clip_norm: float = 1.0
     """Largest norm of the gradient; it is scaled down to this."""
 
@@ -287,6 +291,11 @@ class FinetuneConfig(StageSettings, path="finetune"):
         for name in ("max_history", "max_targets", "patience"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"finetune.{name} must be none or >= 1, got {value}")
+        require(
+            self.schedule_epochs is None or self.schedule_epochs >= self.epochs,
+            f"finetune.schedule_epochs must be none or at least finetune.epochs={self.epochs}, got "
+            f"{self.schedule_epochs}",
+        )
         require(
             self.target_std is None or self.target_std >= 0,
             f"finetune.target_std must be none or at least 0, got {self.target_std}",

@@ -67,7 +67,8 @@ class Trainer:
         self.passes = Passes(config, data, model)
         self.checkpoints = RunCheckpoints(config, self.engine, checkpoints)
         self.targets = training_targets(config, data)
-        self.num_steps = sum(self._steps_in(epoch) for epoch in range(1, config.epochs + 1))
+        steps = [self._steps_in(epoch) for epoch in range(1, (config.schedule_epochs or config.epochs) + 1)]
+        self.num_steps, self.schedule_steps = sum(steps[: config.epochs]), sum(steps)
         advice = f"lower finetune.learning_rate ({config.learning_rate:g}) or use finetune.precision=fp32"
         self.bad_steps = BadSteps(config.bad_steps, data, resume_folder(), advice)
         self.wanted = distributed.Agreement()
@@ -318,8 +319,8 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """Of the step after `step` others: linear warm-up, then a cosine to zero; never 0 at the first."""
-        peak, warmup = self.config.learning_rate, min(self.config.warmup_steps, self.num_steps // 2)
+        peak, warmup = self.config.learning_rate, min(self.config.warmup_steps, self.schedule_steps // 2)
         if step < warmup:
             return peak * (step + 1) / (warmup + 1)
-        done = (step - warmup) / max(1, self.num_steps - warmup)
+        done = (step - warmup) / max(1, self.schedule_steps - warmup)
         return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

@@ -100,6 +100,18 @@ def test_layout_and_micro_batches_change_nothing_but_rounding():
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-4, msg=f"{change}: {name}")
 
 
+def test_a_schedule_may_be_longer_than_the_training():
+    def rates(**settings) -> list[float]:
+        config = dataclasses.replace(TINY, log_every_steps=1, batch_size=32, **settings)
+        return [row["learning_rate"] for row in fit(config)[0].log if "learning_rate" in row]
+
+    whole, part, short = rates(epochs=4), rates(epochs=2, schedule_epochs=4), rates(epochs=2)
+    assert part == whole[: len(part)] and 2 * len(part) == len(whole)
+    assert short[-1] < 0.2 * part[-1]
+    with pytest.raises(ConfigError, match=r"must be none or at least finetune\.epochs=3, got 2"):
+        FinetuneConfig(epochs=3, schedule_epochs=2)
+
+
 def test_every_epoch_trains_every_target_once():
     data = interactions([[1, 2, 3, 4, 5], [2, 3, 4], [5, 4, 3, 2, 1, 6, 7]], 7)
     targets = data.targets("train")
