@@ -258,8 +258,11 @@ def assert_same_weights(first: CollabEmbeddings, second: CollabEmbeddings) -> No
 
 @pytest.mark.parametrize(("windows", "num_targets"), [("last", 6), ("all", 10)])
 def test_histories_longer_than_the_model_are_cut(name, windows, num_targets):
-    provider = CASES[name].provider
-    settings = CASES[name].config(epochs=1, windows=windows)
+    case = CASES[name]
+    provider = case.provider
+    if provider == "svae" and windows == "all":  # what it says of whole users is refused
+        case = replace(case, settings=case.settings | {"num_next": 1, "kl_scope": "target"})
+    settings = case.config(epochs=1, windows=windows)
     settings = replace(settings, **{provider: replace(getattr(settings, provider), max_history=3)})
     data = interactions([[1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 2, 1]], 8)
     collab = train_collab(settings, data)
