@@ -69,7 +69,9 @@ def accelerator() -> Iterator[Finding]:
         if free < 0.5 * total:
             yield Finding("note", what, "another process holds much of it; `nvidia-smi` names it")
         elif found.major < 8:
-            yield Finding("note", what, "it has no bfloat16; leave each stage's precision at fp32 or float32")
+            yield Finding(
+                "note", what, "it has no bfloat16; use finetune.precision=fp32, and float32 elsewhere"
+            )
         else:
             yield Finding("ok", what)
 

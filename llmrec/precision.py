@@ -1,5 +1,5 @@
-"""Number formats of matrix products: lower ones where a stage's settings say so, never where results would
-depend on more than rounding."""
+"""Number formats of matrix products: lower ones where a stage's settings say so, full ones for what asks for
+them whatever stands around (codes and losses of semantic IDs)."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tf32(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Inside, a GPU multiplies float32 matrices in TF32 (10 bits of mantissa), if wanted."""
-    before = torch.get_float32_matmul_precision()
-    with float32_products("high" if wanted and device.type == "cuda" else before):
+    """Inside, a GPU multiplies float32 matrices in TF32 (10 bits of mantissa), if wanted. Else torch is not
+    even asked, which it does not allow to those who set a format for one of its backends alone."""
+    if not wanted or device.type != "cuda":
+        yield
+        return
+    with float32_products("high"):
         yield
 
 

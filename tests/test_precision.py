@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -21,6 +24,21 @@ def test_bfloat16_products_are_of_the_weights_as_they_are():
     assert before.dtype == after.dtype == torch.bfloat16
     torch.testing.assert_close(after.float(), layer(rows), rtol=0.05, atol=0.05)
     assert (after - before).abs().max() > 0.5
+
+
+def test_what_a_caller_set_for_one_backend_is_left_alone():
+    """Afterwards torch raises where it is asked for that of all of them, for good."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch knows no format of one backend")
+    code = (
+        "import torch; from llmrec.precision import matrix_precision\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "for precision in ('float32', 'bfloat16'):\n"
+        "    with matrix_precision(precision, torch.device('cpu')): pass\n"
+        "print(torch.backends.cuda.matmul.fp32_precision)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "tf32"
 
 
 @pytest.mark.parametrize(("kind", "inside"), [("cpu", "highest"), ("cuda", "high")])

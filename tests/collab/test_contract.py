@@ -279,8 +279,7 @@ def test_half_precision_changes_little_of_a_gradient(name):
         config = case.config(precision=precision, clip_norm=1e9)
         settings = {"num_items": 20, **config.of_model}
         model = PROVIDERS[case.provider](**settings).to(distributed.device()).train()
-        layout = model.layout
-        batch = batch_of([[1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 0, 0, 0]], layout)
+        batch = batch_of([[1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 0, 0, 0]], model.layout)
         torch.manual_seed(1)
         sums = Sums()
         train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), config, [batch], sums)
@@ -288,4 +287,4 @@ def test_half_precision_changes_little_of_a_gradient(name):
         assert all(gradient.dtype == torch.float32 for gradient in found)
         gradients.append(torch.cat([gradient.flatten() for gradient in found]))
     assert not torch.equal(*gradients)
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.95
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
