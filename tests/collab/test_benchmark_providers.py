@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,6 +92,16 @@ def test_every_provider_is_timed_and_the_steps_that_were(run, folder):
         ["moe", "positions"],
     ]
     assert lines[0][3:5] == ["steps", "timed"] and {tuple(line[3:5]) for line in lines[1:4]} == {("1", "1")}
+
+
+def test_an_epoch_costs_its_steps_however_few_places_a_model_masks(tool, run, folder, monkeypatch):
+    """BERT4Rec predicts a fraction of an epoch's items: its steps were counted several times over."""
+    clock = itertools.count()
+    monkeypatch.setattr(tool, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    given = ["epochs", "--prepare-data", str(folder), "--steps", "99", "--warm-up", "0"]
+    code, text, _ = run(*given, "--providers", "bert4rec", "sasrec")
+    lines = {line.split()[0]: line.split() for line in text.splitlines()[1:3]}
+    assert code == 0 and [lines[name][5] for name in ("bert4rec", "sasrec")] == ["1.00", "1.00"]
 
 
 def test_lengths_say_how_many_positions_ran(run):
