@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -33,8 +33,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tf32(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Inside, a GPU multiplies float32 matrices in TF32 (10 bits of mantissa), if wanted. Else torch is not
-    even asked, which it does not allow to those who set a format for one of its backends alone."""
+    """Inside, a GPU multiplies float32 matrices in TF32 (10 bits of mantissa), if wanted."""
     if not wanted or device.type != "cuda":
         yield
         return
@@ -44,10 +43,23 @@ def tf32(device: torch.device, wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """What torch may make of float32 products inside: highest, high or medium."""
-    before = torch.get_float32_matmul_precision()
+    """What torch may make of float32 products inside: highest, high or medium.
+
+    Afterwards it is as it was, also where a caller has set a format for one of torch's backends alone; torch
+    then refuses to say one for all.
+    """
+    mkldnn: Any = torch.backends.mkldnn
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        of_all = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        of_all = None
     torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if of_all is not None:
+            torch.set_float32_matmul_precision(of_all)
+        for backend, was in zip(backends, before):
+            backend.fp32_precision = was

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmrec.precision import matrix_precision, tf32
+from llmrec.precision import full_precision, matrix_precision, tf32
 
 
 def test_bfloat16_products_are_of_the_weights_as_they_are():
@@ -26,19 +26,37 @@ def test_bfloat16_products_are_of_the_weights_as_they_are():
     assert (after - before).abs().max() > 0.5
 
 
-def test_what_a_caller_set_for_one_backend_is_left_alone():
-    """Afterwards torch raises where it is asked for that of all of them, for good."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("this torch knows no format of one backend")
-    code = (
-        "import torch; from llmrec.precision import matrix_precision\n"
-        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
-        "for precision in ('float32', 'bfloat16'):\n"
-        "    with matrix_precision(precision, torch.device('cpu')): pass\n"
-        "print(torch.backends.cuda.matmul.fp32_precision)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "tf32"
+def test_what_a_caller_set_for_one_backend_is_theirs_afterwards():
+    """Torch raises where it is asked for the format of all backends while one of them has another."""
+    code = """
+import itertools, torch
+from llmrec.precision import float32_products, full_precision
+ask_all = torch.get_float32_matmul_precision
+backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+formats = {"highest": "ieee", "high": "tf32"}
+for backend, theirs, inside in itertools.product(backends, ("tf32", "ieee", "none"), formats):
+    backend.fp32_precision = theirs
+    with float32_products(inside):
+        assert (backend.fp32_precision, ask_all()) == (formats[inside], inside)
+        with full_precision(torch.device("cpu")):
+            assert (backend.fp32_precision, ask_all()) == ("ieee", "highest")
+        assert (backend.fp32_precision, ask_all()) == (formats[inside], inside)
+    assert backend.fp32_precision == theirs
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_caller_set_for_all_backends_is_theirs_afterwards():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for theirs in ("medium", "high", "highest"):
+            torch.set_float32_matmul_precision(theirs)
+            with full_precision(torch.device("cpu")):
+                assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.get_float32_matmul_precision() == theirs
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(("kind", "inside"), [("cpu", "highest"), ("cuda", "high")])
