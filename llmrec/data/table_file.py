@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import difflib
+import functools
 import gzip
 import itertools
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -33,6 +35,8 @@ from llmrec.data.raw import (
     read_json_lines,
 )
 from llmrec.errors import DataError
+
+logger = logging.getLogger("llmrec")
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t"}
 ATOMIC = (".inter", ".item")
@@ -82,7 +86,7 @@ class TableFile:
             return next(itertools.islice(lines_of(path, "latin-1"), index, None))[0]
         before_data = 0 if self.names is not None else -1
         with open_text(path, "utf-8-sig", newline="") as handle:
-            reader = self.reader(handle)
+            reader = self.reader(handle, quoted=self.quoted)
             try:
                 filled = (number for number, row in enumerate(reader, start=1) if row)
                 return next(
@@ -101,16 +105,29 @@ class TableFile:
         """Whether this is the address of a data set on the Hub, see `llmrec.data.hub`."""
         return str(self.path).startswith(PREFIX)
 
-    @property
+    @functools.cached_property
     def quoted(self) -> bool:
-        """Whether "quotes" hold values together; RecBole writes and reads them as letters."""
-        return self.kind not in ATOMIC
+        """Whether "quotes" hold values together. RecBole writes and reads them as letters, and so do others:
+        their files are known by lines that are all rows, if quotes do not swallow some of them."""
+        if self.kind in ATOMIC:
+            return False
+        if not self._num_quotes:
+            return True
+        as_letters = self._num_rows(quoted=False)
+        return as_letters is None or as_letters == self._num_rows(quoted=True)
 
-    def reader(self, handle: TextIO) -> Iterator[list[str]]:
+    @functools.cached_property
+    def _num_quotes(self) -> int:
+        opened = gzip.open if is_packed(self.path) else open
+        with cast(BinaryIO, opened(self.path, "rb")) as handle:
+            return sum(block.count(b'"') for block in iter(lambda: handle.read(BLOCK_BYTES), b""))
+
+    def reader(self, handle: Iterable[str], *, quoted: bool) -> Iterator[list[str]]:
         """Rows of a text file, slowly."""
-        if self.quoted:
-            return csv.reader(handle, delimiter=self.delimiter())
-        return csv.reader(handle, delimiter=self.delimiter(), quoting=csv.QUOTE_NONE)
+        delimiter = self.delimiter()
+        if quoted:
+            return csv.reader(handle, delimiter=delimiter)
+        return csv.reader(handle, delimiter=delimiter, quoting=csv.QUOTE_NONE)
 
     def delimiter(self) -> str:
         """What separates the columns of a text file."""
@@ -174,7 +191,7 @@ class TableFile:
         path = self.path
         try:
             with open_text(path, "utf-8-sig", newline="") as handle:
-                first = next((row for row in self.reader(handle) if row), [])
+                first = next((row for row in self.reader(handle, quoted=self.kind not in ATOMIC) if row), [])
         except UnicodeDecodeError:
             raise not_utf8(path) from None
         except csv.Error as error:
@@ -194,23 +211,13 @@ class TableFile:
         path, delimiter = self.path, self.delimiter()
         raw_name = self._raw_names(columns)
         wanted = [raw_name[name] for name in columns]
+        if self.kind not in ATOMIC:
+            if not self.quoted:
+                logger.warning('%s: "quotes" are read as letters: only so is every line a row', path)
+            elif self._num_quotes % 2:
+                self._check_that_quotes_end()
         try:
-            table = pacsv.read_csv(
-                pa.input_stream(str(path), compression="gzip" if is_packed(path) else None),
-                read_options=pacsv.ReadOptions(
-                    column_names=None if self.names is None else list(self.names), block_size=BLOCK_BYTES
-                ),
-                parse_options=pacsv.ParseOptions(
-                    delimiter=delimiter,
-                    quote_char='"' if self.quoted else False,
-                    newlines_in_values=self.quoted,
-                ),
-                convert_options=pacsv.ConvertOptions(
-                    column_types=dict.fromkeys(wanted, pa.string()),
-                    include_columns=wanted,
-                    strings_can_be_null=False,
-                ),
-            )
+            table = self._parsed(wanted, quoted=self.quoted)
         except pa.ArrowInvalid as error:
             if "straddling" in str(error):
                 raise DataError(
@@ -219,6 +226,55 @@ class TableFile:
                 ) from None
             raise self._why_unreadable(delimiter, str(error)) from None
         return table.rename_columns(columns)
+
+    def _parsed(self, raw_names: list[str], *, quoted: bool) -> pa.Table:
+        return pacsv.read_csv(
+            pa.input_stream(str(self.path), compression="gzip" if is_packed(self.path) else None),
+            read_options=pacsv.ReadOptions(
+                column_names=None if self.names is None else list(self.names), block_size=BLOCK_BYTES
+            ),
+            parse_options=pacsv.ParseOptions(
+                delimiter=self.delimiter(), quote_char='"' if quoted else False, newlines_in_values=quoted
+            ),
+            convert_options=pacsv.ConvertOptions(
+                column_types=dict.fromkeys(raw_names, pa.string()),
+                include_columns=raw_names,
+                strings_can_be_null=False,
+            ),
+        )
+
+    def _num_rows(self, *, quoted: bool) -> int | None:
+        """Rows of a text file if it is read so; None if it cannot be."""
+        name = next(iter(self._raw_names([]).values()))
+        try:
+            return self._parsed([name], quoted=quoted).num_rows
+        except pa.ArrowInvalid:
+            return None
+
+    def _check_that_quotes_end(self) -> None:
+        """Where one does not, pyarrow takes all the rest of the file for one value.
+
+        Raises:
+            DataError: the row where it begins.
+        """
+        usual = csv.field_size_limit(BLOCK_BYTES * 2)
+        number, ends = 0, False
+        try:
+            with open_text(self.path, "utf-8-sig", newline="") as handle:
+                rows = self.reader(itertools.chain(handle, ["\n", "end"]), quoted=True)
+                for row in rows:
+                    number, ends = number + 1, row == ["end"]
+        except UnicodeDecodeError:
+            raise not_utf8(self.path) from None
+        except csv.Error:
+            number += 1
+        finally:
+            csv.field_size_limit(usual)
+        if not ends:
+            raise DataError(
+                f'{self.path}, row {number}: a "quote" begins and never ends; write quotes that are letters '
+                'twice ("") in values between quotes'
+            )
 
     def _check(self, names: list[str], wanted: list[str]) -> None:
         path = self.path
@@ -244,7 +300,7 @@ class TableFile:
         path, where = self.path, "in the header" if self.names is None else "in the first row"
         try:
             with open_text(path, "utf-8-sig", newline="") as handle:
-                reader = self.reader(handle)
+                reader = self.reader(handle, quoted=self.quoted)
                 width, number = None, 0
                 for number, row in enumerate(reader, start=1):
                     if row and width is not None and len(row) != width:

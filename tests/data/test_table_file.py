@@ -75,6 +75,46 @@ def test_quotes_are_letters_in_atomic_files(tmp_path):
     assert [TableFile(path).row(index) for index in range(3)] == [2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("name", "mark"), [("x.tsv", "\t"), ("x.csv", ","), ("x.csv", ";"), ("x.txt", "|"), ("x.data.gz", "\t")]
+)
+def test_quotes_that_would_swallow_lines_are_letters(name, mark, tmp_path, caplog):
+    """Two titles with a lone quote in front: what stood between them was one title, and its items gone."""
+    path = tmp_path / name
+
+    def write(text: str) -> None:
+        content = text.replace("\t", mark).encode()
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+
+    write('id\tname\tkind\n1\t"Alien\ta\n\n2\t"Great" Cats\tb\n3\t"end\tc\n4\tx\td\n')
+    assert TableFile(path).read(["id", "name"]).to_pydict() == {
+        "id": ["1", "2", "3", "4"], "name": ['"Alien', '"Great" Cats', '"end', "x"],
+    }  # fmt: skip
+    assert "read as letters" in caplog.text
+    assert [TableFile(path).row(index) for index in range(4)] == [2, 4, 5, 6]
+    write('id\tname\n1\t"never closed\n2\tx\n')
+    assert TableFile(path).read(["name"]).to_pydict() == {"name": ['"never closed', "x"]}
+
+
+@pytest.mark.parametrize("rest", ["", "\n" + "4,d\n" * 50_000])
+def test_a_quote_that_never_ends_does_not_swallow_the_rest(rest, tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('id,name\n1,"a, ""b"""\n2,"two\nlines"\n3,"c\n4,d' + rest)
+    with pytest.raises(DataError, match=r'x\.csv, row 4: a "quote" begins and never ends'):
+        TableFile(path).read(["id"])
+    path.write_text('id,name\n1,"a, ""b"""\n2,"two\nlines"\n3,12" wide\n4,"d"')
+    assert TableFile(path).read(["name"])["name"].to_pylist() == ['a, "b"', "two\nlines", '12" wide', "d"]
+
+
+def test_quotes_hold_values_together_where_lines_are_not_rows_without_them(tmp_path, caplog):
+    path = tmp_path / "x.tsv"
+    path.write_text('id\tname\n1\t"two\nlines"\n2\t"a ""b"" c"\n3\t"tab\there"\n')
+    assert TableFile(path).read(["name"]).to_pydict() == {"name": ["two\nlines", 'a "b" c', "tab\there"]}
+    path.write_text('id\tname\n1\t"a ""b"" c"\n2\t"d"\n')
+    assert TableFile(path).read(["name"]).to_pydict() == {"name": ['a "b" c', "d"]}
+    assert not caplog.text
+
+
 NAMES = ("user_id", "item_id", "rating", "timestamp")
 
 
