@@ -118,7 +118,7 @@ def estimate(recipe: Recipe, run_dir: Path | None = None) -> Estimate:
         counts=counts,
         parameters=parameters,
         bounds={name: width for name, width in bounds.items() if name in names},
-        flops=operations(model, counts, parameters),
+        flops=operations(config, model, counts, parameters),
         memory=memory,
         moved=bytes_moved(config, counts["steps"], memory["frozen weights"], parameters["trainable"]),
         precision=config.precision,
@@ -166,20 +166,29 @@ def shape_of(model: MMESID) -> Any:
     return model.base.config
 
 
-def operations(model: MMESID, counts: dict[str, int], parameters: dict[str, int]) -> dict[str, float]:
-    """Floating-point operations of one epoch, forward and backward (see `build.flops_per_token`)."""
-    side = sum(parameters[name] for name in ("projections", "item_mlp"))
+def operations(
+    config: FinetuneConfig, model: MMESID, counts: dict[str, int], parameters: dict[str, int]
+) -> dict[str, float]:
+    """Floating-point operations of one epoch, forward and backward (see `build.flops_per_token`).
+
+    A product takes 2 a weight and input, and 4 more for the gradients of both; those of item vectors, which
+    are frozen, are not asked for.
+    """
     width, scores = shape_of(model).hidden_size, model.item_scores
     vectors = sum(scores.vectors_of(name).shape[1] for name in scores.modalities)
-    rows = counts["items"] + 1
-    per_step = counts["targets"] / counts["steps"]
-    folded = folding_is_cheaper(per_step, width)
-    scored = width + (0 if folded else vectors + len(scores.modalities))
+    tokens, targets, rows = counts["item_tokens"], counts["targets"], counts["items"] + 1
+    if config.loss == "bce_sampled":
+        # Two items a target, the one that is right and the one that was drawn.
+        scored, made = 2 * targets * width, 2 * targets * width * vectors
+    elif folding_is_cheaper(targets / counts["steps"], width):
+        scored, made = targets * rows * width, rows * width * vectors * counts["steps"]
+    else:
+        scored, made = targets * rows * (width + vectors + len(scores.modalities)), 0
     return {
         "base model": build.flops_per_token(model) * counts["tokens"],
-        "item tokens": 6.0 * side * counts["item_tokens"],
-        "catalogue scores": 6.0 * counts["targets"] * rows * scored,
-        "item matrix": 6.0 * rows * width * vectors * counts["steps"] if folded else 0.0,
+        "item tokens": (4.0 * parameters["projections"] + 6.0 * parameters["item_mlp"]) * tokens,
+        "catalogue scores": 6.0 * scored,
+        "item matrix": 4.0 * made,
     }
 
 
@@ -192,7 +201,8 @@ def ranking(config: FinetuneConfig, model: MMESID, data: Interactions, prompts: 
     linear = [module for module in model.base.modules() if isinstance(module, nn.Linear)]
     weights = sum(module.in_features * module.out_features for module in linear)
     scores = len(targets) * (data.num_items + 1) * shape_of(model).hidden_size
-    return Work(flops=2.0 * (weights * tokens + scores), half=config.precision == "bf16")
+    precision: Any = {"fp32": "float32", "bf16": "bfloat16"}[config.precision]
+    return Work(flops=2.0 * (weights * tokens + scores), precision=precision)
 
 
 def bytes_used(
@@ -220,15 +230,14 @@ def bytes_used(
     else:
         numbers *= base.num_hidden_layers
     tokens = min(config.micro_batch_tokens, counts["largest_step"])
+    # Of sampled items a few rows are made, next to nothing.
+    scored_rows = 0 if config.loss == "bce_sampled" else ITEM_MATRICES * (counts["items"] + 1)
     return {
         "frozen weights": float(kept),
         "trained weights, gradients, AdamW": (8.0 + states) * trained,
         "best weights so far": 4.0 * trained * (config.select == "valid"),
         "item vectors": 4.0 * (counts["items"] + 1) * sum(widths.values()),
-        "item matrix and its gradients (rough)": ITEM_MATRICES
-        * 4.0
-        * (counts["items"] + 1)
-        * base.hidden_size,
+        "item matrix and its gradients (rough)": 4.0 * scored_rows * base.hidden_size,
         "activations (rough)": float(half * tokens * numbers),
     }
 

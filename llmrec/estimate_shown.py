@@ -6,11 +6,11 @@ from llmrec.estimate import Estimate
 from llmrec.stage_times import UTILISATION, Gpu, duration
 
 GPUS = {
-    "A100": Gpu(312e12, 80e9, 2.04e12, 19.5e12),
-    "H100": Gpu(989e12, 80e9, 3.35e12, 67e12),
-    "H200": Gpu(989e12, 141e9, 4.8e12, 67e12),
-    "RTX4090": Gpu(165e12, 24e9, 1.01e12, 82.6e12),
-    "L40S": Gpu(362e12, 48e9, 0.864e12, 91.6e12),
+    "A100": Gpu(312e12, 80e9, 2.04e12, 19.5e12, 156e12),
+    "H100": Gpu(989e12, 80e9, 3.35e12, 67e12, 495e12),
+    "H200": Gpu(989e12, 141e9, 4.8e12, 67e12, 495e12),
+    "RTX4090": Gpu(165e12, 24e9, 1.01e12, 82.6e12, 82.6e12),
+    "L40S": Gpu(362e12, 48e9, 0.864e12, 91.6e12, 183e12),
 }
 
 MOVED = 3.0

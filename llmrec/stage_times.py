@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -36,6 +36,8 @@ class Gpu(NamedTuple):
     """Bytes moved per second"""
     peak_fp32: float
     """float32 operations per second, without TF32"""
+    peak_tf32: float
+    """Dense TF32 operations per second"""
 
 
 UTILISATION = 0.4
@@ -43,11 +45,15 @@ UTILISATION = 0.4
 (tools/engine.md)."""
 
 PER_MILLION_TARGETS = {
-    **{"sasrec": 0.48, "comirec": 0.45, "fuxi": 1.4, "gmvae": 1.9, "moe": 2.9, "bert4rec": 3.9, "svae": 6.6},
+    **{"sasrec": 0.48, "comirec": 0.45, "fuxi": 1.4, "gmvae": 1.9, "moe": 2.9, "bert4rec": 0.71, "svae": 6.6},
     **{"gru4rec": 2.2, "mamba4rec": 4.9, "mind": 11, "mamba": 13, "diffurec": 66, "diffusion": 83},
 }
 """Seconds per million targets that an H200 took on MovieLens-1M, settings of recipes/providers_ml1m.py:
-seconds per epoch (tools/README.md) over 0.647 million targets, or 0.981 of all windows."""
+seconds per epoch in float32 (tools/README.md) over 0.647 million targets, or 0.981 of all windows. Those of
+SIGMA-GMVAE are from before its hard interests begin."""
+
+AS_RELEASED = {"mamba": 208.0, "diffusion": 32.0}
+"""The same of models in their released form."""
 
 SMALL_STEP = 0.0065
 """Seconds of an optimiser step of SASRec there (0.31 s in 48 steps), for small steps in general."""
@@ -65,8 +71,8 @@ class Work:
 
     flops: float = 0.0
     """Operations of matrix products"""
-    half: bool = True
-    """Whether these are in bfloat16"""
+    precision: Literal["float32", "tf32", "bfloat16"] = "bfloat16"
+    """Of these"""
     steps: int = 0
     """Optimiser steps too small to keep a GPU busy"""
     seconds: float = 0.0
@@ -76,7 +82,7 @@ class Work:
 
     def on(self, gpu: Gpu) -> float:
         """Seconds."""
-        peak = gpu.peak if self.half else gpu.peak_fp32
+        peak = {"float32": gpu.peak_fp32, "tf32": gpu.peak_tf32, "bfloat16": gpu.peak}[self.precision]
         return max(self.flops / (peak * UTILISATION), self.steps * SMALL_STEP, self.seconds)
 
     def shown(self, gpu: Gpu) -> str:
@@ -108,11 +114,15 @@ def sequence_model(config: TrainCollabConfig, data: Interactions) -> Work | str:
     model: Any = make_provider(config.provider, {"num_items": 1, **config.of_model})
     splits = ("train", "valid") if config.include_valid else ("train",)
     rows = training_rows(model, config, data.sequences(*splits))
+    if rows.layout != model.layout:
+        return f"not known for {config.provider} with layout={rows.layout}"
+    released = config.of_model.get("variant") == "released"
+    rates = PER_MILLION_TARGETS | (AS_RELEASED if released else {})
     epochs, each = config.epochs, config.batch_size
     steps = -(-(rows.num_users if config.batch_by == "users" else rows.num_targets) // each)
     return Work(
         steps=epochs * steps,
-        seconds=epochs * rows.num_targets / 1e6 * PER_MILLION_TARGETS[config.provider],
+        seconds=epochs * rows.num_targets / 1e6 * rates[config.provider],
         most=config.select == "valid" and config.patience is not None,
     )
 
@@ -145,7 +155,7 @@ def quantiser(config: LearnSemanticIdsConfig, num_items: int, widths: Mapping[st
     numbers = sum(part.numel() for part in parts)
     return Work(
         flops=6.0 * numbers * num_items * config.epochs,
-        half=config.precision == "bfloat16",
+        precision=config.precision,
         steps=config.epochs * -(-num_items // config.batch_size),
     )
 

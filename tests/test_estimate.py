@@ -17,6 +17,7 @@ from worlds import cycle
 
 from llmrec import cli, doctor, stage_times
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
+from llmrec.collab.configs.mamba import MambaConfig
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encode import item_texts
@@ -142,6 +143,12 @@ def test_what_settings_cost_is_counted(finished):
     assert with_settings(select="valid", patience=2).ends_early and not best.ends_early
     # On a GPU one instruction serves all prompts of a pass, however many there are.
     assert plain.counts["tokens"] < single.counts["tokens"] < single.counts["tokens_per_prefix"]
+    sampled = with_settings(loss="bce_sampled")
+    matrix = "item matrix and its gradients (rough)"
+    assert plain.memory[matrix] > 0 == sampled.memory[matrix]
+    assert sampled.flops["catalogue scores"] == pytest.approx(
+        plain.flops["catalogue scores"] * 2 / (plain.counts["items"] + 1)
+    )
     assert with_settings(method="ctrl_mm", fusion_temperature=1e-3).parameters["trainable"] < trained
 
 
@@ -160,7 +167,13 @@ def test_every_sequence_model_has_a_time_or_a_reason_why_not(tmp_path):
     assert not patient.most, "by validation, and yet all epochs"
     assert work.seconds == pytest.approx(2 * (sum(users) - len(users)) / 1e6 * 0.48)
     assert work.on(GPUS["A100"]) == max(work.steps * stage_times.SMALL_STEP, work.seconds)
+    released = MambaConfig(variant="released")
+    work = stage_times.sequence_model(TrainCollabConfig(provider="mamba", mamba=released), data)
+    rate = stage_times.AS_RELEASED["mamba"] / stage_times.PER_MILLION_TARGETS["mamba"]
+    plain = stage_times.sequence_model(TrainCollabConfig(provider="mamba"), data)
+    assert rate > 10 and work.seconds == pytest.approx(rate * plain.seconds, rel=0.2)
     for settings, reason in (
+        ({"layout": "prefixes"}, "not known for sasrec with layout=prefixes"),
         ({"provider": "own_models:Tiny"}, "not known for a model of one's own"),
         ({"provider": "precomputed", "vectors": "x.parquet"}, "read from a file"),
     ):
@@ -183,7 +196,13 @@ def test_encoders_and_quantisers_are_reckoned_by_their_operations(finished):
     config = LearnSemanticIdsConfig(code_dim=8, hidden_dims=(16,), epochs=3, batch_size=50)
     work = stage_times.quantiser(config, 120, {"collab": 4, "text": 6})
     numbers = sum(2 * (dim * 16 + 16 * 8) + (16 + 8) + (16 + dim) for dim in (4, 6))
-    assert work.flops == 6 * numbers * 120 * 3 and work.steps == 3 * 3 and not work.half
+    assert work.flops == 6 * numbers * 120 * 3 and work.steps == 3 * 3
+    whole, fast, half = (
+        dataclasses.replace(work, precision=name, steps=0).on(GPUS["H200"])
+        for name in ("float32", "tf32", "bfloat16")
+    )
+    assert work.precision == "float32" and whole == pytest.approx(fast * 495 / 67)
+    assert fast == pytest.approx(half * 989 / 495)
     simple = LearnSemanticIdsConfig(method="rkmeans")
     assert stage_times.quantiser(simple, 120, {"collab": 4}).startswith("not known for rkmeans")
 

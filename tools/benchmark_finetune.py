@@ -404,17 +404,18 @@ def training_time(trainer: Trainer, steps: list[np.ndarray]) -> tuple[float, int
 
 
 def ranking_time(scorer: Scorer, data: Interactions, targets: Targets) -> float:
-    """Seconds to rank users, after a few that do not count."""
+    """Seconds to rank users, once a GPU has compiled what it needs for every length of their histories."""
     import torch
 
     from llmrec.data.batches import pad_histories
     from llmrec.evaluation.rank import rank_users
 
     device = distributed.device()
-    history = pad_histories(
-        torch.from_numpy(data.item), torch.from_numpy(targets.start[:8]), torch.from_numpy(targets.stop[:8])
-    )
-    scorer.score(history.to(device))
+    if device.type == "cuda":
+        rank_users(scorer, data, targets)
+    else:
+        start, stop = (torch.from_numpy(place[:8]) for place in (targets.start, targets.stop))
+        scorer.score(pad_histories(torch.from_numpy(data.item), start, stop))
     machine.finish(device)
     begun = time.perf_counter()
     rank_users(scorer, data, targets)

@@ -219,12 +219,12 @@ def time_epochs(options: argparse.Namespace, rows: dict[str, TrainCollabConfig],
         f"{'ms / 1,000 targets':>20}"
     )
     for name, config in rows.items():
-        print(f"{name:{wide}}{epoch_figures(config, data, options.warm_up, options.steps)}")
+        print(f"{name:{wide}}{epoch_figures(config, data, options)}")
     print("steps: of an epoch; timed: those that its seconds come from; validation is not in it")
 
 
-def epoch_figures(config: TrainCollabConfig, data: Interactions, warm_up: int, number: int) -> str:
-    """Those of a row, from `number` steps after those that warm up, or from all where there are no others."""
+def epoch_figures(config: TrainCollabConfig, data: Interactions, options: argparse.Namespace) -> str:
+    """Those of a row, from some steps after those that warm up, or from all where there are no others."""
     from llmrec.collab.train import Sums, train_step, training_rows
 
     model = make(config.provider, data.num_items, **asdict(getattr(config, config.provider)))
@@ -237,13 +237,13 @@ def epoch_figures(config: TrainCollabConfig, data: Interactions, warm_up: int, n
         wait()
         started = time.perf_counter()
         for step in chosen:
-            train_step(model, optimizer, config, rows.batches(step), Sums())
+            train_step(model, optimizer, config, rows.batches(step, epoch=options.epoch), Sums())
         wait()
         return (time.perf_counter() - started) / sum(int(targets[step].sum()) for step in chosen)
 
-    if warm_up:
-        run(steps[:warm_up])
-    timed = steps[warm_up : warm_up + number] or steps
+    if options.warm_up:
+        run(steps[: options.warm_up])
+    timed = steps[options.warm_up : options.warm_up + options.steps] or steps
     each = run(timed)
     size = sum(weight.numel() for weight in model.parameters())
     return (
@@ -332,6 +332,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     arguments.add_count(epochs, "--steps", 16, "steps that are timed; fewer where an epoch has no more")
     arguments.add_count(epochs, "--warm-up", 1, "steps before them, 0 for none", arguments.whole)
+    arguments.add_count(
+        epochs, "--epoch", 1, "that they are of; from 32 on SIGMA-GMVAE has its hard interests, too"
+    )
     lengths.add_argument(
         "--providers", nargs="+", metavar="NAME", choices=PROVIDER_FIELDS, default=LENGTHS_PROVIDERS,
         help=f"of {', '.join(PROVIDER_FIELDS)} ({' '.join(LENGTHS_PROVIDERS)})",

@@ -8,8 +8,8 @@
 mmd: one modality, the published loss (MMD reconstruction), the same weights and batches; the reference forms
 all differences of 2B rows, (2B, 2B, D) numbers, as the library does that the published code calls. quantiser:
 encoder, 4 x 256 codes by running means, decoder, squared error; the reference is ResidualVQ between the same
-encoder and decoder. Rounds alternate; the ratio is that of the medians. catalogue: random vectors, residual
-k-means (or --epochs of training) and the report on it.
+encoder and decoder. Rounds alternate; the ratio is the median over rounds. catalogue: random vectors,
+residual k-means (or --epochs of training) and the report on it.
 """
 
 from __future__ import annotations
@@ -166,9 +166,9 @@ def official_size(options: argparse.Namespace) -> None:
     """Steps of the published size: three modalities, 4096-wide layers and codes, batches of 1,024."""
     import torch
 
+    from llmrec.precision import matrix_precision
     from llmrec.semantic_ids.learn import model_settings
     from llmrec.semantic_ids.mm_rqvae import MMRQVAE
-    from llmrec.semantic_ids.precision import matrix_precision
 
     dims = {"collab": 64, "text": 1280, "image": 1280}
     config = PRESETS["official"]
@@ -318,7 +318,7 @@ def report(
     mine, theirs = (statistics.median(column) for column in zip(*pairs))
     ratios = [second / first for first, second in pairs]
     print(f"{what}: {name} {1 / mine:.2f} steps/s, {other} {1 / theirs:.2f} steps/s")
-    print(f"ratio: median {theirs / mine:.2f}, min {min(ratios):.2f}, max {max(ratios):.2f}")
+    print(f"ratio: median {statistics.median(ratios):.2f}, min {min(ratios):.2f}, max {max(ratios):.2f}")
 
 
 def timed(step: Callable[[], Any], steps: int) -> float:

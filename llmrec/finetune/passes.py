@@ -41,8 +41,8 @@ class Passes:
         self.item = torch.from_numpy(data.item)
         self.num_items = data.num_items
 
-    def of(self, targets: Targets, step: int) -> list[Pass]:
-        """The passes of one step.
+    def of(self, targets: Targets, step: int) -> tuple[list[Pass], int]:
+        """The passes of one step, and the tokens that it costs in all processes, without padding.
 
         Wrappers that share parameters need as many passes in every process; those that are missing are
         filled with rows of weight 0.
@@ -81,19 +81,22 @@ class Passes:
             mine[0] = dataclasses.replace(
                 mine[0], pairs=pairs, targets=len(targets) / distributed.world_size()
             )
-        return mine
+        return mine, self.tokens(targets, sum(map(len, passes)))
 
-    def tokens(self, targets: Targets) -> int:
-        """Tokens that a step over these targets costs, of all processes, without padding."""
-        return count_tokens(
+    def tokens(self, targets: Targets, num_passes: int) -> int:
+        """Tokens of a step over these targets, cut into so many passes, each with an instruction of its own
+        where rows share one."""
+        shared, instruction = self.model.share_instruction, len(self.model.instruction)
+        tokens = count_tokens(
             targets,
-            instruction=len(self.model.instruction),
+            instruction=0 if shared else instruction,
             response=len(self.model.response),
             layout=self.config.layout,
-            shared=self.model.share_instruction,
+            shared=shared,
             min_slots=self.model.min_slots,
             tokens_per_item=self.model.item_tokens.tokens_per_item,
         )
+        return tokens + instruction * num_passes * shared
 
 
 def windows(targets: Targets, row: np.ndarray) -> list[tuple[int, int]]:

@@ -174,14 +174,14 @@ class Trainer:
         for group in self.engine.inner.param_groups:
             group["lr"] = self.learning_rate(step)
         total = torch.zeros((), device=self.device)
-        passes = self.passes.of(targets, step)
+        passes, tokens = self.passes.of(targets, step)
         # The step's loss is the mean over its targets; gradients are averaged over processes.
         scale = distributed.world_size() / len(targets)
         for number, given in enumerate(passes, start=1):
             total += self.engine.forward_backward(given, scale, last=number == len(passes))
         if distributed.world_size() > 1:
             total = self.engine.accelerator.reduce(total, "sum")
-        return total, self.passes.tokens(targets), self.engine.step(total)
+        return total, tokens, self.engine.step(total)
 
     def _log_window(self, bar: tqdm) -> None:
         self._settle()

@@ -13,6 +13,7 @@ import pytest
 from tool import ended, load
 from worlds import cycle
 
+from llmrec.collab.gmvae import GMVAE
 from llmrec.collab.rows import TrainingRows
 from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
 from llmrec.data.prepare import prepare_data
@@ -102,6 +103,16 @@ def test_an_epoch_costs_its_steps_however_few_places_a_model_masks(tool, run, fo
     code, text, _ = run(*given, "--providers", "bert4rec", "sasrec")
     lines = {line.split()[0]: line.split() for line in text.splitlines()[1:3]}
     assert code == 0 and [lines[name][5] for name in ("bert4rec", "sasrec")] == ["1.00", "1.00"]
+
+
+def test_steps_are_of_the_epoch_that_is_asked_for(run, folder, monkeypatch):
+    """SIGMA-GMVAE is cheaper before its hard interests begin."""
+    seen, loss = set(), GMVAE.loss
+    monkeypatch.setattr(GMVAE, "loss", lambda self, batch: seen.add(batch.epoch) or loss(self, batch))
+    given = ["epochs", "--prepare-data", str(folder), "--steps", "1", "--providers", "gmvae"]
+    for epoch in (1, 40):
+        assert run(*given, "--epoch", str(epoch))[0] == 0 and seen == {epoch}
+        seen.clear()
 
 
 def test_lengths_say_how_many_positions_ran(run):

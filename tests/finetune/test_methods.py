@@ -168,7 +168,7 @@ def test_an_alignment_of_a_step_does_not_depend_on_who_computes_what(monkeypatch
         monkeypatch.setattr(distributed, "world_size", lambda: world)
         for rank in range(world):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            passes = Passes(config, data, net).of(targets, 0)
+            passes, _ = Passes(config, data, net).of(targets, 0)
             assert (len(passes) > 1) == (tokens < 1000)
             for one in passes:
                 net.loss(one.groups, one.weight, one.pairs, one.targets).backward()
@@ -178,6 +178,26 @@ def test_an_alignment_of_a_step_does_not_depend_on_who_computes_what(monkeypatch
     for tokens, world in ((60, 1), (10_000, 2), (60, 3)):
         for name, value in gradient(tokens, world).items():
             torch.testing.assert_close(value, expected[name], **EXACT)
+
+
+def test_tokens_of_a_step_are_those_of_every_pass_of_every_process(monkeypatch):
+    """Rows share an instruction within a pass alone."""
+    net = build({})
+    data = cycle(num_users=7, num_items=NUM_ITEMS)
+    targets = data.targets("train")
+    for tokens, world in ((10_000, 1), (60, 1), (10_000, 2), (60, 3)):
+        monkeypatch.setattr(distributed, "world_size", lambda world=world: world)
+        told, encoded = set(), 0
+        for rank in range(world):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            passes, number = Passes(FinetuneConfig(micro_batch_tokens=tokens), data, net).of(targets, 0)
+            told.add(number)
+            for one in passes:
+                if one.weight:
+                    shown = sum(int((rows.items != 0).sum()) for rows in one.groups)
+                    wanted = sum(len(rows.target) for rows in one.groups)
+                    encoded += len(net.instruction) + shown + len(net.response) * wanted
+        assert told == {encoded} and net.share_instruction
 
 
 def test_every_block_of_items_has_negatives_before_fine_tuning(monkeypatch):

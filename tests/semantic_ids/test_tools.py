@@ -10,6 +10,7 @@ from test_learn import artefacts, clustered
 from tool import ended, load
 
 from llmrec import machine
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.losses import mmd
 
 
@@ -96,6 +97,16 @@ def test_a_catalogue_is_timed_with_its_memory(run):
 def test_settings_without_effect_or_sense_are_refused(arguments, words, run):
     code, text, said = run(*arguments)
     assert code == 2 and not text and words in said, said
+
+
+def test_the_published_size_is_timed_by_its_steps(capsys, monkeypatch):
+    """At a size that a test can pay for."""
+    tool = load("benchmark_semantic_ids")
+    small = {"official": LearnSemanticIdsConfig(hidden_dims=(8,), code_dim=4, num_codes=8, num_levels=2)}
+    monkeypatch.setattr(tool, "PRESETS", small)
+    monkeypatch.setattr(tool, "timed", lambda step, number: step() or 0.5)
+    code, text, _ = ended(tool.main, capsys, "official", "--steps", "1", "--rounds", "1")
+    assert code == 0 and "500.0 ms per step; 12,086 items: 6000.0 s per 1,000 epochs" in text
 
 
 def test_the_published_size_says_on_a_cpu_what_it_will_take(capsys):
