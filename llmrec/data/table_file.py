@@ -108,13 +108,14 @@ class TableFile:
     @functools.cached_property
     def quoted(self) -> bool:
         """Whether "quotes" hold values together. RecBole writes and reads them as letters, and so do others:
-        their files are known by lines that are all rows, if quotes do not swallow some of them."""
+        in their files quotes that begin or end where no value does swallow lines that are all rows."""
         if self.kind in ATOMIC:
             return False
         if not self._num_quotes:
             return True
         as_letters = self._num_rows(quoted=False)
-        return as_letters is None or as_letters == self._num_rows(quoted=True)
+        whole = as_letters is None or as_letters == self._num_rows(quoted=True)
+        return whole or self._is_well_quoted()
 
     @functools.cached_property
     def _num_quotes(self) -> int:
@@ -179,7 +180,9 @@ class TableFile:
         """Say in a sentence why the file cannot be read."""
         try:
             yield
-        except (pa.ArrowException, OSError, UnicodeDecodeError, *PACKING_ERRORS) as error:
+        except UnicodeDecodeError:
+            raise not_utf8(self.path) from None
+        except (pa.ArrowException, OSError, *PACKING_ERRORS) as error:
             reason = str(error).splitlines()[0]
             if is_packed(self.path) and not isinstance(error, PermissionError):
                 raise DataError(f"{self.path} is cut or damaged ({reason}); get the file again") from None
@@ -192,8 +195,6 @@ class TableFile:
         try:
             with open_text(path, "utf-8-sig", newline="") as handle:
                 first = next((row for row in self.reader(handle, quoted=self.kind not in ATOMIC) if row), [])
-        except UnicodeDecodeError:
-            raise not_utf8(path) from None
         except csv.Error as error:
             raise DataError(f"{path}, row 1: {error}") from None
         if not first:
@@ -251,25 +252,30 @@ class TableFile:
         except pa.ArrowInvalid:
             return None
 
+    def _is_well_quoted(self) -> bool:
+        """Whether quotes begin and end with values."""
+        try:
+            with long_values(), open_text(self.path, "utf-8-sig", newline="") as handle:
+                for _ in csv.reader(handle, delimiter=self.delimiter(), strict=True):
+                    pass
+        except csv.Error:
+            return False
+        return True
+
     def _check_that_quotes_end(self) -> None:
         """Where one does not, pyarrow takes all the rest of the file for one value.
 
         Raises:
             DataError: the row where it begins.
         """
-        usual = csv.field_size_limit(BLOCK_BYTES * 2)
         number, ends = 0, False
         try:
-            with open_text(self.path, "utf-8-sig", newline="") as handle:
+            with long_values(), open_text(self.path, "utf-8-sig", newline="") as handle:
                 rows = self.reader(itertools.chain(handle, ["\n", "end"]), quoted=True)
                 for row in rows:
                     number, ends = number + 1, row == ["end"]
-        except UnicodeDecodeError:
-            raise not_utf8(self.path) from None
         except csv.Error:
             number += 1
-        finally:
-            csv.field_size_limit(usual)
         if not ends:
             raise DataError(
                 f'{self.path}, row {number}: a "quote" begins and never ends; write quotes that are letters '
@@ -309,13 +315,21 @@ class TableFile:
                             f'put "quotes" around values that hold a {delimiter!r}'
                         )
                     width = width or len(row) or None
-        except UnicodeDecodeError:
-            return not_utf8(path)
         except csv.Error as error:
             return DataError(f"{path}, row {number + 1}: {error}")
         if number <= 1:
             return DataError(f"{path} has no rows of data; expected at least one")
         return DataError(f"{path} cannot be read as {self.kind[1:]}: {reason.splitlines()[0]}")
+
+
+@contextlib.contextmanager
+def long_values() -> Iterator[None]:
+    """Inside, the csv module reads values as long as pyarrow does."""
+    usual = csv.field_size_limit(2 * BLOCK_BYTES)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(usual)
 
 
 def is_number(text: str) -> bool:

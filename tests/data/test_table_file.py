@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import itertools
 import json
 import math
 import uuid
@@ -106,10 +107,20 @@ def test_a_quote_that_never_ends_does_not_swallow_the_rest(rest, tmp_path):
     assert TableFile(path).read(["name"])["name"].to_pylist() == ['a, "b"', "two\nlines", '12" wide', "d"]
 
 
+def test_bytes_that_are_no_text_are_named_beside_quotes(tmp_path):
+    path = tmp_path / "x.csv"
+    for row, number in itertools.product((b'2,"caf\xe9', b'2,"caf\xe9"', b"2,caf\xe9"), (1, 100_000)):
+        path.write_bytes(b"id,name\n" + b'1,"x"\n' * number + row + b"\n3,y\n")
+        with pytest.raises(DataError, match=rf"x\.csv, row {number + 2}: byte 0xe9 is not UTF-8"):
+            TableFile(path).read(["name"])
+
+
 def test_quotes_hold_values_together_where_lines_are_not_rows_without_them(tmp_path, caplog):
     path = tmp_path / "x.tsv"
     path.write_text('id\tname\n1\t"two\nlines"\n2\t"a ""b"" c"\n3\t"tab\there"\n')
     assert TableFile(path).read(["name"]).to_pydict() == {"name": ["two\nlines", 'a "b" c', "tab\there"]}
+    path.write_text('id\tname\n1\t"two\nlines\tand a tab"\n2\tx\n')  # lines are rows without quotes, too
+    assert TableFile(path).read(["name"]).to_pydict() == {"name": ["two\nlines\tand a tab", "x"]}
     path.write_text('id\tname\n1\t"a ""b"" c"\n2\t"d"\n')
     assert TableFile(path).read(["name"]).to_pydict() == {"name": ['a "b" c', "d"]}
     assert not caplog.text
