@@ -44,7 +44,8 @@ def problems(recipe: Recipe, *stages: str) -> list[str]:
 
 
 @pytest.mark.parametrize("model", NO_MODELS)
-def test_a_model_that_is_neither_a_folder_nor_a_hub_id_is_a_finding(model):
+def test_a_model_that_is_neither_a_folder_nor_a_hub_id_is_a_finding(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     said = f"={model}: no such folder, and not a Hub id (owner/name)"
     assert problems(with_base(model), "finetune") == [f"finetune.base_model{said}"]
     for encoder in ("huggingface", "llm2clip"):

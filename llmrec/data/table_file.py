@@ -179,9 +179,10 @@ class TableFile:
     def _explained(self) -> Iterator[None]:
         """Say in a sentence why the file cannot be read."""
         try:
-            yield
-        except UnicodeDecodeError:
-            raise not_utf8(self.path) from None
+            try:
+                yield
+            except UnicodeDecodeError:
+                raise not_utf8(self.path) from None
         except (pa.ArrowException, OSError, *PACKING_ERRORS) as error:
             reason = str(error).splitlines()[0]
             if is_packed(self.path) and not isinstance(error, PermissionError):
