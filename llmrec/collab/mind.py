@@ -1,7 +1,8 @@
 """MIND: several interests of a user by dynamic routing with one map for all of them.
 
 Sources: Li et al., "Multi-Interest Network with Dynamic Routing for Recommendation at Tmall" (CIKM 2019), in
-the form of THUDM/ComiRec (hard readout, fixed number of interests). Differs: a softmax over all items.
+the form of THUDM/ComiRec (hard readout, fixed number of interests). Differs: a softmax over all items, and
+no dense layer with ReLU after the routing, which that code has.
 """
 
 from __future__ import annotations

@@ -201,6 +201,25 @@ def test_balance_losses_equal_loops_and_know_even_routing():
     assert float(one.imbalance("switch")) == 2 and float(one.imbalance("cv2")) == 1
 
 
+@pytest.mark.parametrize("rows", [([1, 2, 3, 4],), ([1, 2, 3, 4], [9, 8, 7, 6], [3, 1, 0, 0])])
+def test_the_loss_holds_the_balance_of_experts_in_units_of_its_targets(rows):
+    """Of a batch of any size: balance_weight times the imbalance, a target."""
+    torch.manual_seed(0)
+    model = FuxiMME(**SIZES, **MIXTURE | {"balance_weight": 0.5})
+    found = model.loss(batch(*rows))
+    balance = found.parts["balance_loss"]
+    torch.testing.assert_close(found.total.detach(), found.parts["prediction_loss"] + 0.5 * balance)
+    assert float(balance) >= found.num_targets  # even routing has 1, in every mixture
+    without = FuxiMME(**SIZES, **MIXTURE | {"balance_weight": 0.0})
+    without.load_state_dict(model.state_dict())
+    gradients = []
+    for one in (model, without):
+        torch.manual_seed(1)
+        one.loss(batch(*rows)).total.backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in one.parameters()]))
+    assert (gradients[0] - gradients[1]).abs().max() > 1e-4
+
+
 def test_noise_routes_only_while_training_and_the_router_learns():
     experts, hidden = experts_and_tokens(training=True)
     assert not torch.equal(experts.route(hidden).weight, experts.route(hidden).weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import providers_beauty
@@ -177,6 +178,39 @@ def test_hard_interests_read_their_own_items_in_order():
             else:
                 expected = soft[row, k]
             torch.testing.assert_close(found[row, k], expected)
+
+
+def test_hard_interests_are_half_of_the_means_and_training_draws_who_belongs_where(monkeypatch):
+    """m = (h + r) / 2, with the variance and the norm of that; hard interests of the items drawn."""
+    torch.manual_seed(0)
+    interests = Interests(4, 3, 0.1, 1.0, 0.0).double().train()
+    items = torch.randn(2, 5, 4, dtype=torch.float64)
+    valid = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    place = torch.randint(0, 3, (2, 5))
+    asked = []
+
+    def drawn(logits: Tensor, tau: float = 1.0, hard: bool = False) -> Tensor:
+        asked.append((tau, hard))
+        torch.testing.assert_close(logits, F.normalize(items, dim=-1) @ interests.directions().T / 0.1)
+        return F.one_hot(place, 3).double()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "gumbel_softmax", drawn)
+        found = interests(items, valid, temporal=True, prefix=False)
+    assert asked == [(1.0, False), (1.0, True)]
+    for row, k in itertools.product(range(2), range(3)):
+        mine = items[row][valid[row] & (place[row] == k)]
+        mean = torch.zeros(4, dtype=torch.float64)
+        if len(mine):
+            hard = torch.relu(interests.gru_out(interests.gru(mine[None])[0][0, -1]))
+            mean = (mine.mean(0) + hard) / 2
+        torch.testing.assert_close(found.mean[row, 0, k], interests.norm(mean), rtol=1e-6, atol=1e-6)
+        expected = interests.log_variance(torch.cat([interests.directions()[k], mean])).clamp(-8, 8)
+        torch.testing.assert_close(found.log_variance[row, 0, k], expected, rtol=1e-6, atol=1e-6)
+    one, other = (interests.assign(items, valid) for _ in range(2))
+    assert (one - other).abs().max() > 1e-3
+    interests.eval()
+    assert torch.equal(interests.assign(items, valid), interests.assign(items, valid))
 
 
 def test_gradients_reach_every_part_of_the_prior_through_the_divergence():

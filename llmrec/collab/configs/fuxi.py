@@ -51,7 +51,7 @@ class FuxiConfig(Settings, path="train_collab.fuxi"):
 
     loss: Literal["ce", "sampled_ce"] = "ce"
     """ce: softmax over all items; sampled_ce: over the target and num_negatives random items, as published
-    with 128."""
+    with 128 (there drawn for every position)."""
 
     num_negatives: int = 128
     """Negatives per row for loss='sampled_ce', in items, outside the row's items."""
