@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from llmrec.errors import ConfigError
 
@@ -35,6 +36,15 @@ def positive_number(text: str) -> float:
         if 0 < (number := float(text)) < math.inf:
             return number
     raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r:.40}")
+
+
+class Ascending(argparse.Action):
+    """Numbers of which each is larger than the one before."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if list(values) != sorted(set(values)):
+            raise argparse.ArgumentError(self, f"must ascend, got {' '.join(map(str, values))}")
+        setattr(namespace, self.dest, tuple(values))
 
 
 def add_count(

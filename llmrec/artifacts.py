@@ -39,8 +39,8 @@ class CollabEmbeddings(Shown):
     state: dict[str, np.ndarray] = field(default_factory=dict)
     """The model's weights; empty for ready-made vectors."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Validation metrics of the epoch kept, number of epochs, items never trained, and ``trained_on``, the
-    splits that the model learned from (not known of ready-made vectors)."""
+    """Validation metrics of the epoch kept, number of epochs, items never trained, mean length of the item
+    vectors, and ``trained_on``, the splits that the model learned from (not known of ready-made vectors)."""
     log: list[dict[str, Any]] = field(default_factory=list)
     """One row per epoch: epoch, train_loss, valid ndcg@10 and recall@10, seconds."""
 

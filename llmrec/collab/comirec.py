@@ -54,8 +54,11 @@ class ComiRec(nn.Module):
             self.position = nn.Embedding(max_history, embed_dim)
             self.inner = nn.Linear(embed_dim, 4 * embed_dim)
             self.weigh = nn.Linear(4 * embed_dim, num_interests)
+            # As TensorFlow begins: Glorot-uniform, biases zero.
             for layer in (self.position, self.inner, self.weigh):
                 nn.init.xavier_uniform_(layer.weight)
+            for layer in (self.inner, self.weigh):
+                nn.init.zeros_(layer.bias)
         else:
             # N(0, 1) as released would make vectors of length D of those of length 1.
             shape = max_history, num_interests, embed_dim, embed_dim

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from llmrec.collab.config import TrainCollabConfig
 from llmrec.config import as_dict, changed_settings, from_dict
 from llmrec.errors import ConfigError
 from llmrec.evaluation import analysis
+from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import ndcg_at_k, per_user, summarise
 from llmrec.evaluation.tables import mean_and_spread
 from llmrec.files import read_json, read_jsonl, write_json
@@ -219,6 +220,7 @@ def summarise_cells(
     *,
     reference: str,
     samples: int = analysis.SAMPLES,
+    length_edges: Sequence[int] = EvaluateConfig.length_edges,
 ) -> dict[str, Any]:
     """Everything the table and the page show, from the cells that are finished.
 
@@ -233,7 +235,7 @@ def summarise_cells(
     from llmrec.evaluation.rank import popularity, rank_users
 
     targets = data.targets("test")
-    slices = slices_of(data, targets)
+    slices = slices_of(data, targets, length_edges)
     popular_valid = popular_ndcg(rows, data)
     found: dict[str, Any] = {}
     users: dict[str, dict[str, np.ndarray]] = {}
@@ -280,11 +282,13 @@ def summarise_cells(
     }
 
 
-def slices_of(data: Interactions, targets: Targets) -> dict[str, dict[str, np.ndarray]]:
+def slices_of(
+    data: Interactions, targets: Targets, length_edges: Sequence[int]
+) -> dict[str, dict[str, np.ndarray]]:
     """Parts of the users whose metrics are shown by themselves, bool (U,), by what parts them."""
     groups = analysis.item_groups(data.train_count, 0.1, 0.4)[targets.item]
     return {
-        "history length": analysis.parts_by_length(targets.stop - targets.start),
+        "history length": analysis.parts_by_length(targets.stop - targets.start, length_edges),
         "popularity of the target": analysis.parts_by_group(np.array(analysis.GROUPS)[groups]),
     }
 

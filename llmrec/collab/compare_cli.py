@@ -14,6 +14,7 @@ from llmrec.config import override
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError, TrainingError
+from llmrec.evaluation.config import EvaluateConfig
 from llmrec.interactions import Interactions
 
 Rows = dict[str, TrainCollabConfig]
@@ -70,7 +71,9 @@ def compare(
     data = data_in(folder, None if options.prepare_data else data_config, of_data)
     at_a_time = None if options.summarise else options.jobs or jobs.default()
     failed = [] if at_a_time is None else train(asked, options, folder, root, at_a_time)
-    results = summarise_cells(asked, options.seeds, data, root, reference=reference)
+    results = summarise_cells(
+        asked, options.seeds, data, root, reference=reference, length_edges=options.length_edges
+    )
     results |= made_here(at_a_time, failed)
     some = options.summarise and options.rows and not set(rows) <= set(asked)
     show(results, root, some=bool(some))
@@ -181,6 +184,16 @@ def parser(
     tracking.add_argument(made)
     made.add_argument(
         "--reference", metavar="NAME", help="row that others are compared with (sasrec, or the first row)"
+    )
+    made.add_argument(
+        "--length-edges",
+        nargs="+",
+        type=arguments.positive,
+        action=arguments.Ascending,
+        default=EvaluateConfig.length_edges,
+        metavar="N",
+        help="users grouped by the length of their history: the longest of each group but the last, in items "
+        "(5 10 20 50 100 200)",
     )
     made.add_argument(
         "--set",

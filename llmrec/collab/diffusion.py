@@ -69,6 +69,7 @@ class DiffuRecSys(nn.Module):
         init_std: float,
         variant: str,
         max_history: int,
+        cross_heads: int | None = None,
         loss: str = "ce",
     ) -> None:
         super().__init__()
@@ -83,8 +84,11 @@ class DiffuRecSys(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-12)
         self.dropout = nn.Dropout(embed_dropout_rate)
         self.step = StepEmbedding(embed_dim, num_steps)
-        made = Block if self.adds else ReleasedBlock if self.released else CrossBlock
-        self.blocks = nn.ModuleList(made(embed_dim, num_heads, dropout_rate) for _ in range(num_layers))
+        sizes = embed_dim, num_heads, dropout_rate
+        made = ReleasedBlock if self.released else CrossBlock
+        self.blocks = nn.ModuleList(
+            Block(*sizes) if self.adds else made(*sizes, cross_heads or num_heads) for _ in range(num_layers)
+        )
         self.out_norm = nn.LayerNorm(embed_dim, eps=1e-12)
         self.out_dropout = nn.Dropout(dropout_rate)
         self.diffusion = Diffusion(
@@ -149,10 +153,10 @@ class CrossBlock(nn.Module):
     nothing, and every place would weigh the same (ours). What it gathers is added to every place.
     """
 
-    def __init__(self, width: int, num_heads: int, dropout_rate: float) -> None:
+    def __init__(self, width: int, num_heads: int, dropout_rate: float, cross_heads: int) -> None:
         super().__init__()
         self.block = Block(width, num_heads, dropout_rate)
-        self.cross = Attention(width, num_heads, dropout_rate)
+        self.cross = Attention(width, cross_heads, dropout_rate)
         self.asked_norm = nn.LayerNorm(width, eps=1e-12)
         self.cross_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout_rate)
@@ -173,9 +177,9 @@ class ReleasedBlock(nn.Module):
     both attentions; no dropout at the end.
     """
 
-    def __init__(self, width: int, num_heads: int, dropout_rate: float) -> None:
+    def __init__(self, width: int, num_heads: int, dropout_rate: float, cross_heads: int) -> None:
         super().__init__()
-        self.cross = Attention(width, num_heads, dropout_rate)
+        self.cross = Attention(width, cross_heads, dropout_rate)
         self.attention = Attention(width, num_heads, dropout_rate)
         self.norm = nn.LayerNorm(width)
         self.inner_norm = nn.LayerNorm(width)

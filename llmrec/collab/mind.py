@@ -1,8 +1,9 @@
 """MIND: several interests of a user by dynamic routing with one map for all of them.
 
 Sources: Li et al., "Multi-Interest Network with Dynamic Routing for Recommendation at Tmall" (CIKM 2019), in
-the form of THUDM/ComiRec (hard readout, fixed number of interests). Differs: a softmax over all items, and
-no dense layer with ReLU after the routing, which that code has.
+the form of THUDM/ComiRec (hard readout, fixed number of interests). Differs: a softmax over all items. A
+dense layer with ReLU after the routing is in the paper and in that code's form for one data set of its two:
+``relu_layer``.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class MIND(nn.Module):
         num_routings: int,
         dropout_rate: float,
         max_history: int,
+        relu_layer: bool = False,
         loss: str = "ce",
         num_negatives: int = 0,
     ) -> None:
@@ -52,6 +54,7 @@ class MIND(nn.Module):
         self.item.weight.data[0] = 0
         start = nn.init.trunc_normal_(torch.empty(max_history, num_interests), a=-2, b=2)
         self.register_buffer("start", start)
+        self.after = dense_relu(embed_dim) if relu_layer else nn.Identity()
 
     def interests(self, history: Tensor) -> Tensor:
         """The interests after a history, (B, 1, K, D), from int64 (B, T)."""
@@ -59,7 +62,7 @@ class MIND(nn.Module):
         votes = self.map(self.dropout(self.item(history)))[:, :, None]
         votes = votes.expand(-1, -1, self.start.shape[1], -1)
         start = self.start[:length].expand(batch, -1, -1)
-        return dynamic_routing(votes, history != 0, start, self.num_routings)[:, None]
+        return self.after(dynamic_routing(votes, history != 0, start, self.num_routings))[:, None]
 
     def loss(self, batch: Batch) -> Loss:
         """Loss of naming the next item by the interest that suits it best."""
@@ -72,3 +75,11 @@ class MIND(nn.Module):
     def item_embeddings(self) -> Tensor:
         """The item vectors (N + 1, D), row 0 zero."""
         return self.item.weight.detach()
+
+
+def dense_relu(width: int) -> nn.Sequential:
+    """One map with ReLU for all interests, begun as TensorFlow does: Glorot-uniform, no bias."""
+    dense = nn.Linear(width, width)
+    nn.init.xavier_uniform_(dense.weight)
+    nn.init.zeros_(dense.bias)
+    return nn.Sequential(dense, nn.ReLU())

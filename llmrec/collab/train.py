@@ -92,10 +92,11 @@ def train_collab(
     if hasattr(model, "never_began") and (missed := model.never_began(metrics["epochs"])):
         logger.warning("train_collab: %s ended with epoch %d, %s", config.provider, metrics["epochs"], missed)
     state = {name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()}
+    vectors = model.item_embeddings().detach().float().cpu().numpy().copy()
     return CollabEmbeddings(
         catalog=data.catalog,
         provider=config.provider,
-        vectors=model.item_embeddings().detach().float().cpu().numpy().copy(),
+        vectors=vectors,
         model=settings,
         state=state,
         metrics={
@@ -103,6 +104,7 @@ def train_collab(
             "num_parameters": sum(weight.numel() for weight in model.parameters()),
             "num_targets": rows.num_targets,
             "items_never_trained": data.num_items - rows.num_items,
+            "mean_vector_norm": mean_norm(vectors),
             "trained_on": list(splits),
             **item_groups(model),
         },
@@ -173,8 +175,13 @@ def use_precomputed(config: TrainCollabConfig, data: Interactions) -> CollabEmbe
         catalog=data.catalog,
         provider="precomputed",
         vectors=vectors,
-        metrics={"items_without_vector": int(missing.sum())},
+        metrics={"items_without_vector": int(missing.sum()), "mean_vector_norm": mean_norm(vectors)},
     )
+
+
+def mean_norm(vectors: np.ndarray) -> float:
+    """Mean length of the items' vectors (N + 1, D) without row 0; models differ by orders of magnitude."""
+    return float(np.linalg.norm(vectors[1:], axis=1).mean())
 
 
 def validation_targets(config: TrainCollabConfig, data: Interactions) -> Targets | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from llmrec.evaluation.rank import Ranking
 from llmrec.interactions import Targets
 
 GROUPS = ("head", "mid", "tail", "cold")
-LENGTHS = ((0, 5), (6, 10), (11, 20), (21, 50), (51, 100), (101, 200), (201, None))
 SAMPLES = 2000
 """Resamplings of users behind an interval of a comparison."""
 
@@ -40,9 +40,11 @@ def by_group(
     return {name: _slice(rankings, chosen, ks) for name, chosen in parts.items()}
 
 
-def by_length(rankings: dict[str, Ranking], targets: Targets, ks: tuple[int, ...]) -> dict[str, Any]:
-    """Metrics of every method over users with histories of each length, in items."""
-    parts = parts_by_length(targets.stop - targets.start)
+def by_length(
+    rankings: dict[str, Ranking], targets: Targets, ks: tuple[int, ...], edges: Sequence[int]
+) -> dict[str, Any]:
+    """Metrics of every method over users with histories of each length, see `parts_by_length`."""
+    parts = parts_by_length(targets.stop - targets.start, edges)
     return {name: _slice(rankings, chosen, ks) for name, chosen in parts.items()}
 
 
@@ -52,12 +54,17 @@ def parts_by_group(group: np.ndarray) -> dict[str, np.ndarray]:
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 
-def parts_by_length(length: np.ndarray) -> dict[str, np.ndarray]:
-    """Which users have a history of each length, bool (U,), from lengths in items (U,)."""
-    masks = {
-        f"{low}+" if high is None else f"{low}-{high}": (length >= low) & (high is None or length <= high)
-        for low, high in LENGTHS
-    }
+def parts_by_length(length: np.ndarray, edges: Sequence[int]) -> dict[str, np.ndarray]:
+    """Which users have a history of each length, bool (U,).
+
+    Args:
+        length: of users' histories, in items, (U,).
+        edges: the longest history of every group but the last, ascending.
+    """
+    lows = [0, *(edge + 1 for edge in edges)]
+    names = [f"{low}-{high}" for low, high in zip(lows, edges)] + [f"{lows[-1]}+"]
+    group = np.searchsorted(edges, length)
+    masks = {name: group == number for number, name in enumerate(names)}
     return {name: mask for name, mask in masks.items() if mask.any()}
 
 

@@ -31,6 +31,9 @@ class EvaluateConfig(StageSettings, path="evaluate"):
     mid_rate: float = 0.4
     """Share of items after the head that count as mid; the rest is tail, or cold if never trained."""
 
+    length_edges: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
+    """Users are grouped by the length of their history: the longest of each group but the last, in items."""
+
     num_examples: int = 8
     """Users shown as examples in the report."""
 
@@ -55,6 +58,11 @@ class EvaluateConfig(StageSettings, path="evaluate"):
             value = getattr(self, name)
             require(value >= least, f"evaluate.{name} must be at least {least}, got {value}")
         require(self.num_examples >= 0, f"evaluate.num_examples must be >= 0, got {self.num_examples}")
+        edges = self.length_edges
+        require(
+            bool(edges) and edges[0] >= 1 and list(edges) == sorted(set(edges)),
+            f"evaluate.length_edges must be ascending numbers of at least 1, got {edges}",
+        )
         for name in ("head_rate", "mid_rate"):
             value = getattr(self, name)
             require(0 < value < 1, f"evaluate.{name} must lie between 0 and 1, got {value}")

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from llmrec.errors import MissingArtifactError
 from llmrec.evaluation import analysis, comparison
 from llmrec.evaluation.comparison import Compared, Section
+from llmrec.evaluation.config import EvaluateConfig
 from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k
 from llmrec.evaluation.metrics import summarise as means_of
 from llmrec.evaluation.rankings import ranks_in
@@ -49,6 +50,7 @@ def cells_of(out: Path, row: str, seeds: list[int]) -> list[dict[str, Any]]:
                 "of_data": {name: evaluated[name] for name in OF_DATA if name in evaluated},
                 "ranks": {name: ranks_in(ranks, name) for name in rows},
                 "history_length": ranks["history_length"].to_numpy(),
+                "length_edges": evaluated.get("length_edges", EvaluateConfig.length_edges),
                 "target_group": np.array(ranks["target_group"].to_pylist()),
                 "valid_mask_seen": manifest["config"].get("mask_seen", True),
                 "metrics": read_json(folder / "finetune" / "metrics.json"),
@@ -154,7 +156,7 @@ def add_differences(
 def parts_of(cell: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """Users by part, bool (U,), by what parts them."""
     return {
-        "history length": analysis.parts_by_length(cell["history_length"]),
+        "history length": analysis.parts_by_length(cell["history_length"], cell["length_edges"]),
         "popularity of the target": analysis.parts_by_group(cell["target_group"]),
     }
 

@@ -28,6 +28,8 @@ class Case:
     trainer: dict[str, Any] = field(default_factory=dict)
     by_design: dict[str, str] = field(default_factory=dict)
     """Contract tests that it must fail, by the test's name, and why."""
+    cycle: dict[str, Any] = field(default_factory=dict)
+    """Of the trainer, where it must learn a cycle by heart."""
 
     def config(self, **trainer: Any) -> TrainCollabConfig:
         """Small enough for a second; keyword arguments replace the trainer's settings."""
@@ -61,9 +63,13 @@ CASES: dict[str, Case] = {
         "gmvae",
         GMVAE | {"loss": "bce", "kl": "convex", "temporal_from_epoch": 3},
         {"epochs": 40, "learning_rate": 5e-3, "patience": 20},
+        cycle={"epochs": 100, "learning_rate": 1e-2},
     ),
     "gmvae-sampled_ce": Case(
-        "gmvae", GMVAE | {"loss": "sampled_ce", "num_negatives": 16}, {"epochs": 40, "patience": 20}
+        "gmvae",
+        GMVAE | {"loss": "sampled_ce", "num_negatives": 16},
+        {"epochs": 40, "patience": 20},
+        cycle={"epochs": 120, "patience": 40, "select": "valid"},
     ),
     "gmvae-prefix": Case(
         "gmvae",
@@ -78,6 +84,7 @@ CASES: dict[str, Case] = {
         {"epochs": 40},
         {
             "test_the_loss_at_a_position_is_that_of_scoring_its_prefix_alone": "it names three next items",
+            "test_it_learns_a_cycle_by_heart": "it names three next items, none of them first",
         },
     ),
     "bert4rec-ce": Case(
@@ -88,16 +95,30 @@ CASES: dict[str, Case] = {
             "test_later_items_never_change_what_is_predicted_before_them": "it reads in both directions",
             "test_the_loss_at_a_position_is_that_of_scoring_its_prefix_alone": "it fills in masked items",
         },
+        cycle={"epochs": 100},
     ),
-    "comirec-ce": Case("comirec", INTERESTS, LONG, HARD),
-    "comirec-capsule": Case(
+    "comirec-ce": Case(
         "comirec",
-        INTERESTS | {"routing": "capsule"},
+        INTERESTS,
         LONG,
-        HARD | {"test_it_learns_that_one_item_follows_another": "places beyond those trained have no map"},
+        HARD,
+        cycle={"epochs": 150, "learning_rate": 3e-2, "batch_size": 8},
     ),
-    "comirec-sampled_ce": Case("comirec", INTERESTS | {"loss": "sampled_ce", "num_negatives": 16}, LONG),
-    "mind-ce": Case("mind", INTERESTS, LONG, HARD),
+    "comirec-capsule": Case("comirec", INTERESTS | {"routing": "capsule"}, LONG, HARD),
+    "comirec-sampled_ce": Case(
+        "comirec",
+        INTERESTS | {"loss": "sampled_ce", "num_negatives": 16},
+        LONG,
+        cycle={"epochs": 300},
+    ),
+    "mind-ce": Case("mind", INTERESTS, LONG, HARD, cycle={"epochs": 150}),
+    "mind-relu": Case(
+        "mind",
+        INTERESTS | {"relu_layer": True},
+        LONG,
+        HARD,
+        cycle={"epochs": 150, "learning_rate": 2e-2},
+    ),
     "mind-sampled_ce": Case("mind", INTERESTS | {"loss": "sampled_ce", "num_negatives": 16}, LONG),
     "diffurec-ce": Case("diffurec", DIFFUSION, {"epochs": 30}),
     "diffurec-distance": Case(
@@ -116,8 +137,12 @@ CASES: dict[str, Case] = {
         },
     ),
     "gru4rec-ce": Case("gru4rec", GRU),
-    "gru4rec-bce": Case("gru4rec", GRU | {"loss": "bce"}),
-    "gru4rec-sampled_ce": Case("gru4rec", GRU | {"loss": "sampled_ce", "num_negatives": 16}),
+    "gru4rec-bce": Case("gru4rec", GRU | {"loss": "bce"}, cycle={"learning_rate": 2e-2}),
+    "gru4rec-sampled_ce": Case(
+        "gru4rec",
+        GRU | {"loss": "sampled_ce", "num_negatives": 16},
+        cycle={"epochs": 120, "learning_rate": 2e-2},
+    ),
     "mamba4rec-ce": Case("mamba4rec", MAMBA),
     "mamba4rec-bce": Case("mamba4rec", MAMBA | {"loss": "bce"}),
     "mamba4rec-sampled_ce": Case("mamba4rec", MAMBA | {"loss": "sampled_ce", "num_negatives": 16}),
@@ -125,16 +150,20 @@ CASES: dict[str, Case] = {
     "mamba-ce": Case("mamba", MAMBA | {"kept_items": 2}),
     "mamba-bce": Case("mamba", MAMBA | {"loss": "bce"}),
     "mamba-sampled_ce": Case("mamba", MAMBA | {"loss": "sampled_ce", "num_negatives": 16}),
-    "mamba-2-layers": Case("mamba", MAMBA | {"num_layers": 2, "gate": False}),
+    "mamba-2-layers": Case("mamba", MAMBA | {"num_layers": 2, "gate": False}, cycle={"epochs": 30}),
     "mamba-adaptive": Case("mamba", MAMBA | {"kept_rate": 0.5, "mixing": "gated"}),
     "mamba-attention": Case("mamba", MAMBA | {"kept_items": 2, "mixing": "attention"}),
     "mamba-one-direction": Case("mamba", MAMBA | {"flip": "none"}),
     "mamba-gru-alone": Case("mamba", MAMBA | {"flip": "none", "gate": False, "ssm": False, "state_dim": 32}),
     "fuxi-ce": Case("fuxi", FUXI),
-    "fuxi-sampled_ce": Case("fuxi", FUXI | {"loss": "sampled_ce", "num_negatives": 16}),
+    "fuxi-sampled_ce": Case(
+        "fuxi", FUXI | {"loss": "sampled_ce", "num_negatives": 16}, cycle={"learning_rate": 2e-2}
+    ),
     "fuxi-one-channel": Case("fuxi", FUXI | {"semantic": False, "temporal": False, "single_stage": True}),
     "moe-ce": Case("moe", FUXI | {"embed_dim": 32}, {"epochs": 40}),
-    "moe-sampled_ce": Case("moe", FUXI | {"loss": "sampled_ce", "num_negatives": 16}),
+    "moe-sampled_ce": Case(
+        "moe", FUXI | {"loss": "sampled_ce", "num_negatives": 16}, cycle={"learning_rate": 2e-2}
+    ),
     "moe-everywhere": Case(
         "moe",
         FUXI | {"embed_dim": 32, "moe_targets": ("ffn", "out", "uvqk"), "balance": "cv2"},
@@ -147,6 +176,7 @@ CASES: dict[str, Case] = {
         {
             "test_the_loss_at_a_position_is_that_of_scoring_its_prefix_alone": "row 0 is in its softmax",
         },
+        cycle={"epochs": 40},
     ),
 }
 """By name; every provider and every loss it offers is here. embed_dim 16 and max_history 12 where a

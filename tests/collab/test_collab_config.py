@@ -98,6 +98,14 @@ REFUSED = [
         {"provider": "diffusion", "diffusion.variant": "released", "diffusion.injection": "add"},
         "injection must be cross_attention with variant='released'",
     ),
+    (
+        {"provider": "diffusion", "diffusion.cross_heads": "3"},
+        "cross_heads must be at least 1 and divide embed_dim, got 3 and 128",
+    ),
+    (
+        {"provider": "diffusion", "diffusion.injection": "add", "diffusion.cross_heads": "8"},
+        "cross_heads has no effect with injection='add'",
+    ),
     ({"provider": "fuxi", "fuxi.num_heads": "3"}, "fuxi.head_dim must be given where num_heads does not"),
     (
         {"provider": "fuxi", "fuxi.semantic": "false", "fuxi.positional": "false", "fuxi.temporal": "false"},

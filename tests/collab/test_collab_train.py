@@ -135,6 +135,7 @@ def test_the_loss_falls_and_every_epoch_is_logged():
         "num_parameters": sum(array.size for array in collab.state.values()),
         "num_targets": 64 * 5,
         "items_never_trained": 0,
+        "mean_vector_norm": pytest.approx(np.sqrt((collab.vectors[1:] ** 2).sum(1)).mean(), rel=1e-5),
         "trained_on": ["train"],
     }
 
@@ -395,7 +396,11 @@ def test_ready_made_vectors_are_taken_as_they_are_and_gaps_counted(tmp_path, cap
     with caplog.at_level(logging.WARNING, logger="llmrec"):
         collab = train_collab(TrainCollabConfig(provider="precomputed", vectors=str(file)), data)
     assert collab.vectors.tolist() == [[0, 0], [1, 2], [3, 4], [0, 0], [5, 6]]
-    assert collab.metrics == {"items_without_vector": 1}
+    norms = [sum(number**2 for number in row) ** 0.5 for row in collab.vectors[1:].tolist()]
+    assert collab.metrics == {
+        "items_without_vector": 1,
+        "mean_vector_norm": pytest.approx(sum(norms) / 4, rel=1e-6),
+    }
     assert "1 of 4 items have no vector" in caplog.text
     collab.save(tmp_path)
     loaded = CollabEmbeddings.load(tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from llmrec.artifacts import ContentEmbeddings
 from llmrec.collab import compare_cli
@@ -99,6 +100,38 @@ def test_figures_are_means_over_seeds_of_what_the_cells_wrote(finished):
     assert gap["difference"] == pytest.approx(other - row["test"]["ndcg@10"]["mean"])
     assert gap["low"] <= gap["difference"] <= gap["high"]
     assert "difference" not in row
+
+
+def test_users_are_grouped_by_the_lengths_that_are_asked_for(finished):
+    root, _, results = finished
+    data = load(Interactions, root / "prepare_data")
+    targets = data.targets("test")
+    length = targets.stop - targets.start
+    edge = int(np.median(length))
+    found = summarise_cells(rows(), [0, 1], data, root, reference="sasrec", samples=50, length_edges=(edge,))
+    below = length <= edge
+    assert found["slices"]["history length"] == {
+        f"0-{edge}": int(below.sum()),
+        f"{edge + 1}+": int((~below).sum()),
+    }
+    recall = [
+        load_file(root / "cells" / "sasrec" / f"seed{seed}" / "ranks.safetensors")["rank"] < 10
+        for seed in (0, 1)
+    ]
+    shown = found["rows"]["sasrec"]["slices"]["history length"][f"{edge + 1}+"]["recall@10"]
+    assert shown == pytest.approx(np.mean([hits[~below].mean() for hits in recall]))
+    assert found["rows"]["sasrec"]["test"] == results["rows"]["sasrec"]["test"]
+
+
+@pytest.mark.parametrize(
+    ("edges", "message"), [("9 5", "must ascend"), ("5 5", "ascend"), ("0 5", "at least 1")]
+)
+def test_lengths_that_part_nobody_are_refused(edges, message, capsys):
+    with pytest.raises(SystemExit):
+        compare_cli.parser(every_provider(), None, "x", None).parse_args(
+            ["--prepare-data", "d", "--length-edges", *edges.split()]
+        )
+    assert message in capsys.readouterr().err
 
 
 def test_popularity_is_there_for_scale(finished):

@@ -91,6 +91,61 @@ def test_the_last_step_back_is_the_estimate_and_a_perfect_one_comes_through():
     torch.testing.assert_close(found, clean.expand(3, 5, 4))
 
 
+def test_fewer_steps_back_are_the_last_ones_and_begin_at_pure_noise():
+    """Against the law of a step (Ho et al. 2020, Eq. 7), written again from the schedule."""
+    torch.manual_seed(0)
+    process = Diffusion("trunc_lin", 8, 4, num_samples=2)
+    seen = []
+
+    def estimate(state: torch.Tensor, step: int) -> torch.Tensor:
+        seen.append((step, state))
+        return 0.5 * state + 1
+
+    found = process.reverse(estimate, 3, 4)
+    beta = betas("trunc_lin", 8).float()
+    signal = torch.cumprod(1 - beta, 0)
+    assert [step for step, _ in seen] == [3, 2, 1, 0] * 2
+    for sample in range(2):
+        state = process.start[sample].expand(3, 4)
+        assert torch.equal(seen[4 * sample][1], state)
+        for step in (3, 2, 1):
+            clean = 0.5 * state + 1
+            mean = beta[step] * signal[step - 1].sqrt() * clean
+            mean = mean + (1 - signal[step - 1]) * (1 - beta[step]).sqrt() * state
+            state = mean / (1 - signal[step]) + beta[step].sqrt() * process.steps_noise[sample, step]
+        torch.testing.assert_close(found[sample], 0.5 * state + 1)
+
+
+@pytest.mark.parametrize(("cls", "settings"), [(DiffuRec, ONE), (DiffuRecSys, SYS)])
+def test_scores_and_quick_scores_walk_as_many_steps_as_they_are_set_to(cls, settings, monkeypatch):
+    torch.manual_seed(0)
+    model = cls(**settings | {"reverse_steps": 5, "valid_reverse_steps": 2, "eval_samples": 2}).eval()
+    steps = []
+
+    def estimate(hidden, history, noisy, step):
+        steps.append(step.tolist())
+        return noisy
+
+    monkeypatch.setattr(model, "estimate", estimate)
+    history = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    model.score(history)
+    assert steps == [[step] * 2 for step in (4, 3, 2, 1, 0)] * 2
+    steps.clear()
+    model.quick_score(history)
+    assert steps == [[1] * 2, [0] * 2] * 2
+
+
+def test_what_scoring_starts_from_has_the_offset_and_what_steps_add_has_none():
+    torch.manual_seed(0)
+    process = Diffusion("linear", 3, 6, offset=0.5, num_samples=20_000)
+    for noise, variance, shared in (
+        (process.start, 1.25, 0.25),
+        (process.steps_noise[:, 1], 1.0, 0.0),
+    ):
+        assert float(noise.var()) == pytest.approx(variance, abs=0.03)
+        assert float(torch.cov(noise.T)[0, 1]) == pytest.approx(shared, abs=0.03)
+
+
 def test_offsets_move_a_row_as_one_each_number_alone_or_all_the_same():
     like = torch.empty(20_000, 6)
     for kind, variance, shared, mean in (
@@ -148,20 +203,81 @@ def test_reading_one_place_of_the_last_block_is_reading_it_of_all():
     torch.testing.assert_close(found, model.out_norm(hidden)[[0, 1], [3, 1]])
 
 
-def test_cross_attention_equals_a_loop_over_places():
+@pytest.mark.parametrize("cls", [DiffuRec, DiffuRecSys])
+def test_the_noisy_target_is_added_to_normalised_items_at_its_strength(cls, monkeypatch):
     torch.manual_seed(0)
-    block = DiffuRecSys(**SYS).double().eval().blocks[0]
+    settings = ONE if cls is DiffuRec else SYS | {"injection": "add"}
+    model = cls(**settings | {"strength": 0.25}).double().eval()
+    history, noisy = torch.tensor([[1, 2, 3]]), torch.randn(1, 8, dtype=torch.float64)
+    seen = []
+    monkeypatch.setattr(model.blocks[0], "forward", lambda query, *_: seen.append(query) or query)
+    step = torch.tensor([3])
+    model.estimate(model.embed(history), history, noisy, step)
+    time = model.step(step)[0]
+    for place, item in enumerate((1, 2, 3)):
+        vector = model.item.weight[item]
+        normed = (vector - vector.mean()) / (vector.var(correction=0) + 1e-12).sqrt()
+        torch.testing.assert_close(seen[0][0, place], normed + 0.25 * (noisy[0] + time))
+
+
+@pytest.mark.parametrize("cross_heads", [None, 4])
+def test_the_whole_released_form_follows_its_code(cross_heads):
+    """shararezr/DiffuRecSys, by loops over places, heads and features: padding takes part, keys are weighed
+    over heads, output rows of padding are -1e9, and of the blocks only the last counts."""
+    torch.manual_seed(0)
+    model = DiffuRecSys(**SYS | {"variant": "released", "max_history": 5, "cross_heads": cross_heads})
+    model = model.double().eval()
+    for weight in model.parameters():
+        weight.data += 0.3 * torch.randn_like(weight)
+    history = torch.tensor([[4, 7, 2, 0], [9, 0, 0, 0]])
+    noisy, step = torch.randn(2, 8, dtype=torch.float64), torch.tensor([5, 1])
+    found = model.estimate(model.embed(history), history, noisy, step)
+    block = model.blocks[-1]
+    cross, attention = block.cross, block.attention
+    for row, length in ((0, 3), (1, 1)):
+        items = [*history[row].tolist(), 0]
+        hidden = [model.norm(model.item.weight[item]) for item in items]
+        asked = cross.query(model.strength * (noisy[row] + model.step(step[row : row + 1])[0]))
+        heads = cross_heads or 2
+        asked = asked.view(heads, -1).softmax(1)
+        keys = [cross.key(block.norm(one)).view(heads, -1).exp() for one in hidden]
+        values = [cross.value(block.norm(one)).view(heads, -1) for one in hidden]
+        gathered = torch.zeros_like(asked)
+        for head in range(heads):
+            for key, value in zip(keys, values):
+                for feature in range(8 // heads):
+                    weight = key[head, feature] / key[:, feature].sum()
+                    gathered[head] += asked[head, feature] * weight * value[head]
+        for place in range(5):
+            rows = gathered.flatten() if place < length else torch.full((8,), -1e9, dtype=torch.float64)
+            hidden[place] = hidden[place] + cross.out(rows)
+        normed = [block.norm(one) for one in hidden]
+        query = attention.query(normed[length - 1]).view(2, 4)
+        seen = []
+        for head in range(2):
+            weight = [query[head] @ attention.key(one).view(2, 4)[head] / 2 for one in normed]
+            weight = torch.stack(weight).softmax(0)
+            seen.append(sum(w * attention.value(one).view(2, 4)[head] for w, one in zip(weight, normed)))
+        last = hidden[length - 1] + attention.out(torch.cat(seen))
+        last = last + block.inner(block.inner_norm(last))
+        torch.testing.assert_close(found[row], model.out_norm(last), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_cross_attention_equals_a_loop_over_places(heads):
+    torch.manual_seed(0)
+    block = DiffuRecSys(**SYS | {"cross_heads": heads}).double().eval().blocks[0]
+    assert block.block.attention.num_heads == 2
     hidden, injected = torch.randn(1, 4, 8, dtype=torch.float64), torch.randn(1, 1, 8, dtype=torch.float64)
     mask = torch.tensor([[[[True, True, True, False]]]])
     found = block.cross(block.asked_norm(injected), block.cross_norm(hidden), mask)
     asked = block.cross.query(block.asked_norm(injected))[0, 0]
     normed = block.cross_norm(hidden)[0]
     out = []
-    for head in range(2):
-        part = slice(4 * head, 4 * head + 4)
-        weight = torch.stack([asked[part] @ block.cross.key(normed[t])[part] / 2 for t in range(3)]).softmax(
-            0
-        )
+    for head in range(heads):
+        part = slice(8 // heads * head, 8 // heads * (head + 1))
+        scores = [asked[part] @ block.cross.key(normed[t])[part] for t in range(3)]
+        weight = (torch.stack(scores) / (8 / heads) ** 0.5).softmax(0)
         out.append(sum(w * block.cross.value(normed[t])[part] for t, w in enumerate(weight)))
     torch.testing.assert_close(found[0, 0], block.cross.out(torch.cat(out)))
 

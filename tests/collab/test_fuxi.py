@@ -85,6 +85,28 @@ def test_a_block_equals_a_loop_over_positions():
     assert not found[1, 2:].any()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mixed", [False, True], ids=["fuxi", "moe"])
+def test_blocks_are_given_scaled_items_with_places_and_branches_told_apart(mixed):
+    torch.manual_seed(0)
+    model = FuxiMME(**SIZES | MIXTURE).eval() if mixed else Fuxi(**SIZES).eval()
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    if mixed:
+        model.branch.normal_()
+    history = torch.tensor([[3, 1, 4], [9, 0, 0]])
+    model.encode(history, torch.zeros_like(history))
+    tables = 2 if mixed else 1
+    width = 8 // tables
+    for row, place in ((0, 0), (0, 2), (1, 0)):
+        for table in range(tables):
+            vector = model.item.weight[history[row, place], table * width : (table + 1) * width]
+            expected = math.sqrt(width) * vector + model.position.weight[place]
+            if mixed:
+                expected = expected + model.branch[table]
+            torch.testing.assert_close(seen[0][row * tables + table, place], expected)
+
+
 @pytest.mark.parametrize("mixed", [False, True], ids=["fuxi", "moe"])
 def test_strengths_of_channels_are_of_the_targets_however_rows_are_padded_and_cut(mixed):
     torch.manual_seed(0)

@@ -93,6 +93,15 @@ def test_votes_depend_on_the_place_in_comirec_and_not_in_mind():
     votes = mind.map(mind.item(history)[0])[:, None].expand(-1, 3, -1)
     expected = routing_by_loops(votes, mind.start[:3], 3)
     torch.testing.assert_close(mind.interests(history)[0, 0], expected, rtol=1e-6, atol=1e-6)
+    dense = make(MIND, MINE | {"relu_layer": True})
+    assert dense.after[0].bias.count_nonzero() == 0
+    torch.nn.init.normal_(dense.after[0].bias)
+    votes = dense.map(dense.item(history)[0])[:, None].expand(-1, 3, -1)
+    routed = routing_by_loops(votes, dense.start[:3], 3)
+    expected = torch.stack(
+        [(dense.after[0].weight @ one + dense.after[0].bias).clamp(min=0) for one in routed]
+    )
+    torch.testing.assert_close(dense.interests(history)[0, 0], expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("cls", [ComiRec, MIND])

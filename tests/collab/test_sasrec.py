@@ -37,6 +37,16 @@ def test_an_item_changes_nothing_before_it_and_everything_after(position):
     assert (before[:, position:] != after[:, position:]).any(-1).all()
 
 
+def test_blocks_are_given_items_times_the_root_of_their_width_and_places():
+    made = model().eval()
+    seen = []
+    made.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    made.encode(torch.tensor([[3, 1, 4]]))
+    for place, item in enumerate((3, 1, 4)):
+        expected = 8**0.5 * made.item.weight[item] + made.position.weight[place]
+        torch.testing.assert_close(seen[0][0, place], expected)
+
+
 def test_the_number_of_weights_is_that_of_the_published_size():
     """12,101 items, 64-d, 50 positions, 2 layers, inner 256, as RecBole's."""
     beauty = SASRec(

@@ -38,8 +38,19 @@ def test_slices_are_means_over_the_users_they_name():
     found = analysis.by_group(rankings, targets, np.array([0, 0, 1, 3]), (10,))
     assert {name: part["num_users"] for name, part in found.items()} == {"head": 1, "mid": 2, "cold": 1}
     assert found["head"]["rows"]["a"]["recall@10"] == 0 and found["mid"]["rows"]["a"]["recall@10"] == 1
-    lengths = analysis.by_length(rankings, targets, (10,))
+    lengths = analysis.by_length(rankings, targets, (10,), (5, 10))
     assert list(lengths) == ["0-5"] and lengths["0-5"]["rows"]["a"]["recall@10"] == 0.75
+
+
+def test_users_are_parted_by_the_longest_history_of_each_group():
+    length = np.array([0, 9, 10, 50, 51, 900])
+    found = analysis.parts_by_length(length, (9, 50))
+    assert {name: mask.tolist() for name, mask in found.items()} == {
+        "0-9": [True, True, False, False, False, False],
+        "10-50": [False, False, True, True, False, False],
+        "51+": [False, False, False, False, True, True],
+    }
+    assert list(analysis.parts_by_length(length[:2], (9, 50))) == ["0-9"]
 
 
 def test_coverage_and_popularity_of_recommendations():
@@ -153,6 +164,10 @@ def test_the_page_escapes_titles_and_shows_examples():
         ({"ks": (5, 20)}, "must hold 10"),
         ({"ks": (10, 10)}, "different numbers"),
         ({"head_rate": 0.7}, "must be below 1"),
+        ({"length_edges": ()}, "must be ascending"),
+        ({"length_edges": (10, 5)}, "must be ascending"),
+        ({"length_edges": (5, 5)}, "must be ascending"),
+        ({"length_edges": (0, 5)}, "must be ascending"),
         ({"top_k": 9}, "at least 10, got 9"),
     ],
 )

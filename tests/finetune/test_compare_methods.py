@@ -156,6 +156,7 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
             "analysis": {},
             "trained_on": {},
             "history_length": np.arange(50),
+            "length_edges": [9, 30],
             "target_group": np.array(["head"] * 30 + ["cold"] * 20),
             "valid_mask_seen": True,
             "log": [{"step": 3, "loss": 1.0}, {"step": 3, "valid_ndcg@10": 0.25}],
@@ -175,6 +176,7 @@ def test_a_table_of_methods_needs_no_more_than_the_ranks():
     assert (table[0]["seconds"], table[0]["tokens"]) == (7, 2), "means over seeds, which may end early"
     parts = results["slices"]["popularity of the target"]
     assert parts == {"head": 30, "cold": 20} and sum(results["slices"]["history length"].values()) == 50
+    assert results["slices"]["history length"] == {"0-9": 10, "10-30": 21, "31+": 19}
     shares = table[0]["slices"]["popularity of the target"]
     weighted = sum(shares[part] * number for part, number in parts.items()) / 50
     assert weighted == pytest.approx(table[0]["recall@10"]["mean"])

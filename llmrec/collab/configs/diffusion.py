@@ -22,6 +22,9 @@ class DiffusionConfig(Settings, path="train_collab.diffusion"):
     num_heads: int = 4
     """Attention heads; divides embed_dim."""
 
+    cross_heads: int | None = None
+    """Heads of the cross-attention alone; divides embed_dim; none: num_heads."""
+
     dropout_rate: float = 0.1
     """Dropout in the blocks."""
 
@@ -77,6 +80,14 @@ class DiffusionConfig(Settings, path="train_collab.diffusion"):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_diffusion("diffusion", self)
+        heads = self.cross_heads
+        require(
+            heads is None or (heads >= 1 and self.embed_dim % heads == 0),
+            "train_collab.diffusion.cross_heads must be at least 1 and divide embed_dim, got "
+            f"{heads} and {self.embed_dim}",
+        )
+        if self.injection == "add":
+            self.refuse_changed(["cross_heads"], "injection='add'")
         require(self.offset >= 0, f"train_collab.diffusion.offset must be at least 0, got {self.offset}")
         if not self.offset:
             self.refuse_changed(["offset_kind"], "offset=0")

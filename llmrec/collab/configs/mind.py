@@ -22,6 +22,10 @@ class MindConfig(Settings, path="train_collab.mind"):
     num_routings: int = 3
     """Iterations of dynamic routing."""
 
+    relu_layer: bool = False
+    """A dense layer with ReLU after the routing, as in the paper and in ComiRec's code for one of its two
+    data sets: interests are then no longer shorter than 1, and never negative."""
+
     dropout_rate: float = 0.0
     """Dropout on the history's item vectors (published: none)."""
 
