@@ -55,6 +55,13 @@ SIGMA-GMVAE are from before its hard interests begin."""
 AS_RELEASED = {"mamba": 208.0, "diffusion": 32.0}
 """The same of models in their released form."""
 
+OF_FLOAT32 = {
+    "tf32": {"diffurec": 0.81, "diffusion": 0.63, "mamba": 0.90, "bert4rec": 1.1},
+    "bfloat16": {"diffurec": 0.53, "diffusion": 0.55, "mamba": 1.19, "bert4rec": 1.24},
+}
+"""Their seconds there by `train_collab.precision`, over those in float32 (tools/README.md); models that were
+not measured so are taken to need as many."""
+
 SMALL_STEP = 0.0065
 """Seconds of an optimiser step of SASRec there (0.31 s in 48 steps), for small steps in general."""
 
@@ -106,7 +113,7 @@ def work_before(recipe: Recipe, data: Interactions, widths: Mapping[str, int]) -
 
 
 def sequence_model(config: TrainCollabConfig, data: Interactions) -> Work | str:
-    """Training a sequence model for all its epochs."""
+    """Training a sequence model for all its epochs, without validations."""
     if config.provider == "precomputed":
         return "read from a file"
     if config.is_own:
@@ -118,11 +125,12 @@ def sequence_model(config: TrainCollabConfig, data: Interactions) -> Work | str:
         return f"not known for {config.provider} with layout={rows.layout}"
     released = config.of_model.get("variant") == "released"
     rates = PER_MILLION_TARGETS | (AS_RELEASED if released else {})
+    share = 1.0 if released else OF_FLOAT32.get(config.precision, {}).get(config.provider, 1.0)
     epochs, each = config.epochs, config.batch_size
     steps = -(-(rows.num_users if config.batch_by == "users" else rows.num_targets) // each)
     return Work(
         steps=epochs * steps,
-        seconds=epochs * rows.num_targets / 1e6 * rates[config.provider],
+        seconds=epochs * rows.num_targets / 1e6 * rates[config.provider] * share,
         most=config.select == "valid" and config.patience is not None,
     )
 

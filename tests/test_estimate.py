@@ -171,6 +171,10 @@ def test_every_sequence_model_has_a_time_or_a_reason_why_not(tmp_path):
     work = stage_times.sequence_model(TrainCollabConfig(provider="mamba", mamba=released), data)
     rate = stage_times.AS_RELEASED["mamba"] / stage_times.PER_MILLION_TARGETS["mamba"]
     plain = stage_times.sequence_model(TrainCollabConfig(provider="mamba"), data)
+    lower = stage_times.sequence_model(TrainCollabConfig(provider="mamba", precision="bfloat16"), data)
+    assert lower.seconds / plain.seconds == pytest.approx(1.19)
+    lower = TrainCollabConfig(provider="mamba", precision="bfloat16", mamba=released)
+    assert stage_times.sequence_model(lower, data).seconds == work.seconds, "not measured"
     assert rate > 10 and work.seconds == pytest.approx(rate * plain.seconds)
     for settings, reason in (
         ({"layout": "prefixes"}, "not known for sasrec with layout=prefixes"),

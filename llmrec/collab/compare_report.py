@@ -58,7 +58,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
         Section(
             title="Costs",
             table=cost_table(done),
-            charts=[functools.partial(comparison.cost_chart, shown)],
+            charts=[functools.partial(comparison.cost_chart, shown, of="training and validation")],
         ),
         *comparison.slice_sections(shown, results["slices"]),
         Section(

@@ -193,8 +193,8 @@ def _lines_of(rows: Sequence[Compared]) -> tuple[Any, Any]:
     return figure, axes
 
 
-def cost_chart(rows: Sequence[Compared]) -> str:
-    """Quality against training time, both as measured; SVG."""
+def cost_chart(rows: Sequence[Compared], *, of: str = "training") -> str:
+    """Quality against time, both as measured, SVG; ``of``: what the time was spent on."""
     figure, axes = plot(6, 3)
     for row in rows:
         if row.minutes is None:
@@ -208,7 +208,7 @@ def cost_chart(rows: Sequence[Compared]) -> str:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high >= 10 * low else MaxNLocator(5))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("minutes of training, one seed")
+    axes.set_xlabel(f"minutes of {of}, one seed")
     axes.set_ylabel(MAIN)
     return svg(figure)
 
