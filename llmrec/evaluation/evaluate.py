@@ -138,7 +138,7 @@ def summarise_all(
         "groups": analysis.by_group(rankings, targets, groups, config.ks),
         "group_rates": {"head": config.head_rate, "mid": config.mid_rate},
         "history_length": analysis.by_length(rankings, targets, config.ks, config.length_edges),
-        "length_edges": config.length_edges,
+        "length_edges": list(config.length_edges),
         "recommendations": {
             name: analysis.recommendations(ranking.top, data.train_count)
             for name, ranking in rankings.items()
