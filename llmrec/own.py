@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,6 +95,64 @@ def code_file(name: str) -> Path | None:
         return None
     file = None if spec is None or spec.origin is None else Path(spec.origin)
     return file if file is not None and file.is_file() else None
+
+
+def imported_files(name: str) -> dict[str, Path]:
+    """The user's own files that the file of a class of that name imports, and those that these import, by
+    their path from the folder where imports start; found without running any of them.
+
+    Own is what lies in that folder, or, where it is one of installed packages, in the class's package. Not
+    found is what is imported by a name made while running. A package's __init__.py is not looked at for a
+    module in it: what it imports for others would make their files look like the class's.
+    """
+    main = code_file(name)
+    if main is None:
+        return {}
+    module = name.partition(":")[0]
+    root = main.parents[module.count(".") + (main.stem == "__init__")]
+    top = module.partition(".")[0]
+    installed = root.name in ("site-packages", "dist-packages")
+
+    def file_of(module: str) -> Path | None:
+        first = module.partition(".")[0]
+        if first in (*sys.stdlib_module_names, "llmrec") or (installed and first != top):
+            return None
+        folder, _, last = module.rpartition(".")
+        return beside(root / folder.replace(".", "/"), last)
+
+    found: set[Path] = set()
+    waiting = [(main, module)]
+    while waiting:
+        file, module = waiting.pop()
+        if file in found:
+            continue
+        found.add(file)
+        package = module if file.stem == "__init__" else module.rpartition(".")[0]
+        for asked, part in _imports_of(file, package):
+            # Of `from a import b`, b may be a module.
+            inner = f"{asked}.{part}" if asked else part
+            for one in (inner, asked) if part else (asked,):
+                if (imported := file_of(one)) is not None:
+                    waiting.append((imported, one))
+                    break
+    return {file.relative_to(root).as_posix(): file for file in sorted(found - {main})}
+
+
+def _imports_of(file: Path, package: str) -> Iterator[tuple[str, str]]:
+    """Modules that a file in that package imports, and of each the part that is taken from it, or "";
+    nothing, if the file is no Python."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    parts = package.split(".") if package else []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = parts[: max(len(parts) - node.level + 1, 0)] if node.level else []
+            module = ".".join([*start, *filter(None, [node.module])])
+            yield from ((module, alias.name) for alias in node.names)
 
 
 def check_takes(kind: Any, name: str, setting: str, *first: object, **settings: object) -> None:

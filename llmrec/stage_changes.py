@@ -13,7 +13,7 @@ from llmrec.errors import MissingArtifactError, StaleArtifactError
 from llmrec.finished import SCHEMA_VERSION, fingerprint, fingerprint_of, stage_manifest
 from llmrec.folder_digest import folder_digest, model_digest
 from llmrec.manifest import MANIFEST, sha256
-from llmrec.own import code_file
+from llmrec.own import code_file, imported_files
 from llmrec.stages import STAGES, in_order
 
 if TYPE_CHECKING:
@@ -58,9 +58,14 @@ def source_hashes(config: StageSettings, known: dict[str, str] | None = None) ->
 
 
 def code_hashes(config: StageSettings) -> dict[str, str]:
-    """Hashes of the files that hold the users' own classes; not of what those import."""
-    files = {CODE + name: code_file(kind) for name, kind in config.own_classes().items()}
-    return {name: sha256(file) for name, file in files.items() if file is not None}
+    """Hashes of the files that hold the users' own classes, and of their own files that those import."""
+    found: dict[str, str] = {}
+    for name, kind in config.own_classes().items():
+        if (file := code_file(kind)) is not None:
+            found[CODE + name] = sha256(file)
+        for path, imported in imported_files(kind).items():
+            found[f"{CODE}{name} ({path})"] = sha256(imported)
+    return found
 
 
 def folders_of(config: StageSettings) -> dict[str, str]:

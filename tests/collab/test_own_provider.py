@@ -16,6 +16,7 @@ import torch
 from tiny_recipe import tiny
 from worlds import cycle
 
+from llmrec import own
 from llmrec.artifacts import CollabEmbeddings
 from llmrec.cli import main as llmrec
 from llmrec.collab import train
@@ -138,6 +139,86 @@ def test_other_code_of_it_is_noticed(tmp_path, monkeypatch):
         run_cells({"bag": config}, [0], data, cells, jobs=1)
     code.unlink()  # what is gone cannot differ
     assert set(statuses(recipe, tmp_path / "run", "train_collab").values()) == {"done"}
+
+
+def test_other_code_of_what_it_imports_is_noticed(tmp_path, monkeypatch):
+    code = tmp_path / "models_apart.py"
+    text = (Path(__file__).parent / "own_models.py").read_text()
+    code.write_text(text.replace("import torch\n", "import torch\nimport models_helper\n", 1))
+    helper = tmp_path / "models_helper.py"
+    helper.write_text("width = 3\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    config = TrainCollabConfig(**(BAG | {"provider": "models_apart:Bag"}), epochs=1)
+    recipe = dataclasses.replace(tiny(), train_collab=config)
+    run(recipe, tmp_path / "run", until="train_collab")
+    (tmp_path / "models_unrelated.py").write_text("width = 4\n")
+    assert statuses(recipe, tmp_path / "run", "train_collab")["train_collab"] == "done"
+    helper.write_text("width = 5\n")
+    with pytest.raises(StaleArtifactError, match=r"made with other code of provider \(models_helper.py\)"):
+        run(recipe, tmp_path / "run", until="train_collab")
+    path = tmp_path / "run" / "train_collab" / "manifest.json"
+    manifest = read_manifest(path, SCHEMA_VERSION)
+    assert manifest.pop("digest") and manifest["sources"].pop("code of provider (models_helper.py)")
+    write_manifest(path, manifest)  # as of a version that did not look at imports
+    assert statuses(recipe, tmp_path / "run", "train_collab")["train_collab"] == "done"
+
+
+def test_imports_are_followed_through_ones_own_files_without_running_them(tmp_path, monkeypatch):
+    """Absolute and relative ones, round in circles, to packages with and without __init__.py; not to Python's
+    own modules, to llmrec's, to what cannot be read, or to other modules of a package by its __init__.py."""
+    models = """
+import os, torch, random
+from llmrec import Run
+from .parts.blocks import Block
+from . import sizes, Constant
+def f():
+    from other import helper
+    import plain.deep as p
+"""
+    files = {
+        "mine/__init__.py": "from .models import Model\nfrom .rival import Rival\nConstant = 3",
+        "mine/rival.py": "",
+        "mine/models.py": models,
+        "mine/sizes.py": "import mine.models",
+        "mine/parts/__init__.py": "raise SystemExit('was run')",
+        "mine/parts/blocks.py": "from ..sizes import *\nfrom ...high import x\nfrom . import norms, absent",
+        "mine/parts/norms.py": "this is no Python",
+        "mine/parts/unused.py": "",
+        "other.py": "import broken",
+        "broken.py": "\0",
+        "plain/deep.py": "from .beside import y",
+        "plain/beside.py": "",
+        "random.py": "",
+        "llmrec/__init__.py": "",
+        "unused.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    def imported(name: str, file: Path) -> dict[str, Path]:
+        monkeypatch.setattr(own, "code_file", lambda _: file)
+        return own.imported_files(name)
+
+    (tmp_path / "mine" / "models.py").write_text(models.replace(", Constant", ""))
+    found = imported("mine.models:Model", tmp_path / "mine" / "models.py")
+    assert list(found) == [
+        *("broken.py", "mine/parts/__init__.py", "mine/parts/blocks.py", "mine/parts/norms.py"),
+        *("mine/sizes.py", "other.py", "plain/beside.py", "plain/deep.py"),
+    ]
+    assert all(file == tmp_path / name for name, file in found.items())
+    (tmp_path / "mine" / "models.py").write_text(models)  # which asks for something that __init__.py makes
+    more = imported("mine.models:Model", tmp_path / "mine" / "models.py").keys() - found.keys()
+    assert more == {"mine/__init__.py", "mine/rival.py"}
+    by_package = imported("mine:Model", tmp_path / "mine" / "__init__.py")
+    assert by_package.keys() == found.keys() | {"mine/models.py", "mine/rival.py"}
+    installed = tmp_path / "site-packages"
+    shutil.copytree(tmp_path / "mine", installed / "mine")
+    shutil.copy(tmp_path / "other.py", installed)
+    found = imported("mine.models:Model", installed / "mine" / "models.py")
+    assert {name.partition("/")[0] for name in found} == {"mine"}
+    monkeypatch.setattr(own, "code_file", lambda _: None)
+    assert own.imported_files("mine:Model") == {}
 
 
 def test_runs_from_before_code_was_looked_at_are_kept(tmp_path):
