@@ -194,26 +194,33 @@ def check_ids(package: Package, items: pa.Table) -> None:
 def nearest(
     package: Package, content: dict[str, np.ndarray], present: dict[str, np.ndarray], neighbours: int
 ) -> np.ndarray:
-    """Trained items nearest by mean cosine over the content modalities that are known, int64 (n, k).
+    """Trained items nearest by mean cosine over the content modalities known of both, int64 (n, k).
 
-    Items that were never trained lend nothing, unless there are no others.
+    Items that were never trained lend nothing, unless there are no others; those of which nothing is known
+    that is known of the new item come last.
     """
     trained = np.flatnonzero(package.adapter.heads["train_count"].numpy() > 0)
     if not len(trained):
         trained = np.arange(1, len(package.collab.vectors))
     k = min(neighbours, len(trained))
-    known, new = [], []
+    known, new, known_there, new_there = [], [], [], []
     for name, rows in content.items():
         table = package.content.vectors[name][trained].astype(np.float64)
         centre = table.mean(axis=0)
         # What stands for a missing vector lies near the centre, in whatever direction rounding has it.
-        known.append(unit(table - centre) * ~package.content.missing[name][trained][:, None])
-        new.append(unit(rows - centre) * present[name][:, None])
+        known_there.append(~package.content.missing[name][trained])
+        new_there.append(present[name])
+        known.append(unit(table - centre) * known_there[-1][:, None])
+        new.append(unit(rows - centre) * new_there[-1][:, None])
     known_rows, new_rows = np.concatenate(known, axis=1), np.concatenate(new, axis=1)
+    of_known, of_new = (np.stack(there, axis=1).astype(np.float64) for there in (known_there, new_there))
     found = []
     size = max(1, BLOCK // len(trained))
     for start in range(0, len(new_rows), size):
-        similarity = new_rows[start : start + size] @ known_rows.T
+        block = slice(start, start + size)
+        shared = of_new[block] @ of_known.T
+        similarity = new_rows[block] @ known_rows.T / np.maximum(shared, 1)
+        similarity[shared == 0] = -np.inf
         found.append(np.argpartition(-similarity, k - 1, axis=1)[:, :k])
     return trained[np.concatenate(found)]
 

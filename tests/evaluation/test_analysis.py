@@ -53,10 +53,38 @@ def test_users_are_parted_by_the_longest_history_of_each_group():
     assert list(analysis.parts_by_length(length[:2], (9, 50))) == ["0-9"]
 
 
+def test_every_number_of_the_metrics_is_of_the_method_and_the_ranks_it_names():
+    """Where the history's items are ranked, too, all targets are out of the first ten here."""
+    data = interactions([[1, 2, 3], [2, 3, 1], [1, 3, 2], [3, 1, 2]], 3)
+    targets = data.targets("test")
+    better, worse = ranking([0, 3, 9, 4]), ranking([0, 12, 40, 30])
+    rankings = {
+        "ours": dataclasses.replace(better, rank_seen_kept=better.rank + 15),
+        "theirs": dataclasses.replace(worse, rank_seen_kept=worse.rank + 15),
+    }
+    found = evaluate.summarise_all(EvaluateConfig(bootstrap_samples=50), data, targets, rankings)
+    assert {name: row["recall@10"] for name, row in found["rows"].items()} == {"ours": 1, "theirs": 0.25}
+    assert {name: row["recall@10"] for name, row in found["seen_kept"].items()} == {"ours": 0, "theirs": 0}
+    assert {name: row["recall@20"] for name, row in found["seen_kept"].items()} == {
+        "ours": 0.75,
+        "theirs": 0.25,
+    }
+    difference = found["paired"]["ours - theirs"]["recall@10"]
+    assert difference["difference"] == 0.75 and difference["high"] >= 0.75 >= difference["low"]
+    shares = found["history_length"]["0-5"]["rows"]
+    assert {name: row["recall@10"] for name, row in shares.items()} == {"ours": 1, "theirs": 0.25}
+    groups = found["groups"].values()
+    for name, share in (("ours", 1.0), ("theirs", 0.25)):
+        weighted = sum(part["rows"][name]["recall@10"] * part["num_users"] for part in groups) / 4
+        assert weighted == share
+
+
 def test_coverage_and_popularity_of_recommendations():
     found = analysis.recommendations(np.array([[1, 2, 0], [2, 3, 1]]), np.array([0, 10, 4, 1, 9]))
     assert found["coverage@10"] == 3 / 4
     assert found["mean_train_count@10"] == pytest.approx((10 + 4 + 4 + 1 + 10) / 5)
+    longer = analysis.recommendations(np.arange(1, 21)[None], np.array([0, *[1] * 10, *[5] * 10]))
+    assert (longer["coverage@10"], longer["mean_train_count@10"]) == (0.5, 1)
 
 
 def test_paired_differences_find_what_is_there_and_nothing_else():

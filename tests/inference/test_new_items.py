@@ -223,6 +223,37 @@ def test_what_is_not_known_of_an_item_has_no_say_in_who_is_near(packaged):
         extended(package, items, without, present={"text": nothing, "image": nothing})
 
 
+def test_an_item_without_a_picture_is_as_near_as_its_text_says(packaged):
+    """Against a loop over items: the mean over what both have, and last who shares nothing."""
+    package = load_package(packaged)
+    missing = {name: flags.copy() for name, flags in package.content.missing.items()}
+    half = np.arange(len(missing["image"])) % 2 == 0
+    missing["image"][half] = True
+    missing["text"][4:8] = True
+    package = dataclasses.replace(package, content=dataclasses.replace(package.content, missing=missing))
+    trained = np.flatnonzero(package.adapter.heads["train_count"].numpy() > 0)
+    rows = trained[10:14]
+    content = {name: package.content.vectors[name][rows] for name in ("text", "image")}
+    there = {"text": np.array([True, True, True, False]), "image": np.array([True, False, True, True])}
+    found = nearest(package, content, there, 5)
+    for place in range(4):
+        likeness = {}
+        for item in trained:
+            both = [name for name in there if there[name][place] and not missing[name][item]]
+            cosines = []
+            for name in both:
+                table = package.content.vectors[name].astype(np.float64)
+                centre = table[trained].mean(axis=0)
+                one, other = content[name][place] - centre, table[item] - centre
+                cosines.append(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+            likeness[item] = np.mean(cosines) if both else -np.inf
+        wanted = sorted(likeness.values(), reverse=True)[:5]
+        assert sorted((likeness[item] for item in found[place]), reverse=True) == pytest.approx(wanted)
+    several = nearest(package, content, there, len(trained))
+    nothing = [item for item in trained if missing["image"][item]]
+    assert set(several[3, -len(nothing) :]) == set(nothing), "of the last only the picture is known"
+
+
 def test_items_that_were_added_are_saved_with_the_others(packaged, tmp_path):
     recommender = Recommender.from_pretrained(packaged)
     recommender.add_items([{"item_id": "new", "title": "Plain red drum"}])

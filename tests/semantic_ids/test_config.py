@@ -64,3 +64,22 @@ def test_presets_are_complete_and_differ_where_paper_and_code_do():
     assert paper.reconstruction == official.reconstruction == "mmd"
     assert (paper.include_pad, official.include_pad) == (False, True)
     assert official.commitment == "first" and official.init == "kmeans_constrained"
+    assert changed(paper) == PUBLISHED_ALIKE | {"rq_reduce": "sum", "sinkhorn": "none"}
+    assert changed(official) == PUBLISHED_ALIKE | {
+        **{"alignment": "mmd", "commitment": "first", "commitment_weight": 0.01, "include_pad": True},
+        **{"init": "kmeans_constrained", "kmeans_restarts": 10},
+    }
+
+
+PUBLISHED_ALIKE = {
+    **{"code_dim": 4096, "hidden_dims": (4096, 4096, 4096), "normalise": "none", "reconstruction": "mmd"},
+    **{"codebook_update": "gradient", "epochs": 2000, "learning_rate": 2e-4, "log_every_epochs": 50},
+    **{"restart_dead_codes": False, "min_utilisation": 0.0},
+}
+"""What paper and published code have in common and differ from our defaults in."""
+
+
+def changed(config: LearnSemanticIdsConfig) -> dict[str, object]:
+    """Fields that are not the default's."""
+    usual = vars(LearnSemanticIdsConfig())
+    return {name: value for name, value in vars(config).items() if value != usual[name]}
