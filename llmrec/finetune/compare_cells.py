@@ -79,10 +79,14 @@ ROWS: dict[str, Row] = {
     "ctrl_mm_two": Row(finetune={"method": "ctrl_mm", "ctrl_stage": "two"}, meaning="CTRL-MM, two stages"),
     "se_sid": Row(finetune=SE_SID, meaning="SE-SID, the recipe's semantic IDs (learned beside the others)"),
     "se_sid_mmd": Row(
-        finetune=SE_SID, ids={**COLLAB_ALONE, "reconstruction": "mmd"}, meaning="SE-SID-MMD, codes of its own"
+        finetune=SE_SID,
+        ids={**COLLAB_ALONE, "reconstruction": "mmd"},
+        meaning="SE-SID-MMD, codes of its own by gradient",
     ),
     "se_sid_mse": Row(
-        finetune=SE_SID, ids={**COLLAB_ALONE, "reconstruction": "mse"}, meaning="SE-SID-MSE, codes of its own"
+        finetune=SE_SID,
+        ids={**COLLAB_ALONE, "reconstruction": "mse"},
+        meaning="SE-SID-MSE, codes of its own by gradient",
     ),
     "mme_sid_random": Row(finetune={**MME_SID, "random_codes": True}, meaning="MME-SID-random"),
     "se_random": Row(finetune={"method": "se_random"}, meaning="SE-random"),

@@ -204,7 +204,7 @@ class FinetuneConfig(StageSettings, path="finetune"):
     """AdamW weight decay."""
 
     warmup_steps: int = 100
-    """Optimiser steps of linear warm-up, before a cosine to zero."""
+    """Optimiser steps of linear warm-up, at most half of all, before a cosine to zero."""
 
     schedule_epochs: int | None = None
     """Epochs after which the cosine would reach zero, at least `epochs`; none: `epochs`. --refit sets it to

@@ -143,15 +143,31 @@ def test_sizes_that_no_clusters_can_have_are_told_as_soon_as_the_items_are_known
     LearnSemanticIdsConfig(num_codes=codes).check_items(items)
 
 
-def test_bounded_clusters_keep_the_published_bounds():
-    pytest.importorskip("k_means_constrained")
+def test_bounded_clusters_keep_the_published_bounds(monkeypatch):
+    library = pytest.importorskip("k_means_constrained")
+    solvers = []
+
+    class Watched(library.KMeansConstrained):
+        def fit(self, *args):
+            solvers.append(self)
+            return super().fit(*args)
+
+    monkeypatch.setattr(library, "KMeansConstrained", Watched)
     assert size_bounds(12_087, 256) == (23, 92)
     rows, _ = blobs(clusters=2, each=100, spread=0.3)
     rows = torch.cat([rows, rows[:1].repeat(60, 1)])
     made = ResidualQuantizer(1, 8, 6)
-    init_codebooks(made, rows, 10, torch.Generator().manual_seed(0), method="kmeans_constrained")
+    generator = torch.Generator().manual_seed(0)
+    init_codebooks(made, rows, 9, generator, method="kmeans_constrained", restarts=3)
     centres = made.codebooks.detach()[0]
     # Without bounds, the 60 copies would be one cluster and have a centre on them alone.
     plain = kmeans(rows, 8, 10, torch.Generator().manual_seed(0))
     assert torch.bincount(nearest(rows, plain)[1]).max() >= 60
     assert centres.shape == (8, 6) and centres.isfinite().all()
+    (solver,) = solvers
+    assert (solver.n_init, solver.max_iter) == (3, 9)
+    least, most = size_bounds(len(rows), 8)
+    assert (least, most) == (solver.size_min, solver.size_max) == (16, 64)
+    sizes = np.bincount(solver.labels_, minlength=8)
+    assert len(sizes) == 8 and sizes.min() >= least and sizes.max() <= most
+    np.testing.assert_allclose(centres.numpy(), solver.cluster_centers_, rtol=1e-6)

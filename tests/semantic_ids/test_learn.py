@@ -8,19 +8,24 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from test_mm_rqvae import SETTINGS
+from test_mm_rqvae import DIMS, SETTINGS, batch
+from torch.nn import functional as F
 from worlds import interactions, two_communities
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.errors import ArtifactMismatchError, ConfigError, DataError, TrainingError
 from llmrec.finished import fingerprint
 from llmrec.pipeline import run_stage
+from llmrec.semantic_ids import kmeans as kmeans_module
+from llmrec.semantic_ids import quantizer as quantizer_module
+from llmrec.semantic_ids import train
 from llmrec.semantic_ids.assign import assign, frozen, separate
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.kmeans import kmeans
-from llmrec.semantic_ids.learn import learn_semantic_ids
+from llmrec.semantic_ids.learn import ItemRows, learn_semantic_ids, model_settings
+from llmrec.semantic_ids.losses import info_nce, mmd
 from llmrec.semantic_ids.mm_rqvae import MMRQVAE
-from llmrec.semantic_ids.train import TrainingItems, num_batches, train_epoch
+from llmrec.semantic_ids.train import TrainingItems, fit, initialise, num_batches, train_epoch
 
 NUM_ITEMS = 240
 SMALL = LearnSemanticIdsConfig(
@@ -411,3 +416,203 @@ def test_collisions_are_repaired_at_the_least_distance_in_all():
     cost = (rows - first[1])[:, None].sub(last).square().sum(dim=2)
     best = min(permutations(range(4)), key=lambda dealt: float(cost[range(4), dealt].sum()))
     assert repaired.tolist() == [[1, code] for code in best] and best != tuple(range(4))
+
+
+OWN = LearnSemanticIdsConfig(
+    num_levels=3,
+    num_codes=8,
+    code_dim=6,
+    hidden_dims=(9, 7),
+    normalise="l2",
+    reconstruction="mmd+mse",
+    mmd_estimator="unbiased",
+    mmd_weight=1.5,
+    mse_weight=0.7,
+    alignment="infonce",
+    alignment_weight=0.3,
+    alignment_temperature=0.4,
+    commitment_weight=0.6,
+    commitment="first",
+    quantization_weight=2.5,
+    rq_reduce="sum",
+    sinkhorn="all",
+    sinkhorn_eps=0.05,
+    sinkhorn_iterations=11,
+    codebook_update="ema",
+    ema_decay=0.9,
+    estimator="rotation",
+    init="kmeans_constrained",
+    kmeans_iterations=13,
+    kmeans_restarts=4,
+    kmeans_rows=40,
+    epochs=2,
+    learning_rate=0.02,
+    weight_decay=0.25,
+)
+"""No two numbers are equal, and none is a default."""
+
+
+def model_of(config, dims=DIMS):
+    torch.manual_seed(0)
+    return MMRQVAE(**model_settings(config, dims))
+
+
+def test_the_loss_takes_each_setting_by_its_name():
+    made = model_of(OWN).eval()
+    rows = batch()
+    encoded, losses = made(rows)
+    expected = 0.0
+    for name, found in encoded.items():
+        torch.testing.assert_close(found.source, F.normalize(rows[name]))
+        coded, vectors = found.quantized, found.quantized.vectors
+        chosen = made.autoencoders[name].quantizer.lookup(coded.codes)
+        expected += 2.5 * 0.6 * (coded.residuals - chosen).square().sum() / len(vectors)
+        expected += 1.5 * mmd(found.source, found.decoded, estimator="unbiased")
+        expected += 0.7 * F.mse_loss(found.decoded, found.source)
+        if name != "collab":
+            expected += 0.3 * info_nce(encoded["collab"].quantized.vectors, vectors, 0.4)
+    torch.testing.assert_close(losses.total, expected)
+
+
+def test_the_quantiser_takes_each_setting_by_its_name(monkeypatch):
+    made = model_of(OWN)
+    for name, dim in DIMS.items():
+        autoencoder = made.autoencoders[name]
+        linear = [layer for layer in autoencoder.encoder if isinstance(layer, torch.nn.Linear)]
+        assert [layer.out_features for layer in linear] == [9, 7, 6] and linear[0].in_features == dim
+        found = autoencoder.quantizer
+        assert found.codebooks.shape == (3, 8, 6) and not found.codebooks.requires_grad
+        assert (found.commitment_weight, found.ema_decay) == (0.6, 0.9)
+        assert (found.commitment, found.reduce, found.estimator) == ("first", "sum", "rotation")
+    asked = []
+
+    def watched(distances, eps, iterations):
+        asked.append((eps, iterations))
+        return sinkhorn(distances, eps, iterations)
+
+    sinkhorn = quantizer_module.sinkhorn
+    monkeypatch.setattr(quantizer_module, "sinkhorn", watched)
+    made.train()(batch())
+    assert asked == [(0.05, 11)] * 3 * len(DIMS)
+
+
+def test_other_choices_reach_the_model_too():
+    config = dataclasses.replace(
+        SMALL,
+        normalise="none",
+        reconstruction="mmd",
+        alignment="mmd",
+        commitment="all",
+        sinkhorn="none",
+        codebook_update="gradient",
+    )
+    made = model_of(config)
+    found = made.autoencoders["text"].quantizer
+    assert found.codebooks.requires_grad and found.ema_decay is None and found.spread_levels == []
+    assert (found.commitment, found.reduce, found.estimator) == ("all", "mean", "straight_through")
+    assert (made.alignment, made.mmd_estimator) == ("mmd", "tllib")
+    assert made.weights == {"mmd": 3.0, "mse": 0.0, "quantization": 1.0, "alignment": 0.01}
+    encoded, losses = made.eval()(batch())
+    assert losses.parts["text"].keys() == {"quantization", "mmd", "alignment"}
+    assert torch.equal(encoded["text"].source, batch()["text"])
+
+
+@pytest.mark.parametrize("init", ["kmeans", "kmeans_constrained"])
+@pytest.mark.parametrize("method", ["mm_rqvae", "rkmeans"])
+def test_k_means_gets_its_rows_rounds_and_seeds_from_the_settings(method, init, monkeypatch):
+    calls = []
+
+    def plain(rows, num_clusters, iterations, generator, *, restarts, relocate_idle):
+        calls.append(("kmeans", rows, num_clusters, iterations, restarts, relocate_idle))
+        return rows[:num_clusters]
+
+    def constrained(rows, num_clusters, iterations, restarts, generator):
+        calls.append(("kmeans_constrained", rows, num_clusters, iterations, restarts, None))
+        return rows[:num_clusters]
+
+    monkeypatch.setattr(kmeans_module, "kmeans", plain)
+    monkeypatch.setattr(kmeans_module, "constrained", constrained)
+    config = LearnSemanticIdsConfig(
+        method=method,
+        init=init,
+        num_levels=2,
+        num_codes=8,
+        kmeans_iterations=13,
+        kmeans_restarts=4,
+        kmeans_rows=40,
+    )
+    made = model_of(config, {"text": 5})
+    vectors = batch(60)["text"]
+    table = TrainingItems(vectors={"text": vectors}, present={}, device=vectors.device)
+    initialise(made, config, table)
+    latent = made.autoencoders["text"].encode(vectors).detach()
+    moved = None if init == "kmeans_constrained" else method == "rkmeans"
+    for which, rows, *given in calls:
+        assert which == init and given == [8, 13, 4, moved]
+        assert len(rows) == 40
+    assert len(calls) == 2
+    drawn = torch.cdist(calls[0][1], latent).argmin(dim=1)
+    torch.testing.assert_close(calls[0][1], latent[drawn])
+    assert len(drawn.unique()) == 40
+    for book, call in zip(made.autoencoders["text"].quantizer.codebooks, calls):
+        assert torch.equal(book, call[1][:8])
+
+
+def test_the_optimiser_gets_step_size_and_weight_decay_from_the_settings(monkeypatch):
+    seen = []
+
+    def still(model, optimizer, *_):
+        """Zero gradients: the weights only decay."""
+        before = [weight.detach().clone() for weight in weights]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        seen.append((optimizer.param_groups, before))
+        return 0.0, {}, {}
+
+    made = model_of(OWN, {"text": 5})
+    weights = [weight for weight in made.parameters() if weight.requires_grad]
+    monkeypatch.setattr(train, "train_epoch", still)
+    vectors = batch(60)["text"]
+    fit(made, OWN, TrainingItems(vectors={"text": vectors}, present={}, device=vectors.device))
+    assert len(seen) == 2
+    for groups, _ in seen:
+        assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.02, 0.25)]
+    for weight, before in zip(weights, seen[-1][1]):
+        torch.testing.assert_close(weight.detach(), before * (1 - 0.02 * 0.25))
+
+
+def test_the_padding_row_is_an_item_only_on_demand():
+    """It then counts as having a vector in every modality."""
+    rng = np.random.default_rng(0)
+    items = {}
+    for name, absent in (("collab", [0]), ("text", [0]), ("image", [0, 1])):
+        vectors = rng.normal(size=(5, DIMS[name])).astype(np.float32)
+        vectors[absent] = 0
+        items[name] = ItemRows(vectors, vectors.any(axis=1))
+    made = model_of(OWN)
+    without, with_pad = (TrainingItems.of(items, made, include_pad=pad) for pad in (False, True))
+    assert (len(without), len(with_pad)) == (4, 5)
+    for name, rows in items.items():
+        assert np.array_equal(without.vectors[name], rows.vectors[1:])
+        assert np.array_equal(with_pad.vectors[name], rows.vectors)
+        assert not rows.present[0], "what is given is left as it is"
+    assert without.present.keys() == with_pad.present.keys() == {"image"}
+    assert without.present["image"].tolist() == [False, True, True, True]
+    assert with_pad.present["image"].tolist() == [True, False, True, True, True]
+    assert without.with_vector("image").tolist() == [1, 2, 3]
+    assert with_pad.with_vector("image").tolist() == [0, 2, 3, 4]
+    assert with_pad.with_vector("text").tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("include_pad", [False, True])
+def test_the_scaling_is_fitted_to_the_padding_row_only_on_demand(include_pad):
+    data, made = clustered(num_items=40)
+    config = dataclasses.replace(
+        SMALL, epochs=1, num_codes=4, min_utilisation=0.0, include_pad=include_pad, modalities=("text",)
+    )
+    ids = learn_semantic_ids(config, data, *artefacts(data, made))
+    rows = made["text"] if include_pad else made["text"][1:]
+    np.testing.assert_allclose(
+        ids.state["autoencoders.text.scaling.mean"], rows.mean(axis=0), rtol=1e-4, atol=1e-6
+    )

@@ -229,6 +229,25 @@ def test_running_means_follow_their_formula():
     assert torch.equal(made.codebooks.detach(), before)
 
 
+def test_the_running_mean_of_a_code_that_was_placed_anew_starts_from_one_row():
+    made = quantizer(levels=2, codebook_update="ema", ema_decay=0.8, sinkhorn="none").train()
+    made.place(slice(None), slice(None), made.codebooks.detach().clone())
+    for seed in range(6):
+        made(latents(40, seed=seed))
+    size, starts = made.size[1].clone(), made.codebooks.detach()[1].clone()
+    assert size[[0, 2]].min() > 2, "each stands for more than one row by now"
+    size[[0, 2]], starts[[0, 2]] = 1.0, latents(2, seed=9)
+    made.place(1, torch.tensor([0, 2]), starts[[0, 2]])
+    assert torch.equal(made.codebooks.detach()[1], starts)
+    found = made(latents(40, seed=10))
+    for code in range(5):
+        own = found.residuals[found.codes[:, 1] == code, 1]
+        total = 0.8 * size[code] * starts[code] + 0.2 * own.sum(dim=0)
+        expected = total / (0.8 * size[code] + 0.2 * len(own))
+        torch.testing.assert_close(made.codebooks.detach()[1, code], expected)
+        assert len(own) or code not in (0, 2), "what was placed gets something"
+
+
 def test_restart_moves_dead_codes_to_residuals_and_leaves_the_others():
     made, latent = quantizer().eval(), latents()
     before = made.codebooks.detach().clone()

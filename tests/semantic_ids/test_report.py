@@ -10,6 +10,7 @@ from worlds import interactions
 
 from llmrec.config import as_dict
 from llmrec.errors import ConfigError
+from llmrec.semantic_ids import diagnostics
 from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig, ReportSemanticIdsConfig
 from llmrec.semantic_ids.diagnostics import (
     Coded,
@@ -38,8 +39,29 @@ def test_the_spectrum_is_that_of_the_singular_value_decomposition(rows, columns)
     np.testing.assert_allclose(found["log10_ratio"], np.log10(values / values[0]), atol=1e-6)
     assert found["numerical_rank"] == min(rows, columns)
     assert found["stable_rank"] == pytest.approx((values**2).sum() / values[0] ** 2)
-    shares = values / values.sum()
-    assert found["rank_me"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
+    assert found["rank_me"] == pytest.approx(exp_of_entropy(values), rel=1e-5)
+    assert found["entropy_rank"] == pytest.approx(exp_of_entropy(values**2), rel=1e-5)
+
+
+def exp_of_entropy(parts):
+    shares = parts / parts.sum()
+    return np.exp(-(shares * np.log(shares)).sum())
+
+
+def test_figures_of_a_spectrum_that_is_known(monkeypatch):
+    """What is lost in rounding is shown as 1e-16, and what is below a millionth does not count."""
+    monkeypatch.setattr(diagnostics, "BLOCK", 16)
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(size, 7)))[0] for size in (60, 7))
+    values = 4 * np.array([1, 0.5, 0.1, 2e-5, 2e-6, 2e-7, 1e-12])
+    table = (left * values) @ right.T
+    found = spectrum(lambda items: table[items], np.arange(60))
+    expected = [0, *np.log10([0.5, 0.1, 2e-5, 2e-6, 2e-7]), -16]
+    np.testing.assert_allclose(found["log10_ratio"], expected, atol=0.05)
+    assert found["numerical_rank"] == 5
+    assert found["entropy_rank"] == pytest.approx(exp_of_entropy(values**2), rel=1e-6)
+    assert found["rank_me"] == pytest.approx(exp_of_entropy(values), rel=1e-4)
+    assert found["stable_rank"] == pytest.approx(1 + 0.5**2 + 0.1**2, rel=1e-6)
 
 
 def test_a_projection_of_few_numbers_has_few_directions():
@@ -49,7 +71,8 @@ def test_a_projection_of_few_numbers_has_few_directions():
     found = spectrum(lambda items: table[items], np.arange(200))
     assert found["numerical_rank"] == 6 and found["entropy_rank"] < 6
     nothing = spectrum(lambda items: 0 * table[items], np.arange(200))
-    assert nothing["numerical_rank"] == 0 and nothing["log10_ratio"] == []
+    ranks = dict.fromkeys(("numerical_rank", "entropy_rank", "rank_me", "stable_rank"), 0)
+    assert nothing == {"log10_ratio": [], **ranks}
 
 
 def test_group_sizes_by_hand():
