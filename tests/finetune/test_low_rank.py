@@ -9,10 +9,13 @@ import torch
 from packing_reference import EXACT
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
+from tiny_mme_sid import tiny_base
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from llmrec.finetune import low_rank
+from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.lora import add_lora
 
 
 def pair(*, bias: bool = False, dtype: torch.dtype = torch.float64, **settings):
@@ -117,3 +120,28 @@ def test_a_copy_has_weights_of_its_own():
             layer.lora_B["default"].weight.zero_()
     x = torch.randn(5, 6, dtype=torch.float64)
     assert (other(x) - fused(x)).abs().max() > 1e-3
+
+
+def test_rank_scale_dropout_and_targets_are_those_of_the_settings():
+    settings = {"lora_rank": 3, "lora_alpha": 5.0, "lora_dropout_rate": 0.25}
+    targets = ("q_proj", "down_proj")
+    base = tiny_base()
+    plain = {name: layer for name, layer in base.named_modules() if isinstance(layer, nn.Linear)}
+    wanted = {name for name in plain if name.endswith(targets)}
+    config = FinetuneConfig(base_model="tiny", lora_targets=targets, **settings)
+    model = add_lora(base, config).double()
+    found = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLinear)}
+    assert found.keys() == wanted and len(found) == 2 * base.config.num_hidden_layers
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert len(trained) == 2 * len(found) and all("lora_" in name for name in trained)
+    for name, layer in found.items():
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert down.shape == (3, plain[name].in_features) and up.shape == (plain[name].out_features, 3)
+        nn.init.normal_(up)
+        x = torch.randn(400, plain[name].in_features, dtype=torch.float64)
+        without = x @ layer.base_layer.weight.T
+        torch.testing.assert_close(layer.eval()(x), without + 5 / 3 * x @ down.T @ up.T, **EXACT)
+        assert isinstance(layer.lora_dropout["default"], nn.Dropout)
+        kept = layer.train().lora_dropout["default"](x) != 0
+        assert kept.double().mean().item() == pytest.approx(0.75, abs=0.03)
+        assert not torch.equal(layer(x), layer(x))

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from packing_reference import EXACT, NUM_ITEMS, full_scores, plain_prompts, random_users
-from tiny_mme_sid import WIDTH, model
+from tiny_mme_sid import CODES, LEVELS, WIDTH, model, semantic_ids
 from worlds import cycle
 
 from llmrec import distributed
 from llmrec.errors import ConfigError
-from llmrec.finetune.build import parameter_counts
+from llmrec.finetune.build import code_embeddings, parameter_counts
 from llmrec.finetune.config import FinetuneConfig
-from llmrec.finetune.item_inputs import ItemInputs, ItemTokens
+from llmrec.finetune.item_inputs import ItemInputs, ItemTokens, OwnTable
 from llmrec.finetune.method_table import METHODS as KNOWN
 from llmrec.finetune.methods import METHODS as MADE
 from llmrec.finetune.methods import item_tokens
@@ -94,6 +94,68 @@ def test_tokens_follow_their_formulas():
     first, _, second = parts.mixer.layers
     assert first.weight.shape == (WIDTH, 2 * WIDTH)
     torch.testing.assert_close(parts(ITEMS), F.gelu(second(torch.relu(first(inputs)))))
+
+
+def test_tokens_of_random_tables_follow_their_formulas():
+    net = build({"method": "se_random", "own_dim": 5})
+    (own,) = net.item_tokens.parts.values()
+    assert own.table.shape == (NUM_ITEMS + 1, 5)
+    torch.testing.assert_close(net.item_tokens(ITEMS), linear(own, own.table[ITEMS]))
+
+    net = build({"method": "mme_random", "fusion_temperature": 1.0})
+    parts, columns = net.item_tokens.parts, []
+    for name in ("collab", "image", "text"):
+        own, vectors = parts[f"own_{name}"], parts[f"vectors_{name}"]
+        # As many numbers an item as the modality's code embeddings have, rounded.
+        assert own.table.shape == (NUM_ITEMS + 1, round(LEVELS * CODES * WIDTH / NUM_ITEMS))
+        columns += [linear(vectors, vectors.vectors[ITEMS]), linear(own, own.table[ITEMS])]
+    first, _, second = net.item_tokens.mixer.layers
+    assert first.weight.shape == (3 * WIDTH, 6 * WIDTH)
+    expected = F.gelu(second(torch.relu(first(torch.cat(columns, dim=-1)))))
+    torch.testing.assert_close(net.item_tokens(ITEMS), expected)
+
+
+@pytest.mark.parametrize("method", ["mme_sid", "concat_mlp", "ctrl_mm", "se_sid", "mme_random"])
+def test_the_item_mlp_ends_as_it_is_told_to(method):
+    frequency = {"fusion_temperature": 1.0} if method in ("mme_sid", "mme_random") else {}
+    for activation, last in (("none", lambda tokens: tokens), ("gelu", F.gelu)):
+        net = build({"method": method, "mlp_out_activation": activation, **frequency})
+        parts = torch.cat([part(ITEMS) for part in net.item_tokens.parts.values()], dim=-1)
+        first, _, second = net.item_tokens.mixer.layers
+        tokens = torch.relu(parts @ first.weight.T + first.bias) @ second.weight.T + second.bias
+        assert tokens.min() < -0.2, "where a GELU changes much"
+        torch.testing.assert_close(net.item_tokens(ITEMS), last(tokens))
+
+
+@pytest.mark.parametrize(
+    ("expansion", "inner"), [(None, WIDTH * 3 // 2), (2.0, 2 * WIDTH), (0.3, 5), (0.01, 1)]
+)
+def test_the_item_mlp_is_as_wide_inside_as_asked(expansion, inner):
+    first, _, second = build({"method": "concat_mlp", "mlp_expansion": expansion}).item_tokens.mixer.layers
+    assert first.weight.shape == (inner, 3 * WIDTH) and second.weight.shape == (WIDTH, inner)
+
+
+def test_code_embeddings_start_at_the_codebooks_unless_random_ones_are_asked_for():
+    learned = semantic_ids(NUM_ITEMS, ("collab", "text", "image")).codebooks
+    for random in (False, True):
+        parts = model(NUM_ITEMS, random_codes=random).item_tokens.parts
+        for name, codebooks in learned.items():
+            found = parts[f"codes_{name}"].codebooks.detach()
+            assert found.shape == codebooks.shape
+            assert np.array_equal(found.numpy(), codebooks) != random
+            if random:
+                assert 0.015 < found.std().item() < 0.025 < 0.8 < codebooks.std()
+
+
+def test_random_tables_start_with_a_standard_deviation_of_0_02():
+    torch.manual_seed(0)
+    names = ("collab", "text")
+    ids = semantic_ids(3, names, width=1000)
+    tables = code_embeddings(FinetuneConfig(random_codes=True), names, ids, 1000)
+    assert not torch.equal(*tables.values())
+    for table in (*tables.values(), OwnTable(100, 100, 8).table.detach()):
+        assert table.std().item() == pytest.approx(0.02, rel=0.05)
+        assert abs(table.mean().item()) < 0.001
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from packing_reference import EXACT, NUM_ITEMS, full_scores, gradients, plain_prompts, random_users
 from test_train import TINY, fit
-from tiny_mme_sid import model
+from tiny_mme_sid import WIDTH, model
 from worlds import cycle, interactions
 
 from llmrec.errors import ConfigError
@@ -84,6 +84,29 @@ def test_the_padding_row_competes_only_when_asked():
         wanted = torch.from_numpy(targets.item)
         loss = F.cross_entropy(scores[:, masked:], wanted - int(masked), reduction="sum")
         torch.testing.assert_close(net.loss([rows]), loss, **EXACT)
+
+
+def test_read_out_vectors_are_dropped_out_in_training_alone(monkeypatch):
+    item, targets = random_users([1, 3, 4])
+    row = group_rows(targets, "packed")
+    net = model(NUM_ITEMS, dropout_rate=0.3)
+    groups = [pack(item, targets.take(np.flatnonzero(row == one)), row[row == one]) for one in np.unique(row)]
+    wanted = torch.from_numpy(targets.item)
+    vectors = torch.randn(len(targets), WIDTH, dtype=torch.float64)
+
+    def expected(readout: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(full_scores(net, readout), wanted - 1, reduction="sum")
+
+    # In place of the base model's, so that dropout on item tokens draws no numbers.
+    given = iter(2 * torch.split(vectors, [len(rows.target) for rows in groups]))
+    monkeypatch.setattr(net, "hidden", lambda *_, **__: next(given))
+    torch.testing.assert_close(net.eval().loss(groups), expected(vectors), **EXACT)
+    net.train()
+    torch.manual_seed(0)
+    found = net.loss(groups)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, expected(F.dropout(vectors, 0.3)), **EXACT)
+    assert abs(found - expected(vectors)) > 0.1
 
 
 def test_targets_as_each_reading_has_them():
@@ -211,6 +234,21 @@ def test_presets_follow_the_paper_and_the_published_code():
     assert official.pad_quirk and not official.mask_pad and official.prompt == "official17"
     assert official.quantize == "nf4" and official.batch_size == 16 and official.learning_rate == 3e-4
     assert paper.lora_dropout_rate == official.lora_dropout_rate == 0.05
+    usual = vars(FinetuneConfig())
+    llama = {
+        "base_model": "meta-llama/Meta-Llama-3-8B-Instruct",
+        "precision": "bf16",
+        "lora_dropout_rate": 0.05,
+    }
+    assert {name: value for name, value in vars(paper).items() if value != usual[name]} == llama | {
+        **{"loss": "bce_full", "targets": "last_only", "include_valid": True, "eval_every_epochs": 0},
+        **{"max_history": 50, "mlp_out_activation": "none", "fusion_weights": "modalities"},
+    }
+    assert {name: value for name, value in vars(official).items() if value != usual[name]} == llama | {
+        **{"prompt": "official17", "quantize": "nf4", "checkpoint_activations": True, "mask_pad": False},
+        **{"pad_quirk": True, "target_std": 0.00902, "epochs": 4},
+    }
+    assert official.target_std == pytest.approx(4096**-0.5 / 3**0.5, rel=1e-3), "of U(-1, 1) / sqrt(4096)"
 
 
 @pytest.mark.parametrize(
