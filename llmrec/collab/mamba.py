@@ -112,7 +112,7 @@ class SigmaMamba(nn.Module):
         """What the model knows at the end of every prefix, (B, T, D), from int64 (B, T)."""
         hidden = self.norm(self.dropout(self.item(history)))
         for layer in self.layers:
-            hidden = layer(hidden, None)
+            hidden = layer(hidden, None, history != 0)
         return hidden
 
     def flipped_order(self, history: Tensor) -> Tensor:
@@ -253,11 +253,12 @@ class GatedMamba(nn.Module):
             logits = logits + (keys @ query[..., None])[..., 0]
         return logits.masked_fill(~self.there, -torch.inf).softmax(-1)
 
-    def forward(self, hidden: Tensor, order: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, order: Tensor | None, real: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, P, D), the first P places; order, (B, P), says where the flipped direction takes
         its items from, which may be any of the T.
 
-        Without an order every position stands for the prefix that ends there, and P is T.
+        Without an order every position stands for the prefix that ends there, and P is T; real, bool (B, T),
+        says which positions are no padding (all).
         """
         forward = gate = None
         whole = hidden
@@ -269,7 +270,9 @@ class GatedMamba(nn.Module):
         if self.mamba is not None and self.kept is not None:
             if order is None:  # a prefix ends with its last item, flipped or not
                 lengths = torch.arange(1, hidden.shape[1] + 1)
-                turned, mixed = hidden, flipped_ends(self.mamba, hidden, self.kept(lengths))
+                if real is None:
+                    real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+                turned, mixed = hidden, flipped_ends(self.mamba, hidden, self.kept(lengths), real)
             else:
                 turned = whole.gather(1, order[..., None].expand_as(hidden))
                 mixed = self.mamba(turned)

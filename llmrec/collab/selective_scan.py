@@ -27,6 +27,10 @@ from llmrec.machine import running_sum
 BLOCK_CELLS = {"cpu": 1 << 19, "gpu": 1 << 27}
 """Numbers of one state tensor held at once: 2 MB on a CPU, 512 MB on a GPU."""
 
+LOG2_E = 1 / math.log(2)
+"""exp(x) is 2 ** (LOG2_E x), which torch computes three to six times as fast on a CPU without Intel's library
+of functions (0.5 to 1 and 3.2 billion a second and core of an AMD EPYC), and as fast elsewhere."""
+
 MIN_CHUNK = 24
 """Shortest chunk of time: below, one loop over all steps is as fast."""
 
@@ -72,7 +76,7 @@ class _SelectiveScan(torch.autograd.Function):
         for rows in blocks(u, a):
             chunks = Chunks(u[rows], delta[rows], a, b[rows], c[rows])
             states, _ = chunks.states()
-            out[rows] = chunks.join(torch.matmul(states, chunks.c[..., None])[..., 0])
+            out[rows] = chunks.join(over_states(states, chunks.c))
         return out
 
     @staticmethod
@@ -87,6 +91,14 @@ class _SelectiveScan(torch.autograd.Function):
                 grads[place][rows] = chunks.join(found[place])
             grads[2] += found[2]
         return tuple(grads)
+
+
+def over_states(values: Tensor, weight: Tensor) -> Tensor:
+    """sum_n values[..., e, n] weight[..., n], (..., E); on a CPU products and sums take a third of the time
+    of torch's batched product with a vector."""
+    if values.device.type == "cpu":
+        return (values * weight[..., None, :]).sum(-1)
+    return torch.matmul(values, weight[..., None])[..., 0]
 
 
 def blocks(u: Tensor, a: Tensor) -> list[slice]:
@@ -108,8 +120,9 @@ class Chunks:
         self.size = min(self.length, max(MIN_CHUNK, math.isqrt(self.length)))
         self.number = -(-self.length // self.size) if self.length else 0
         self.a = a
+        self.rates = a * LOG2_E
         self.u, self.delta, self.b, self.c = (self.cut(tensor) for tensor in (u, delta, b, c))
-        self.decay = torch.exp(self.delta[..., None] * a)
+        self.decay = (self.delta[..., None] * self.rates).exp2_()
 
     def cut(self, tensor: Tensor) -> Tensor:
         """(R, T, F) to (Q, R * chunks, F), zeros at the end, where delta = 0 changes nothing."""
@@ -129,7 +142,7 @@ class Chunks:
             states[step].addcmul_(self.decay[step], states[step - 1])
         before = torch.zeros_like(states[0])
         if self.number > 1:
-            decayed = torch.exp(running_sum(self.delta, 0)[..., None] * self.a)
+            decayed = (running_sum(self.delta, 0)[..., None] * self.rates).exp2_()
             by_chunk = before.unflatten(0, (self.rows, self.number))
             ends = states[-1].unflatten(0, (self.rows, self.number))
             rates = decayed[-1].unflatten(0, (self.rows, self.number))
@@ -147,7 +160,7 @@ class Chunks:
             found[step].addcmul_(self.decay[step + 1], found[step + 1])
         if self.number > 1:
             total = running_sum(self.delta, 0)
-            decayed = torch.exp((total[-1] - total)[..., None] * self.a)
+            decayed = ((total[-1] - total)[..., None] * self.rates).exp2_()
             after = torch.zeros_like(found[0])
             by_chunk = after.unflatten(0, (self.rows, self.number))
             starts = found[0].unflatten(0, (self.rows, self.number))
@@ -165,7 +178,7 @@ class Chunks:
         by_c = torch.matmul(grad[..., None, :], states)[..., 0, :]
         by_state = self.adjoints(grad)
         scaled = self.delta * self.u
-        by_scaled = torch.matmul(by_state, self.b[..., None])[..., 0]
+        by_scaled = over_states(by_state, self.b)
         by_b = torch.matmul(scaled[..., None, :], by_state)[..., 0, :]
         by_exponent = by_state.mul_(self.decay)
         by_exponent[1:] *= states[:-1]

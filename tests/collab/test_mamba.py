@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import batch
+from fake_gpu import fake_gpu
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
+from llmrec.collab.flipped import tail_places
 from llmrec.collab.mamba import KeptItems, SigmaMamba
 from llmrec.collab.mamba4rec import Mamba4Rec, MambaCore
 
@@ -295,11 +297,47 @@ def test_one_pass_over_all_prefixes_equals_each_prefix_alone(kept, conv_width):
     model = SigmaMamba(**settings, **kept).double()
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
-    history = torch.randint(1, 31, (2, 11))
-    weight = torch.randn(2, 11, 16, dtype=torch.float64)
+    history = torch.randint(1, 31, (3, 11))
+    history[1, 7:] = 0
+    real = history != 0
+    weight = torch.randn(3, 11, 16, dtype=torch.float64)[real]
     together = model.encode_prefixes(history)
     alone = torch.stack([model.encode(history[:, : end + 1])[:, -1] for end in range(11)], 1)
-    check_same_to_gradients(model, together, alone, weight, rtol=1e-9)
+    check_same_to_gradients(model, together[real], alone[real], weight, rtol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kept", [{"kept_items": 5}, {"kept_rate": 0.4}], ids=str)
+def test_one_pass_over_all_prefixes_is_the_same_on_a_gpu(kept):
+    torch.manual_seed(0)
+    model = SigmaMamba(**SMALL | {"dropout_rate": 0.0, "max_history": 60}, **kept).double()
+    history = torch.randint(1, 31, (3, 60))
+    history[1, 7:] = 0
+    real = history != 0
+    expected = model.encode_prefixes(history)[real]
+    by = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    found = model.cuda().encode_prefixes(history.cuda())[real.cuda()]
+    also_by = torch.autograd.grad(found.square().sum(), list(model.parameters()))
+    for one, other in zip([found, *also_by], [expected, *by]):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-8, atol=1e-9)
+
+
+def test_one_pass_over_all_prefixes_keeps_to_the_gpu():
+    model = SigmaMamba(**SMALL, gru=False)  # cuDNN's GRU asks a real GPU for its workspace
+    with fake_gpu() as gpu:
+        gpu.move(model)
+        found = model.encode_prefixes(torch.randint(1, 31, (3, 11)).to("cuda"))
+        assert (found.device.type, found.dtype, tuple(found.shape)) == ("cuda", torch.float32, (3, 11, 16))
+
+
+def test_of_single_prefixes_only_what_they_have_is_computed():
+    """Histories of 5 and 2 items, of which each prefix keeps 2, and a convolution over 2."""
+    real = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    found = tail_places(1, torch.tensor([1, 2, 2, 2, 2]), real)
+    places = zip(found.row.tolist(), (found.end + 1).tolist(), found.place.tolist())
+    long = [(0, 2, 0), (0, 3, 0), (0, 3, 1), (0, 4, 0), (0, 4, 2), (0, 5, 0), (0, 5, 3)]
+    assert list(places) == [*long, (1, 2, 0)]
 
 
 def test_only_one_layer_with_kept_items_runs_over_all_prefixes_at_once():
