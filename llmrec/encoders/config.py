@@ -221,15 +221,25 @@ class EncodeItemsConfig(StageSettings, path="encode_items"):
 
     def source_files(self) -> dict[str, str]:
         """The users' own files that the result depends on, by setting."""
-        return vector_files("text.path", self.text.path) | vector_files("image.path", self.image.path)
+        found: dict[str, str] = {}
+        for modality, config in self._read().items():
+            found |= vector_files(f"{modality}.path", config.path)
+            if config.pretrained is not None and config.pretrained.endswith(".safetensors"):
+                found[f"{modality}.pretrained"] = config.pretrained
+        return found
 
     def model_folders(self) -> dict[str, str]:
         """Models that may lie in folders of the user's, by setting."""
         return {
             f"{modality}.{name}": folder
-            for modality, config in {"text": self.text, "image": self.image}.items()
+            for modality, config in self._read().items()
             for name, folder in model_folders_of(config).items()
         }
+
+    def _read(self) -> dict[str, TextEncoderConfig | ImageEncoderConfig]:
+        """The groups of settings that are not switched off, by modality."""
+        groups: dict[str, TextEncoderConfig | ImageEncoderConfig] = {"text": self.text, "image": self.image}
+        return {modality: config for modality, config in groups.items() if config.encoder != "none"}
 
     def check_data(self, data: Interactions) -> None:
         """Refuse data without a single text, or picture, for an encoder that reads them.

@@ -141,6 +141,8 @@ def cache_of(
     about = {"encoder": config.encoder, **encoder.describe(), **limits}
     folders = {name: Path(folder) for name, folder in model_folders_of(config).items()}
     weights = {name: model_digest(folder) for name, folder in folders.items() if folder.is_dir()}
+    if config.pretrained is not None and Path(config.pretrained).is_file():
+        weights["pretrained"] = sha256(Path(config.pretrained))
     return VectorCache(resume_folder(), about | {"files": weights})
 
 

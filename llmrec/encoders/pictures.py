@@ -6,13 +6,24 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from llmrec.errors import DataError
 
 BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, struct.error, Image.DecompressionBombError)
 """What Pillow's readers raise for broken files; UnidentifiedImageError is an OSError."""
 
+UPRIGHT = dict(
+    zip(
+        range(2, 9),
+        (
+            *(Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM),
+            *(Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE),
+            Image.Transpose.ROTATE_90,
+        ),
+    )
+)
+"""What turns a picture upright, by EXIF's orientation; 1 is upright."""
 
 IN_A_CATALOGUE = (
     "Replace the file, delete it and clear the item's image path, or set encode_items.image.on_error=missing"
@@ -47,7 +58,10 @@ def read_picture(
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture in RGB: transparent parts white, EXIF orientation applied, 16-bit greys scaled, and greys in
     floats too, which run from 0 to 1 unless one is above."""
-    image = ImageOps.exif_transpose(image)
+    image.load()  # some files hold EXIF behind the pixels
+    # Not by ImageOps.exif_transpose, which writes all of EXIF again and fails where a tag is of another type.
+    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    image = image if turn is None else image.transpose(turn)
     if image.mode == "F":
         values = np.nan_to_num(np.asarray(image, np.float64))
         scale = 255 if values.max() <= 1 else 1

@@ -63,6 +63,16 @@ def test_one_setting_takes_a_modality_out_of_a_recipe():
     assert override(config, {"image.encoder": "none"}).image.encoder == "none"
 
 
+def test_files_and_models_belong_to_the_stage_unless_their_modality_is_off():
+    clip = {"encoder": "openclip", "model": "ViT-B-32", "pretrained": "weights.safetensors"}
+    config = EncodeItemsConfig(text=Text(encoder="precomputed", path="x.parquet"), image=Image(**clip))
+    assert config.source_files() == {"text.path": "x.parquet", "image.pretrained": "weights.safetensors"}
+    assert override(config, {"image.pretrained": "openai"}).source_files() == {"text.path": "x.parquet"}
+    assert config.model_folders() == {"image.model": "ViT-B-32"}
+    off = override(config, {"text.encoder": "none", "image.encoder": "none"})
+    assert off.source_files() == off.model_folders() == {}
+
+
 def test_settings_import_nothing_heavy():
     code = "import sys, llmrec.encoders.config; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

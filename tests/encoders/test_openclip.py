@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
-from llmrec.encoders.encode import encode_items
+from llmrec.encoders.encode import encode_items, encode_text
 from llmrec.errors import ConfigError
 
 SHAPE = {
@@ -75,6 +75,17 @@ def test_a_named_model_takes_its_weights_from_a_file(folder, tmp_path):
     )
     assert np.array_equal(first.vectors["text"], second.vectors["text"])
     assert first.encoders["text"]["pretrained"] == str(weights)
+
+
+def test_vectors_of_other_weights_in_the_same_file_are_not_taken(folder, tmp_path, monkeypatch):
+    file = tmp_path / "weights.safetensors"
+    weights = load_file(folder / "whole" / "open_clip_model.safetensors")
+    config = TextEncoderConfig(encoder="openclip", model="tiny-clip-for-tests", pretrained=str(file))
+    monkeypatch.setattr("llmrec.encoders.encode.resume_folder", lambda: tmp_path / "unfinished")
+    save_file(weights, file)
+    before = encode_text(config, tiny.catalogue(tiny.TEXTS))[0]
+    save_file(weights | {"text_projection": -weights["text_projection"]}, file)
+    assert np.array_equal(encode_text(config, tiny.catalogue(tiny.TEXTS))[0], -before)
 
 
 def wrong(folder, tmp_path):

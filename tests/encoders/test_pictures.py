@@ -1,8 +1,10 @@
 """Pictures of every mode become upright RGB over white."""
 
+import struct
+
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from llmrec.encoders.pictures import read_picture
 
@@ -76,6 +78,28 @@ def test_exif_orientation_is_applied(tmp_path):
     found = read(tmp_path / "x.png")
     assert found.size == (2, 4)
     assert (found.getpixel((0, 0)), found.getpixel((0, 3))) == (RED, GREY)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "x.png"))
+    assert np.array_equal(read(tmp_path / "x.png"), expected)
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "value"), [(0x0110, 11, b"\0\0\x80?"), (0x011A, 2, b"abc\0"), (0x8825, 9, b"\xff" * 4)]
+)
+def test_a_picture_whose_exif_cannot_be_written_again_is_read(tmp_path, tag, kind, value):
+    """A camera model in floats, a resolution in letters, and a place that lies nowhere in the file."""
+    entries = [(0x0112, 3, 1, b"\6\0\0\0"), (tag, kind, len(value) if kind == 2 else 1, value)]
+    rows = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + rows + bytes(4)
+    halves("RGB", RED, GREY).save(tmp_path / "x.png", exif=exif)
+    assert read(tmp_path / "x.png").size == (2, 4)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of the damage it meets
