@@ -187,7 +187,14 @@ def text_column(table: pa.Table, file: TableFile, name: str) -> pa.ChunkedArray:
         texts = [None if value is None else str(uuid.UUID(bytes=value)) for value in values.to_pylist()]
         values = pa.chunked_array([pa.array(texts, pa.string())])
     if pa.types.is_nested(values.type):
-        return pa.chunked_array([pa.array(map(as_text, values.to_pylist()), pa.string())])
+        try:
+            return pa.chunked_array([pa.array(map(as_text, values.to_pylist()), pa.string())])
+        except (RecursionError, TypeError):
+            raise DataError(
+                f"{file}, column {name!r} holds {values.type}, which is none of JSON; write it as text"
+            ) from None
+    if pa.types.is_float16(values.type):
+        values = pc.cast(values, pa.float32())  # Arrow does not count with them
     if pa.types.is_floating(values.type):
         whole = pc.all(pc.equal(pc.floor(values), values), min_count=0).as_py()
         values = pc.if_else(pc.is_finite(values), values, None)

@@ -250,7 +250,7 @@ class TableFile:
         name = next(iter(self._raw_names([]).values()))
         try:
             return self._parsed([name], quoted=quoted).num_rows
-        except pa.ArrowInvalid:
+        except (pa.ArrowInvalid, pa.ArrowKeyError):  # no rows of one length, or names that stand in quotes
             return None
 
     def _is_well_quoted(self) -> bool:

@@ -197,6 +197,8 @@ def token_limit(model: Any, tokenizer: Any) -> int | None:
     """Most tokens the model takes, or None if it names no limit (relative positions)."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions <= 0:  # XLNet's way to name none
+        positions = None
     if positions is not None:
         # RoBERTa and its kin number positions from the padding id on, so they take fewer tokens.
         table = next(
@@ -217,7 +219,7 @@ def load_model(model: str, revision: str | None, dtype: str, where: str) -> tupl
 
     Raises:
         ConfigError: it cannot be loaded.
-        DataError: weights other than the pooler's are absent from its file.
+        DataError: weights other than the pooler's, and than a decoder's, are absent from its file.
     """
     config = load(AutoConfig, model, revision, where)
     device = distributed.device()
@@ -232,6 +234,8 @@ def load_model(model: str, revision: str | None, dtype: str, where: str) -> tupl
         output_loading_info=True,
     )
     absent = sorted(report["missing_keys"])
+    if config.is_encoder_decoder:  # only its encoder is used, and some are published without a decoder
+        absent = [name for name in absent if not name.startswith("decoder.")]
     needed = [name for name in absent if "pooler" not in name]
     if needed or report["mismatched_keys"]:
         names = needed or sorted(str(entry) for entry in report["mismatched_keys"])

@@ -340,6 +340,16 @@ def test_lists_in_parquet_become_text_as_in_json_lines(tmp_path):
     assert data.items["kinds"].to_pylist() == ["tea|pots", "", "", "tea"]
 
 
+def test_columns_that_become_no_text_are_refused_by_name_and_small_floats_are_read(tmp_path):
+    table = {"item_id": ["7", "8", "9", "10"], "year": np.array([1, 2, 3, 4], np.float16)}
+    pq.write_table(pa.table(table | {"about": [{"made": np.datetime64(1, "s")}] * 4}), tmp_path / "x.parquet")
+    settings = {"items": str(tmp_path / "x.parquet"), "title_column": None}
+    found = prepare(tmp_path, SMALL, text_columns=("year",), **settings)
+    assert found.items["year"].to_pylist() == ["1", "2", "3", "4"]
+    with pytest.raises(DataError, match=r"x\.parquet, column 'about' holds struct<.*none of JSON"):
+        prepare(tmp_path, SMALL, text_columns=("about",), **settings)
+
+
 @pytest.mark.parametrize("kind", ["text", "whole", "float", "timestamp"])
 def test_parquet_gives_what_csv_gives(tmp_path, kind):
     expected = prepare(tmp_path, SMALL)

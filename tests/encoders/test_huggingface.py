@@ -165,6 +165,30 @@ def test_incomplete_weights_are_refused(tmp_path):
         encode(folder)
 
 
+def test_an_encoder_that_is_published_without_its_decoder_is_read(tmp_path):
+    """As sentence encoders made of T5 are."""
+    folder = tiny.t5(tmp_path)
+    expected = encode(folder)[0]
+    weights = load_file(tmp_path / "model.safetensors")
+    alone = {name: array for name, array in weights.items() if not name.startswith("decoder.")}
+    save_file(alone, tmp_path / "model.safetensors", {"format": "pt"})
+    assert len(alone) < len(weights) and np.array_equal(encode(folder)[0], expected)
+    del alone["encoder.block.1.layer.0.SelfAttention.k.weight"]
+    save_file(alone, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match="lack 1 tensors"):
+        encode(folder)
+
+
+def test_a_model_whose_positions_have_no_end_takes_512_tokens(tmp_path):
+    tiny.tokenizer(tmp_path)
+    config = transformers.XLNetConfig(
+        vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=32, pad_token_id=3
+    )
+    folder = tiny.save(tiny.seeded(transformers.XLNetModel, config), tmp_path)
+    vectors, about = encode(folder)
+    assert about["max_tokens"] == 512 and vectors[1:].any(axis=1).all()
+
+
 def test_a_model_that_cannot_be_had_gives_one_line_with_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match=r"encode_items.text.model='nobody/nothing'.*hf download") as caught:
