@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from llmrec.config import as_dict, field_docs, from_dict, override
-from llmrec.data.config import PrepareDataConfig, SampleMarketConfig
+from llmrec.data.config import KNOWN_OF_NAMED, PrepareDataConfig, SampleMarketConfig
 from llmrec.errors import ConfigError
 
 TABLE = {"source": "table", "interactions": "log.csv"}
@@ -40,6 +40,8 @@ SEQUENCES = {"source": "sequences", "interactions": "log.txt"}
         (SEQUENCES | {"ties": "shuffle"}, "ties"),
         (SEQUENCES | {"split": "global_time"}, "split"),
         (SEQUENCES | {"item_column": "asin"}, "item_column"),
+        (TABLE | {"timestamp_column": None, "ties": "shuffle"}, "ties"),
+        (TABLE | {"timestamp_column": None, "timestamp_format": "%Y"}, "timestamp_format"),
     ],
 )
 def test_settings_without_effect_or_sense_are_refused(settings, field):
@@ -72,6 +74,29 @@ def test_the_filter_default_depends_on_the_source():
     assert PrepareDataConfig(**SEQUENCES).least_interactions == 0
     assert PrepareDataConfig(**SEQUENCES, k_core=5).least_interactions == 5
     assert PrepareDataConfig(**TABLE, k_core=0).least_interactions == 0
+
+
+NAMED = {"source": "amazon_2014", "category": "beauty", "folder": "data"}
+OTHER = {
+    "column_names": ("user_id", "item_id", "timestamp"),
+    **{"text_columns": ("brand",), "unknown_items": "drop"},
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_OF_NAMED)
+def test_what_is_known_of_a_category_cannot_be_set(name):
+    with pytest.raises(ConfigError, match=rf"{name} (has no effect with source='amazon_2014'|and .*together)"):
+        PrepareDataConfig(**NAMED, **{name: OTHER.get(name, "%Y" if name == "timestamp_format" else "x")})
+
+
+def test_what_a_result_depends_on_is_known_and_where_it_came_from_is_not_part_of_it():
+    config = PrepareDataConfig(**TABLE | {"interactions": "hub:data/log:small:full"}, exclude_items="x.txt")
+    assert config.source_files() == {"interactions": "hub:data/log:small:full", "exclude_items": "x.txt"}
+    assert config.source_folders() == {"interactions": "data/log"}
+    names = ["meta_Beauty.json.gz", "reviews_Beauty_5.json.gz"]
+    named = PrepareDataConfig(**NAMED, mirrors=("http://a",))
+    assert named.source_files() == {name: f"data/{name}" for name in names}
+    assert named.incidental_fields() == ("mirrors",)
 
 
 def test_settings_survive_json_and_the_command_line():

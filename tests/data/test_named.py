@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,9 +13,9 @@ import pytest
 from bad_server import serving
 from PIL import Image
 
-from llmrec.data import items, named
+from llmrec.data import items, named, prepare
 from llmrec.data.config import PrepareDataConfig
-from llmrec.data.hub import warnings_of_address
+from llmrec.data.hub import read_hub, warnings_of_address
 from llmrec.data.pictures import PictureLimits
 from llmrec.data.prepare import prepare_data
 from llmrec.errors import ConfigError, DataError, StaleArtifactError
@@ -41,6 +42,7 @@ def server():
             for user in range(30)
             for place, item in enumerate(rng.permutation(ITEMS)[:12] if user < 28 else FEW)
         ]
+        reviews.append(reviews[0] | {"asin": "B999"})  # which the metadata lack
         meta = [
             {"asin": item, "title": f"Item {item}", "brand": "O'Neil", "categories": [["Beauty", "Hair"]]}
             | {"imUrl": found.url(f"/good/red.png?{item}")}
@@ -49,6 +51,7 @@ def server():
         del meta[3]["title"]
         meta[5]["imUrl"] = found.url("/missing/red.png")
         del meta[7]["imUrl"]
+        meta[8]["imUrl"] = [f" {meta[8]['imUrl']}", found.url("/missing/red.png")]
         found.content |= {
             "reviews_Beauty_5.json.gz": gzip.compress("\n".join(map(json.dumps, reviews)).encode()),
             "meta_Beauty.json.gz": gzip.compress("\n".join(map(str, meta)).encode()),  # Python literals
@@ -79,6 +82,7 @@ def test_a_category_by_name_is_fetched_once_and_read_as_it_is(server, tmp_path):
         "reviews_Beauty_5.json.gz",
     ]
     assert (made.num_users, made.num_items) == (30, 20)
+    assert made.summary["dropped"]["unknown_item"] == 1
     assert made.items["brand"][0].as_py() == "O'Neil" and made.items["categories"][0].as_py() == "Beauty|Hair"
     (warning,) = [text for text in made.summary["warnings"] if text.startswith("Beauty")]
     assert "30 / 20 / 346 and 22,363 / 12,101 / 198,502 here and in the classic 5-core file" in warning
@@ -106,6 +110,16 @@ def test_expected_counts_do_not_warn(server, tmp_path, monkeypatch):
     monkeypatch.setitem(named.CATEGORIES, "beauty", exact)
     made = prepare_data(config(server, tmp_path))
     assert not any(text.startswith("Beauty") for text in made.summary["warnings"])
+
+
+def test_no_counts_are_expected_of_other_filters(server, tmp_path):
+    (tmp_path / "names.txt").write_text("B001\n")
+    for changes in ({"k_core": 4}, {"min_rating": 5.0}, {"exclude_items": str(tmp_path / "names.txt")}):
+        made = prepare_data(config(server, tmp_path / "files", **changes))
+        assert not any(text.startswith("Beauty") for text in made.summary["warnings"])
+        assert made.items.column_names[1:4] == ["title", "brand", "categories"]
+    with pytest.raises(DataError, match=r"dropped by unknown_item: 1, low_rating: 346\)"):
+        prepare_data(config(server, tmp_path / "files", min_rating=5.5))
 
 
 def test_expected_counts_are_those_before_a_split_in_time_leaves_interactions_out(
@@ -149,6 +163,16 @@ def test_pictures_that_may_come_are_told_since_they_decide_which_items_stay(serv
     with pytest.raises(DataError, match="no interaction is left"):
         prepare_data(config(server, tmp_path, **offline, incomplete_items="drop"))
     assert any("19 pictures were not to be had now but may come" in text for text in kept.summary["warnings"])
+
+
+def test_pictures_that_may_come_are_told_where_their_items_are_left_out(server, tmp_path):
+    pictures = tmp_path / "pictures"
+    made = prepare_data(config(server, tmp_path, image_folder=str(pictures)))
+    (pictures / made.items["image_path"][0].as_py()).unlink()
+    settings = {"image_folder": str(pictures), "offline": True, "incomplete_items": "drop"}
+    again = prepare_data(config(server, tmp_path, **settings))
+    assert again.summary["incomplete_items"]["items"] == 4 and made.raw_ids[0] not in again.raw_ids
+    assert any(text.startswith("1 pictures were not to be had now") for text in again.summary["warnings"])
 
 
 def test_excluded_items_must_exist(server, tmp_path):
@@ -220,7 +244,7 @@ def test_a_folder_of_parquet_files_is_a_data_set_too(tmp_path):
         )
 
 
-def test_csv_files_of_a_data_set_are_read_as_a_csv_file_is(tmp_path):
+def test_csv_files_of_a_data_set_are_read_as_a_csv_file_is(tmp_path, monkeypatch):
     names = [f"{number:03d}" for number in range(8)]
     log = "".join(
         f"{user:02d},{item},{10**9 + 60 * user + n}\n" for user in range(9) for n, item in enumerate(names)
@@ -231,14 +255,34 @@ def test_csv_files_of_a_data_set_are_read_as_a_csv_file_is(tmp_path):
         (tmp_path / folder).mkdir()
     (tmp_path / "log" / "train.csv").write_text("user_id,item_id,timestamp\n" + log)
     (tmp_path / "items" / "train.csv").write_text(items)
+    # As of data sets on the Hub: a local folder is looked at, and not warned of.
+    monkeypatch.setattr(prepare, "warnings_of_address", lambda address: [f"{address} may change"])
     for form in ("hub:{}", "{}/train.csv"):
         paths = {"interactions": "log", "items": "items"}
         paths = {name: form.format(tmp_path / folder) for name, folder in paths.items()}
         made.append(prepare_data(PrepareDataConfig(source="table", k_core=0, **paths)))
     hub, plain = made
+    changing = [text for text in hub.summary["warnings"] if text.endswith(" may change")]
+    assert changing == [f"hub:{tmp_path / name} may change" for name in ("log", "items")]
     assert hub.raw_ids == plain.raw_ids == names and hub.user_raw_ids == plain.user_raw_ids
     assert hub.titles == plain.titles == ["NA"] * 8
     assert np.array_equal(hub.item, plain.item) and np.array_equal(hub.timestamp, plain.timestamp)
+
+
+def test_a_data_set_is_read_at_the_commit_that_is_named(tmp_path, monkeypatch):
+    """As a folder's, to which commits mean nothing."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.csv").write_text("item_id\n007\n")
+    asked = []
+    for name in ("load_dataset", "load_dataset_builder"):
+
+        def recorded(*args, real=getattr(datasets, name), **options):
+            asked.append(options.pop("revision"))
+            return real(*args, **options)
+
+        monkeypatch.setattr(datasets, name, recorded)
+    assert read_hub(f"hub:{tmp_path / 'set'}@0123abc", ["item_id"])["item_id"].to_pylist() == ["007"]
+    assert asked == ["0123abc"] * 3
 
 
 def test_a_data_set_with_a_script_is_not_run(tmp_path):

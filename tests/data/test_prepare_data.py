@@ -21,6 +21,9 @@ from llmrec.interactions import Interactions
 SMALL = "user_id,item_id,timestamp\nann,9,3\nann,10,1\nann,8,2\nbob,10,5\nbob,9,4\nbob,7,6\n"
 
 
+USERS = {"a": "1236", "b": "1234567", "c": "4567", "d": "123", "e": "4567"}
+
+
 def prepare(folder: Path, interactions: str, items: str | None = None, **settings) -> Interactions:
     (folder / "log.csv").write_text(interactions)
     if items is not None and not items.endswith(".parquet"):
@@ -219,8 +222,8 @@ def test_items_bring_titles_texts_and_pictures(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "7.png").write_bytes(b"x")
     items = (
-        "item_id,name,brand,image\n10,Ten,Acme,pictures/10.png\n9,,Acme,\n8,Eight,,\n"
-        '7,"Seven, ""best""",Zed,pictures/7.png\n99,Unused,,\n'
+        "item_id,name,brand,image\n10,Ten,Acme,pictures/10.png\n9,,Acme,  \n8,Eight,,\n"
+        '7,"Seven, ""best""",Zed, pictures/7.png \n99,Unused,,\n'
     )
     data = prepare(tmp_path, SMALL, items, title_column="name", text_columns=("brand",), image_column="image")
     assert data.titles == ['Seven, "best"', "Eight", "", "Ten"]
@@ -254,6 +257,9 @@ def test_pictures_that_were_moved_are_found_where_the_settings_say(source, tmp_p
         )  # fmt: skip
 
     data = prepare_data(config(here))
+    there.mkdir()
+    assert with_pictures_found(config(there), data).image_file(1) == here / "pictures" / "7.png"
+    there.rmdir()
     here.rename(there)
     assert not data.image_file(1).is_file()
     assert with_pictures_found(config(there), data).image_file(1) == there / "pictures" / "7.png"
@@ -284,6 +290,18 @@ def test_items_left_out_for_what_they_lack_are_counted(tmp_path):
     assert left_out["items"] == 2 and left_out["of_items"] == 6
     assert left_out["items_without_title"] == 1 and left_out["missing_picture_files"] == 1
     assert "2 of 6 items are left out, lacking a title or picture." in data.summary["warnings"]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_users_with_just_enough_items_left_stay_where_others_are_excluded(tmp_path, mark):
+    log = "".join(f"{user},{item},{item}\n" for user, items in USERS.items() for item in items)
+    (tmp_path / "names.txt").write_text(f"{mark}6\n 7 \n", encoding="utf-8")
+    settings = {"exclude_items": str(tmp_path / "names.txt"), "k_core": 3}
+    data = prepare(tmp_path, "user_id,item_id,timestamp\n" + log, **settings)
+    assert histories(data) == {"a": ["1", "2", "3"], "b": ["1", "2", "3", "4", "5"], "d": ["1", "2", "3"]}
+    assert data.summary["dropped"] == {
+        **{"unknown_item": 0, "duplicate": 0, "k_core": 0, "excluded_item": 7, "short_user": 4},
+    }
 
 
 def test_an_items_file_may_have_no_titles(tmp_path):
@@ -413,8 +431,10 @@ def test_a_global_time_split_counts_what_it_leaves_out(tmp_path):
     assert histories(data)["a"] == ["1", "2", "3", "4", "5"]
     assert data.split.tolist() == [0, 0, 1, 3, 2, 0, 0, 2] + [0] * 7
     assert data.user_raw_ids == ["a", "b", "e"]
-    dropped = data.summary["dropped"]
-    assert (dropped["after_test_item"], dropped["test_without_history"], dropped["context_only"]) == (1, 2, 2)
+    assert data.summary["dropped"] == {
+        **{"unknown_item": 0, "duplicate": 0},
+        **{"after_test_item": 1, "test_without_history": 2, "context_only": 2},
+    }
     assert data.train_count.sum() == 11
     assert "train_after_test_rate" not in data.summary
 
@@ -490,6 +510,19 @@ def test_positions_in_place_of_times_are_seen_though_a_row_stands_twice(tmp_path
     for text in (log, log + "u0,i0,0\n"):
         data = prepare(tmp_path, text)
         assert data.summary["times_are_positions"] and "train_after_test_rate" not in data.summary
+
+
+@pytest.mark.parametrize("starts", [(100, 101, 102), (5, 5, 9)])
+def test_times_that_begin_otherwise_for_other_users_are_times(tmp_path, starts):
+    rows = [f"u{user},{place},{start + place}" for user, start in enumerate(starts) for place in range(4)]
+    data = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]))
+    assert data.summary["times_are_positions"] is False and "ties" in data.summary
+
+
+def test_users_with_one_interaction_each_do_not_make_one_time_a_position(tmp_path):
+    log = "user_id,item_id,timestamp\n" + "".join(f"u{user},{user % 2},7\n" for user in range(6))
+    with pytest.raises(DataError, match=r"at 7 and 7 leaves 0 train"):
+        prepare(tmp_path, log, split="global_time")
 
 
 def test_a_leak_is_told_though_the_median_test_item_is_the_latest(tmp_path):
