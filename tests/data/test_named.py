@@ -1,6 +1,7 @@
 """Data sets by name, on the Hub, and with pictures behind addresses, all from this machine."""
 
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -51,7 +52,7 @@ def server():
         del meta[3]["title"]
         meta[5]["imUrl"] = found.url("/missing/red.png")
         del meta[7]["imUrl"]
-        meta[8]["imUrl"] = [f" {meta[8]['imUrl']}", found.url("/missing/red.png")]
+        meta[8]["imUrl"] = [found.url("/good/red.png"), found.url("/missing/red.png")]
         found.content |= {
             "reviews_Beauty_5.json.gz": gzip.compress("\n".join(map(json.dumps, reviews)).encode()),
             "meta_Beauty.json.gz": gzip.compress("\n".join(map(str, meta)).encode()),  # Python literals
@@ -274,13 +275,13 @@ def test_a_data_set_is_read_at_the_commit_that_is_named(tmp_path, monkeypatch):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.csv").write_text("item_id\n007\n")
     asked = []
+
+    def recorded(function, *args, revision=None, **options):
+        asked.append(revision)
+        return function(*args, **options)
+
     for name in ("load_dataset", "load_dataset_builder"):
-
-        def recorded(*args, real=getattr(datasets, name), **options):
-            asked.append(options.pop("revision"))
-            return real(*args, **options)
-
-        monkeypatch.setattr(datasets, name, recorded)
+        monkeypatch.setattr(datasets, name, functools.partial(recorded, getattr(datasets, name)))
     assert read_hub(f"hub:{tmp_path / 'set'}@0123abc", ["item_id"])["item_id"].to_pylist() == ["007"]
     assert asked == ["0123abc"] * 3
 

@@ -77,6 +77,29 @@ def test_times_of_two_units_are_pointed_out(tmp_path, caplog, wrong):
     assert not warnings_of_times(-157_680_000, 1_000_000_000), "1965 to 2001"
 
 
+def test_times_that_can_be_in_one_unit_are_not_pointed_out():
+    assert warnings_of_times(1, 99_999_999) == warnings_of_times(14_000_000, 1_300_000_000) == []
+    assert len(warnings_of_times(12_000_000, 1_300_000_000)) == 1
+
+
+@pytest.mark.parametrize("missing", ["None", "NaN", "NULL", " none "])
+def test_ids_that_are_written_as_a_missing_value_are_refused(tmp_path, missing):
+    with pytest.raises(DataError, match=r"row 4, column 'item_id': '.*', expected an id"):
+        prepare(tmp_path, SMALL.replace("ann,8,2", f"ann,{missing},2"))
+
+
+def test_fractions_of_seconds_are_rounded_to_millionths(tmp_path):
+    log = "user_id,item_id,timestamp\na,1,1.1\na,2,2.3\na,3,3\n"
+    assert prepare(tmp_path, log).timestamp.tolist() == [1_100_000, 2_300_000, 3_000_000]
+
+
+@pytest.mark.parametrize("zone", ["Z", " Z", "+00:00", " +0000", " +00", " UTC"])
+def test_every_form_of_a_zone_is_read(tmp_path, zone):
+    rows = [f"a,{item},2011-10-18 00:00:0{item}{zone}" for item in range(3)]
+    data = prepare(tmp_path, "\n".join(["user_id,item_id,timestamp", *rows]))
+    assert data.timestamp.tolist() == [1318896000, 1318896001, 1318896002]
+
+
 def test_users_and_items_are_different_columns():
     with pytest.raises(ConfigError, match="must be different, got x, x and timestamp"):
         PrepareDataConfig(source="table", interactions="a.csv", user_column="x", item_column="x")
@@ -235,6 +258,7 @@ def test_items_bring_titles_texts_and_pictures(tmp_path):
     assert summary["missing_picture_files"] == 1
     assert summary["items_without_picture_path"] == 2
     assert summary["items_without_interactions"] == 1
+    assert "2 of 4 items name no picture." in summary["warnings"]
     told = "The pictures of 1 of 4 items are named but do not exist. To have them, put them there, and delete"
     assert any(one.startswith(told) for one in summary["warnings"])
 
