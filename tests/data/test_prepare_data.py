@@ -89,8 +89,8 @@ def test_ids_that_are_written_as_a_missing_value_are_refused(tmp_path, missing):
 
 
 def test_fractions_of_seconds_are_rounded_to_millionths(tmp_path):
-    log = "user_id,item_id,timestamp\na,1,1.1\na,2,2.3\na,3,3\n"
-    assert prepare(tmp_path, log).timestamp.tolist() == [1_100_000, 2_300_000, 3_000_000]
+    log = "user_id,item_id,timestamp\na,1,1.001\na,2,1.1\na,3,9\n"
+    assert prepare(tmp_path, log).timestamp.tolist() == [1_001_000, 1_100_000, 9_000_000]
 
 
 @pytest.mark.parametrize("zone", ["Z", " Z", "+00:00", " +0000", " +00", " UTC"])

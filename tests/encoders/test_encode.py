@@ -306,6 +306,17 @@ def test_modalities_that_are_off_are_left_out():
     assert made.vectors == made.missing == made.encoders == {}
 
 
+@pytest.mark.parametrize("block", [2, 3, 100])
+def test_vectors_are_scaled_in_every_block(monkeypatch, block):
+    monkeypatch.setattr("llmrec.encoders.encoder.BLOCK_ROWS", block)
+    vectors, present = np.arange(1, 11, dtype=np.float32).reshape(5, 2), np.array([1, 1, 0, 1, 1, 1], bool)
+    names = [str(item) for item in range(6)]
+    rows, _ = finish(vectors, present, normalise=True, missing="mean", what="text", raw_ids=names)
+    expected = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(rows[1:][present], expected, rtol=1e-6)
+    np.testing.assert_allclose(rows[3], expected.mean(axis=0), rtol=1e-6)
+
+
 def test_vectors_from_a_file_are_checked_filled_and_scaled(tmp_path):
     data = tiny.catalogue(["a", "b", "c"])
     table = {"item_id": ["i3", "i1", "i2"], "vector": [[3.0, 4.0], [0.0, 2.0], None]}

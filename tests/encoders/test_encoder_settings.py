@@ -69,6 +69,7 @@ def test_files_and_models_belong_to_the_stage_unless_their_modality_is_off():
     assert config.source_files() == {"text.path": "x.parquet", "image.pretrained": "weights.safetensors"}
     assert override(config, {"image.pretrained": "openai"}).source_files() == {"text.path": "x.parquet"}
     assert config.model_folders() == {"image.model": "ViT-B-32"}
+    assert set(config.incidental_fields()) == {"text.batch_size", "image.batch_size"}
     off = override(config, {"text.encoder": "none", "image.encoder": "none"})
     assert off.source_files() == off.model_folders() == {}
 
