@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import threading
@@ -228,7 +229,8 @@ class EpochCheckpoints:
     Args:
         model: trained.
         optimizer: of the model.
-        generators: random number generators of the loop, by name; torch's global ones are added.
+        generators: random number generators of the loop, by name; the global ones of Python, NumPy and torch
+            are added, of which a model of the user's own may draw.
         minutes: between checkpoints; 0: none.
         what: the stage, for messages.
     """
@@ -272,6 +274,8 @@ class EpochCheckpoints:
                 generator.set_state(tensors[f"generator.{name}"])
             else:
                 generator.bit_generator.state = state["generators"][name]
+        if "global_generators" in state:  # an earlier version did not keep them
+            set_global_generators(state["global_generators"])
         torch.set_rng_state(tensors["generator.torch"])
         if "generator.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["generator.cuda"])
@@ -310,12 +314,28 @@ class EpochCheckpoints:
             else:
                 plain[name] = generator.bit_generator.state
         state = {"optimizer": optimizer, "generators": plain, "loop": loop}
+        state["global_generators"] = global_generators()
         assert self.store is not None
         self.store.save(Checkpoint(step=epoch, tensors=tensors, state=state))
 
     def _values(self) -> dict[str, Tensor]:
         """Weights and buffers, those included that are not saved with the model."""
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+
+def global_generators() -> dict[str, Any]:
+    """States of the global random number generators of Python and NumPy, as JSON."""
+    numbers: Any = np.random.get_state()
+    name, keys, *rest = numbers
+    return {"random": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+
+
+def set_global_generators(states: dict[str, Any]) -> None:
+    """Inverse of `global_generators`, whose tuples JSON has made lists."""
+    version, numbers, spare = states["random"]
+    random.setstate((version, tuple(numbers), spare))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))
 
 
 END_OF_EPOCH = "ending this epoch first; asked again, at once, and going on from the checkpoint before it"

@@ -37,6 +37,9 @@ MOST_HINTS = 6
 MOST_LISTED = 12
 """Settings listed at most where none is like the one that was given."""
 
+MOST_SEED = 2**32 - 1
+"""What NumPy takes at most."""
+
 WORDS = {
     type(None): "none",
     int: "a whole number",
@@ -77,6 +80,8 @@ class Settings:
                 value = os.fspath(value)
             if value is not field.default:
                 object.__setattr__(self, field.name, typed(type(self), field.name, value))
+        seed = getattr(self, "seed", 0)
+        require(seed <= MOST_SEED, f"{self.prefix}seed must be at most {MOST_SEED}, got {seed}")
 
     def refuse_changed(self, names: Iterable[str], reason: str) -> None:
         """Refuse settings that differ from their defaults and cannot change the result. Where settings are

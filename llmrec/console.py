@@ -40,7 +40,7 @@ SPINS = "30000"
 HIDDEN = "[hidden]"
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 SECRETS = re.compile(
-    r"""(?<=://)[^/\s:@]+:[^/\s@]+(?=@)            # user:password@ in an address
+    r"""(?<=://)[^/\s:@]*:[^/\s]+(?=@)             # user:password@ in an address
       | (?<=[?&])(?:[\w-]*(?:token|signature|secret|password|api[_-]?key)|sig)=[^&\s"']+
       | (?<=\bBearer\ )[\w.~+/-]{8,}=*
       | \bhf_[A-Za-z0-9]{16,}

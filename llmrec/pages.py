@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from llmrec.config import format_value
+from llmrec.console import redact
 from llmrec.encoders.pictures import BROKEN, to_rgb
 
 COLOURS = ("#3565c4", "#d1701f", "#888888", "#2f9661", "#8e4bb8")
@@ -68,7 +69,7 @@ def environment(folder: Path) -> jinja2.Environment:
     )
     made.filters |= {
         "figure": figure,
-        "setting": format_value,
+        "setting": lambda value: redact(format_value(value)),  # a mirror of data may have a password
         "percent": functools.partial(percent, digits=1),
         "share": functools.partial(percent, digits=0),
     }

@@ -23,7 +23,10 @@ UNWRITABLE = {
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM), "Use a folder that you may write, or change its permissions"
     ),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "Something else is in the way there; use another folder"),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
+        "Something else is in the way there; use another folder",
+    ),
     errno.ENAMETOOLONG: "Use a shorter name",
 }
 """What to do, by the number of a system's error that says that a folder cannot be written."""

@@ -29,7 +29,7 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig
-from llmrec.recipe import Recipe
+from llmrec.recipe import Recipe, apply_overrides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,3 +323,13 @@ def test_numbers_of_numpy_in_settings_of_ones_own_keep_their_kind():
     for bad in ((1, 2), None, np.zeros(2)):
         with pytest.raises(ConfigError, match="expected names with values that are numbers, texts, true or"):
             TrainCollabConfig(provider="mine:Model", own={"x": bad})
+
+
+@pytest.mark.parametrize("name", ["train_collab", "learn_semantic_ids", "finetune", "encode_items.text"])
+def test_a_seed_that_numpy_does_not_take_is_refused_at_once(name):
+    """Else the stage fails once it begins, hours after those before it did."""
+    most = 2**32 - 1
+    message = re.escape(f"{name}.seed must be at most {most}, got {most + 1}")
+    apply_overrides(Recipe(), [f"{name}.seed={most}"])
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        apply_overrides(Recipe(), [f"{name}.seed={most + 1}"])

@@ -27,6 +27,8 @@ TOKEN = "hf_" + "aB3" * 12
     [
         f"401 for {TOKEN}",
         "https://ann:s3cret-word@mirror.example/beauty.csv",
+        "https://ann:with@s3cret-word@mirror.example/beauty.csv",
+        "http://:s3cret-word@mirror.example",
         "https://mirror.example/beauty.csv?size=3&X-Amz-Signature=s3cret-word&x=1",
         "https://mirror.example/beauty.csv?sig=s3cret-word",
         "https://mirror.example/b?access_token=s3cret-word",

@@ -31,6 +31,12 @@ def test_legends_stay_on_the_picture_and_leave_room_for_the_plot(length):
     assert all(name.strip() in drawn for name in names)
 
 
+def test_settings_on_a_page_show_no_password():
+    page = environment(Path(__file__).parent).from_string("{{ mirrors | setting }} {{ none | setting }}")
+    shown = page.render(mirrors=("https://ann:s3cret@mirror.example/a",), none=None)
+    assert shown == "https://[hidden]@mirror.example/a none"
+
+
 def test_drawing_leaves_the_plots_of_a_notebook_alone():
     """Its backend stays, and no figure of ours is shown with those of the user."""
     code = (

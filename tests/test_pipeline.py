@@ -304,6 +304,18 @@ def test_a_file_in_the_way_of_a_folder_is_told(tmp_path):
         RunDir(tmp_path / "file").stage(count, Config())
 
 
+def test_what_appears_in_the_place_of_a_folder_while_it_is_made_is_told_and_kept(tmp_path):
+    def crowded(config: Config) -> Number:
+        (tmp_path / "crowded").mkdir()
+        (tmp_path / "crowded" / "mine.txt").write_text("precious")
+        return Number(value=1)
+
+    with pytest.raises(StorageError, match="Something else is in the way there; use another folder"):
+        RunDir(tmp_path).stage(crowded, Config())
+    assert [path.name for path in tmp_path.iterdir()] == ["crowded"]
+    assert (tmp_path / "crowded" / "mine.txt").read_text() == "precious"
+
+
 def test_a_file_elsewhere_that_may_not_be_read_is_no_matter_of_the_stages_folder(tmp_path):
     run, mine = tmp_path / "runs" / "count", tmp_path / "mine.csv"
     with pytest.raises(PermissionError, match=str(mine)), storage.writing(run):

@@ -107,6 +107,14 @@ def test_every_sequence_model_goes_on_where_it_was(case, tmp_path, monkeypatch):
     assert len(again) == 2
 
 
+def test_a_model_of_ones_own_draws_on_from_the_generators_of_python_and_numpy(tmp_path, monkeypatch):
+    config = TrainCollabConfig(provider="own_models:Restless", epochs=4, save_every_minutes=1e-9)
+    again = stopped_and_resumed(
+        collab.train_collab, config, as_loaded(cycle(num_users=30)), tmp_path, monkeypatch, collab, 2
+    )
+    assert len(again) == 2
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"codebook_update": "gradient"}, {"reconstruction": "mmd", "alignment": "mmd"}],

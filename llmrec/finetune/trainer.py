@@ -170,7 +170,7 @@ class Trainer:
         # Random numbers and the learning rate are functions of the step, so checkpoints need not hold them.
         step = self.state.step
         seed = np.random.SeedSequence((self.config.seed, step, distributed.rank()))
-        torch.manual_seed(int(seed.generate_state(1)[0]))
+        distributed.seed_everything(int(seed.generate_state(1)[0]))
         for group in self.engine.inner.param_groups:
             group["lr"] = self.learning_rate(step)
         total = torch.zeros((), device=self.device)

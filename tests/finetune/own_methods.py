@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -171,3 +174,11 @@ class Dropped(Shares):
 
     def forward(self, item: Tensor) -> Tensor:
         return self.dropout(super().forward(item))
+
+
+class Restless(Shares):
+    """Draws from the generators of Python and NumPy while it is trained."""
+
+    def forward(self, item: Tensor) -> Tensor:
+        tokens = super().forward(item)
+        return tokens * (0.5 + random.random() + np.random.rand()) if self.training else tokens

@@ -48,8 +48,11 @@ def stop_at(step: int, monkeypatch, error: BaseException) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"loss": "bce_sampled"}, {"optimizer": "adamw_8bit"}, {"batch_by": "tokens", "rows": "stream"}],
-    ids=["adamw", "sampled", "8bit", "tokens"],
+    [
+        *({}, {"loss": "bce_sampled"}, {"optimizer": "adamw_8bit"}, {"batch_by": "tokens", "rows": "stream"}),
+        {"method": "own_methods:Restless", "fusion": "frequency"},
+    ],
+    ids=["adamw", "sampled", "8bit", "tokens", "own"],
 )
 @pytest.mark.parametrize("step", [1, 6])
 def test_stopped_and_resumed_equals_never_stopped(settings, step, tmp_path, monkeypatch):
