@@ -8,11 +8,12 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llmrec import checkpoint
+from llmrec import checkpoint, running
 from llmrec.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -204,3 +205,25 @@ def test_room_is_looked_for_before_long_work(tmp_path, monkeypatch):
     Checkpoints(tmp_path / "not" / "there" / "yet", {}).require_room(1)
     with pytest.raises(StorageError):
         Checkpoints(Path("not/there/yet"), {}).require_room(free)
+
+
+def test_room_that_checkpoints_take_already_is_not_asked_for_again(tmp_path, monkeypatch):
+    """Old ones make room for the next; those kept and the one being written are there at once."""
+    store = saved(tmp_path, 1, 2)
+    held = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    store.require_room((10**6 + held) // 3)
+    with pytest.raises(StorageError):
+        store.require_room((10**6 + held) // 3 + 1)
+
+
+def test_checkpoints_are_as_many_minutes_apart_as_was_asked(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    with running.running(tmp_path, {"config": {}}):
+        kept = checkpoint.EpochCheckpoints(model, optimizer, {}, minutes=2.0, what="training")
+        for epoch, clock[0] in enumerate((60.0, 119.0, 121.0, 200.0, 240.0, 242.0, 300.0), start=1):
+            kept.after_epoch(epoch, {}, None, checkpoint.StopRequests())
+    assert [path.name for path in kept.store.found()] == ["step-00000003", "step-00000006"]

@@ -13,10 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_recipe import tiny
 
+from llmrec.checkpoint import Checkpoint, Checkpoints
 from llmrec.errors import MissingArtifactError, StaleArtifactError
 from llmrec.finished import load
 from llmrec.manifest import MANIFEST, flush_all, write_manifest
+from llmrec.pipeline import RunDir
 from llmrec.stages import STAGES
 
 
@@ -184,6 +187,34 @@ def test_a_full_disk_stops_a_run_with_a_sentence_and_more_room_lets_it_go_on(tmp
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 3
+
+
+@pytest.mark.parametrize("what", ["stage", "checkpoint"])
+def test_all_is_on_disk_before_it_gets_its_name_and_then_the_name_is(what, tmp_path, monkeypatch):
+    """Else a machine that loses its power may come back with a folder that looks whole and is not."""
+    fsync, replace, flushed, named = os.fsync, os.replace, {}, []
+
+    def flushing(handle: int) -> None:
+        fsync(handle)
+        flushed[os.fstat(handle).st_ino] = os.fstat(handle).st_mtime_ns
+
+    def naming(source, target) -> None:
+        if Path(source).is_dir():
+            inside = [Path(source), *Path(source).rglob("*")]
+            assert inside[1:] and not [path for path in inside if not is_flushed(path)]
+            named.append(Path(target))
+        replace(source, target)
+
+    def is_flushed(path: Path) -> bool:
+        return flushed.get(path.stat().st_ino) == path.stat().st_mtime_ns
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(os, "replace", naming)
+    if what == "stage":
+        RunDir(tmp_path).stage(STAGES["prepare_data"], tiny().prepare_data)
+    else:
+        Checkpoints(tmp_path, {}).save(Checkpoint(step=1, tensors={}))
+    assert len(named) == 1 and named[0].parent.stat().st_ino in flushed
 
 
 def test_a_disk_that_cannot_flush_folders_ends_no_stage(tmp_path, monkeypatch):

@@ -349,6 +349,53 @@ def test_the_folder_of_another_stage_is_never_offered_for_deletion(tmp_path):
         )
 
 
+def test_an_input_that_is_not_given_any_more_is_refused_by_name(tmp_path):
+    both(tmp_path)
+    wanted = stage_changes.describe_stage("double", Config(), ())
+    with pytest.raises(StaleArtifactError, match=r"made with count, which is not given now\. Use another"):
+        stage_changes.check_folder(tmp_path / "double", wanted, Config())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched(Config):
+    """Settings that name a file of the user's."""
+
+    path: str
+    """Where it is."""
+
+    def source_files(self) -> dict[str, str]:
+        return {"path": self.path}
+
+
+def test_a_file_that_a_stage_fetches_is_part_of_what_it_was_made_from(tmp_path):
+    file = tmp_path / "fetched.csv"
+
+    def count(config: Fetched) -> Number:
+        file.write_text("one")
+        return Number(value=1)
+
+    run = RunDir(tmp_path / "run")
+    run.stage(count, Fetched(path=str(file)))
+    run.stage(count, Fetched(path=str(file)))
+    file.write_text("two")
+    with pytest.raises(StaleArtifactError, match="other content of the path file"):
+        run.stage(count, Fetched(path=str(file)))
+
+
+def test_whoever_may_read_the_folder_of_a_stage_may_read_its_files(tmp_path, monkeypatch):
+    """Libraries keep what they write from all others."""
+
+    def save(self, folder: Path) -> None:
+        (folder / "value.json").write_text("1")
+        (folder / "value.json").chmod(0o600)
+
+    monkeypatch.setattr(Number, "save", save)
+    folder = tmp_path / "count"
+    RunDir(tmp_path).stage(count, Config())
+    wanted = folder.stat().st_mode & 0o666
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {wanted}
+
+
 def test_two_processes_cannot_compute_one_stage(tmp_path):
     import multiprocessing
 

@@ -18,7 +18,7 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import DataError, StaleArtifactError
 from llmrec.finetune.config import FinetuneConfig
-from llmrec.folder_digest import model_digest, weights_digest
+from llmrec.folder_digest import folder_digest, model_digest, weights_digest
 from llmrec.interactions import Interactions
 from llmrec.pipeline import RunDir, run
 from llmrec.stage_changes import changes_of, source_hashes
@@ -254,6 +254,50 @@ def test_a_model_is_the_same_whatever_lies_beside_it_and_however_it_was_cut(tmp_
     assert model_digest(folder) == known
     (folder / "tokenizer.json").write_text("{}")
     assert model_digest(folder) != known and weights_digest(folder) == weights
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "merges.txt", "special_tokens_map.json"),
+        *("added_tokens.json", "spiece.model", "preprocessor_config.json", "processor_config.json"),
+        *("open_clip_config.json", "adapter_config.json"),
+    ],
+)
+def test_files_that_change_what_comes_of_a_text_or_a_picture_are_part_of_a_model(name, tmp_path):
+    seen = {model_digest(tmp_path)}
+    for content in ("{}", "[]"):
+        (tmp_path / name).write_text(content)
+        seen.add(model_digest(tmp_path))
+    assert len(seen) == 3
+
+
+def test_weights_of_other_names_forms_and_kinds_are_others(tmp_path):
+    zeros = np.zeros((2, 3), np.float32)
+    seen = set()
+    for tensors in ({"a": zeros}, {"b": zeros}, {"a": zeros.T.copy()}, {"a": zeros.astype(np.int32)}):
+        save_file(tensors, tmp_path / "model.safetensors")
+        seen.add(weights_digest(tmp_path))
+    for content in (b"one", b"two"):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        seen.add(weights_digest(tmp_path))
+    assert len(seen) == 6
+
+
+def test_a_folder_of_data_is_known_by_all_its_files_but_hidden_ones(tmp_path):
+    first, last = tmp_path / "train" / "0.csv", tmp_path / "train" / "1.csv"
+    first.parent.mkdir()
+    first.write_text("one")
+    known = folder_digest(tmp_path)
+    for hidden in (".gitattributes", ".cache/lock", "train/.0.csv.swp"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).write_text("")
+        assert folder_digest(tmp_path) == known
+    seen = {known, folder_digest(first.rename(last).parents[1])}
+    last.write_text("two")
+    seen.add(folder_digest(tmp_path))
+    last.unlink()
+    assert len(seen | {folder_digest(tmp_path)}) == 4
 
 
 @pytest.mark.parametrize(
