@@ -76,7 +76,7 @@ def print_estimate(options: argparse.Namespace) -> None:
     from llmrec.estimate_inputs import fitting
     from llmrec.estimate_shown import shown
 
-    recipe = with_preset(recipe_of(Path(options.recipe)), options.preset)
+    recipe = with_preset(recipe_of(Path(options.recipe)), options.preset, options.set)
     recipe = apply_overrides(recipe, options.set)
     usual = Path("runs") / Path(options.recipe).stem
     run_dir = Path(options.run_dir) if options.run_dir else fitting(recipe, usual)
@@ -93,7 +93,8 @@ def doctor(options: argparse.Namespace) -> None:
         raise ConfigError("settings are those of a recipe; name it first: llmrec doctor RECIPE --set ...")
     recipe = None
     if options.recipe:
-        recipe = apply_overrides(with_preset(recipe_of(Path(options.recipe)), options.preset), options.set)
+        made = with_preset(recipe_of(Path(options.recipe)), options.preset, options.set)
+        recipe = apply_overrides(made, options.set)
     problems = 0
     for found in findings(recipe):
         problems += found.status == "problem"

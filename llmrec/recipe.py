@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -67,7 +67,7 @@ def run_recipe(recipe: Callable[[], Recipe], arguments: list[str] | None) -> Non
         raise ConfigError(f"main takes the function that returns a Recipe, got the {type(recipe).__name__}")
     name, description = name_of(recipe)
     options = parser(name, description.strip()).parse_args(arguments)
-    chosen = with_seed(with_preset(recipe(), options.preset), options.seed)
+    chosen = with_seed(with_preset(recipe(), options.preset, options.set), options.seed)
     chosen = apply_overrides(chosen, options.set)
     root = Path(options.run_dir or Path("runs") / (f"{name}_refit" if options.refit else name))
     if options.refit:
@@ -274,12 +274,19 @@ TABLE_4: dict[str | None, dict[str, dict[str, Any]]] = {
 """MME-SID Table 4: what it sets otherwise than for Beauty, for which the published script is."""
 
 
-def with_preset(recipe: Recipe, name: str | None) -> Recipe:
+def with_preset(recipe: Recipe, name: str | None, assignments: Sequence[str] = ()) -> Recipe:
     """The recipe with the settings of that name wherever a stage has some, those of its data set included;
-    ``default`` and None leave it as it is."""
+    ``default`` and None leave it as it is.
+
+    Args:
+        recipe: settings.
+        name: of the preset.
+        assignments: what will be applied afterwards, which may choose another data set.
+    """
     if name in (None, "default"):
         return recipe
-    own = TABLE_4.get(recipe.prepare_data.category, {})
+    chosen = {path.strip(): text.strip() for path, _, text in (one.partition("=") for one in assignments)}
+    own = TABLE_4.get(chosen.get("prepare_data.category", recipe.prepare_data.category), {})
     return replace(
         recipe,
         learn_semantic_ids=replace(ID_PRESETS[name], **own.get("learn_semantic_ids", {})),

@@ -33,6 +33,9 @@ TOKEN = "hf_" + "aB3" * 12
         "https://mirror.example/beauty.csv?sig=s3cret-word",
         "https://mirror.example/b?access_token=s3cret-word",
         "{'Authorization': 'Bearer s3cret-word'}",
+        "https://mirror.example/b?password=s3cret-word&x=1",
+        "https://mirror.example/b?client_secret=s3cret-word",
+        "https://mirror.example/b?api_key=s3cret-word",
         "the password is in-the-environment",
     ],
 )
@@ -43,6 +46,22 @@ def test_secrets_are_hidden_and_the_rest_is_not(text, monkeypatch):
     assert not any(secret in found for secret in (TOKEN, "s3cret-word", "in-the-environment"))
     for plain in ("mirror.example", "beauty.csv", "size=3", "x=1", "401 for"):
         assert (plain in found) == (plain in text)
+
+
+@pytest.mark.parametrize("token", [TOKEN, "ghp_" + "aB3" * 12, "gho_" + "aB3" * 12, "AKIA" + "AB34" * 4])
+def test_tokens_of_common_services_are_hidden_wherever_they_stand(token):
+    assert console.redact(f"401 for {token}, again") == "401 for [hidden], again"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HF_TOKEN", "client_secret", "DB_PASSWD", "WANDB_API_KEY", "AWS_ACCESS_KEY_ID", "MY_CREDENTIALS"],
+)
+def test_what_the_environment_calls_a_secret_is_hidden_and_short_words_of_it_are_not(name, monkeypatch):
+    """Else a password such as `a` would hide all lines, and be read from what it hides."""
+    monkeypatch.setenv(name, "long-and-secret")
+    monkeypatch.setenv(f"{name}_2", "step")
+    assert console.redact("step 3 of long-and-secret") == "step 3 of [hidden]"
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,16 @@ from llmrec.interactions import Interactions
 from llmrec.own import own_class
 from llmrec.pipeline import RunDir
 from llmrec.preflight import in_the_way
-from llmrec.recipe import Recipe, apply_overrides, main, recipe_of, run_recipe, with_preset, with_seed
+from llmrec.recipe import (
+    Recipe,
+    apply_overrides,
+    main,
+    module_of,
+    recipe_of,
+    run_recipe,
+    with_preset,
+    with_seed,
+)
 from llmrec.runs import Run
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stage_changes import TO_DO, UNCERTAIN, statuses
@@ -145,6 +154,20 @@ def test_a_preset_keeps_what_the_paper_sets_for_a_data_set(name, preset):
     ]
     assert found.learn_semantic_ids.num_codes == made.learn_semantic_ids.num_codes
     assert found.finetune.prompt != made.finetune.prompt or preset == "paper"
+
+
+def test_a_preset_is_that_of_the_data_set_that_set_chooses(capsys):
+    def made(name: str, *arguments: str) -> str:
+        recipe = module_of(ROOT / "recipes" / f"{name}.py").recipe
+        run_recipe(recipe, ["--print-config", "--preset", "paper", *arguments])
+        return "".join(
+            line for line in capsys.readouterr().out.splitlines(True) if "prepare_data" not in line
+        )
+
+    assert made("mme_sid_beauty", "--set", "prepare_data.category=sports_and_outdoors") == made(
+        "mme_sid_sports"
+    )
+    assert made("mme_sid_beauty") != made("mme_sid_sports")
 
 
 def test_output_of_another_form_is_refused_by_name(finished, tmp_path, capsys):
