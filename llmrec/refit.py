@@ -40,15 +40,16 @@ def refit(recipe: Recipe, run_dir: Path) -> Recipe:
     """
     precomputed = recipe.train_collab.provider == "precomputed"
     require_run(run_dir, [stage for stage in REFIT if stage != "train_collab" or not precomputed])
-    refuse_refit_of_another(recipe, run_dir)
+    refuse_refit_of_another(recipe, run_dir, "finetune")
     changed = {stage: refit_stage(stage, getattr(recipe, stage), run_dir / stage) for stage in REFIT}
     return replace(recipe, **changed)
 
 
-def refuse_refit_of_another(recipe: Recipe, run_dir: Path) -> None:
-    """Raise ConfigError if the epochs of a run were chosen on other data, content or semantic IDs."""
-    for name, status in statuses(recipe, run_dir, "learn_semantic_ids").items():
-        if name not in REFIT and status.startswith(MADE_WITH):
+def refuse_refit_of_another(recipe: Recipe, run_dir: Path, until: str = "learn_semantic_ids") -> None:
+    """Raise ConfigError if the epochs of a run, up to that stage, were chosen with other settings, code or
+    files, or on other data, content or semantic IDs."""
+    for name, status in statuses(recipe, run_dir, until).items():
+        if status.startswith(MADE_WITH):
             what = status.partition(";")[0]
             raise ConfigError(f"--refit: {run_dir / name} {what}; run with the same settings first")
 

@@ -30,6 +30,7 @@ from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
 from llmrec.files import read_json
 from llmrec.interactions import Interactions
+from llmrec.manifest import write_manifest
 from llmrec.own import own_class
 from llmrec.pipeline import RunDir
 from llmrec.preflight import in_the_way
@@ -43,6 +44,7 @@ from llmrec.recipe import (
     with_preset,
     with_seed,
 )
+from llmrec.refit import refit
 from llmrec.runs import Run
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stage_changes import TO_DO, UNCERTAIN, statuses
@@ -395,6 +397,33 @@ def test_a_refit_takes_the_epochs_that_validation_chose_and_says_what_it_learned
         assert code == 2 and what in error and "run with the same settings first" in error, error
     code, _, error = go("--refit", str(tmp_path / "nowhere"))
     assert code == 2 and "nowhere is no folder; give a recipe's run folder" in error
+
+
+@pytest.mark.parametrize(
+    ("stage", "made_from", "name", "said"),
+    [
+        ("train_collab", "inputs", "prepare_data", "another prepare_data"),
+        ("finetune", "inputs", "train_collab", "another train_collab"),
+        ("finetune", "sources", "prompt", "other content of the prompt file"),
+    ],
+)
+def test_epochs_that_were_chosen_on_other_files_are_not_taken(
+    stage, made_from, name, said, finished, tmp_path
+):
+    shutil.copytree(finished, tmp_path / "run")
+    prompt = Path(shutil.copy(ROOT / "prompts" / "compact.toml", tmp_path))
+    path = tmp_path / "run" / stage / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest[made_from][name] = "0" * 64
+    recipe = tiny()
+    if made_from == "sources":
+        manifest["config"]["prompt"] = str(prompt)
+        recipe = dataclasses.replace(
+            recipe, finetune=dataclasses.replace(recipe.finetune, prompt=str(prompt))
+        )
+    write_manifest(path, {key: value for key, value in manifest.items() if key != "digest"})
+    with pytest.raises(ConfigError, match=f"--refit: .*{stage} was made with {said}; run with the same"):
+        refit(recipe, tmp_path / "run")
 
 
 def test_a_refit_of_one_model_alone_is_pointed_out(finished, tmp_path, capsys):
