@@ -55,6 +55,10 @@ def compare(
     """Train what is missing and write results.json, table.md and report.html; arguments as of `main`."""
     options = parser(rows, data_config, name, description).parse_args(arguments)
     of_data, of_rows = by_stage(options.set, data_config is not None)
+    if of_data and options.prepare_data:
+        raise ConfigError(
+            f"--set prepare_data.{next(iter(of_data))} has no effect with --prepare-data, whose data are there"
+        )
     asked = asked_rows(rows, options, of_rows)
     reference = options.reference or ("sasrec" if "sasrec" in asked else next(iter(asked)))
     if reference not in asked:
@@ -259,8 +263,10 @@ def chosen_rows(rows: Rows, names: list[str], settings: dict[str, str]) -> Rows:
     """The rows asked for; a setting of one model goes to the rows of that model alone.
 
     Raises:
-        ConfigError: an unknown row, or a setting that no row takes.
+        ConfigError: an unknown row, a seed, or a setting that no row takes.
     """
+    if "seed" in settings:
+        raise ConfigError("--set train_collab.seed: seeds are given by --seeds, to all rows")
     if unknown := [name for name in names if name not in rows]:
         raise ConfigError(f"--rows must be among {', '.join(rows)}, got {', '.join(unknown)}")
     of_one = {path: path.partition(".")[0] for path in settings}

@@ -18,7 +18,7 @@ KEPT = ("recall@10", "ndcg@10")
 def label(name: str, row: dict[str, Any]) -> str:
     """A row's name with its loss, which is part of a method."""
     loss = row.get("loss")
-    return name if loss is None or loss in name else f"{name} ({loss})"
+    return name if loss is None or loss in name.split("-") else f"{name} ({loss})"
 
 
 def difference(row: dict[str, Any]) -> dict[str, Any]:
