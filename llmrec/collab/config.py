@@ -93,7 +93,8 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
     windows: Literal["auto", "last", "all"] = "auto"
     """Targets of users with more than max_history items. last: the last max_history; all: every one, from
     rows of max_history targets (positions) or after its own last max_history items (prefixes); auto: as the
-    models' papers do, last where users are trained on in one pass, all where every target has a row."""
+    models' papers do, last for models that take a user in one pass (with layout=prefixes, too), all for those
+    that need a row per target."""
 
     epochs: int = 200
     """Most passes over the training users."""

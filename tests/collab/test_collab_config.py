@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -152,6 +153,35 @@ def test_impossible_and_idle_settings_are_refused_by_name(settings, message):
 def test_possible_settings_survive_json(settings):
     config = override(TrainCollabConfig(), settings)
     assert from_dict(TrainCollabConfig, as_dict(config)) == config
+
+
+NOUGHT_IS_FINE = {"gmvae.temporal_from_epoch", "mamba.kept_items"}
+
+
+def test_numbers_of_things_are_at_least_one_and_dropout_below_it():
+    """Of every model, whatever else is needed for the setting to count."""
+    needed = {
+        "num_negatives": {"loss": "sampled_ce"},
+        "content_dim": {"content": "text"},
+        "num_routings": {"routing": "capsule"},
+    }
+    tried = 0
+    for provider in PROVIDER_FIELDS:
+        of_model = getattr(TrainCollabConfig(), provider)
+        for spec in dataclasses.fields(of_model):
+            path, of_type = f"{provider}.{spec.name}", str(spec.type).removesuffix(" | None")
+            if of_type not in ("int", "float") or path in NOUGHT_IS_FINE:
+                continue
+            if of_type == "float" and "dropout_rate" not in spec.name:
+                continue
+            others = needed.get(spec.name, {}) if hasattr(of_model, "loss") else {}
+            others = {name: text for name, text in others.items() if hasattr(of_model, name)}
+            settings = {f"{provider}.{name}": text for name, text in others.items()}
+            for bad in ("0", "-1") if of_type == "int" else ("1", "-0.1"):
+                tried += 1
+                with pytest.raises(ConfigError, match=f"train_collab.{provider}.{spec.name} must"):
+                    override(TrainCollabConfig(), {"provider": provider, **settings, path: bad})
+    assert tried > 150
 
 
 def test_every_setting_says_what_it_means():

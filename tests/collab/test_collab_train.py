@@ -26,8 +26,8 @@ from llmrec.collab.rows import TrainingRows
 from llmrec.collab.sasrec import SASRec
 from llmrec.collab.train import train_collab
 from llmrec.errors import ArtifactMismatchError, ConfigError, DataError, TrainingError
-from llmrec.evaluation.metrics import ndcg_at_k
-from llmrec.evaluation.rank import rank_users
+from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k
+from llmrec.evaluation.rank import Scorer, popularity, rank_users
 from llmrec.interactions import SPLIT_CODES, Interactions
 
 TINY = SASRecConfig(embed_dim=8, num_layers=1, inner_dim=16, max_history=12, dropout_rate=0.0)
@@ -68,6 +68,54 @@ def test_validation_ranks_items_of_the_history_too_when_asked():
     ranking = rank_users(provider_scorer(collab), data, data.targets("valid"), shard=False)
     assert collab.metrics["valid_ndcg@10"] == ndcg_at_k(ranking.rank_seen_kept, 10).mean()
     assert ndcg_at_k(ranking.rank, 10).mean() != ndcg_at_k(ranking.rank_seen_kept, 10).mean()
+
+
+def test_training_is_a_plain_loop_of_clipped_adamw_steps():
+    """Written again: users in random order, the mean gradient of a step's targets, its length clipped, decay
+    apart from it, a rate that falls by epochs; and rankings in between, without dropout."""
+    data = uneven()
+    config = tiny(
+        sasrec=replace(TINY, dropout_rate=0.3), epochs=4, learning_rate=0.02, clip_norm=0.2, patience=None,
+        weight_decay=0.5, decay_every_epochs=1, decay_rate=0.5, seed=3,
+    )  # fmt: skip
+    collab = train_collab(config, data)
+    distributed.seed_everything(3)
+    order = np.random.default_rng(3)
+    device = distributed.device()
+    model = SASRec(num_items=30, **vars(config.sasrec)).to(device)
+    rows = TrainingRows.of(data.sequences("train"), 12, "positions", device)
+    weights = dict(model.named_parameters())
+    first, second = ({name: torch.zeros_like(weight) for name, weight in weights.items()} for _ in range(2))
+    states, clipped, step = [], 0, 0
+    for epoch in range(4):
+        model.train()
+        for chosen in rows.steps("users", 16, order):
+            model.zero_grad()
+            number, step = 0, step + 1
+            for batch in rows.batches(chosen):
+                loss = model.loss(batch)
+                loss.total.backward()
+                number += loss.num_targets
+            gradients = {name: weight.grad / number for name, weight in weights.items()}
+            length = float(sum(gradient.square().sum() for gradient in gradients.values()) ** 0.5)
+            clipped += length > 0.2
+            rate = 0.02 * 0.5**epoch
+            for name, weight in weights.items():
+                gradient = gradients[name] * min(1.0, 0.2 / length)
+                first[name] = 0.9 * first[name] + 0.1 * gradient
+                second[name] = 0.999 * second[name] + 0.001 * gradient**2
+                moved = first[name] / (1 - 0.9**step)
+                moved = moved / ((second[name] / (1 - 0.999**step)).sqrt() + 1e-8)
+                weight.data -= rate * (moved + (0.5 * weight if weight.ndim > 1 else 0))
+        model.eval()
+        scorer = Scorer(name="loop", score=model.score, max_history=12)
+        rank = rank_users(scorer, data, data.targets("valid")).rank
+        assert collab.log[epoch]["valid_ndcg@10"] == pytest.approx(ndcg_at_k(rank, 10).mean(), abs=1e-4)
+        assert collab.log[epoch]["valid_recall@10"] == pytest.approx(recall_at_k(rank, 10).mean(), abs=1e-4)
+        states.append({name: value.cpu().numpy().copy() for name, value in model.state_dict().items()})
+    assert 0 < clipped <= step == 4 * 3
+    for name, value in states[collab.metrics["best_epoch"] - 1].items():
+        np.testing.assert_allclose(collab.state[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_the_last_epoch_is_ranked_too():
@@ -214,6 +262,20 @@ def test_with_all_windows_every_item_but_the_first_is_a_target_once(layout):
     assert rows.num_targets == len(expected)
 
 
+def test_a_row_per_target_of_a_model_of_positions_has_the_same_targets():
+    """Unless all windows are asked for."""
+    long = interactions([list(range(1, 25)) for _ in range(20)], 24)
+    model = SASRec(num_items=24, **vars(replace(TINY, max_history=5)))
+    for layout, windows, num_rows, num_targets in (
+        ("auto", "auto", 20, 100),
+        ("prefixes", "auto", 100, 100),
+        ("prefixes", "all", 420, 420),
+        ("auto", "all", 100, 420),
+    ):
+        rows = train.training_rows(model, tiny(layout=layout, windows=windows), long.sequences("train"))
+        assert (rows.num_rows, rows.num_targets) == (num_rows, num_targets)
+
+
 def test_windows_are_all_where_every_target_has_a_row_and_last_elsewhere():
     long = interactions([list(range(1, 25)) for _ in range(20)], 24)
     shortened = {"max_history": 5, "dropout_rate": 0.0, "embed_dim": 8}
@@ -283,12 +345,13 @@ def test_steps_are_counted_over_epochs_of_different_length(monkeypatch):
 
     class Counting(SASRec):
         def loss(self, batch):
-            seen.append(batch.step)
+            seen.append((batch.step, batch.epoch))
             return super().loss(batch)
 
     monkeypatch.setitem(PROVIDERS, "sasrec", Counting)
     collab = train_collab(tiny(batch_by="targets", batch_size=30, epochs=4, select="last"), uneven())
-    assert sorted(set(seen)) == list(range(sum(row["steps"] for row in collab.log)))
+    epochs = [row["epoch"] for row in collab.log for _ in range(row["steps"])]
+    assert sorted(set(seen)) == list(enumerate(epochs))
 
 
 def test_only_users_with_two_train_items_are_trained_on():
@@ -352,6 +415,33 @@ def test_a_model_that_is_no_better_than_popularity_is_warned_about(caplog):
     train_collab(replace(idle, select="last"), data)
     train_collab(TrainCollabConfig(epochs=30, learning_rate=1e-2), cycle())
     assert "of popularity alone" not in caplog.text
+
+
+@pytest.mark.parametrize("mask_seen", [True, False])
+def test_popularity_is_ranked_among_the_items_that_the_model_was_ranked_among(mask_seen, caplog):
+    """Users who come back to popular items, so that the two rankings of these differ."""
+    lists = [[1, 2, 3 + user, 1, 2] if user % 2 else [2, 1, 3 + user, 2, 1] for user in range(20)]
+    data = interactions(lists, 22)
+    valid = data.targets("valid")
+    ranking = rank_users(popularity(data), data, valid)
+    masked, kept = (ndcg_at_k(rank, 10).mean() for rank in (ranking.rank, ranking.rank_seen_kept))
+    assert abs(masked - kept) > 0.1
+    own = masked if mask_seen else kept
+    for better in (0.01, 0.0):
+        found = {"valid_ndcg@10": own + better, "best_epoch": 1, "epochs": 2}
+        train.warn_if_popularity_is_as_good(tiny(mask_seen=mask_seen), found, data, valid)
+        assert ("of popularity alone" in caplog.text) == (better == 0)
+
+
+def test_an_infinite_loss_is_named_as_such(monkeypatch):
+    class Endless(SASRec):
+        def loss(self, batch):
+            loss = super().loss(batch)
+            return replace(loss, total=loss.total + torch.inf)
+
+    monkeypatch.setitem(PROVIDERS, "sasrec", Endless)
+    with pytest.raises(TrainingError, match="the training loss became inf in epoch 1"):
+        train_collab(tiny(epochs=1, select="last"), cycle())
 
 
 def test_a_diverged_loss_names_the_setting_to_change():

@@ -15,6 +15,7 @@ from worlds import cycle, interactions, two_communities
 
 from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings
+from llmrec.collab import losses
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.collab.losses import Pooled
 from llmrec.collab.provider import PROVIDERS, load_provider, provider_scorer
@@ -272,6 +273,16 @@ def test_histories_longer_than_the_model_are_cut(name, windows, num_targets):
     collab = train_collab(settings, data)
     assert collab.metrics["num_targets"] == num_targets
     assert np.isfinite(ranks(collab, data)).all()
+
+
+@pytest.mark.parametrize("case", [case for name, case in CASES.items() if name.endswith("sampled_ce")])
+def test_as_many_negatives_are_drawn_as_it_is_set_to(case, monkeypatch):
+    asked, real = [], losses.draw_unseen
+    monkeypatch.setattr(losses, "draw_unseen", lambda known, *rest: asked.append(rest) or real(known, *rest))
+    settings = case.config().of_model | {"num_negatives": 7}
+    model = PROVIDERS[case.provider](num_items=20, **settings)
+    model.to(distributed.device()).loss(batch_of([[1, 2, 3, 4, 5, 6, 7]], model.layout))
+    assert asked == [(7, 20)]
 
 
 def test_half_precision_changes_little_of_a_gradient(name):

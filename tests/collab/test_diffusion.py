@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -53,6 +54,49 @@ def test_every_schedule_only_adds_noise(schedule, num_steps):
     assert (beta > 0).all() and (beta < 1).all()
     # With few steps the published truncated schedule stops half way (its end is cut to a tenth).
     assert torch.cumprod(1 - beta, 0)[-1] < (0.55 if schedule == "trunc_lin" and num_steps < 32 else 0.2)
+
+
+def test_other_schedules_follow_their_formulas():
+    """Nichol and Dhariwal 2021 (cosine), Li et al. 2022 (sqrt), Ho et al. 2020 (linear, of 1,000 steps)."""
+    for schedule, share in (
+        ("cosine", lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2),
+        ("sqrt", lambda t: 1 - math.sqrt(t + 1e-4)),
+    ):
+        signal = torch.cumprod(1 - betas(schedule, 20), 0)
+        expected = [share(step / 20) / share(0) for step in range(1, 20)]
+        assert signal[:-1].tolist() == pytest.approx(expected)
+        assert betas(schedule, 20)[-1] == 0.999
+    assert betas("linear", 100)[[0, -1]].tolist() == pytest.approx([1e-3, 0.2])
+    assert betas("linear", 8)[[0, -1]].tolist() == pytest.approx([0.0125, 0.999])
+
+
+@pytest.mark.parametrize(("cls", "settings"), [(DiffuRec, ONE), (DiffuRecSys, SYS)])
+def test_settings_of_the_noise_reach_it(cls, settings):
+    own = {} if cls is DiffuRec else {"offset": 0.25, "offset_kind": "constant"}
+    process = cls(**settings | own | {"schedule": "cosine", "num_steps": 9, "eval_samples": 3}).diffusion
+    torch.testing.assert_close(process.signal, torch.cumprod(1 - betas("cosine", 9), 0).float())
+    assert process.steps_noise.shape == (3, 9, 8)
+    assert (process.offset, process.offset_kind) == ((0.25, "constant") if own else (0, "row"))
+
+
+@pytest.mark.parametrize(("cls", "settings"), [(DiffuRec, ONE), (DiffuRecSys, SYS | {"offset": 0.5})])
+def test_a_target_learns_through_its_noise_at_any_step(cls, settings, monkeypatch):
+    """Where the noisy vector itself is what was recovered."""
+    torch.manual_seed(0)
+    model = cls(**settings)
+    seen, real = [], model.diffusion.forward_to
+    monkeypatch.setattr(model.diffusion, "forward_to", lambda *given: seen.append(given[1:]) or real(*given))
+    monkeypatch.setattr(model, "estimate", lambda hidden, history, noisy, step: noisy)
+    model.loss(rows_of(*[[1, 2, 3, 4], [5, 6, 7]] * 2000)).total.backward()
+    step, noise = seen[0]
+    assert (step.bincount(minlength=8) / len(step) - 1 / 8).abs().max() < 0.02
+    assert float(torch.cov(noise.T)[0, 1]) == pytest.approx(0 if cls is DiffuRec else 0.25, abs=0.04)
+    table = model.item.weight.detach().clone().requires_grad_()
+    target = torch.tensor([4, 7] * 2000)
+    signal = torch.cumprod(1 - betas("trunc_lin", 8), 0).float()[step, None]
+    noisy = signal.sqrt() * table[target] + (1 - signal).sqrt() * noise
+    F.cross_entropy(noisy @ table[1:].T, target - 1, reduction="sum").backward()
+    torch.testing.assert_close(model.item.weight.grad, table.grad, rtol=1e-3, atol=0.02)
 
 
 def test_jumping_forward_has_the_law_of_walking_there():

@@ -242,6 +242,66 @@ def test_the_loss_holds_the_balance_of_experts_in_units_of_its_targets(rows):
     assert (gradients[0] - gradients[1]).abs().max() > 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["switch", "cv2", "none"])
+def test_every_mixture_is_balanced_and_logged_by_itself_and_padding_by_none(kind):
+    torch.manual_seed(0)
+    model = FuxiMME(**SIZES | MIXTURE | {"moe_targets": ("ffn", "out"), "balance": kind}).eval()
+    for weight in model.parameters():
+        weight += 0.5 * torch.randn_like(weight)
+    rows = batch([1, 2, 3, 4, 5], [6, 7, 8, 0, 0])
+    found = model.loss(rows).parts
+    context = model.encode(rows.item, rows.time)[1]
+    shown = (rows.item != 0).repeat_interleave(2, 0)
+    routings = [routing.at(shown) for routing in context.routing]
+    assert len(routings) == 4
+    uneven = sum(float(routing.imbalance(kind)) for routing in routings)
+    assert float(found["balance_loss"]) == pytest.approx(6 * uneven, rel=1e-5)
+    for place, routing in enumerate(routings, start=1):
+        torch.testing.assert_close(found[f"expert_load_{place}"], 6 * routing.load)
+    assert float(found["table_similarity"]) == pytest.approx(
+        6 * float(table_similarity(model.item.weight, 2))
+    )
+
+
+@torch.no_grad()
+def test_noise_of_routing_has_its_scale():
+    experts, hidden = experts_and_tokens(training=True)
+    experts.noise.normal_()
+    experts.router_noise = 0.5
+    torch.manual_seed(1)
+    found = experts.route(hidden).probability
+    torch.manual_seed(1)
+    spread = 0.5 * torch.log1p(torch.exp(hidden @ experts.noise))
+    scores = hidden @ experts.router + torch.randn(2, 3, 4, dtype=torch.float64) * spread
+    torch.testing.assert_close(found, scores.softmax(-1))
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["fuxi", "moe"])
+def test_settings_of_blocks_reach_them(mixed):
+    def block(**settings):
+        return (FuxiMME(**SIZES | MIXTURE | settings) if mixed else Fuxi(**SIZES | settings)).blocks[0]
+
+    def parts(made):
+        return {
+            name for name in ("project", "out", "feed_forward") if isinstance(getattr(made, name), Experts)
+        }
+
+    width = 4 if mixed else 8
+    assert block().head_dim == width // 2 and block(head_dim=3).head_dim == 3
+    names = ("semantic", "positional", "temporal")
+    for left_out in names:
+        found = block(**{left_out: False}).channels
+        assert {name: getattr(found, name) for name in names} == {name: name != left_out for name in names}
+    inner = block(inner_multiplier=3).feed_forward
+    assert (inner.experts[0] if mixed else inner).gate.out_features == 3 * width
+    targets = {"moe_targets": ("out",)} if mixed else {}
+    assert block(single_stage=True, **targets).feed_forward is None
+    if mixed:
+        assert parts(block()) == {"feed_forward"}
+        assert parts(block(moe_targets=("out", "uvqk"))) == {"out", "project"}
+
+
 def test_noise_routes_only_while_training_and_the_router_learns():
     experts, hidden = experts_and_tokens(training=True)
     assert not torch.equal(experts.route(hidden).weight, experts.route(hidden).weight)

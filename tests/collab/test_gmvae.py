@@ -183,7 +183,7 @@ def test_hard_interests_read_their_own_items_in_order():
 def test_hard_interests_are_half_of_the_means_and_training_draws_who_belongs_where(monkeypatch):
     """m = (h + r) / 2, with the variance and the norm of that; hard interests of the items drawn."""
     torch.manual_seed(0)
-    interests = Interests(4, 3, 0.1, 1.0, 0.0).double().train()
+    interests = Interests(4, 3, 0.1, 0.5, 0.0).double().train()
     items = torch.randn(2, 5, 4, dtype=torch.float64)
     valid = torch.tensor([[True] * 5, [True, True, True, False, False]])
     place = torch.randint(0, 3, (2, 5))
@@ -197,7 +197,7 @@ def test_hard_interests_are_half_of_the_means_and_training_draws_who_belongs_whe
     with monkeypatch.context() as patched:
         patched.setattr(F, "gumbel_softmax", drawn)
         found = interests(items, valid, temporal=True, prefix=False)
-    assert asked == [(1.0, False), (1.0, True)]
+    assert asked == [(0.5, False), (1.0, True)]
     for row, k in itertools.product(range(2), range(3)):
         mine = items[row][valid[row] & (place[row] == k)]
         mean = torch.zeros(4, dtype=torch.float64)
@@ -250,6 +250,29 @@ def test_the_weights_of_divergence_and_interests_follow_step_and_epoch(monkeypat
     assert rest == pytest.approx(0.1 * 51 * 3 + 0.2 * 2 * kl, rel=1e-4)
     rest, _ = extra(10**6, 500)
     assert rest == pytest.approx(0.1 * 1 * 3 + 0.5 * 2 * kl, rel=1e-4)
+
+
+def test_a_divergence_by_one_sample_is_taken_at_the_state_that_was_drawn(monkeypatch):
+    gm = model(kl="monte_carlo", temporal_from_epoch=0, dropout_rate=0.0).train()
+    rows, made, real = batch([1, 2, 3, 4], [5, 6, 7, 0]), [], gm.prior_of
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    monkeypatch.setattr(gm, "prior_of", lambda given: made.append(real(given)) or made[0])
+    found = gm.loss(rows).parts["kl"]
+    mean, log_variance = (value[rows.target != 0] for value in gm.encode(rows.item))
+    drawn = mean + torch.exp(log_variance / 2)
+    prior = made[0].at(rows.target != 0)
+    expected = mixture_kl(mean, log_variance, prior, "monte_carlo", drawn).sum()
+    torch.testing.assert_close(found, expected.detach())
+    other = mixture_kl(mean, log_variance, prior, "monte_carlo", mean).sum()
+    assert abs(float(found - other.detach())) > 1
+
+
+def test_temperatures_reach_what_they_are_of_and_padding_is_nobodys_negative():
+    gm = model(assignment_temperature=0.3, gumbel_temperature=0.7)
+    assert (gm.interests.temperature, gm.interests.gumbel_temperature) == (0.3, 0.7)
+    alone = model(num_items=1)
+    means, target = torch.randn(2, 3, 8), torch.ones(2, dtype=torch.int64)
+    assert alone.interest_ranking(means, target) == 0
 
 
 def test_scores_use_the_mean_and_the_release_adds_a_deviation():

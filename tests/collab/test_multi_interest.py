@@ -104,6 +104,30 @@ def test_votes_depend_on_the_place_in_comirec_and_not_in_mind():
     torch.testing.assert_close(dense.interests(history)[0, 0], expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_interests_are_routed_as_often_as_they_are_set_to(number):
+    history = torch.tensor([[3, 1, 4]])
+    capsule = make(ComiRec, COMIREC | {"routing": "capsule", "num_routings": number})
+    votes = torch.einsum("td,tkde->tke", capsule.item(history)[0], capsule.maps[:3])
+    expected = routing_by_loops(votes, torch.zeros(3, 3, dtype=torch.float64), number)
+    torch.testing.assert_close(capsule.interests(history)[0, 0], expected, rtol=1e-6, atol=1e-6)
+    mind = make(MIND, MINE | {"num_routings": number})
+    votes = mind.map(mind.item(history)[0])[:, None].expand(-1, 3, -1)
+    expected = routing_by_loops(votes, mind.start[:3], number)
+    torch.testing.assert_close(mind.interests(history)[0, 0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_overlap_of_interests_is_logged_for_every_target():
+    model = make(ComiRec, COMIREC)
+    rows = batch([3, 1, 4, 7], [5, 2, 0, 0])
+    at = rows.target != 0
+    found = model.loss(rows)
+    assert found.num_targets == found.parts["interest_use"].sum() == 4
+    torch.testing.assert_close(
+        found.parts["interest_overlap"], 4 * mean_cosine(model.interests(rows.item)[at])
+    )
+
+
 @pytest.mark.parametrize("cls", [ComiRec, MIND])
 def test_a_target_is_asked_for_by_its_best_interest_and_an_item_scored_by_it(cls):
     model = make(cls, COMIREC if cls is ComiRec else MINE)
