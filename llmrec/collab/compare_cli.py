@@ -57,7 +57,7 @@ def compare(
     of_data, of_rows = by_stage(options.set, data_config is not None)
     if of_data and options.prepare_data:
         raise ConfigError(
-            f"--set prepare_data.{next(iter(of_data))} has no effect with --prepare-data, whose data are there"
+            f"--set prepare_data.{next(iter(of_data))} has no effect with --prepare-data (they are there)"
         )
     asked = asked_rows(rows, options, of_rows)
     reference = options.reference or ("sasrec" if "sasrec" in asked else next(iter(asked)))

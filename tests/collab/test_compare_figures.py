@@ -152,6 +152,7 @@ def test_popularity_at_validation_is_ranked_as_each_row_ranks():
     assert compare.popular_ndcg(rows, data) == ways
     rows["b"] = replace(rows["b"], mask_seen=True, select="last")
     assert compare.popular_ndcg(rows, data) == {True: ways[True]}
+    assert compare.popular_ndcg({"b": rows["b"]}, data) == {}
 
 
 def test_seeds_are_not_set_as_settings():

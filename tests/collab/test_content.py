@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cases import batch
 from test_collab_train import TINY, tiny
 from worlds import cycle, interactions
 
@@ -15,6 +16,7 @@ from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.collab.content import ContentMaps, principal_components
 from llmrec.collab.provider import load_provider, provider_scorer
+from llmrec.collab.sasrec import SASRec
 from llmrec.collab.train import train_collab
 from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.evaluation.rank import rank_users
@@ -73,6 +75,22 @@ def test_the_table_is_the_sum_of_own_vectors_and_maps():
             expected[item] += maps.maps[name].weight @ torch.from_numpy(table[item])
     torch.testing.assert_close(maps(own), expected)
     assert maps(own) is not own and ContentMaps(5, 3, (), 2)(own) is own
+
+
+@torch.no_grad()
+def test_a_history_is_read_scored_and_handed_on_by_the_same_table():
+    """As by a model of ids alone whose items are the sums."""
+    settings = vars(TINY) | {"num_items": 5, "content": ("text",), "content_dim": 2}
+    model = SASRec(**settings).eval()
+    model.content.set_content({"text": np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)})
+    plain = SASRec(**settings | {"content": ()}).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    plain.item.weight.copy_(model.item_embeddings())
+    history = torch.tensor([[3, 1, 4]])
+    torch.testing.assert_close(model.encode(history), plain.encode(history))
+    torch.testing.assert_close(model.score(history), plain.score(history))
+    rows = batch([3, 1, 4, 2])
+    torch.testing.assert_close(model.loss(rows).total, plain.loss(rows).total)
 
 
 def twins(seed: int = 0) -> tuple[Interactions, ContentEmbeddings, np.ndarray]:

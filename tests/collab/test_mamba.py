@@ -340,6 +340,13 @@ def test_of_single_prefixes_only_what_they_have_is_computed():
     assert list(places) == [*long, (1, 2, 0)]
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_layers_have_their_input_added_where_there_are_several(number):
+    for cls in (Mamba4Rec, SigmaMamba):
+        layers = cls(**SMALL | {"num_layers": number}).layers
+        assert [layer.residual for layer in layers] == [number > 1] * number
+
+
 def test_only_one_layer_with_kept_items_runs_over_all_prefixes_at_once():
     assert SigmaMamba(**SMALL).layout == "positions"
     assert SigmaMamba(**SMALL | {"num_layers": 2}).layout == "prefixes"
