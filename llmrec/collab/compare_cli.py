@@ -263,10 +263,14 @@ def chosen_rows(rows: Rows, names: list[str], settings: dict[str, str]) -> Rows:
     """The rows asked for; a setting of one model goes to the rows of that model alone.
 
     Raises:
-        ConfigError: an unknown row, a seed, or a setting that no row takes.
+        ConfigError: an unknown row, a seed or a model, or a setting that no row takes.
     """
     if "seed" in settings:
         raise ConfigError("--set train_collab.seed: seeds are given by --seeds, to all rows")
+    if "provider" in settings:
+        raise ConfigError(
+            "--set train_collab.provider: models are chosen by --rows, or by --row NAME provider=..."
+        )
     if unknown := [name for name in names if name not in rows]:
         raise ConfigError(f"--rows must be among {', '.join(rows)}, got {', '.join(unknown)}")
     of_one = {path: path.partition(".")[0] for path in settings}

@@ -111,7 +111,7 @@ def paired(first: np.ndarray, second: np.ndarray, *, samples: int, seed: int) ->
 
 def difference_of(difference: np.ndarray, *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
     """Mean of per-user differences (U,), its 95 % bootstrap interval, and the two-sided p of a paired t-test
-    (None if no user differs, or there is one alone).
+    (None if all users differ by the same, be it 0, or there is one alone).
 
     The test, like the interval, asks for the mean; MME-SID's Table 3 has it too. Tests of ranks, such as
     Wilcoxon's, ask whether differences are symmetric, and those of a mean of several runs to a single one are
@@ -124,12 +124,11 @@ def difference_of(difference: np.ndarray, *, samples: int = SAMPLES, seed: int =
     rng = np.random.default_rng(seed)
     means = [rng.multinomial(number, count / number) @ values / number for _ in range(samples)]
     low, high = np.quantile(means, [0.025, 0.975])
-    testable = number > 1 and difference.any()
     return {
         "difference": float(difference.mean()),
         "low": float(low),
         "high": float(high),
-        "p_value": float(ttest_1samp(difference, 0).pvalue) if testable else None,
+        "p_value": float(ttest_1samp(difference, 0).pvalue) if len(values) > 1 else None,
     }
 
 

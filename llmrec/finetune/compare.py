@@ -26,6 +26,12 @@ from llmrec.finetune.compare_cells import (
 )
 from llmrec.recipe import Recipe, apply_overrides, name_of, recipe_of
 
+OF_CELLS = {
+    "finetune.seed": "seeds are given by --seeds, to all rows",
+    "finetune.method": "methods are chosen by --rows, or by --row NAME method=...",
+}
+"""What tells cells apart, and is no setting of all."""
+
 
 def main(
     recipe: Callable[[], Recipe] | None = None,
@@ -112,6 +118,9 @@ def comparison_of(options: argparse.Namespace, recipe: Callable[[], Recipe] | No
         name, made = Path(options.recipe).stem, recipe_of(Path(options.recipe))
     else:
         name, made = name_of(recipe)[0], recipe()
+    for path in (assignment.partition("=")[0].strip() for assignment in options.set):
+        if path in OF_CELLS:
+            raise ConfigError(f"--set {path}: {OF_CELLS[path]}")
     chosen = apply_overrides(made, options.set)
     rows = options.rows or ([] if options.row else list(ROWS))
     root = Path(options.run_dir or Path("runs") / (f"{name}_refit" if options.refit else name))

@@ -155,11 +155,13 @@ def test_popularity_at_validation_is_ranked_as_each_row_ranks():
     assert compare.popular_ndcg({"b": rows["b"]}, data) == {}
 
 
-def test_seeds_are_not_set_as_settings():
-    with pytest.raises(
-        ConfigError, match=r"--set train_collab\.seed: seeds are given by --seeds, to all rows"
-    ):
-        chosen_rows(every_provider(), ["sasrec"], {"seed": "5"})
+def test_seeds_and_models_are_not_set_as_settings():
+    for name, told in {
+        "seed": "seeds are given by --seeds",
+        "provider": "models are chosen by --rows",
+    }.items():
+        with pytest.raises(ConfigError, match=rf"--set train_collab\.{name}: {told}"):
+            chosen_rows(every_provider(), ["sasrec"], {name: "5"})
 
 
 def test_settings_of_data_that_are_already_there_are_refused(tmp_path, capsys):

@@ -111,6 +111,10 @@ def test_one_user_alone_has_a_difference_and_no_p():
     assert found == {"difference": 0.5, "low": 0.5, "high": 0.5, "p_value": None}
 
 
+def test_users_who_all_differ_by_the_same_have_no_p():
+    assert analysis.difference_of(np.full(8, 0.25), samples=20)["p_value"] is None
+
+
 def test_a_mean_of_runs_and_a_single_one_that_are_equally_good_seldom_differ():
     """In about 5 of 100 comparisons at p < 0.05, and then the interval leaves 0 out too."""
     rng = np.random.default_rng(0)

@@ -130,6 +130,18 @@ def test_rows_that_cannot_be_are_refused_before_anything_is_trained(row, message
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("setting", ["seed=5", "method=e4srec"])
+def test_what_tells_cells_apart_is_not_set_for_all(setting, finished, tmp_path, capsys):
+    from llmrec.finetune import compare
+
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as left:
+        compare.main(tiny, ["--run-dir", str(finished), "--out", str(out), "--set", f"finetune.{setting}"])
+    name = setting.partition("=")[0]
+    assert left.value.code == 2 and f"--set finetune.{name}: {name}s are " in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_table_of_methods_needs_no_more_than_the_ranks():
     """Whatever cut-offs the evaluations were asked for."""
     from llmrec.evaluation.metrics import ndcg_at_k
