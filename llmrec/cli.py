@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec import __version__, tracking
-from llmrec.config import describe
+from llmrec.assignments import describe
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
 from llmrec.inference import command

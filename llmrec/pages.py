@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from llmrec.config import format_value
+from llmrec.assignments import format_value
 from llmrec.console import redact
 from llmrec.encoders.pictures import BROKEN, to_rgb
 

@@ -19,8 +19,9 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from llmrec import tracking
+from llmrec.assignments import format_value, override
 from llmrec.collab.config import TrainCollabConfig
-from llmrec.config import Settings, flatten, format_value, override
+from llmrec.config import Settings, flatten
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig

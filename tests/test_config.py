@@ -10,21 +10,11 @@ from typing import Literal
 import pytest
 
 from llmrec import cli
+from llmrec.assignments import describe, field_docs, override
 from llmrec.cli import settings_help
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.configs.gmvae import GmvaeConfig
-from llmrec.config import (
-    Settings,
-    as_dict,
-    changed_fields,
-    changed_settings,
-    describe,
-    field_docs,
-    flatten,
-    from_dict,
-    override,
-    require,
-)
+from llmrec.config import Settings, as_dict, changed_fields, changed_settings, flatten, from_dict, require
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError

@@ -543,7 +543,7 @@ def test_the_stage_table_matches_the_functions():
 
 
 def test_every_setting_has_a_meaning():
-    from llmrec.config import describe
+    from llmrec.assignments import describe
 
     for stage in STAGES.values():
         for path, _, _, meaning in describe(stage.config):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from llmrec import arguments, jobs, tracking
+from llmrec.assignments import override
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
-from llmrec.config import override
 from llmrec.console import guarded, set_up_logging
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError, TrainingError

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from llmrec.assignments import describe, override
 from llmrec.collab.config import PROVIDER_FIELDS, SASRecConfig, TrainCollabConfig
-from llmrec.config import as_dict, describe, from_dict, override
+from llmrec.config import as_dict, from_dict
 from llmrec.errors import ConfigError
 
 REFUSED = [

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from llmrec.config import as_dict, field_docs, from_dict, override
+from llmrec.assignments import field_docs, override
+from llmrec.config import as_dict, from_dict
 from llmrec.data.config import KNOWN_OF_NAMED, PrepareDataConfig, SampleMarketConfig
 from llmrec.errors import ConfigError
 

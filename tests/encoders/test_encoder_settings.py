@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from llmrec.config import as_dict, describe, from_dict, override
+from llmrec.assignments import describe, override
+from llmrec.config import as_dict, from_dict
 from llmrec.encoders.config import IMAGE_FIELDS, TEXT_FIELDS, EncodeItemsConfig
 from llmrec.encoders.config import ImageEncoderConfig as Image
 from llmrec.encoders.config import TextEncoderConfig as Text

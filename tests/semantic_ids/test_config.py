@@ -2,7 +2,8 @@
 
 import pytest
 
-from llmrec.config import as_dict, describe, from_dict, override
+from llmrec.assignments import describe, override
+from llmrec.config import as_dict, from_dict
 from llmrec.errors import ConfigError
 from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig
 
