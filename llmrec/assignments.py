@@ -108,7 +108,7 @@ def plain_value(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             return read(text)
     return text
 

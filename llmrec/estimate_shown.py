@@ -84,6 +84,6 @@ def times(found: Estimate, gpu: str) -> list[str]:
 def scaled(value: float, unit: str) -> str:
     """Three digits with a prefix: 1.23 GB."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if value >= size:
+        if value >= 0.9995 * size:  # else it might be rounded to 1e+03 of the smaller unit
             return f"{value / size:.3g} {prefix}{unit}"
     return f"{value / 1e3:.3g} k{unit}"

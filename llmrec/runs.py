@@ -92,11 +92,16 @@ class Run:
                 "with few interactions (prepare_data.k_core)"
             )
         place = self._places[user]
-        return [data.raw_ids[item - 1] for item in data.item[data.offset[place] : data.offset[place + 1]]]
+        return [self._raw_ids[item - 1] for item in data.item[data.offset[place] : data.offset[place + 1]]]
 
     @cached_property
     def _places(self) -> dict[str, int]:
         return {user: place for place, user in enumerate(self.data.user_raw_ids)}
+
+    @cached_property
+    def _raw_ids(self) -> list[str]:
+        """`Interactions.raw_ids`, which are read from the table each time."""
+        return self.data.raw_ids
 
     def ranks(self, method: str | None = None) -> np.ndarray:
         """The rank of every user's target by a method, 1 the best, float64 (U,); ties in the middle.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.config import StageSettings, as_dict, changed_settings
+from llmrec.console import redact
 from llmrec.encoders.config import PICTURES
 from llmrec.errors import MissingArtifactError, StaleArtifactError
 from llmrec.finished import SCHEMA_VERSION, fingerprint, fingerprint_of, stage_manifest
@@ -28,10 +29,13 @@ UNCERTAIN = "is kept if what it was made from comes out the same again, else ref
 
 def describe_stage(name: str, config: StageSettings, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """What makes a stage's output what it is: name, config and the files it was made from."""
+    settings = as_dict(config)
+    if "mirrors" in settings:  # no one compares them, and an address may have a password
+        settings["mirrors"] = [redact(address) for address in settings["mirrors"]]
     return {
         "schema": SCHEMA_VERSION,
         "stage": name,
-        "config": as_dict(config),
+        "config": settings,
         "sources": source_hashes(config) | config.source_digests(*inputs),
         "inputs": {artifact.stage: fingerprint(artifact) for artifact in inputs},
     }

@@ -264,6 +264,7 @@ def test_distinct_items_by_hand():
 
     assert distinct_items(item, Targets()) == 3  # 5, 6 and 7
     assert (scaled(1.234e9, "B"), scaled(5e3, "B")) == ("1.23 GB", "5 kB")
+    assert (scaled(999.4e9, "B"), scaled(999.7e9, "B")) == ("999 GB", "1 TB")
 
 
 def test_the_command_prints_and_says_what_is_wrong(tmp_path, capsys, finished):

@@ -103,6 +103,13 @@ def test_a_users_history_is_what_the_data_say(finished):
         run.history("nobody")
 
 
+def test_the_histories_of_all_users_read_the_item_table_once(finished, monkeypatch):
+    run, reads = llmrec.Run(finished), []
+    ids = run.data.raw_ids
+    monkeypatch.setattr(Interactions, "raw_ids", property(lambda _: reads.append(1) or ids))
+    assert all(run.history(user) for user in run.data.user_raw_ids) and reads == [1]
+
+
 def test_a_run_is_made_in_python_by_names_and_paths_as_text(finished, tmp_path):
     recipe = tiny_recipe.tiny()
     with pytest.raises(ConfigError, match=r"until must be one of prepare_data, .*, got 'tune'"):

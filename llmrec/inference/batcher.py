@@ -146,15 +146,22 @@ class Batcher:
                 # One of them is wrong: each by itself, so that only that one hears of it.
                 for job in group:
                     try:
-                        self.finish(job, self.models[model].recommend(job.ask.histories, k, **options))
+                        found = self.models[model].recommend(job.ask.histories, k, **options)
                     except DataError as error:
                         self.finish(job, error=error)
+                    else:
+                        self.count(len(found))
+                        self.finish(job, found)
                 continue
-            self.numbers.passes += 1
-            self.numbers.histories += len(histories)
+            self.count(len(histories))
             for job in group:
                 self.finish(job, found[: len(job.ask.histories)])
                 found = found[len(job.ask.histories) :]
+
+    def count(self, histories: int) -> None:
+        """A forward pass that answered so many histories."""
+        self.numbers.passes += 1
+        self.numbers.histories += histories
 
     def finish(
         self, job: Job, result: list[list[Recommendation]] | None = None, error: BaseException | None = None

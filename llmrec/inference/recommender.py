@@ -280,7 +280,8 @@ class Recommender:
         if not rows:
             return []
         slots = self.model.item_tokens.tokens_per_item
-        length = [slots * max(len(row), 1) + len(self.model.response) for row in rows]
+        most = self.max_history or max(map(len, rows))
+        length = [slots * max(min(len(row), most), 1) + len(self.model.response) for row in rows]
         return length_groups(np.array(length), MAX_CELLS)
 
     def _rows(self, histories: Sequence[Sequence[str]], unknown: str) -> list[np.ndarray]:

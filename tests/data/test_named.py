@@ -21,6 +21,7 @@ from llmrec.data.pictures import PictureLimits
 from llmrec.data.prepare import prepare_data
 from llmrec.errors import ConfigError, DataError, StaleArtifactError
 from llmrec.pipeline import RunDir
+from llmrec.stage_changes import changes_of, describe_stage
 from llmrec.stages import STAGES
 
 ITEMS = [f"B{number:03d}" for number in range(20)]
@@ -104,6 +105,21 @@ def test_files_of_a_category_belong_to_what_was_made_from_them_though_they_were_
     reviews.write_bytes(gzip.compress(b"\n".join(fewer)))
     with pytest.raises(StaleArtifactError, match=r"other content of the reviews_Beauty_5\.json\.gz file"):
         run.stage(STAGES["prepare_data"], asked)
+
+
+def test_a_password_of_a_mirror_is_not_written_down_and_may_change(tmp_path):
+    first, second = (
+        PrepareDataConfig(
+            source="amazon_2014",
+            category="beauty",
+            folder=str(tmp_path),
+            mirrors=(f"https://ann:{word}@mirror.example/data?token={word}",),
+        )
+        for word in ("s3cret", "0ther")
+    )
+    made = describe_stage("prepare_data", first, ())
+    assert made["config"]["mirrors"] == ["https://[hidden]@mirror.example/data?[hidden]"]
+    assert changes_of(made, second, {}) == []
 
 
 def test_expected_counts_do_not_warn(server, tmp_path, monkeypatch):

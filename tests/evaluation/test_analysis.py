@@ -111,8 +111,19 @@ def test_one_user_alone_has_a_difference_and_no_p():
     assert found == {"difference": 0.5, "low": 0.5, "high": 0.5, "p_value": None}
 
 
-def test_users_who_all_differ_by_the_same_have_no_p():
-    assert analysis.difference_of(np.full(8, 0.25), samples=20)["p_value"] is None
+def test_rounding_of_a_mean_over_seeds_is_no_difference():
+    """Three runs of what has no seed, such as popularity, against one: the last bit differs for all alike."""
+    single = ndcg_at_k(np.tile(np.arange(0, 12, 0.5), 20), 10)
+    rounded = np.stack([single] * 3).mean(axis=0) - single
+    assert rounded.any()
+    found = analysis.difference_of(rounded, samples=20)
+    assert found == {"difference": 0, "low": 0, "high": 0, "p_value": None}
+
+
+@pytest.mark.parametrize("number", [2, 50])
+def test_the_same_difference_for_all_users_has_no_p(number):
+    found = analysis.difference_of(np.full(number, 0.3), samples=20)
+    assert found["p_value"] is None and found["difference"] == pytest.approx(0.3)
 
 
 def test_a_mean_of_runs_and_a_single_one_that_are_equally_good_seldom_differ():

@@ -140,6 +140,15 @@ def test_many_histories_go_through_in_passes_of_bounded_size(loaded, monkeypatch
     assert len(passes) > 4 and sum(passes) == 12
 
 
+def test_what_a_model_is_not_shown_takes_no_room_in_a_pass(packaged, monkeypatch):
+    recommender = Recommender.from_pretrained(packaged)
+    recommender.max_history = 2
+    slots, response = recommender.model.item_tokens.tokens_per_item, len(recommender.model.response)
+    monkeypatch.setattr(module, "MAX_CELLS", 4 * (2 * slots + response))
+    rows = recommender._rows([recommender.raw_ids[:50]] * 8, "error")
+    assert [len(group) for group in recommender._groups(rows)] == [4, 4]
+
+
 def test_a_full_gpu_is_not_called_a_damaged_package(packaged, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -222,11 +222,13 @@ def test_requests_that_wait_are_answered_in_one_pass(recommender, monkeypatch):
 
     with Running(application({"first": recommender})) as address:
         *answers, wrong = asyncio.run(many(address))
+        numbers = httpx.get(f"{address}/metrics").text
     for name, answer in zip(expected, answers):
         found = [row["item_id"] for row in answer.json()["results"][0]]
         assert found == [item.item_id for item in expected[name]]
     assert wrong.status_code == 422, "one bad request does not spoil those beside it"
     assert max(calls) > 1 and len(calls) < 60
+    assert "llmrec_histories_total 20\n" in numbers, "those beside it are counted, too"
 
 
 def test_too_many_requests_are_told_to_come_back(recommender, monkeypatch):
