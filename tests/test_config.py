@@ -295,7 +295,8 @@ def test_settings_of_ones_own_are_numbers_and_truths_as_json_or_python_write_the
     values = {"a": False, "b": True, "c": 0.5, "d": 1000, "e": 1e-3, "f": 2, "g": "mean", "h": "x", "i": -3}
     assert made.own == {**values, "j": "", "k": "none"}
     for text in ("[" * 100_000, "-" * 100_000 + "1"):  # deeper than readers of JSON and Python go
-        assert override(TrainCollabConfig(), {"provider": "mine:Model", "own": f"a={text}"}).own == {"a": text}
+        made_of = override(TrainCollabConfig(), {"provider": "mine:Model", "own": f"a={text}"}).own
+        assert made_of == {"a": text}
     assert [type(made.own[name]) for name in "abcd"] == [bool, bool, float, int]
     for bad in ("a=None", "a=[1]", "a=NaN", "a=1j"):
         with pytest.raises(ConfigError, match="values must be numbers, texts, true or false"):

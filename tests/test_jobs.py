@@ -20,6 +20,13 @@ from llmrec.errors import BusyError, ConfigError, DataError, TrainingError
 CELL = """
 import os, pathlib, signal, sys, time
 folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]
+
+def save(*_):
+    time.sleep(0.3)
+    (folder / "saved").write_text("x")
+    sys.exit(1)
+
+signal.signal(signal.SIGTERM, save)
 (folder / "begun").open("a").write("x")
 if what == "die":
     print("12:00:00 finetune: epoch 1, fine", flush=True)
@@ -131,12 +138,14 @@ sys.exit(console.guarded(lambda: jobs.run(cells, 2)))
 
 
 def comparison(folder, module) -> subprocess.Popen:
-    """A process with three cells, of which the last two stay; back when these are at it."""
+    """A process with three cells, of which the last two stay, as a terminal starts it; back when these are at
+    it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(module), *sys.path])}
     process = subprocess.Popen(
-        [sys.executable, "-c", COMPARISON, str(folder)], stderr=subprocess.PIPE, text=True, env=environment
-    )
-    while not (folder / "c" / "begun").exists() and process.poll() is None:
+        [sys.executable, "-c", COMPARISON, str(folder)], stderr=subprocess.PIPE, text=True, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    while not all((folder / name / "begun").exists() for name in "bc") and process.poll() is None:
         time.sleep(0.02)
     return process
 
@@ -148,13 +157,19 @@ def processes_in(folder) -> list[psutil.Process]:
 
 def test_a_comparison_that_is_asked_to_stop_stops_its_cells(cell, tmp_path):
     """SIGTERM, as schedulers send it, and Ctrl-C and a terminal that closes, which cells hear of from their
-    comparison alone."""
+    comparison alone; it ends once they have saved their work."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         folder = tmp_path / number.name
         process = comparison(folder, tmp_path)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 130 and "stopped with 1 of 3 cells done; the same command" in said, said
+        os.killpg(process.pid, number)  # as terminals do, to all that they started
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "stopped with 1 of 3 cells done; the same command" in line:
+                assert (folder / "b" / "saved").exists() and (folder / "c" / "saved").exists()
+                break
+        process.communicate(timeout=60)
+        assert process.returncode == 130 and "stopped with" in lines[-1], lines
         assert not processes_in(folder)
 
 

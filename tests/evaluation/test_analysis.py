@@ -17,6 +17,7 @@ from llmrec.evaluation.metrics import ndcg_at_k
 from llmrec.evaluation.rank import Ranking, popularity
 from llmrec.evaluation.table import format_table, html_table
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.runs import Run
 
 
 def ranking(rank: list[float], top: list[list[int]] | None = None) -> Ranking:
@@ -237,6 +238,18 @@ def test_what_a_model_reports_from_a_later_epoch_on_is_drawn_too():
         for epoch in range(1, 6)
     ]
     assert ["hard" in drawn for drawn in report.part_curves(log)] == [False, True]
+
+
+def test_targets_that_are_easy_since_they_repeat_are_told_of_where_the_history_is_masked(
+    finished, monkeypatch
+):
+    run = Run(finished)
+    monkeypatch.setattr(evaluate, "repeated_targets", lambda *_: 0.25)
+    for masked in (True, False):
+        config = EvaluateConfig(bootstrap_samples=2, num_examples=0, mask_seen=masked)
+        made = evaluate.evaluate(config, run.data, run.collab, run.content, run.ids, run.adapter)
+        told = [note for note in made.metrics["notes"] if note.startswith("25.0% of the targets were in")]
+        assert len(told) == masked
 
 
 def tuned(**settings) -> SimpleNamespace:

@@ -11,6 +11,7 @@ import torch
 from worlds import interactions
 
 from llmrec.errors import TrainingError
+from llmrec.evaluation import rank as module
 from llmrec.evaluation.evaluate import repeated_targets
 from llmrec.evaluation.metrics import mrr_at_k, ndcg_at_k, recall_at_k, summarise
 from llmrec.evaluation.rank import Scorer, blocks_of, rank_targets, rank_users, top_items
@@ -131,6 +132,18 @@ def test_a_repeated_target_stays_a_candidate_in_ranks_and_lists():
     assert found.rank.tolist() == [0.0, 2.0]
     assert found.top.tolist() == [[2, 4, 5], [2, 3, 6]]
     assert repeated_targets(data, data.targets("test")) == 0.5
+
+
+def test_a_large_catalogue_is_scored_for_fewer_users_at_once(monkeypatch):
+    monkeypatch.setattr(module, "MOST_SCORES", 50)
+    data, sizes = interactions([[1, 2, 3, number] for number in range(4, 11)], 20), []
+
+    def score(history: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(history))
+        return torch.zeros(len(history), 21)
+
+    rank_users(Scorer(name="x", score=score), data, data.targets("test"))
+    assert sizes == [2, 2, 2, 1]
 
 
 def test_block_size_changes_nothing():

@@ -16,7 +16,7 @@ import uvicorn
 
 from llmrec.inference import batcher
 from llmrec.inference.recommender import Recommender
-from llmrec.inference.server import MAX_BODY, application
+from llmrec.inference.server import MAX_BODY, application, find_pictures
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +231,57 @@ def test_requests_that_wait_are_answered_in_one_pass(recommender, monkeypatch):
     assert "llmrec_histories_total 20\n" in numbers, "those beside it are counted, too"
 
 
+def test_what_requests_ask_for_is_theirs_alone_though_they_are_answered_together(recommender, packaged):
+    second = Recommender.from_pretrained(packaged)
+    second.add_items([{"item_id": "new", "title": "Plain red drum"}])
+    models = {"first": recommender, "second": second}
+    ids = recommender.raw_ids
+    bodies = [
+        *({}, {"k": 4}, {"exclude_seen": False, "k": 96}, {"candidates": ids[2:9]}, {"candidates": ids[3:9]}),
+        *({"explain": True}, {"model": "second", "k": 97}, {"skip_unknown": True}),
+    ]
+    asks = [batcher.Ask(histories=[ids[:3]], **body) for body in bodies]
+    asks[-1].histories[0].append("gone")
+
+    async def answered() -> list:
+        made = batcher.Batcher(models, batcher.Numbers())
+        waiting = asyncio.gather(*map(made.answer, asks))
+        await asyncio.sleep(0)  # all of them wait before the first is taken
+        worker = asyncio.create_task(made.work())
+        found = await waiting
+        worker.cancel()
+        return found
+
+    for ask, found in zip(asks, asyncio.run(answered())):
+        options = {"exclude_seen": ask.exclude_seen, "candidates": ask.candidates, "explain": ask.explain}
+        assert found == models[ask.model].recommend(ask.histories, ask.k, unknown="skip", **options), ask
+
+
+def test_a_pass_takes_so_many_histories_and_items_at_most(recommender, monkeypatch):
+    monkeypatch.setattr(batcher, "MOST_ITEMS", 6)
+    monkeypatch.setattr(batcher, "MOST_TOGETHER", 4)
+    made, sizes = batcher.Batcher({"first": recommender}, batcher.Numbers()), []
+    real = made.run
+    ids = recommender.raw_ids
+
+    def run(jobs: list[batcher.Job]) -> None:
+        sizes.append([sum(job.size[1] for job in jobs), len(jobs)])
+        real(jobs)
+
+    monkeypatch.setattr(made, "run", run)
+
+    async def answered() -> None:
+        lengths = [3, 3, 3, 3, 0, 0, 0, 0, 0]
+        waiting = asyncio.gather(*(made.answer(batcher.Ask(histories=[ids[:length]])) for length in lengths))
+        await asyncio.sleep(0)
+        worker = asyncio.create_task(made.work())
+        await waiting
+        worker.cancel()
+
+    asyncio.run(answered())
+    assert sizes == [[6, 2], [6, 2], [0, 4], [0, 1]]
+
+
 def test_too_many_requests_are_told_to_come_back(recommender, monkeypatch):
     monkeypatch.setattr(batcher, "MAX_WAITING", 1)
     monkeypatch.setattr(batcher, "MOST_TOGETHER", 1)
@@ -245,6 +296,22 @@ def test_too_many_requests_are_told_to_come_back(recommender, monkeypatch):
     with Running(application({"first": recommender})) as address:
         statuses = [answer.status_code for answer in asyncio.run(many(address))]
     assert set(statuses) == {200, 503}
+
+
+def test_a_server_at_which_no_more_may_wait_is_not_ready(recommender, monkeypatch):
+    monkeypatch.setattr(batcher, "MAX_WAITING", 1)
+    not_started = httpx.ASGITransport(application({"first": recommender}))  # so nothing is answered
+
+    async def asked() -> list[int]:
+        async with httpx.AsyncClient(transport=not_started, base_url="http://server") as client:
+            found = [(await client.get("/ready")).status_code]
+            waits = asyncio.create_task(client.post("/recommend", json={"histories": [[]]}))
+            await asyncio.sleep(0.2)
+            found.append((await client.get("/ready")).status_code)
+            waits.cancel()
+            return found
+
+    assert asyncio.run(asked()) == [200, 503]
 
 
 def test_an_error_nobody_foresaw_ends_one_request_and_not_the_server(recommender, monkeypatch):
@@ -294,6 +361,14 @@ def test_a_folder_without_a_picture_of_any_item_is_told_of(recommender, tmp_path
     (tmp_path / f"{recommender.raw_ids[0]}.png").write_bytes(b"x")
     application({"first": recommender}, images=tmp_path)
     assert "named by item id" not in caplog.text
+
+
+def test_a_link_in_the_folder_of_pictures_is_not_followed(recommender, tmp_path):
+    folder, name = tmp_path / "pictures", recommender.raw_ids[0]
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(b"x")
+    (folder / f"{name}.png").symlink_to(tmp_path / "secret")
+    assert find_pictures(recommender, folder) == {}
 
 
 def test_pictures_that_are_gone_and_errors_are_counted_for_what_they_are(recommender, tmp_path, monkeypatch):
