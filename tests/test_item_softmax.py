@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llmrec import item_softmax as module
 from llmrec.item_softmax import item_cross_entropy
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -115,6 +116,24 @@ def test_no_tensor_of_queries_times_items_is_ever_made():
     with LargestTensor() as largest:
         item_cross_entropy(queries, items, target, chunk_size=20).backward()
     assert 20 * 300 <= largest.size <= 400 * 300 // 10
+
+
+def test_chunks_fill_a_buffer_that_few_queries_make_small_and_without_gradients_are_all_that_is_made(
+    monkeypatch,
+):
+    made, real = [], module.product
+
+    def product(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> None:
+        made.append((*out.shape, out.untyped_storage().nbytes() // out.element_size()))
+        real(left, right, out=out)
+
+    monkeypatch.setattr(module, "product", product)
+    monkeypatch.setitem(module.CHUNK_CELLS, "cpu", 512)
+    for number, expected in ((100, [*[(32, 16, 512)] * 3, (4, 16, 512)]), (4, [(4, 16, 64)])):
+        made.clear()
+        with torch.no_grad():
+            item_cross_entropy(*world(n=number, num_items=16))
+        assert made == expected
 
 
 def test_no_queries_cost_nothing():
