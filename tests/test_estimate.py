@@ -140,6 +140,11 @@ def test_what_settings_cost_is_counted(finished):
     plain, best, single = with_settings(), with_settings(select="valid"), with_settings(layout="per_prefix")
     trained = plain.parameters["trainable"]
     assert best.total_memory - plain.total_memory == 4 * trained
+    for share, said in ((0.91, "; fits one H100"), (0.93, "; does not fit one H100")):
+        assert said in shown(dataclasses.replace(plain, memory={"all": share * 80e9}), "H100")
+    # Two moments of 4 bytes a weight, or of 1.
+    saved = plain.total_memory - with_settings(optimizer="adamw_8bit").total_memory
+    assert saved == pytest.approx(6 * trained)
     assert with_settings(select="valid", patience=2).ends_early and not best.ends_early
     # On a GPU one instruction serves all prompts of a pass, however many there are.
     assert plain.counts["tokens"] < single.counts["tokens"] < single.counts["tokens_per_prefix"]

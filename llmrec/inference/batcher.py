@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -34,8 +34,20 @@ ItemId = Annotated[StrictStr, Field(max_length=MAX_ID)]
 History = Annotated[list[ItemId], Field(max_length=MAX_HISTORY)]
 
 
+LOOK_SECONDS = 1.0
+"""Between looks whether who asked is still there."""
+
+
 class CrowdedError(LlmrecError):
     """More requests wait than may."""
+
+
+class GoneError(LlmrecError):
+    """Who asked has not waited for the answer."""
+
+
+async def never() -> bool:
+    return False
 
 
 class Ask(BaseModel):
@@ -89,11 +101,18 @@ class Batcher:
         self.numbers = numbers
         self.waiting: asyncio.Queue[Job] = asyncio.Queue(MAX_WAITING)
 
-    async def answer(self, ask: Ask) -> list[list[Recommendation]]:
+    async def answer(
+        self, ask: Ask, gone: Callable[[], Awaitable[bool]] = never
+    ) -> list[list[Recommendation]]:
         """What the model recommends. A large request is answered in slices, between which others have theirs.
+
+        Args:
+            ask: what is asked.
+            gone: whether who asked is no longer there; then what waits is not computed.
 
         Raises:
             CrowdedError: too many wait.
+            GoneError: nobody waits for the answer.
             UnknownItemError: by its place in the whole request.
             DataError: another mistake of the request.
         """
@@ -105,13 +124,24 @@ class Batcher:
             except asyncio.QueueFull:
                 raise CrowdedError("too many requests are waiting; try again soon") from None
             try:
-                found += await job.done
+                found += await self.result(job, gone)
             except UnknownItemError as error:
                 if error.place is None:
                     raise
                 place = len(found) + error.place
                 raise UnknownItemError(f"histories[{place}]", place, error.reason) from None
         return found
+
+    async def result(self, job: Job, gone: Callable[[], Awaitable[bool]]) -> list[list[Recommendation]]:
+        """What a job came to, while somebody waits for it."""
+        try:
+            while not job.done.done():
+                await asyncio.wait([job.done], timeout=LOOK_SECONDS)
+                if not job.done.done() and await gone():
+                    raise GoneError("nobody waits for the answer")
+        finally:
+            job.done.cancel()  # which does nothing to one that is done
+        return job.done.result()
 
     async def work(self) -> None:
         """Answer for ever."""
@@ -121,6 +151,7 @@ class Batcher:
             while not self.waiting.empty() and together < MOST_TOGETHER and items < MOST_ITEMS:
                 jobs.append(self.waiting.get_nowait())
                 together, items = together + jobs[-1].size[0], items + jobs[-1].size[1]
+            jobs = [job for job in jobs if not job.done.cancelled()]
             # A request that fails in a way nobody foresaw must not end the loop.
             (failed,) = await asyncio.gather(asyncio.to_thread(self.run, jobs), return_exceptions=True)
             if failed is not None:

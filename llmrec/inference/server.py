@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from pathlib import Path, PurePath
 from typing import Annotated, Any
 
@@ -20,18 +20,24 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 
 from llmrec import __version__
 from llmrec.errors import DataError
-from llmrec.inference.batcher import MAX_ID, Ask, Batcher, CrowdedError, Numbers
+from llmrec.inference.batcher import MAX_ID, Ask, Batcher, CrowdedError, GoneError, Numbers
 from llmrec.inference.recommender import Recommendation, Recommender, UnknownItemError
 from llmrec.pages import environment
 
 logger = logging.getLogger("llmrec")
 
 MAX_BODY = 1 << 20
+CLOSED = 499
+"""What nginx calls a request whose client closed the connection; it is counted as that."""
+HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
+"""Which browsers heed. They are added here, since behind a middleware function of Starlette's nobody hears
+that a client has gone."""
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Limit:
-    """Middleware that refuses bodies over `MAX_BODY` before they are read, and counts requests by status."""
+    """Middleware that refuses bodies over `MAX_BODY` before they are read, counts requests by status and adds
+    `HEADERS`."""
 
     def __init__(self, app: Any, numbers: Numbers) -> None:
         self.app = app
@@ -95,6 +101,7 @@ class Exchange:
         if message["type"] == "http.response.start":
             self.answered = True
             self.count(message["status"])
+            message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
         await self.send(message)
 
     def count(self, status: int) -> None:
@@ -155,14 +162,16 @@ def answer_histories(
     """What the server is for."""
 
     @app.post("/recommend")
-    async def recommend(ask: Ask) -> dict[str, Any]:
+    async def recommend(ask: Ask, request: Request) -> dict[str, Any]:
         """The best items for every history."""
         if ask.model not in models:
             raise HTTPException(422, f"there is no {ask.model} model here, only {', '.join(models)}")
         try:
-            found = await batcher.answer(ask)
+            found = await batcher.answer(ask, request.is_disconnected)
         except CrowdedError as error:
             raise HTTPException(503, str(error)) from None
+        except GoneError as error:
+            raise HTTPException(CLOSED, str(error)) from None
         except UnknownItemError as error:
             advice = '"skip_unknown": true leaves such ids out'
             raise HTTPException(422, f"{error.where}: {error.reason}; {advice}") from None
@@ -249,7 +258,7 @@ def explain_errors(app: FastAPI) -> None:
 
 
 def tell_of_itself(app: FastAPI, batcher: Batcher, numbers: Numbers) -> None:
-    """What machines ask a server, and headers that browsers heed."""
+    """What machines ask a server."""
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -272,13 +281,6 @@ def tell_of_itself(app: FastAPI, batcher: Batcher, numbers: Numbers) -> None:
     async def icon() -> Response:
         """Browsers ask for one; there is none."""
         return Response(status_code=204)
-
-    @app.middleware("http")
-    async def headers(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        answer = await call(request)
-        answer.headers["X-Content-Type-Options"] = "nosniff"
-        answer.headers["Referrer-Policy"] = "no-referrer"
-        return answer
 
 
 def name_of(base_model: str) -> str:

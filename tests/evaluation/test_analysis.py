@@ -112,6 +112,11 @@ def test_one_user_alone_has_a_difference_and_no_p():
     assert found == {"difference": 0.5, "low": 0.5, "high": 0.5, "p_value": None}
 
 
+def test_corrected_p_values_are_at_most_1_and_in_the_order_given():
+    assert analysis.holm([0.6, 0.01, 0.9]) == [1, pytest.approx(0.03), 1]
+    assert analysis.holm([0.03, 0.02]) == [pytest.approx(0.04)] * 2 and analysis.holm([]) == []
+
+
 def test_rounding_of_a_mean_over_seeds_is_no_difference():
     """Three runs of what has no seed, such as popularity, against one: the last bit differs for all alike."""
     single = ndcg_at_k(np.tile(np.arange(0, 12, 0.5), 20), 10)

@@ -282,6 +282,32 @@ def test_a_pass_takes_so_many_histories_and_items_at_most(recommender, monkeypat
     assert sizes == [[6, 2], [6, 2], [0, 4], [0, 1]]
 
 
+def test_nothing_is_computed_for_who_has_gone(recommender, monkeypatch):
+    """What waits is dropped, and of a request in several slices those that are left."""
+    monkeypatch.setattr(batcher, "MOST_TOGETHER", 1)
+    monkeypatch.setattr(batcher, "LOOK_SECONDS", 0.02)
+    calls, hold = [], threading.Event()
+
+    def slow(histories, *_, **__):
+        calls.append(histories)
+        hold.wait(10)
+        return [[] for _ in histories]
+
+    monkeypatch.setattr(recommender, "recommend", slow)
+    first, second = ({"histories": [[name]] * 3} for name in recommender.raw_ids[:2])
+    with Running(application({"first": recommender})) as address:
+        for body in (first, second):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{address}/recommend", json=body, timeout=0.2)
+        for _ in range(200):
+            if 'path="/recommend",status="499"} 2' in httpx.get(f"{address}/metrics").text:
+                break
+            time.sleep(0.02)
+        hold.set()
+        assert ask(address, histories=[[]]).json() == {"results": [[]]}
+    assert calls == [first["histories"][:1], [[]]]
+
+
 def test_too_many_requests_are_told_to_come_back(recommender, monkeypatch):
     monkeypatch.setattr(batcher, "MAX_WAITING", 1)
     monkeypatch.setattr(batcher, "MOST_TOGETHER", 1)
