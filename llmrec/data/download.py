@@ -218,16 +218,22 @@ def fetch(file: RemoteFile, url: str, path: Path, timeout_seconds: float, public
     with request(url, headers, timeout_seconds=timeout_seconds, public_only=public_only) as response:
         start, total = extent(response)
         if response.status == 416 and have:
-            part.unlink()
-            raise RetryError(f"{shown(url)}: what has arrived does not fit any more; begin anew")
+            if total != have:  # else all of it is here, and only its name is wanting
+                part.unlink()
+                raise RetryError(f"{shown(url)}: what has arrived does not fit any more; begin anew")
+            finish(file, part, path, total, url, resumed=True)
+            return
         if response.status == 416 or start not in (0, have):
             raise RetryError(f"{shown(url)} answers with bytes from {start} on, asked were {have}")
+        check_plain(response, path, url)
         if file.num_bytes is not None and total is not None and total != file.num_bytes:
             raise RefusedError(f"{shown(url)} has {total:,} bytes, expected {file.num_bytes:,}")
         check_space(path.parent, (total or file.num_bytes or 0) - start)
+        if not start:  # a note must not stand beside bytes that are another mirror's
+            part.unlink(missing_ok=True)
         write_note(part, url, response.headers.get("ETag") or response.headers.get("Last-Modified"))
         receive(response, part, start, total, url, timeout_seconds)
-    finish(file, part, path, total, url)
+    finish(file, part, path, total, url, resumed=start > 0)
 
 
 def extent(response: Any) -> tuple[int, int | None]:
@@ -237,7 +243,18 @@ def extent(response: Any) -> tuple[int, int | None]:
         if match is None:
             raise RetryError("an answer in part does not say which part (Content-Range)")
         return int(match[1]), None if match[2] == "*" else int(match[2])
+    if response.status == 416:
+        return 0, number_of(response.headers.get("Content-Range", "").rpartition("/")[2])
     return 0, number_of(response.headers.get("Content-Length", ""))
+
+
+def check_plain(response: Any, path: Path, url: str) -> None:
+    """Raise RefusedError if an answer is packed on top of the file; of a .gz file, that it is a packed one is
+    often told as if it were the answer that is packed."""
+    packing = response.headers.get("Content-Encoding", "").strip().lower()
+    own = path.name.endswith(".gz") and packing in ("gzip", "x-gzip")
+    if packing not in ("", "identity") and not own:
+        raise RefusedError(f"{shown(url)} packs its answer ({packing}), which it was asked not to do")
 
 
 def receive(
@@ -257,7 +274,7 @@ def receive(
             bar.update(start)
             try:
                 # read1 gives what has come, where read would wait for a whole chunk.
-                while block := response.read1(CHUNK):
+                while block := response.read1(CHUNK, decode_content=False):
                     out.write(block)
                     start, arrived = start + len(block), arrived + len(block)
                     bar.update(len(block))
@@ -276,11 +293,12 @@ def receive(
                 os.fsync(out.fileno())
 
 
-def finish(file: RemoteFile, part: Path, path: Path, total: int | None, url: str) -> None:
+def finish(file: RemoteFile, part: Path, path: Path, total: int | None, url: str, *, resumed: bool) -> None:
     """Check what arrived and rename it; a part that is wrong is deleted.
 
     Raises:
-        RetryError: bytes are missing, or a packed file is damaged.
+        RetryError: bytes are missing, a packed file is damaged, or the hash is another one where earlier
+            bytes may be to blame.
         RefusedError: the hash is another one.
     """
     size = part.stat().st_size
@@ -292,6 +310,8 @@ def finish(file: RemoteFile, part: Path, path: Path, total: int | None, url: str
         raise RetryError(f"{shown(url)}: {size:,} bytes arrived, expected {wanted:,}")
     if file.sha256 is not None and sha256(part) != file.sha256:
         part.unlink()
+        if resumed:
+            raise RetryError(f"{shown(url)}: another content (sha256) than expected behind earlier bytes")
         raise RefusedError(f"{shown(url)} has another content (sha256) than expected")
     if file.sha256 is None and path.name.endswith(".gz") and not whole_gzip(part):
         part.unlink()

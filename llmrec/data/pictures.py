@@ -210,7 +210,8 @@ def read_body(url: str, limits: PictureLimits) -> bytes:
     with request(url, timeout_seconds=timeout, public_only=limits.public_only) as response:
         if response.status != 200:
             raise RetryError(f"answers {response.status}")
-        announced = number_of(response.headers.get("Content-Length", ""))
+        packed = response.headers.get("Content-Encoding")  # then it is unpacked here, to another length
+        announced = None if packed else number_of(response.headers.get("Content-Length", ""))
         if announced is not None and announced > limits.max_bytes:
             raise RefusedError(f"{announced:,} bytes, more than {limits.max_bytes:,}")
         try:
@@ -244,7 +245,7 @@ def check_picture(content: bytes, max_pixels: int) -> tuple[str, int, int]:
             kind = image.format
             image.load()
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        if "truncated" in str(error):
+        if "truncated" in str(error).lower():
             raise RetryError(f"the picture is cut short ({short(error)})") from None
         raise RefusedError(f"no picture that can be read ({short(error)})") from None
     return ENDINGS[kind or ""], width, height

@@ -1,8 +1,8 @@
 """One request at a time over HTTP and HTTPS, with what a careful fetcher checks at every redirect.
 
 An address from a data file can be anything. With public_only, a host whose name leads to an address of a
-private network, this machine or a reserved block is refused, and the connection is made to the very address
-that was checked, so that a name that changes between the two gains nothing.
+private network, this machine or a reserved block is refused, and the connection is made to the very addresses
+that were checked, so that a name that changes between the two gains nothing.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import urllib3
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
 MAX_REDIRECTS = 5
 OBJECT = re.compile(r"<[\w.]+ [^<>]*\bat 0x[0-9a-f]+>:?")
 """An object of this very process in a library's message."""
 
-HOLD_IPV4 = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::/96")))
-"""Networks whose addresses end in an IPv4 address: NAT64, and the compatible ones of old."""
+MAX_ADDRESSES = 4
+"""So many addresses of a host are tried, one after the other."""
+
+HOLD_IPV4 = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::/96", "::ffff:0:0:0/96")))
+"""Networks whose addresses end in an IPv4 address: NAT64, the compatible ones of old, and SIIT."""
+
+LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
+"""Leads into networks of the operator's choice; Python's older versions take it for public."""
 
 AGENT = "llmrec (+https://pypi.org/project/llmrec)"
 
@@ -109,10 +115,13 @@ def send(
         if proxy and not urllib.request.proxy_bypass(to.host):
             if public_only:  # else the proxy may know names that this machine does not
                 check_public(to.host, to.port, public_only)
-            manager = urllib3.ProxyManager(proxy, timeout=timeout)
-            return manager.request("GET", urllib.parse.urlunsplit(to.parts._replace(fragment="")), **options)
-        pool = pool_at(check_public(to.host, to.port, public_only), to, timeout)
-        return pool.urlopen("GET", to.path, **options)
+            whole = urllib.parse.urlunsplit(to.parts._replace(fragment=""))
+            return through(proxy, timeout).request("GET", whole, **options)
+        *others, last = check_public(to.host, to.port, public_only)[:MAX_ADDRESSES]
+        for numeric in others:
+            with contextlib.suppress(NewConnectionError, ConnectTimeoutError):
+                return pool_at(numeric, to, timeout).urlopen("GET", to.path, **options)
+        return pool_at(last, to, timeout).urlopen("GET", to.path, **options)
     except ValueError as error:  # names that cannot be encoded, headers that are no numbers
         raise RefusedError(f"{shown(url)} cannot be asked ({short(error)})") from None
     except HTTPError as error:
@@ -164,8 +173,16 @@ def pool_at(numeric: str, to: Address, timeout: urllib3.Timeout) -> urllib3.HTTP
     )
 
 
-def check_public(host: str, port: int, public_only: bool) -> str:
-    """The address to connect to.
+def through(proxy: str, timeout: urllib3.Timeout) -> urllib3.ProxyManager:
+    """Connections through a proxy, as variables of the environment name it: with a user and password or
+    without, and over http where it says nothing else."""
+    url = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
+    user = urllib3.make_headers(proxy_basic_auth=urllib.parse.unquote(url.auth)) if url.auth else None
+    return urllib3.ProxyManager(url._replace(auth=None).url, timeout=timeout, proxy_headers=user)
+
+
+def check_public(host: str, port: int, public_only: bool) -> list[str]:
+    """The addresses to connect to, the one to try first at the front.
 
     Raises:
         RefusedError: one of the host's addresses is not public.
@@ -175,11 +192,11 @@ def check_public(host: str, port: int, public_only: bool) -> str:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise RetryError(f"no address for {host} ({error})") from None
-    addresses = [str(entry[4][0]) for entry in found]
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     private = [one for one in addresses if not is_public(one)]
     if public_only and private:
         raise RefusedError(f"{host} is at {private[0]}, which is no public address")
-    return addresses[0]
+    return addresses
 
 
 def is_public(address: str) -> bool:
@@ -191,7 +208,7 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
-        if found.is_site_local:
+        if found.is_site_local or found in LOCAL_NAT64:
             return False
     return found.is_global and not found.is_multicast
 

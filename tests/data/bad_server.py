@@ -20,6 +20,8 @@ class Server:
         self.content = content
         self.asked: list[tuple[str, str | None]] = []
         """Path and Range of every request"""
+        self.users: list[str | None] = []
+        """Proxy-Authorization of every request"""
         self.times: dict[str, int] = {}
         self.etag = '"one"'
         outer = self
@@ -60,7 +62,9 @@ class BaseHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         state = self.server_state
         state.asked.append((self.path, self.headers.get("Range")))
-        _, how, name = self.path.split("?")[0].split("/", 2)
+        state.users.append(self.headers.get("Proxy-Authorization"))
+        way = re.sub("http://[^/]+", "", self.path)  # of what a proxy is asked for
+        _, how, name = way.split("?")[0].split("/", 2)
         state.times[self.path] = state.times.get(self.path, 0) + 1
         first_time = state.times[self.path] == 1
         body = state.content.get(name, b"")
@@ -79,6 +83,8 @@ class BaseHandler(BaseHTTPRequestHandler):
             self.answer(302, b"", {"Location": name})
         elif how == "norange":
             self.answer(200, body)
+        elif how in ("gzip", "x-gzip", "br"):  # says so of what is sent as it is
+            self.answer(200, body, {"Content-Encoding": how})
         elif how == "longer":  # announces more than there is, every time
             self.partial(body, announced=len(body) + 1000)
         elif how == "shorter":  # announces, and sends, only half

@@ -1,5 +1,6 @@
 """Downloads from a real server that cuts, stalls, redirects and lies."""
 
+import base64
 import gzip
 import hashlib
 import os
@@ -86,11 +87,47 @@ def test_a_part_of_another_mirror_is_continued_only_if_the_hash_can_tell(server,
 
 
 def test_a_part_that_is_not_of_this_file_is_found_out(server, tmp_path):
+    """And is not held against the mirror that was asked for the rest."""
     (tmp_path / "a.bin.part").write_bytes(b"x" * 1000)
-    with pytest.raises(DataError, match=r"another content \(sha256\)"):
-        get(server, tmp_path, "good")
+    assert get(server, tmp_path, "good", retries=1).read_bytes() == CONTENT
+    assert server.ranges == ["bytes=1000-", None] and left(tmp_path) == ["a.bin"]
+
+
+def test_a_part_that_is_whole_only_gets_its_name(server, tmp_path):
+    for sha in (SHA, None):
+        server.times.clear()
+        begin(server, tmp_path / str(sha))
+        (tmp_path / str(sha) / "a.bin.part").write_bytes(CONTENT)
+        server.asked.clear()
+        assert get(server, tmp_path / str(sha), "cut", sha=sha).read_bytes() == CONTENT
+        assert server.ranges == ["bytes=200000-"] and left(tmp_path / str(sha)) == ["a.bin"]
+
+
+def test_bytes_of_one_mirror_are_never_noted_as_those_of_another(server, tmp_path, monkeypatch):
+    """Though the process ends in between."""
+    begin(server, tmp_path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "receive", killed)
+    with pytest.raises(KeyboardInterrupt):
+        get(server, tmp_path, "good", sha=None)
+    assert "good" in module.read_note(tmp_path / "a.bin.part")["url"]
     assert left(tmp_path) == ["a.bin.part.json"]
-    assert get(server, tmp_path, "good").read_bytes() == CONTENT
+
+
+def test_a_packed_file_is_kept_as_it_is_though_the_server_calls_it_a_packed_answer(server, tmp_path):
+    for way in ("gzip", "x-gzip"):
+        found = get(server, tmp_path / way, way, name="a.csv.gz", sha=None)
+        assert found.read_bytes() == NAMES["a.csv.gz"]
+
+
+@pytest.mark.parametrize(("way", "name"), [("gzip", "a.bin"), ("br", "a.bin"), ("br", "a.csv.gz")])
+def test_an_answer_that_is_packed_is_not_taken_for_the_file(server, tmp_path, way, name):
+    with pytest.raises(DataError, match=rf"packs its answer \({way}\), which it was asked not to do"):
+        get(server, tmp_path, way, name=name, sha=None)
+    assert left(tmp_path) == [] and len(server.asked) == 1
 
 
 def test_a_part_longer_than_the_file_begins_anew(server, tmp_path):
@@ -241,6 +278,9 @@ def test_headers_that_are_no_numbers_mean_nothing():
         ("::127.0.0.1", False),
         ("::1", False),
         ("fec0::1", False),
+        ("64:ff9b:1::808:808", False),
+        ("::ffff:0:10.0.0.1", False),
+        ("::ffff:0:8.8.8.8", True),
         ("224.0.0.1", False),
         ("ff02::1", False),
         ("fe80::1%eth0", False),
@@ -260,9 +300,54 @@ def test_a_proxy_is_asked_for_names_that_only_it_knows(server, tmp_path, monkeyp
     with pytest.raises(DataError, match="could not be fetched"):
         download(file, tmp_path, retries=0, public_only=True)
     assert asked == ["data.example.invalid"] and not server.asked
-    with pytest.raises(DataError, match="answers with bytes"):
-        download(file, tmp_path, retries=0)  # the server takes the address for a path, of nothing
+    assert download(file, tmp_path, retries=0).read_bytes() == CONTENT
     assert [path for path, _ in server.asked] == ["http://data.example.invalid/good/a.bin"]
+
+
+@pytest.mark.parametrize(
+    ("user", "sent"),
+    [
+        ("", None),
+        ("http://", None),
+        ("http://me:p%40ss@", "Basic " + base64.b64encode(b"me:p@ss").decode()),
+    ],
+)
+def test_a_proxy_is_told_who_asks_and_needs_no_scheme(server, tmp_path, monkeypatch, user, sent):
+    monkeypatch.setenv("http_proxy", user + server.url("").removeprefix("http://"))
+    monkeypatch.setenv("no_proxy", "")
+    server.users.clear()
+    file = RemoteFile(name="a.bin", urls=("http://data.example.invalid/good/a.bin",), sha256=SHA)
+    assert download(file, tmp_path, retries=0).read_bytes() == CONTENT
+    assert server.users == [sent]
+
+
+def leads_to(monkeypatch, *addresses):
+    """data.example has these."""
+    plain = web.socket.getaddrinfo
+
+    def look(host, port, *how, **more):
+        if host != "data.example":
+            return plain(host, port, *how, **more)
+        return [(0, 0, 0, "", (address, port)) for address in addresses]
+
+    monkeypatch.setattr(web.socket, "getaddrinfo", look)
+
+
+def test_the_next_address_is_tried_where_nobody_answers_at_the_first(server, tmp_path, monkeypatch):
+    leads_to(monkeypatch, "127.0.0.2", "127.0.0.2", "127.0.0.1")
+    url = server.url("/good/a.bin").replace("127.0.0.1", "data.example")
+    file = RemoteFile(name="a.bin", urls=(url,), sha256=SHA)
+    reached = []
+    monkeypatch.setattr(web, "pool_at", recorded(web.pool_at, reached))
+    assert download(file, tmp_path, retries=0).read_bytes() == CONTENT
+    assert reached == ["127.0.0.2", "127.0.0.1"]
+
+
+def test_every_address_of_a_host_must_be_public(monkeypatch):
+    for addresses in (("8.8.8.8", "10.0.0.1"), ("10.0.0.1", "8.8.8.8")):
+        leads_to(monkeypatch, *addresses)
+        with pytest.raises(web.RefusedError, match=r"is at 10\.0\.0\.1, which is no public address"):
+            web.check_public("data.example", 80, True)
 
 
 def recorded(function, asked):

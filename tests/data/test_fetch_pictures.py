@@ -1,5 +1,6 @@
 """Pictures from a real server that misbehaves; nothing broken is ever kept."""
 
+import gzip
 import io
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from bad_server import serving
 from PIL import Image
 
-from llmrec.data.pictures import PictureLimits, fetch_pictures, name_of
+from llmrec.data.pictures import PictureLimits, check_picture, fetch_pictures, name_of
+from llmrec.data.web import RetryError
 from llmrec.errors import DataError
 
 LIMITS = PictureLimits(
@@ -103,6 +105,20 @@ def test_another_data_set_in_the_same_folder_leaves_what_is_known(server, tmp_pa
 def test_reasons_are_the_same_in_every_run(server, tmp_path):
     (found,) = run(server, tmp_path, "/good/text.jpg")
     assert found.reason == "no picture that can be read (cannot identify image file)"
+
+
+def test_a_picture_that_comes_packed_is_unpacked_to_whatever_length(tmp_path):
+    packed = gzip.compress(CONTENT["a.png"])
+    assert len(packed) > len(CONTENT["a.png"])
+    with serving({"a.png": packed}) as server:
+        (found,) = run(server, tmp_path, "/gzip/a.png")
+    assert found.status == "ok" and (tmp_path / found.path).read_bytes() == CONTENT["a.png"]
+
+
+@pytest.mark.parametrize(("name", "bytes_left"), [("b.jpg", 300), ("a.png", 60), ("b.jpg", 1500)])
+def test_a_picture_that_is_cut_anywhere_is_asked_for_again(name, bytes_left):
+    with pytest.raises(RetryError, match="the picture is cut short"):
+        check_picture(CONTENT[name][:bytes_left], 10**6)
 
 
 def test_an_address_that_is_none_is_refused_alone(server, tmp_path):
