@@ -48,7 +48,7 @@ class ItemEncoders:
         present = say_something(texts)
         chosen = [text for text, there in zip(texts, present) if there]
         if not chosen:
-            return self._finish("text", np.zeros((0, self._width("text")), np.float32), present, items)
+            return self._finish("text", np.zeros((0, 1), np.float32), present, items)
         if "text" not in self.loaded:
             if config.encoder == "tfidf":
                 from llmrec.encoders.tfidf import FittedTfidf
@@ -76,7 +76,7 @@ class ItemEncoders:
         present = np.array([picture is not None for picture in pictures], dtype=bool)
         chosen = np.flatnonzero(present).tolist()
         if not chosen:
-            return self._finish("image", np.zeros((0, self._width("image")), np.float32), present, items)
+            return self._finish("image", np.zeros((0, 1), np.float32), present, items)
         if "image" not in self.loaded:
             self.loaded["image"] = image_encoder(config)
         names = items["raw_id"].to_pylist()
@@ -115,6 +115,8 @@ class ItemEncoders:
         self, modality: str, vectors: np.ndarray, present: np.ndarray, items: pa.Table
     ) -> tuple[np.ndarray, np.ndarray]:
         about = self.content.encoders[modality]
+        if not len(vectors):  # nobody knows how wide none are
+            vectors = np.zeros((0, self._width(modality)), np.float32)
         rows, missing = finish(
             vectors, present, normalise=about["normalised"], missing="zero", what=f"new items, {modality}",
             raw_ids=items["raw_id"].to_pylist(),

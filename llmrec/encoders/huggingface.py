@@ -137,6 +137,8 @@ class ImageEncoder:
         self.pooling = pooling
         if pooling == "auto":
             self.pooling = "own image head" if self.own_head else "mean" if untrained else "pooler"
+        if self.pooling == "pooler":  # whether a model has one shows only when it runs
+            self.encode(self.prepare([Image.new("RGB", (64, 64))]))
 
     def prepare(self, inputs: list[Image.Image]) -> list[np.ndarray]:
         """Pixels float32 (3, height, width), as the model's processor wants them."""
@@ -153,7 +155,6 @@ class ImageEncoder:
         pooled = getattr(outputs, "pooler_output", None)
         if self.pooling == "pooler" and pooled is not None:
             return to_numpy(pooled.flatten(1))
-        # Whether a model has a pooler shows only when it runs.
         self.pooling = "mean" if self.pooling == "pooler" else self.pooling
         hidden = outputs.last_hidden_state
         if hidden.ndim == 4:

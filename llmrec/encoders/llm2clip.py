@@ -16,6 +16,7 @@ cut by tokens rather than by words where they are too long, and pooled in float3
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -370,5 +371,5 @@ def fetch(model: str, name: str, revision: str | None, where: str) -> Path:
 
 def commit_of(file: Path) -> str | None:
     """The commit that a file in the Hub's cache belongs to; None for a local folder."""
-    parts = file.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    found = re.findall(r"models--[^/]+/snapshots/([^/]+)/", file.as_posix())
+    return found[-1] if found else None

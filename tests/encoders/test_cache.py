@@ -143,6 +143,27 @@ def test_vectors_of_another_fit_are_not_taken(tmp_path, monkeypatch):
     assert np.array_equal(encode_text(config, tiny.catalogue(other))[0], expected)
 
 
+def test_vectors_of_another_seed_are_not_taken(tmp_path, monkeypatch):
+    """Of a width at which the randomised directions differ."""
+    data = tiny.catalogue([" ".join(np.random.default_rng(n).permutation(tiny.WORDS)[:4]) for n in range(60)])
+    config = TextEncoderConfig(dim=2)
+    other = dataclasses.replace(config, seed=1)
+    expected = encode_text(other, data)[0]
+    unfinished(tmp_path, monkeypatch)
+    assert not np.array_equal(encode_text(config, data)[0], expected)
+    assert np.array_equal(encode_text(other, data)[0], expected)
+
+
+def test_how_pictures_are_pooled_is_told_though_all_vectors_are_there(tmp_path, monkeypatch):
+    names = tiny.pictures(tmp_path / "images", 3)
+    data = tiny.catalogue(tiny.TEXTS[:3], tmp_path / "images", image_path=pa.array(names))
+    config = ImageEncoderConfig(encoder="huggingface", model=tiny.segformer(tmp_path / "model"))
+    unfinished(tmp_path, monkeypatch)
+    first, again = (encode_image(config, data) for _ in range(2))
+    assert first[2] == again[2] and first[2]["pooling"] == "mean"
+    assert np.array_equal(first[0], again[0])
+
+
 def test_vectors_of_other_weights_in_the_same_folder_are_not_taken(tmp_path, monkeypatch):
     folder = tiny.bert(tmp_path / "model")
     config = TextEncoderConfig(encoder="huggingface", model=folder)

@@ -148,6 +148,19 @@ def test_a_vision_model_is_pooled_as_asked(tmp_path, pooling):
     np.testing.assert_allclose(found, expected.numpy(), atol=2e-6)
 
 
+def test_a_map_of_hidden_states_is_pooled_over_its_places(tmp_path):
+    encoder = ImageEncoder(tiny.segformer(tmp_path), revision=None, pooling="auto", dtype="auto")
+    assert encoder.describe()["pooling"] == "mean"
+    pictures = [tiny.drawing("circle", (200, 0, 0), 1), tiny.drawing("square", (0, 0, 200), 2)]
+    found = encoder.encode(encoder.prepare(pictures))
+    model = transformers.SegformerModel.from_pretrained(tmp_path).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    with torch.no_grad():
+        hidden = model(**processor(images=pictures, return_tensors="pt")).last_hidden_state
+    assert hidden.shape == (2, 16, 4, 4)
+    np.testing.assert_allclose(found, hidden.mean(dim=(2, 3)).numpy(), atol=2e-6)
+
+
 def test_a_pooler_without_trained_weights_is_not_used(tmp_path):
     encoder = ImageEncoder(tiny.vit(tmp_path, pooler=False), revision=None, pooling="auto", dtype="auto")
     prepared = encoder.prepare([tiny.drawing("circle", (200, 0, 0), 1)])

@@ -245,6 +245,8 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path):
 def test_the_commit_of_a_cached_file_is_read_off_its_path():
     cached = Path("hub") / "models--a--b" / "snapshots" / "0123abc" / "config.json"
     assert commit_of(cached) == "0123abc" and commit_of(Path("folder") / "config.json") is None
+    assert commit_of(Path("snapshots") / "hf" / cached) == "0123abc"
+    assert commit_of(Path("snapshots") / "own" / "config.json") is None
 
 
 @pytest.mark.real_data

@@ -144,6 +144,16 @@ def vit(folder: Path, *, pooler: bool = True) -> str:
     return save(model, folder)
 
 
+def segformer(folder: Path) -> str:
+    """A vision model without a pooler, whose hidden states are a map (B, C, height, width)."""
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[3, 3],
+        strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2],
+    )  # fmt: skip
+    transformers.SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return save(seeded(transformers.SegformerModel, config), folder)
+
+
 def drawing(shape: str, colour: tuple[int, int, int], seed: int) -> Image.Image:
     """A circle or square of some place and size on a light ground."""
     rng = np.random.default_rng(seed)

@@ -168,6 +168,23 @@ def test_a_picture_that_nothing_looks_at_is_told(finished, tmp_path, caplog):
     assert recommender.raw_ids[-3:] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("missing", ["mean", "zero"])
+def test_a_picture_that_cannot_be_read_counts_as_none_where_the_catalogue_says_so(
+    packaged, tmp_path, missing
+):
+    package = load_package(packaged)
+    about = package.content.encoders["image"]
+    about |= {"missing": missing, "settings": {**about["settings"], "on_error": "missing"}}
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    recommender = Recommender(package)
+    recommender.add_items([{"item_id": "a", "title": "Red drum", "image": str(tmp_path / "a.png")}])
+    recommender.add_items([{"item_id": "b", "title": "Red drum"}])
+    content = recommender.package.content
+    assert content.missing["image"][-2:].all()
+    assert np.array_equal(content.vectors["image"][-2], content.vectors["image"][-1])
+    assert content.vectors["image"][-1].any() == (missing == "mean")
+
+
 def test_at_least_one_neighbour_is_needed(fresh):
     for wrong in (0, 1.5, True, "3"):
         with pytest.raises(DataError, match="neighbours must be a whole number of at least 1, got"):
