@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -231,7 +231,7 @@ def fetch(file: RemoteFile, url: str, path: Path, timeout_seconds: float, public
         check_space(path.parent, (total or file.num_bytes or 0) - start)
         if not start:  # a note must not stand beside bytes that are another mirror's
             part.unlink(missing_ok=True)
-        write_note(part, url, response.headers.get("ETag") or response.headers.get("Last-Modified"))
+        write_note(part, url, validator_of(response.headers))
         receive(response, part, start, total, url, timeout_seconds)
     finish(file, part, path, total, url, resumed=start > 0)
 
@@ -246,6 +246,12 @@ def extent(response: Any) -> tuple[int, int | None]:
     if response.status == 416:
         return 0, number_of(response.headers.get("Content-Range", "").rpartition("/")[2])
     return 0, number_of(response.headers.get("Content-Length", ""))
+
+
+def validator_of(headers: Mapping[str, str]) -> str | None:
+    """What tells a file from a later one in If-Range, where servers never take a weak ETag for the same."""
+    etag, date = headers.get("ETag"), headers.get("Last-Modified")
+    return date if etag is None or (etag.startswith("W/") and date) else etag
 
 
 def check_plain(response: Any, path: Path, url: str) -> None:

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -20,10 +21,11 @@ class Server:
         self.content = content
         self.asked: list[tuple[str, str | None]] = []
         """Path and Range of every request"""
-        self.users: list[str | None] = []
-        """Proxy-Authorization of every request"""
+        self.headers: list[Message] = []
+        """Of every request"""
         self.times: dict[str, int] = {}
         self.etag = '"one"'
+        self.retry_after = "7"
         outer = self
 
         class Handler(BaseHandler):
@@ -62,7 +64,7 @@ class BaseHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         state = self.server_state
         state.asked.append((self.path, self.headers.get("Range")))
-        state.users.append(self.headers.get("Proxy-Authorization"))
+        state.headers.append(self.headers)
         way = re.sub("http://[^/]+", "", self.path)  # of what a proxy is asked for
         _, how, name = way.split("?")[0].split("/", 2)
         state.times[self.path] = state.times.get(self.path, 0) + 1
@@ -74,7 +76,7 @@ class BaseHandler(BaseHTTPRequestHandler):
         elif how == "broken":
             self.answer(500, b"")
         elif how == "busy" and first_time:
-            self.answer(429, b"", {"Retry-After": "7"})
+            self.answer(429, b"", {"Retry-After": state.retry_after})
         elif how == "redirect":
             self.answer(302, b"", {"Location": f"/good/{name}"})
         elif how == "loop":
@@ -96,6 +98,15 @@ class BaseHandler(BaseHTTPRequestHandler):
         elif how == "wobbly":  # knows no ranges, and breaks off now later, now sooner
             most = len(body) // (2 if state.times[self.path] % 2 else 5)
             self.partial(body, most=most, ranges=False)
+        elif how == "unsaid":  # half of it, without saying which
+            self.answer(206, body[len(body) // 2 :])
+        elif how == "star":  # the second half, of a file that it says no size of
+            last = len(body) - 1
+            self.answer(206, body[len(body) // 2 :], {"Content-Range": f"bytes {len(body) // 2}-{last}/*"})
+        elif how == "trickle":  # half of it at once, then hardly anything
+            self.partial(body, most=len(body) // 2, then=self.trickle)
+        elif how == "chunks":
+            self.chunks(body, whole=True)
         elif how == "cutchunks":
             self.chunks(body, whole=not first_time)
         elif how == "stall" and first_time:
@@ -141,6 +152,13 @@ class BaseHandler(BaseHTTPRequestHandler):
                     time.sleep(drip)
         if then is not None:
             then()
+
+    def trickle(self) -> None:
+        """A few bytes now and then, for two seconds at most."""
+        with contextlib.suppress(OSError):
+            for _ in range(40):
+                self.wfile.write(b"x")
+                time.sleep(0.05)
 
     def chunks(self, body: bytes, *, whole: bool) -> None:
         """Chunked, without a length; the end is missing unless whole."""

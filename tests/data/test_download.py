@@ -1,10 +1,12 @@
 """Downloads from a real server that cuts, stalls, redirects and lies."""
 
 import base64
+import errno
 import gzip
 import hashlib
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -33,7 +35,8 @@ def shared_server():
 def server(shared_server):
     shared_server.asked.clear()
     shared_server.times.clear()
-    shared_server.etag = '"one"'
+    shared_server.headers.clear()
+    shared_server.etag, shared_server.retry_after = '"one"', "7"
     return shared_server
 
 
@@ -70,11 +73,37 @@ def test_what_has_arrived_is_not_asked_for_again(server, tmp_path, way):
     assert first is None and second in ("bytes=100000-", "bytes=66666-")
 
 
-def test_a_file_that_changed_meanwhile_is_fetched_from_its_beginning(server, tmp_path):
+def test_a_file_that_changed_meanwhile_is_fetched_from_its_beginning(server, tmp_path, monkeypatch):
     begin(server, tmp_path)
     assert left(tmp_path) == ["a.bin.part", "a.bin.part.json"]
     server.etag = '"two"'
-    assert get(server, tmp_path, "cut", sha=None).read_bytes() == CONTENT
+    monkeypatch.setitem(NAMES, "a.bin", CONTENT[::-1])
+    assert get(server, tmp_path, "cut", sha=None).read_bytes() == CONTENT[::-1]
+
+
+def test_what_tells_a_file_from_a_later_one_is_what_servers_heed():
+    date = "Wed, 21 Oct 2015 07:28:00 GMT"
+    assert module.validator_of({"ETag": '"a"', "Last-Modified": date}) == '"a"'
+    assert module.validator_of({"ETag": 'W/"a"', "Last-Modified": date}) == date
+    assert module.validator_of({"ETag": 'W/"a"'}) == 'W/"a"' and module.validator_of({}) is None
+
+
+def test_the_mirror_whose_bytes_are_here_is_asked_first(server, tmp_path):
+    begin(server, tmp_path)
+    server.asked.clear()
+    assert get(server, tmp_path, "good", "cut", sha=None).read_bytes() == CONTENT
+    assert server.asked == [("/cut/a.bin", "bytes=100000-")]
+
+
+def test_a_rest_of_a_file_without_a_size_is_taken(server, tmp_path):
+    begin(server, tmp_path)
+    assert get(server, tmp_path, "star", retries=0).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("note", ["{", "[]", '"x"'])
+def test_a_note_that_is_damaged_says_nothing(tmp_path, note):
+    (tmp_path / "a.bin.part.json").write_text(note)
+    assert module.read_note(tmp_path / "a.bin.part") == {}
 
 
 def test_a_part_of_another_mirror_is_continued_only_if_the_hash_can_tell(server, tmp_path):
@@ -147,6 +176,9 @@ def test_a_part_longer_than_the_file_begins_anew(server, tmp_path):
         ("shorter", {"sha": None, "name": "a.csv.gz"}, r"the packed file that arrived is damaged"),
         ("good", {"sha": "0" * 64}, r"another content \(sha256\) than expected"),
         ("wrongrange", {}, r"answers with bytes from 5 on, asked were 0"),
+        ("unsaid", {"sha": None}, r"does not say which part \(Content-Range\)"),
+        ("chunks", {"sha": None, "size": 200_001}, r"broke off after 200,000 of 200,001 bytes"),
+        ("chunks", {"sha": None, "size": 199_999}, r"200,000 bytes arrived, expected 199,999"),
     ],
 )
 def test_what_is_wrong_never_gets_the_name_of_the_file(server, tmp_path, way, options, message):
@@ -211,7 +243,65 @@ def test_pauses_grow_and_the_server_may_ask_for_longer_ones(server, tmp_path):
     pauses = []
     get(server, tmp_path, "busy", pauses=pauses)
     assert pauses == [7.0]
+    server.times.clear()
+    pauses.clear()
+    get(server, tmp_path / "b", "busy", "broken", pauses=pauses)
+    assert pauses == [7.0], "whoever is asked after it"
     assert web.wait_of("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and web.wait_of("soon") is None
+
+
+def test_no_pause_is_endless(server, tmp_path):
+    pauses = []
+    with pytest.raises(DataError):
+        get(server, tmp_path, "broken", retries=12, pauses=pauses)
+    assert 45 <= max(pauses) <= 75
+    pauses.clear()
+    server.retry_after = "86400"
+    get(server, tmp_path, "busy", pauses=pauses)
+    assert pauses == [300.0]
+
+
+def test_a_mirror_that_stalls_after_a_good_beginning_is_left(server, tmp_path):
+    with pytest.raises(DataError, match=r"stalled after 100,0\d\d bytes"):
+        get(server, tmp_path, "trickle", retries=0)
+
+
+def test_only_what_is_still_to_come_must_fit_on_the_disk(server, tmp_path, monkeypatch):
+    begin(server, tmp_path)
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        module.shutil, "disk_usage", lambda _: usage._replace(free=module.SPARE_BYTES + 100_000)
+    )
+    for way in ("good", "chunks"):  # the latter says no size, but it is known
+        with pytest.raises(DataError, match="do not fit on the disk"):
+            get(server, tmp_path / "new", way, size=200_000)
+    assert get(server, tmp_path, "cut").read_bytes() == CONTENT
+
+
+def test_a_disk_that_is_full_meanwhile_is_named(tmp_path, monkeypatch):
+    class Answer:
+        def read1(self, *_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=0))
+    with pytest.raises(DataError, match="do not fit on the disk"):
+        module.receive(Answer(), tmp_path / "a.bin.part", 0, None, "http://a.example/a.bin", 1.0)
+
+
+def test_packed_files_that_are_damaged_anywhere_are_found_out(tmp_path):
+    whole = NAMES["a.csv.gz"]
+    middle = len(whole) // 2
+    damaged = {
+        "whole": whole,
+        "cut": whole[:-4],
+        "flipped": whole[:middle] + bytes(255 - byte for byte in whole[middle:]),
+        "blocks": whole[:10] + b"\xff" * 9 + whole[19:],
+        "none": b"<html>",
+    }
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+    assert [name for name in damaged if module.whole_gzip(tmp_path / name)] == ["whole"]
 
 
 def test_a_file_that_is_there_is_checked_and_kept(server, tmp_path):
@@ -281,6 +371,7 @@ def test_headers_that_are_no_numbers_mean_nothing():
         ("64:ff9b:1::808:808", False),
         ("::ffff:0:10.0.0.1", False),
         ("::ffff:0:8.8.8.8", True),
+        ("::ffff:8.8.8.8", True),
         ("224.0.0.1", False),
         ("ff02::1", False),
         ("fe80::1%eth0", False),
@@ -315,10 +406,33 @@ def test_a_proxy_is_asked_for_names_that_only_it_knows(server, tmp_path, monkeyp
 def test_a_proxy_is_told_who_asks_and_needs_no_scheme(server, tmp_path, monkeypatch, user, sent):
     monkeypatch.setenv("http_proxy", user + server.url("").removeprefix("http://"))
     monkeypatch.setenv("no_proxy", "")
-    server.users.clear()
     file = RemoteFile(name="a.bin", urls=("http://data.example.invalid/good/a.bin",), sha256=SHA)
     assert download(file, tmp_path, retries=0).read_bytes() == CONTENT
-    assert server.users == [sent]
+    assert [headers.get("Proxy-Authorization") for headers in server.headers] == [sent]
+
+
+def test_hosts_that_need_no_proxy_are_asked_themselves(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert get(server, tmp_path, "good", retries=0).read_bytes() == CONTENT
+
+
+def test_a_request_is_plain_and_names_the_host_but_no_password(server, tmp_path, monkeypatch):
+    leads_to(monkeypatch, "127.0.0.1")
+    host = server.url("").replace("http://127.0.0.1", "data.example")
+    file = RemoteFile(name="a.bin", urls=(f"http://me:secret@{host}/good/a.bin?x=1&y=a%20b#part",))
+    download(file, tmp_path, retries=0)
+    (headers,) = server.headers
+    assert (headers["Host"], headers["Accept-Encoding"]) == (host, "identity")
+    assert server.asked == [("/good/a.bin?x=1&y=a%20b", None)] and "secret" not in str(headers)
+
+
+def test_whoever_answers_over_https_must_prove_to_be_the_host():
+    pool = web.pool_at("127.0.0.1", web.address_of("https://data.example/x"), web.urllib3.Timeout(1))
+    context = pool.conn_kw["ssl_context"]
+    assert (pool.host, pool.port, pool.assert_hostname) == ("127.0.0.1", 443, "data.example")
+    assert pool.conn_kw["server_hostname"] == "data.example"
+    assert context.verify_mode == ssl.CERT_REQUIRED and context.check_hostname
 
 
 def leads_to(monkeypatch, *addresses):
@@ -412,6 +526,9 @@ def test_a_reason_that_mirrors_share_is_told_once_a_round(tmp_path, monkeypatch,
 
     monkeypatch.setattr(web.socket, "getaddrinfo", nowhere)
     file = RemoteFile(name="a.bin", urls=("https://a.example/a.bin", "http://a.example/a.bin"))
-    with caplog.at_level("WARNING", "llmrec"), pytest.raises(DataError, match=r"no address for a\.example"):
+    with (
+        caplog.at_level("WARNING", "llmrec"),
+        pytest.raises(DataError, match=r"no address for a\.example") as told,
+    ):
         download(file, tmp_path, retries=1, sleep=lambda seconds: None)
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == 2 and str(told.value).count("no address for") == 1
