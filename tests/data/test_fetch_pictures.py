@@ -2,6 +2,7 @@
 
 import gzip
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ import pytest
 from bad_server import serving
 from PIL import Image
 
+from llmrec.data import pictures as module
 from llmrec.data.pictures import PictureLimits, check_picture, fetch_pictures, name_of
 from llmrec.data.web import RetryError
 from llmrec.errors import DataError
@@ -32,6 +34,7 @@ CONTENT = {
     "wide.jpg": picture((300, 200), "JPEG"),
     "text.jpg": b"<html>no picture</html>",
     "half.jpg": picture(kind="JPEG", seed=2)[:-800],
+    "other.tif": picture(kind="TIFF"),
     "vector.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
 }
 
@@ -63,6 +66,9 @@ def test_every_item_has_a_status_and_only_whole_pictures_are_kept(server, tmp_pa
         "/good/large.png": ("refused", "bytes, more than 60,000"),
         "/good/wide.jpg": ("refused", "300 x 200 pixels, more than 40,000"),
         "/good/text.jpg": ("refused", "no picture that can be read"),
+        "/good/other.tif": ("refused", "no picture that can be read"),
+        "/chunks/large.png": ("refused", "more than 60,000 bytes"),
+        "/wrongrange/b.jpg": ("failed", "answers 206"),
         "/good/vector.svg": ("refused", "no picture that can be read"),
         "/to/file:///etc/hosts": ("refused", "no http or https address"),
         "/loop/a.png": ("refused", "more than 5 redirects"),
@@ -105,6 +111,30 @@ def test_another_data_set_in_the_same_folder_leaves_what_is_known(server, tmp_pa
 def test_reasons_are_the_same_in_every_run(server, tmp_path):
     (found,) = run(server, tmp_path, "/good/text.jpg")
     assert found.reason == "no picture that can be read (cannot identify image file)"
+
+
+def test_repeats_wait_longer_and_as_long_as_the_server_asks_within_reason(server, tmp_path):
+    for retry_after, asked in (("7", 7.0), ("500", 60.0)):
+        server.retry_after, pauses = retry_after, []
+        server.times.clear()
+        module.fetch_picture(server.url("/busy/a.png"), tmp_path, LIMITS, pauses.append)
+        assert pauses == [asked, 1.0]
+    pauses = []
+    module.fetch_picture(server.url("/broken/a.png"), tmp_path, replace(LIMITS, retries=3), pauses.append)
+    assert pauses == [1.0, 2.0, 4.0]
+
+
+def test_a_picture_that_takes_too_long_altogether_is_left(server, tmp_path):
+    (found,) = run(server, tmp_path, "/trickle/b.jpg", limits=replace(LIMITS, timeout_seconds=0.2, retries=0))
+    assert (found.status, found.reason) == ("failed", "stalled")
+
+
+def test_a_long_run_writes_down_what_it_knows_now_and_then(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_SECONDS", -1.0)
+    written = []
+    monkeypatch.setattr(module, "write_status", lambda folder, pictures: written.append(len(pictures)))
+    run(server, tmp_path, "/good/a.png", "/missing/a.png", "/good/b.jpg")
+    assert written == [1, 2, 3, 3]
 
 
 def test_a_picture_that_comes_packed_is_unpacked_to_whatever_length(tmp_path):
