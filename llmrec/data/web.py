@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import urllib3
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, LocationParseError, NewConnectionError
 
 MAX_REDIRECTS = 5
 OBJECT = re.compile(r"<[\w.]+ [^<>]*\bat 0x[0-9a-f]+>:?")
@@ -176,7 +176,10 @@ def pool_at(numeric: str, to: Address, timeout: urllib3.Timeout) -> urllib3.HTTP
 def through(proxy: str, timeout: urllib3.Timeout) -> urllib3.ProxyManager:
     """Connections through a proxy, as variables of the environment name it: with a user and password or
     without, and over http where it says nothing else."""
-    url = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
+    try:
+        url = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
+    except LocationParseError:  # whose message may hold the password
+        raise RefusedError("the proxy that the environment names ($http_proxy) is no valid address") from None
     user = urllib3.make_headers(proxy_basic_auth=urllib.parse.unquote(url.auth)) if url.auth else None
     return urllib3.ProxyManager(url._replace(auth=None).url, timeout=timeout, proxy_headers=user)
 

@@ -411,6 +411,15 @@ def test_a_proxy_is_told_who_asks_and_needs_no_scheme(server, tmp_path, monkeypa
     assert [headers.get("Proxy-Authorization") for headers in server.headers] == [sent]
 
 
+def test_a_proxy_that_cannot_be_understood_keeps_its_password(tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://me:secret@proxy.example:port")
+    monkeypatch.setenv("no_proxy", "")
+    file = RemoteFile(name="a.bin", urls=("http://data.example.invalid/a.bin",))
+    with pytest.raises(DataError, match=r"\(\$http_proxy\) is no valid address") as told:
+        download(file, tmp_path, retries=0)
+    assert "secret" not in str(told.value)
+
+
 def test_hosts_that_need_no_proxy_are_asked_themselves(server, tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
