@@ -192,6 +192,15 @@ def test_an_encoder_that_is_published_without_its_decoder_is_read(tmp_path):
         encode(folder)
 
 
+def test_texts_are_no_longer_than_the_tokenizer_says_though_the_model_takes_more(tmp_path):
+    folder = tiny.bert(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 5}))
+    assert encode(folder)[1]["max_tokens"] == 5
+    with pytest.raises(ConfigError, match=r"max_tokens must be at most 5 with"):
+        encode(folder, max_tokens=6)
+
+
 def test_a_model_whose_positions_have_no_end_takes_512_tokens(tmp_path):
     tiny.tokenizer(tmp_path)
     config = transformers.XLNetConfig(

@@ -46,6 +46,7 @@ def clip(folder, width=16, dim=12, blocks=2, bias=True):
     size, inner = tiny.SIZES["hidden_size"], tiny.SIZES["intermediate_size"]
     shapes = {
         "logit_scale": (),
+        "vision_model.embeddings.position_ids": (1, 17),
         "visual_projection.weight": (dim, size),
         "vision_model.embeddings.class_embedding": (size,),
         "vision_model.embeddings.patch_embedding.weight": (size, 3, 8, 8),
@@ -130,13 +131,22 @@ def test_both_models_are_read_at_their_commits_and_again_for_new_items(tmp_path,
 
     monkeypatch.setattr(llm2clip, "read_weights", read_weights)
     monkeypatch.setattr(llm2clip, "commit_of", lambda path: "b" * 40)
+    llamas, plain_llama = [], llm2clip.load_llama
+
+    def load_llama(model, revision, dtype, where):
+        llamas.append(revision)
+        return plain_llama(model, revision, dtype, where)
+
+    monkeypatch.setattr(llm2clip, "load_llama", load_llama)
+    monkeypatch.setattr(llm2clip, "revision_of", lambda model, asked: "a" * 40)
     config = TextEncoderConfig(encoder="llm2clip", model=llm, adapter=adapter, adapter_revision="main")
     made = encode_items(EncodeItemsConfig(text=config, image=OFF), tiny.catalogue(tiny.TEXTS))
     assert asked == [("encode_items.text.adapter", "main")]
     assert made.encoders["text"]["adapter_revision"] == "b" * 40
     items = tiny.catalogue(tiny.TEXTS[:2]).items
     vectors, _ = ItemEncoders(made).text(items)
-    assert asked[1:] == [("encode_items.text.adapter", "b" * 40)]
+    assert asked[1:] == [("encode_items.text.adapter", "b" * 40)] and llamas == [None, "a" * 40]
+    assert ImageEncoder(adapter, revision="main", dtype="auto").describe()["revision"] == "b" * 40
     np.testing.assert_allclose(vectors, made.vectors["text"][1:3], atol=1e-5)
 
 
@@ -225,6 +235,23 @@ def test_a_missing_or_extra_weight_is_an_error(tmp_path):
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(DataError, match=r"is damaged .*get it again"):
         ImageEncoder(folder, revision=None, dtype="auto")
+
+
+def test_weights_in_several_files_are_read_from_all_of_them(tmp_path):
+    llm, adapter = language_model(tmp_path / "llm"), clip(tmp_path / "clip")
+
+    def vectors():
+        made = TextEncoder(llm, adapter=adapter, revision=None, max_tokens=None, dtype="auto")
+        return made.encode(made.prepare(tiny.TEXTS[:2]))
+
+    whole, file = vectors(), tmp_path / "clip" / "model.safetensors"
+    weights = load_file(file)
+    names = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(sorted(weights))}
+    for part in set(names.values()):
+        save_file({name: weights[name] for name in weights if names[name] == part}, tmp_path / "clip" / part)
+    (tmp_path / "clip" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    file.unlink()
+    assert np.array_equal(vectors(), whole)
 
 
 def test_parts_that_do_not_belong_together_are_refused(tmp_path):

@@ -170,18 +170,19 @@ def test_a_picture_that_nothing_looks_at_is_told(finished, tmp_path, caplog):
 
 @pytest.mark.parametrize("missing", ["mean", "zero"])
 def test_a_picture_that_cannot_be_read_counts_as_none_where_the_catalogue_says_so(
-    packaged, tmp_path, missing
+    packaged, finished, tmp_path, missing
 ):
     package = load_package(packaged)
     about = package.content.encoders["image"]
-    about |= {"missing": missing, "settings": {**about["settings"], "on_error": "missing"}}
+    about |= {"missing": missing, "settings": {**about["settings"], "on_error": "missing", "max_pixels": 10}}
     (tmp_path / "a.png").write_bytes(b"no picture")
     recommender = Recommender(package)
     recommender.add_items([{"item_id": "a", "title": "Red drum", "image": str(tmp_path / "a.png")}])
     recommender.add_items([{"item_id": "b", "title": "Red drum"}])
+    recommender.add_items([{"item_id": "c", "title": "Red drum", "image": str(picture(finished, 1))}])
     content = recommender.package.content
-    assert content.missing["image"][-2:].all()
-    assert np.array_equal(content.vectors["image"][-2], content.vectors["image"][-1])
+    assert content.missing["image"][-3:].all(), "of the last, it is too large"
+    assert (content.vectors["image"][-3:] == content.vectors["image"][-1]).all()
     assert content.vectors["image"][-1].any() == (missing == "mean")
 
 
