@@ -302,6 +302,14 @@ def test_a_data_set_is_read_at_the_commit_that_is_named(tmp_path, monkeypatch):
     assert asked == ["0123abc"] * 3
 
 
+def test_of_several_splits_one_must_be_named(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text(f"item_id\n{split}\n")
+    with pytest.raises(DataError, match=r"has the splits train, test; name one as hub:NAME:CONFIG:SPLIT"):
+        read_hub(f"hub:{tmp_path}", ["item_id"])
+    assert read_hub(f"hub:{tmp_path}::test", ["item_id"])["item_id"].to_pylist() == ["test"]
+
+
 def test_a_data_set_with_a_script_is_not_run(tmp_path):
     (tmp_path / "set").mkdir()
     marker = tmp_path / "ran"

@@ -41,6 +41,17 @@ def test_vectors_survive_the_disk_in_parts(tmp_path, monkeypatch):
     assert len(VectorCache(tmp_path, {"model": "b"})) == 0
 
 
+def test_a_part_is_written_when_it_is_old_and_its_writer_does_not_read_it(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    made = VectorCache(tmp_path, {})
+    for clock[0], parts in ((1.0, 0), (module.PART_SECONDS + 1, 1), (module.PART_SECONDS + 2, 1)):
+        made.add([KEYS[int(clock[0]) % 10]], np.ones((1, 3), np.float32))
+        assert len(list(tmp_path.rglob("part-*"))) == parts
+    made.read()
+    assert len(made.tables) == 3
+
+
 def test_a_damaged_part_is_made_again(tmp_path, caplog):
     made = VectorCache(tmp_path, {})
     made.add(KEYS[:2], np.ones((2, 3), np.float32))
