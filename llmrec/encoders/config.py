@@ -169,8 +169,8 @@ class ImageEncoderConfig(Settings, path="encode_items.image"):
     """precomputed: .parquet (columns item_id, vector) or .safetensors (tensor vectors)."""
 
     pooling: Literal["auto", "mean", "cls"] = "auto"
-    """huggingface: mean of all patches, or the first token; auto: the model's own image head (CLIP,
-    SigLIP), else its trained pooler, else mean."""
+    """huggingface: mean of all patches, the class token among them if the model has one, or the first token;
+    auto: the model's own image head (CLIP, SigLIP), else its trained pooler, else mean."""
 
     dim: int = 128
     """classical: width after the PCA; fewer if the pictures do not span as many directions."""
