@@ -43,7 +43,7 @@ def rows() -> Rows:
     recurrent = TrainCollabConfig(batch_by="targets", batch_size=2048, windows="all")
     prefixes = TrainCollabConfig(batch_by="targets", batch_size=2048)
     noisy = TrainCollabConfig(batch_by="targets", batch_size=512, eval_every_epochs=2, patience=5)
-    # The release's weight decay is Adam's; ours is decoupled.
+    # A weight decay of the size that the release has; ours is decoupled (AdamW).
     released = replace(noisy, weight_decay=1e-4, decay_every_epochs=30)
     sasrec = SASRecConfig(max_history=200, dropout_rate=0.2)
     mamba = MambaConfig(max_history=200)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmrec.collab.mamba4rec import MambaCore
-from llmrec.collab.selective_scan import LOG2_E, blocks, over_states
+from llmrec.collab.selective_scan import blocks, decays, over_states
 from llmrec.config import given
 from llmrec.data.batches import sent
 from llmrec.machine import running_sum
@@ -254,8 +254,3 @@ class DecayedTail(torch.autograd.Function):
             by_a += (by_exponent * rest[part][..., None]).sum(0)
             by_rest[part] = by_exponent.mul_(a).sum(-1)
         return grad * left, by_rest, by_weight, by_a
-
-
-def decays(steps: Tensor, a: Tensor) -> Tensor:
-    """exp(a steps), (..., E, N) from (..., E)."""
-    return (steps[..., None] * (a * LOG2_E)).exp2_()

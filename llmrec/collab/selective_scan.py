@@ -93,6 +93,11 @@ class _SelectiveScan(torch.autograd.Function):
         return tuple(grads)
 
 
+def decays(steps: Tensor, a: Tensor) -> Tensor:
+    """exp(a steps), (..., E, N) from (..., E)."""
+    return (steps[..., None] * (a * LOG2_E)).exp2_()
+
+
 def over_states(values: Tensor, weight: Tensor) -> Tensor:
     """sum_n values[..., e, n] weight[..., n], (..., E); on a CPU products and sums take a third of the time
     of torch's batched product with a vector."""
@@ -120,9 +125,8 @@ class Chunks:
         self.size = min(self.length, max(MIN_CHUNK, math.isqrt(self.length)))
         self.number = -(-self.length // self.size) if self.length else 0
         self.a = a
-        self.rates = a * LOG2_E
         self.u, self.delta, self.b, self.c = (self.cut(tensor) for tensor in (u, delta, b, c))
-        self.decay = (self.delta[..., None] * self.rates).exp2_()
+        self.decay = decays(self.delta, a)
 
     def cut(self, tensor: Tensor) -> Tensor:
         """(R, T, F) to (Q, R * chunks, F), zeros at the end, where delta = 0 changes nothing."""
@@ -142,7 +146,7 @@ class Chunks:
             states[step].addcmul_(self.decay[step], states[step - 1])
         before = torch.zeros_like(states[0])
         if self.number > 1:
-            decayed = (running_sum(self.delta, 0)[..., None] * self.rates).exp2_()
+            decayed = decays(running_sum(self.delta, 0), self.a)
             by_chunk = before.unflatten(0, (self.rows, self.number))
             ends = states[-1].unflatten(0, (self.rows, self.number))
             rates = decayed[-1].unflatten(0, (self.rows, self.number))
@@ -160,7 +164,7 @@ class Chunks:
             found[step].addcmul_(self.decay[step + 1], found[step + 1])
         if self.number > 1:
             total = running_sum(self.delta, 0)
-            decayed = ((total[-1] - total)[..., None] * self.rates).exp2_()
+            decayed = decays(total[-1] - total, self.a)
             after = torch.zeros_like(found[0])
             by_chunk = after.unflatten(0, (self.rows, self.number))
             starts = found[0].unflatten(0, (self.rows, self.number))
