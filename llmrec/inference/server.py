@@ -172,6 +172,9 @@ def answer_histories(
             raise HTTPException(503, str(error)) from None
         except GoneError as error:
             raise HTTPException(CLOSED, str(error)) from None
+        except asyncio.CancelledError:
+            # uvicorn cancels what is left when it stops; unanswered, each would be logged as an error.
+            raise HTTPException(503, "the server is being stopped") from None
         except UnknownItemError as error:
             advice = '"skip_unknown": true leaves such ids out'
             raise HTTPException(422, f"{error.where}: {error.reason}; {advice}") from None

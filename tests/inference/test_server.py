@@ -8,6 +8,7 @@ import json
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -32,9 +33,11 @@ def pictures(finished) -> Path:
 class Running(threading.Thread):
     """uvicorn in a thread, on a free port of this machine."""
 
-    def __init__(self, app) -> None:
+    def __init__(self, app, patience: int | None = None) -> None:
         super().__init__(daemon=True)
-        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
+        config.timeout_graceful_shutdown = patience
+        self.server = uvicorn.Server(config)
 
     def run(self) -> None:
         self.server.run()
@@ -306,6 +309,25 @@ def test_nothing_is_computed_for_who_has_gone(recommender, monkeypatch):
         hold.set()
         assert ask(address, histories=[[]]).json() == {"results": [[]]}
     assert calls == [first["histories"][:1], [[]]]
+
+
+def test_who_still_waits_when_the_server_stops_is_told_so(recommender, monkeypatch, caplog):
+    began, hold = threading.Event(), threading.Event()
+
+    def slow(histories, *_, **__):
+        began.set()
+        hold.wait(10)
+        return [[] for _ in histories]
+
+    monkeypatch.setattr(recommender, "recommend", slow)
+    with ThreadPoolExecutor(1) as pool:
+        with Running(application({"first": recommender}), patience=1) as address:
+            answer = pool.submit(ask, address, histories=[[]])
+            assert began.wait(10)
+            threading.Timer(2, hold.set).start()
+        assert answer.result().status_code == 503
+        assert answer.result().json() == {"detail": "the server is being stopped"}
+    assert "Exception in ASGI application" not in caplog.text
 
 
 def test_too_many_requests_are_told_to_come_back(recommender, monkeypatch):
