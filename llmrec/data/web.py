@@ -110,7 +110,8 @@ def send(
         "retries": False,
         "preload_content": False,
     }
-    proxy = urllib.request.getproxies().get(to.parts.scheme)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(to.parts.scheme) or proxies.get("all")
     try:
         if proxy and not urllib.request.proxy_bypass(to.host):
             if public_only:  # else the proxy may know names that this machine does not
@@ -179,7 +180,8 @@ def through(proxy: str, timeout: urllib3.Timeout) -> urllib3.ProxyManager:
     try:
         url = urllib3.util.parse_url(proxy if "://" in proxy else f"http://{proxy}")
     except LocationParseError:  # whose message may hold the password
-        raise RefusedError("the proxy that the environment names ($http_proxy) is no valid address") from None
+        names = "$http_proxy, $https_proxy or $all_proxy"
+        raise RefusedError(f"the proxy that the environment names ({names}) is no valid address") from None
     user = urllib3.make_headers(proxy_basic_auth=urllib.parse.unquote(url.auth)) if url.auth else None
     return urllib3.ProxyManager(url._replace(auth=None).url, timeout=timeout, proxy_headers=user)
 

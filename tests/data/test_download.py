@@ -411,11 +411,26 @@ def test_a_proxy_is_told_who_asks_and_needs_no_scheme(server, tmp_path, monkeypa
     assert [headers.get("Proxy-Authorization") for headers in server.headers] == [sent]
 
 
+def test_a_proxy_for_all_is_asked_where_there_is_none_for_the_scheme(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.delenv("HTTP_PROXY", raising=False)
+    file = RemoteFile(name="a.bin", urls=("http://data.example.invalid/good/a.bin",), sha256=SHA)
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
+    with pytest.raises(DataError, match="unsupported scheme socks5, should use http:// or https://"):
+        download(file, tmp_path, retries=0)
+    monkeypatch.setenv("http_proxy", server.url(""))
+    assert download(file, tmp_path / "own", retries=0).read_bytes() == CONTENT
+    monkeypatch.delenv("http_proxy")
+    monkeypatch.setenv("all_proxy", server.url(""))
+    assert download(file, tmp_path / "all", retries=0).read_bytes() == CONTENT
+    assert len(server.asked) == 2
+
+
 def test_a_proxy_that_cannot_be_understood_keeps_its_password(tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://me:secret@proxy.example:port")
     monkeypatch.setenv("no_proxy", "")
     file = RemoteFile(name="a.bin", urls=("http://data.example.invalid/a.bin",))
-    with pytest.raises(DataError, match=r"\(\$http_proxy\) is no valid address") as told:
+    with pytest.raises(DataError, match=r"\$all_proxy\) is no valid address") as told:
         download(file, tmp_path, retries=0)
     assert "secret" not in str(told.value)
 
