@@ -30,6 +30,7 @@ from llmrec.config import default_of, flatten, stage_of
 from llmrec.errors import ConfigError
 
 C = TypeVar("C")
+J = TypeVar("J", list, dict)
 
 
 def override(config: C, assignments: dict[str, str], *, prefix: str = "") -> C:
@@ -39,7 +40,7 @@ def override(config: C, assignments: dict[str, str], *, prefix: str = "") -> C:
         config: a config dataclass, possibly holding others.
         assignments: dotted field paths, such as ``lora_rank`` or ``sasrec.dropout_rate``, and the new
             values as typed on a command line; ``none`` clears an optional field, and a tuple or
-            mapping of its entries, which commas separate.
+            mapping of its entries, which commas separate. Entries that hold commas are given as JSON.
         prefix: what stands before the paths in messages.
 
     Raises:
@@ -81,25 +82,46 @@ def parse_value(hint: Any, text: str, name: str) -> Any:
     adapter = adapter_of(hint)
     try:
         if tuple in kinds:
-            parts = [part.strip() for part in text.split(",") if part.strip()]
-            return adapter.validate_python(parts)
+            return adapter.validate_python(parts_in(text))
         return adapter.validate_strings(text)
     except pydantic.ValidationError:
         raise ConfigError(f"{name}={text!r}: expected {in_words(hint)}{meant_choice(text, hint)}") from None
 
 
 def parse_pairs(hint: Any, text: str, name: str) -> Any:
-    """NAME=VALUE pairs between commas, numbers and true or false as such."""
-    found = {}
-    for part in filter(None, map(str.strip, text.split(","))):
-        key, equals, value = map(str.strip, part.partition("="))
-        if not equals or not key:
-            raise ConfigError(f"{name}={text!r}: expected NAME=VALUE pairs separated by commas")
-        found[key] = plain_value(value)
+    """NAME=VALUE pairs, numbers and true or false as such."""
+    found = pairs_in(text)
+    if found is None:
+        raise ConfigError(f"{name}={text!r}: expected NAME=VALUE pairs separated by commas")
     try:
         return adapter_of(hint).validate_python(found)
     except pydantic.ValidationError:
         raise ConfigError(f"{name}={text!r}: values must be numbers, texts, true or false") from None
+
+
+def parts_in(text: str) -> list[Any]:
+    """What commas separate, or a list as JSON."""
+    listed = as_json(text, list)
+    return [part.strip() for part in text.split(",") if part.strip()] if listed is None else listed
+
+
+def pairs_in(text: str) -> dict[str, Any] | None:
+    """NAME=VALUE pairs that commas separate, or a mapping as JSON; None: it is neither."""
+    mapping = as_json(text, dict)
+    if mapping is not None:
+        return mapping
+    split = [[side.strip() for side in str(part).partition("=")] for part in parts_in(text)]
+    if not all(key and equals for key, equals, _ in split):
+        return None
+    return {key: plain_value(value) for key, _, value in split}
+
+
+def as_json(text: str, kind: type[J]) -> J | None:
+    """The list or mapping that a text has as JSON; None: it has none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        return value if isinstance(value, kind) else None
+    return None
 
 
 def plain_value(text: str) -> Any:
@@ -127,9 +149,11 @@ def format_value(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, dict):
-        return ",".join(f"{name}={json.dumps(part)}" for name, part in value.items())
+        plain = ",".join(f"{name}={json.dumps(part)}" for name, part in value.items())
+        return plain if pairs_in(plain) == value else json.dumps(value)
     if isinstance(value, (tuple, list)):
-        return ",".join(str(part) for part in value)
+        plain = ",".join(map(str, value))
+        return plain if parts_in(plain) == [str(part) for part in value] else json.dumps(value)
     return value if isinstance(value, str) else json.dumps(value)
 
 

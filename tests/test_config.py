@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from llmrec import cli
-from llmrec.assignments import describe, field_docs, override
+from llmrec.assignments import describe, field_docs, format_value, override
 from llmrec.cli import settings_help
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.configs.gmvae import GmvaeConfig
@@ -56,6 +56,12 @@ class Outer(Settings):
     path: str | None = None
     """Where."""
 
+    names: tuple[str, ...] = ()
+    """Columns."""
+
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Whatever."""
+
     inner: Inner = field(default_factory=Inner)
 
     def __post_init__(self) -> None:
@@ -77,6 +83,12 @@ class Outer(Settings):
         ("inner.sizes", "4", (4,)),
         ("inner.sizes", "none", ()),
         ("inner.sizes", "", ()),
+        ("inner.sizes", "[4, 5]", (4, 5)),
+        ("inner.sizes", "[]", ()),
+        ("names", "a, b", ("a", "b")),
+        ("names", '["a, b", "c"]', ("a, b", "c")),
+        ("options", "a=1, b=x", {"a": 1, "b": "x"}),
+        ("options", '{"a": "1, b=2", "c": true}', {"a": "1, b=2", "c": True}),
         ("colours", "none", None),
     ],
 )
@@ -86,11 +98,20 @@ def test_text_becomes_a_value_of_the_annotated_type(path, text, value):
 
 
 @pytest.mark.parametrize(
+    "value", [(), ("a",), ("a", "b"), ("a,b", "c"), (" a",), ("",), ('["a"]',), ("None", "[", 'é,"')]
+)
+def test_entries_are_printed_as_they_are_typed(value):
+    config = Outer(names=value, options={part: part for part in value} | {"x": 1e-3, "y": "true"})
+    texts = {path: format_value(leaf) for path, leaf in flatten(config)}
+    assert override(Outer(), texts) == config
+
+
+@pytest.mark.parametrize(
     ("path", "text", "words"),
     [
         ("coutn", "1", "unknown setting 'coutn'; did you mean count?"),
         ("inner.rat", "1", "unknown setting 'inner.rat'; did you mean inner.rate?"),
-        ("zzz", "1", "known: count, limit, kind, colours, on, path, inner"),
+        ("zzz", "1", "known: count, limit, kind, colours, on, path, names, options, inner"),
         ("count", "two", "count='two': expected a whole number"),
         ("count", "1.5", "count='1.5': expected a whole number"),
         ("limit", "five", "limit='five': expected none, or a whole number"),
