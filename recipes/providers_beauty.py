@@ -17,6 +17,7 @@ from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.configs.bert4rec import Bert4RecConfig
 from llmrec.collab.configs.comirec import ComirecConfig
 from llmrec.collab.configs.diffusion import DiffusionConfig
+from llmrec.collab.configs.fuxi import FuxiConfig
 from llmrec.collab.configs.gmvae import GmvaeConfig
 from llmrec.collab.configs.mamba import MambaConfig
 from llmrec.collab.configs.mamba4rec import Mamba4RecConfig
@@ -69,6 +70,8 @@ def rows() -> Rows:
             diffusion=DiffusionConfig(variant="released", init_std=1.0, offset=0.0),
         ),
         "fuxi": TrainCollabConfig(provider="fuxi"),
+        # As released: it knows when the target came.
+        "fuxi-request": TrainCollabConfig(provider="fuxi", fuxi=FuxiConfig(use_request_time=True)),
         "moe": TrainCollabConfig(provider="moe"),
         "comirec": TrainCollabConfig(provider="comirec"),
         "comirec-dr": TrainCollabConfig(

@@ -46,6 +46,7 @@ def rows() -> Rows:
     # A weight decay of the size that the release has; ours is decoupled (AdamW).
     released = replace(noisy, weight_decay=1e-4, decay_every_epochs=30)
     sasrec = SASRecConfig(max_history=200, dropout_rate=0.2)
+    fuxi = FuxiConfig(max_history=200, embed_dim=50, num_heads=1, inner_multiplier=1, dropout_rate=0.2)
     mamba = MambaConfig(max_history=200)
     diffusion = DiffusionConfig(max_history=100, embed_dim=256)
     return {
@@ -78,11 +79,9 @@ def rows() -> Rows:
             provider="diffusion",
             diffusion=replace(diffusion, variant="released", init_std=1.0, offset=0.0),
         ),
-        "fuxi": replace(
-            users,
-            provider="fuxi",
-            fuxi=FuxiConfig(max_history=200, embed_dim=50, num_heads=1, inner_multiplier=1, dropout_rate=0.2),
-        ),
+        "fuxi": replace(users, provider="fuxi", fuxi=fuxi),
+        # As released: it knows when the target came.
+        "fuxi-request": replace(users, provider="fuxi", fuxi=replace(fuxi, use_request_time=True)),
         "moe": replace(users, provider="moe", moe=MoeConfig(max_history=200, dropout_rate=0.2)),
         # Means of 200 vectors are short: at 128 users and 1e-3 two seeds of three had stopped at nothing.
         "comirec": replace(

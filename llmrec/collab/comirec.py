@@ -7,6 +7,7 @@ train sequence as a target, and no re-ranking for diversity (their lambda = 0).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -145,7 +146,7 @@ def best_interest_loss(model: ManyInterests, batch: Batch) -> Loss:
         model.loss_name,
         query,
         model.item.weight,
-        Batch(item=batch.item, target=target, time=batch.time),
+        replace(batch, target=target),
         num_negatives=model.num_negatives,
     )
     at = target != 0

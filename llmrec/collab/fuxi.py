@@ -27,7 +27,8 @@ class Context:
     valid: Tensor
     """bool (B, T), positions that hold an item"""
     bucket: Tensor | None
-    """int64 (B, T, T), bucket of the time between two items; None without the channel of time"""
+    """int64 (B, T, T), bucket of the time from an item (last axis) to another one, or to the one after that
+    if the time of the request is used; None without the channel of time"""
     channel_squares: list[Tensor] = field(default_factory=list)
     """Of every block: mean square of each channel's output at each position, (B, T, C), detached"""
     routing: list = field(default_factory=list)
@@ -47,9 +48,9 @@ class Fuxi(nn.Module):
 
     Scores are cosines of the state and the item vectors, divided by the temperature; the lengths of item
     vectors mean nothing. Differs from the release: dense instead of ragged; the constant that divides the
-    content channel is max_history, so that padding changes nothing; the time channel looks at the times of
-    the items themselves, never at that of the target, which says much about it where times are days; a
-    softmax over all items by default.
+    content channel is max_history, so that padding changes nothing; the time channel counts from the last
+    item that the model has seen, unless it is to use the time of the request (the target's, as released),
+    which says much about the target where times are days; a softmax over all items by default.
     """
 
     layout = "positions"
@@ -70,11 +71,13 @@ class Fuxi(nn.Module):
         dropout_rate: float,
         temperature: float,
         max_history: int,
+        use_request_time: bool = False,
         loss: str = "ce",
         num_negatives: int = 0,
     ) -> None:
         super().__init__()
         self.uses_time = temporal
+        self.uses_request_time = use_request_time
         self.max_history = max_history
         self.temperature = temperature
         self.loss_name = loss
@@ -97,17 +100,22 @@ class Fuxi(nn.Module):
             for _ in range(num_layers)
         )
 
-    def encode(self, history: Tensor, time: Tensor) -> tuple[Tensor, Context]:
-        """What the model knows after each position, (B, T, D), from int64 (B, T) twice."""
+    def encode(
+        self, history: Tensor, time: Tensor | None, next_time: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
+        """What the model knows after each position, (B, T, D), from int64 (B, T) two or three times."""
         assert not self.uses_time or time is not None, "the channel of time needs times"
-        context = context_of(history, time if self.uses_time else None)
+        assert not self.uses_request_time or next_time is not None, "it needs the time of the request"
+        context = context_of(
+            history, time if self.uses_time else None, next_time if self.uses_request_time else None
+        )
         hidden = self.item(history) * math.sqrt(self.item.embedding_dim)
         hidden = self.dropout(hidden + self.position.weight[: history.shape[1]])
         return run_blocks(self.blocks, hidden, context), context
 
     def loss(self, batch: Batch) -> Loss:
         """Loss of naming the next item at every position of a batch."""
-        hidden, context = self.encode(batch.item, batch.time)
+        hidden, context = self.encode(batch.item, batch.time, batch.next_time)
         found = next_item_loss(
             self.loss_name,
             unit(hidden),
@@ -119,9 +127,9 @@ class Fuxi(nn.Module):
         parts = context.report(batch.target != 0)
         return Loss(total=found.total, num_targets=found.num_targets, parts=parts)
 
-    def score(self, history: Tensor, time: Tensor | None = None) -> Tensor:
-        """Scores of all items after each history, (B, N + 1), from int64 (B, T) twice."""
-        query = last_of(self.encode(history, time)[0], history)
+    def score(self, history: Tensor, time: Tensor | None = None, next_time: Tensor | None = None) -> Tensor:
+        """Scores of all items after each history, (B, N + 1), from int64 (B, T) two or three times."""
+        query = last_of(self.encode(history, time, next_time)[0], history)
         return unit(query) @ unit(self.item.weight).T / self.temperature
 
     def item_embeddings(self) -> Tensor:
@@ -144,11 +152,13 @@ def position_table(max_history: int, width: int) -> nn.Embedding:
     return table
 
 
-def context_of(history: Tensor, time: Tensor | None) -> Context:
-    """What blocks share. Of int64 (B, T) item ids and, for the channel of time, timestamps."""
+def context_of(history: Tensor, time: Tensor | None, next_time: Tensor | None = None) -> Context:
+    """What blocks share. Of int64 (B, T) item ids; for the channel of time, timestamps; and where it is to
+    count from the request, those of the items that follow."""
     bucket = None
     if time is not None:
-        apart = (time[:, :, None] - time[:, None, :]).abs().clamp(min=1)
+        now = time if next_time is None else next_time
+        apart = (now[:, :, None] - time[:, None, :]).abs().clamp(min=1)
         bucket = (apart.float().log() / 0.301).long().clamp(0, NUM_BUCKETS - 1)
     return Context(valid=history != 0, bucket=bucket)
 

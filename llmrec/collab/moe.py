@@ -64,12 +64,14 @@ class FuxiMME(nn.Module):
         dropout_rate: float,
         temperature: float,
         max_history: int,
+        use_request_time: bool = False,
         loss: str = "ce",
         num_negatives: int = 0,
     ) -> None:
         super().__init__()
         width = embed_dim // num_tables
         self.uses_time = temporal
+        self.uses_request_time = use_request_time
         self.max_history = max_history
         self.num_tables = num_tables
         self.temperature = temperature
@@ -101,8 +103,10 @@ class FuxiMME(nn.Module):
             for _ in range(num_layers)
         )
 
-    def encode(self, history: Tensor, time: Tensor) -> tuple[Tensor, Context]:
-        """What the model knows after each position, (B, T, D), from int64 (B, T) twice.
+    def encode(
+        self, history: Tensor, time: Tensor | None, next_time: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
+        """What the model knows after each position, (B, T, D), from int64 (B, T) two or three times.
 
         Branches stand one below the other in the batch, (B x M, T, D / M).
         """
@@ -112,7 +116,10 @@ class FuxiMME(nn.Module):
         hidden = hidden + self.position.weight[:length, None] + self.branch
         hidden = self.dropout(hidden.transpose(1, 2).flatten(0, 1))
         assert not self.uses_time or time is not None, "the channel of time needs times"
-        context = context_of(history, time if self.uses_time else None)
+        assert not self.uses_request_time or next_time is not None, "it needs the time of the request"
+        context = context_of(
+            history, time if self.uses_time else None, next_time if self.uses_request_time else None
+        )
         if self.num_tables > 1:
             context.valid = context.valid.repeat_interleave(self.num_tables, 0)
             if context.bucket is not None:
@@ -122,7 +129,7 @@ class FuxiMME(nn.Module):
 
     def loss(self, batch: Batch) -> Loss:
         """Loss of naming the next item at every position, and of unevenly used experts."""
-        hidden, context = self.encode(batch.item, batch.time)
+        hidden, context = self.encode(batch.item, batch.time, batch.next_time)
         found = next_item_loss(
             self.loss_name,
             unit(hidden),
@@ -151,9 +158,9 @@ class FuxiMME(nn.Module):
             total = total + self.balance_weight * uneven * number
         return Loss(total=total, num_targets=number, parts=parts)
 
-    def score(self, history: Tensor, time: Tensor | None = None) -> Tensor:
-        """Scores of all items after each history, (B, N + 1), from int64 (B, T) twice."""
-        query = last_of(self.encode(history, time)[0], history)
+    def score(self, history: Tensor, time: Tensor | None = None, next_time: Tensor | None = None) -> Tensor:
+        """Scores of all items after each history, (B, N + 1), from int64 (B, T) two or three times."""
+        query = last_of(self.encode(history, time, next_time)[0], history)
         return unit(query) @ unit(self.item.weight).T / self.temperature
 
     def item_embeddings(self) -> Tensor:

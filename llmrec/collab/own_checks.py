@@ -71,6 +71,8 @@ def check_attributes(where: str, model: Any) -> None:
     for part in ("layout", "uses_time", "max_history"):
         if not hasattr(model, part):
             raise ConfigError(f"{where} has no {part}; see CollabProvider")
+    if getattr(model, "uses_request_time", False) and not model.uses_time:
+        raise ConfigError(f"{where}: uses_request_time needs uses_time, since the request comes third")
     if model.layout not in LAYOUTS:
         raise ConfigError(f"{where}: layout must be one of {', '.join(LAYOUTS)}, got {model.layout!r:.60}")
     if not isinstance(model.max_history, int) or model.max_history < 1:
@@ -220,8 +222,9 @@ def check_kept(where: str, model: Any, other: Any, batch: Batch) -> None:
 
 
 def shown_to(model: Any, batch: Batch) -> tuple[Tensor, ...]:
-    """What a model's scores are made from: the histories, and their times if it asks for them."""
-    return (batch.item, batch.time) if model.uses_time else (batch.item,)
+    """What a model's scores are made from: the histories, and their times and the next ones if it asks."""
+    given = (batch.item, batch.time, batch.next_time)
+    return given[: 1 + bool(model.uses_time) + bool(getattr(model, "uses_request_time", False))]
 
 
 def check_vectors(what: str, model: Any, num_items: int) -> None:

@@ -65,11 +65,13 @@ class CollabProvider(Protocol):
     def score(self, history: Tensor) -> Tensor:
         """Scores of every item as the next one, (B, N + 1), from histories int64 (B, T).
 
-        With `uses_time`, a second argument holds their times, int64 (B, T). Column 0 means nothing. An
-        empty history (all padding) gives finite scores. A model whose scores are dear may also have
-        ``quick_score``, which ranks validation items in its place. A model that sorts items into groups may
-        have ``item_groups``, which names them and gives every item's weights, (N + 1, groups). One whose
-        training has phases may have ``never_began``, which says of a number of epochs what they left out.
+        With `uses_time`, a second argument holds their times, int64 (B, T); a model that also has
+        ``uses_request_time = True`` is given, as a third one, the times of the items that follow them, at
+        last that of the request. Column 0 means nothing. An empty history (all padding) gives finite scores.
+        A model whose scores are dear may also have ``quick_score``, which ranks validation items in its
+        place. A model that sorts items into groups may have ``item_groups``, which names them and gives every
+        item's weights, (N + 1, groups). One whose training has phases may have ``never_began``, which says of
+        a number of epochs what they left out.
         """
 
     def item_embeddings(self) -> Tensor:
@@ -178,4 +180,10 @@ def provider_scorer(collab: CollabEmbeddings) -> Scorer:
 def scorer_of(model: nn.Module, name: str, *, quick: bool = False) -> Scorer:
     """A provider as a method to rank, under the given name; quick: by its cheaper scores, if it has some."""
     score = getattr(model, "quick_score", model.score) if quick else model.score
-    return Scorer(name=name, score=score, max_history=model.max_history, uses_time=model.uses_time)
+    return Scorer(
+        name=name,
+        score=score,
+        max_history=model.max_history,
+        uses_time=model.uses_time,
+        uses_request_time=getattr(model, "uses_request_time", False),
+    )

@@ -140,9 +140,16 @@ class TrainingRows:
             place = torch.arange(1, sequence.shape[1], device=start.device)
             wanted = start[:, None] + place >= self.first_target[chosen, None]
             target = torch.where(wanted, sequence[:, 1:], 0)
-            shown = torch.where(start[:, None] + place < stop[:, None], sequence[:, :-1], 0)
-            time = pad_histories(self.time, start, stop - 1, longest)
-            yield Batch(item=shown, target=target, time=time, step=step, epoch=epoch)
+            followed = start[:, None] + place < stop[:, None]
+            times = pad_histories(self.time, start, stop, longest + 1)
+            yield Batch(
+                item=torch.where(followed, sequence[:, :-1], 0),
+                target=target,
+                time=torch.where(followed, times[:, :-1], 0),
+                next_time=times[:, 1:],
+                step=step,
+                epoch=epoch,
+            )
 
 
 def place_in_group(count: np.ndarray) -> np.ndarray:

@@ -23,6 +23,8 @@ class Batch:
     """int64 (B, T), the item to predict after seeing item[:, : t + 1]; 0 where there is none"""
     time: Tensor
     """int64 (B, T), timestamps of the shown items as the data gives them, 0 on padding"""
+    next_time: Tensor
+    """int64 (B, T), those of the items that follow them, the last of which is not shown; 0 on padding"""
     step: int = 0
     """Optimiser steps taken before this one."""
     epoch: int = 1

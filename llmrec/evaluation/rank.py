@@ -35,6 +35,8 @@ class Scorer:
     """Most items of histories in one call, all together; None: no limit."""
     uses_time: bool = False
     """Whether `score` takes the timestamps of the history, int64 (B, T), as its second argument."""
+    uses_request_time: bool = False
+    """Whether it takes those of the items that follow, the target's at last, int64 (B, T), as its third."""
 
 
 def popularity(data: Interactions) -> Scorer:
@@ -201,7 +203,10 @@ def _rank_block(
     if scorer.max_history is not None and seen.shape[1] > scorer.max_history:
         first = torch.maximum(start, stop - scorer.max_history)
         shown = pad_histories(item, first, stop)
-    scores = scorer.score(shown) if time is None else scorer.score(shown, pad_histories(time, first, stop))
+    times = [] if time is None else [pad_histories(time, first, stop)]
+    if time is not None and scorer.uses_request_time:
+        times.append(pad_histories(time, first + 1, stop + 1))  # a target stands behind its history
+    scores = scorer.score(shown, *times)
     kept = rank_targets(scores, target)
     masked = kept - seen_ahead(scores, target, seen) if mask_seen else kept
     result["rank"][row] = masked

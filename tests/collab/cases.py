@@ -16,7 +16,8 @@ def batch(*sequences: list[int]) -> Batch:
     """Train sequences padded with 0, every next item a target."""
     item = torch.tensor(sequences)
     shown = torch.where(item[:, 1:] != 0, item[:, :-1], 0)
-    return Batch(item=shown, target=item[:, 1:], time=torch.zeros_like(shown))
+    time = torch.zeros_like(shown)
+    return Batch(item=shown, target=item[:, 1:], time=time, next_time=time)
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,13 @@ CASES: dict[str, Case] = {
     "fuxi-sampled_ce": Case(
         "fuxi", FUXI | {"loss": "sampled_ce", "num_negatives": 16}, cycle={"learning_rate": 2e-2}
     ),
+    "fuxi-request": Case("fuxi", FUXI | {"use_request_time": True}),
     "fuxi-one-channel": Case("fuxi", FUXI | {"semantic": False, "temporal": False, "single_stage": True}),
     "moe-ce": Case("moe", FUXI | {"embed_dim": 32}, {"epochs": 40}),
     "moe-sampled_ce": Case(
         "moe", FUXI | {"loss": "sampled_ce", "num_negatives": 16}, cycle={"learning_rate": 2e-2}
     ),
+    "moe-request": Case("moe", FUXI | {"embed_dim": 32, "use_request_time": True}, {"epochs": 40}),
     "moe-everywhere": Case(
         "moe",
         FUXI | {"embed_dim": 32, "moe_targets": ("ffn", "out", "uvqk"), "balance": "cv2"},

@@ -81,6 +81,29 @@ class Endless(Simple):
         self.max_history = None
 
 
+class Timeless(Simple):
+    """It asks for the time of the request, and for no other."""
+
+    uses_request_time = True
+
+
+class Punctual(Bag):
+    """What was seen lately, and how long ago that was when the user asked."""
+
+    uses_time = uses_request_time = True
+
+    def waited(self, time: Tensor, next_time: Tensor) -> Tensor:
+        return (1 + (next_time - time).float()).log()[..., None]
+
+    def loss(self, batch: Batch) -> Loss:
+        query = self.encode(batch.item) * self.waited(batch.time, batch.next_time)
+        return next_item_loss("ce", query, self.item.weight, batch)
+
+    def score(self, history: Tensor, time: Tensor, next_time: Tensor) -> Tensor:
+        query = self.encode(history) * self.waited(time, next_time)
+        return last_of(query, history) @ self.item.weight.T
+
+
 class Bare(Simple):
     """The loss alone."""
 

@@ -226,16 +226,19 @@ def test_rows_hold_the_last_items_of_every_user_their_targets_and_times(layout):
         mine = item[offset[user] : offset[user + 1]].tolist()[-6:]
         first = int(offset[user + 1] - offset[user]) - len(mine)  # timestamps are positions
         for end in range(1, len(mine)):
-            expected.append((tuple(mine[:end]), tuple(range(first, first + end)), mine[end]))
+            expected.append((tuple(mine[:end]), tuple(range(first, first + end + 1)), mine[end]))
     found = []
     for batch in rows.batches(np.arange(rows.num_rows), step=3, epoch=2):
         assert (batch.step, batch.epoch) == (3, 2)
-        for shown, target, time in zip(batch.item.tolist(), batch.target.tolist(), batch.time.tolist()):
+        parts = (batch.item, batch.target, batch.time, batch.next_time)
+        for shown, target, time, later in zip(*(part.tolist() for part in parts)):
             length = sum(value != 0 for value in shown)
-            assert not any(shown[length:] + target[length:] + time[length:])
+            assert not any(shown[length:] + target[length:] + time[length:] + later[length:])
+            assert time[1:length] == later[: length - 1]
             ends = [end for end in range(1, length + 1) if target[end - 1]]
             assert ends == (list(range(1, length + 1)) if layout == "positions" else [length])
-            found += [(tuple(shown[:end]), tuple(time[:end]), target[end - 1]) for end in ends]
+            times = [*time[:1], *later]
+            found += [(tuple(shown[:end]), tuple(times[: end + 1]), target[end - 1]) for end in ends]
     assert sorted(found) == sorted(expected)
     assert rows.num_targets == len(expected)
 

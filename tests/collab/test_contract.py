@@ -52,23 +52,28 @@ def ranks(collab: CollabEmbeddings, data: Interactions, split: Split = "test") -
 def scores(model: nn.Module, history: list[list[int]]) -> torch.Tensor:
     """Scores after histories; the k-th item of each came at time 1,000 k, where the model asks."""
     item = torch.tensor(history, device=distributed.device())
-    time = torch.arange(item.shape[1], device=item.device) * 1000 * (item != 0)
-    return model.score(item, time) if model.uses_time else model.score(item)
+    place = torch.arange(item.shape[1], device=item.device)
+    times = [place * 1000 * (item != 0)] * model.uses_time
+    if getattr(model, "uses_request_time", False):
+        times.append((place + 1) * 1000 * (item != 0))
+    return model.score(item, *times)
 
 
 def batch_of(sequence: list[list[int]], layout: str = "positions") -> Batch:
     """Rows of train sequences as the trainer gives them to a model."""
     item = torch.tensor(sequence, device=distributed.device())
-    time = torch.arange(item.shape[1], device=item.device) * 1000 * (item != 0)
+    times = torch.arange(item.shape[1], device=item.device) * 1000 * (item != 0)
     shown = torch.where(item[:, 1:] != 0, item[:, :-1], 0)
-    time = torch.where(shown != 0, time[:, :-1], 0)
+    time = torch.where(shown != 0, times[:, :-1], 0)
+    next_time = times[:, 1:]
     if layout == "positions":
-        return Batch(item=shown, target=item[:, 1:], time=time)
+        return Batch(item=shown, target=item[:, 1:], time=time, next_time=next_time)
     row, last = item[:, 1:].nonzero(as_tuple=True)
     place = torch.arange(shown.shape[1], device=item.device)
     kept = place <= last[:, None]
     target = torch.where(place == last[:, None], item[row, last + 1][:, None], 0)
-    return Batch(item=shown[row] * kept, target=target, time=time[row] * kept)
+    times = {"time": time[row] * kept, "next_time": next_time[row] * kept}
+    return Batch(item=shown[row] * kept, target=target, **times)
 
 
 def loss_of(name: str) -> str:
@@ -177,7 +182,8 @@ def test_short_and_empty_histories_have_finite_scores_and_no_loss(name):
         assert scores(model, history).isfinite().all()
     item = torch.tensor([[4, 0], [0, 0]], device=distributed.device())
     with torch.enable_grad():
-        loss = model.loss(Batch(item=item, target=torch.zeros_like(item), time=torch.zeros_like(item)))
+        none = torch.zeros_like(item)
+        loss = model.loss(Batch(item=item, target=none, time=none, next_time=none))
         assert (loss.total.item(), loss.num_targets) == (0.0, 0)
         loss.total.backward()
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())

@@ -56,13 +56,16 @@ def test_a_block_has_the_published_number_of_weights(width, heads, head_dim, inn
 
 
 @torch.no_grad()
-def test_a_block_equals_a_loop_over_positions():
+@pytest.mark.parametrize("asked", [False, True], ids=["last item", "request"])
+def test_a_block_equals_a_loop_over_positions(asked):
     torch.manual_seed(0)
     block = fuxi_block(8, 2, 4, channels(10), 0.0, 16).double()
     history = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 0, 0, 0]])
     time = torch.tensor([[0, 10, 86_400, 86_400, 10**9], [5, 7, 0, 0, 0]])
     hidden = torch.randn(2, 5, 8, dtype=torch.float64)
-    found = run_blocks(torch.nn.ModuleList([block]), hidden, context_of(history, time))
+    now = torch.tensor([[10, 86_400, 86_400, 10**9, 10**9 + 7], [7, 10**6, 0, 0, 0]]) if asked else time
+    context = context_of(history, time, now) if asked else context_of(history, time)
+    found = run_blocks(torch.nn.ModuleList([block]), hidden, context)
     for row, length in ((0, 5), (1, 2)):
         x = hidden[row, :length]
         parts = F.silu(block.project.linear(rms_norm(x))).split([24, 8, 8, 8], -1)
@@ -70,7 +73,7 @@ def test_a_block_equals_a_loop_over_positions():
         for i in range(length):
             place, moment, content = torch.zeros(3, 2, 4, dtype=torch.float64)
             for j in range(i + 1):
-                bucket = min(int(math.log(max(1, abs(int(time[row, i] - time[row, j])))) / 0.301), 128)
+                bucket = min(int(math.log(max(1, abs(int(now[row, i] - time[row, j])))) / 0.301), 128)
                 for head in range(2):
                     place[head] += block.by_place[j - i + 9] * value[j, head]
                     moment[head] += block.by_time[bucket] * value[j, head]
@@ -117,7 +120,8 @@ def test_strengths_of_channels_are_of_the_targets_however_rows_are_padded_and_cu
     one.add(model.loss(rows))
     for row in range(3):
         single = {
-            name: F.pad(getattr(rows, name)[row : row + 1], (0, row)) for name in ("item", "target", "time")
+            name: F.pad(getattr(rows, name)[row : row + 1], (0, row))
+            for name in ("item", "target", "time", "next_time")
         }
         several.add(model.loss(replace(rows, **single)))
     number = int((rows.target != 0).sum())
@@ -153,6 +157,27 @@ def test_one_table_and_one_expert_are_fuxi_alpha_to_the_last_bit():
     assert torch.equal(plain.found, mixed.found)
     assert torch.equal(plain.item_embeddings(), mixed.item_embeddings())
     assert torch.equal(plain.eval().score(rows.item, rows.time), mixed.eval().score(rows.item, rows.time))
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["fuxi", "moe"])
+def test_a_model_that_uses_the_time_of_the_request_differs_by_it_alone(mixed):
+    """With the times of the last items in place of the requests' it is the model that does not."""
+    models = []
+    for use in (False, True):
+        torch.manual_seed(0)
+        sizes = SIZES | {"use_request_time": use}
+        models.append(FuxiMME(**sizes | MIXTURE).eval() if mixed else Fuxi(**sizes).eval())
+    plain, asked = models
+    assert (plain.uses_request_time, asked.uses_request_time) == (False, True)
+    history, time = torch.tensor([[3, 1, 4], [9, 0, 0]]), torch.tensor([[5, 70, 10**6], [8, 0, 0]])
+    later = torch.tensor([[70, 10**6, 10**6], [10**9, 0, 0]])
+    assert torch.equal(asked.score(history, time, time), plain.score(history, time))
+    same = (asked.score(history, time, later) - plain.score(history, time)).abs().amax(1) == 0
+    assert same.tolist() == [False, False]
+    rows = replace(batch([3, 1, 4, 7], [9, 2, 0, 0]), time=time, next_time=later)
+    losses = [model.loss(rows).total for model in models]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(asked.loss(replace(rows, next_time=time)).total, losses[0])
 
 
 def test_tables_are_independent_at_the_input_and_joined_in_the_score():

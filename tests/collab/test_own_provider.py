@@ -57,6 +57,21 @@ def test_it_learns_is_saved_and_scores_as_before(tmp_path):
     assert load_provider(loaded).decay == 0.25
 
 
+def test_it_is_given_the_times_it_asks_for():
+    data = cycle(num_users=100)
+    made = train_collab(
+        TrainCollabConfig(provider="own_models:Punctual", own={"embed_dim": 16}, epochs=2), data
+    )
+    model = load_provider(made)
+    rank = rank_users(provider_scorer(made), data, data.targets("test"), mask_seen=False).rank
+    for user in (0, 50):
+        *history, target = data.item[data.offset[user] : data.offset[user + 1]].tolist()
+        times = torch.from_numpy(data.timestamp[data.offset[user] : data.offset[user + 1]])[None]
+        with torch.no_grad():
+            scores = model.score(torch.tensor([history]), times[:, :-1], times[:, 1:])[0, 1:]
+        assert rank[user] == (scores > scores[target - 1]).sum()
+
+
 def test_single_numbers_among_its_weights_are_saved_as_such_under_any_name(tmp_path):
     made = train_collab(TrainCollabConfig(provider="own_models:Tempered", epochs=1), cycle())
     made.save(tmp_path)
@@ -271,6 +286,7 @@ def test_what_is_no_model_is_said_to_be_none(name, own, message):
     [
         ("Sideways", "layout must be one of positions, prefixes, got 'suffixes'"),
         ("Endless", "max_history must be a whole number of items, at least 1, got None"),
+        ("Timeless", "uses_request_time needs uses_time, since the request comes third"),
         ("Bare", r"loss\(\) gave a Tensor; return llmrec.collab.losses.Loss\(total=SUM, num_targets=N\)"),
         ("Averaged", r"total of loss\(\) must be a scalar to differentiate, got the shape \(2,\); return"),
         ("Deaf", r"must be a scalar to differentiate, got the shape \(\), without a gradient; return"),
@@ -348,7 +364,8 @@ def test_checks_of_it_leave_its_modes_and_weights_alone():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     again = lambda: own_models.Restless(num_items=12)  # noqa: E731
     shown = torch.tensor([[1, 2, 3], [4, 5, 0]])
-    batch = Batch(item=shown, target=shown.roll(-1, 1), time=torch.zeros_like(shown))
+    time = torch.zeros_like(shown)
+    batch = Batch(item=shown, target=shown.roll(-1, 1), time=time, next_time=time)
     check_provider("own_models:Restless", model, batch, 12, again)
     assert [name for name, part in model.named_modules() if part.training] == ["next"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -114,6 +114,25 @@ def test_the_whole_history_is_masked_and_the_context_is_limited():
     assert kept.rank.tolist() == [4.0, 4.0]
 
 
+def test_a_method_is_shown_the_times_it_asks_for():
+    data = interactions([[1, 2, 3, 4, 5], [6, 1]], 6)
+    data = replace(data, timestamp=np.array([10, 20, 30, 40, 50, 70, 90]))
+    given = []
+
+    def score(*shown: torch.Tensor) -> torch.Tensor:
+        given.append([part.tolist() for part in shown])
+        return torch.zeros(len(shown[0]), 7)
+
+    for scorer in (
+        Scorer(name="x", score=score, max_history=2),
+        Scorer(name="x", score=score, max_history=2, uses_time=True),
+        Scorer(name="x", score=score, max_history=2, uses_time=True, uses_request_time=True),
+    ):
+        rank_users(scorer, data, data.targets("test"))
+    item, time, later = [[6, 0], [3, 4]], [[70, 0], [30, 40]], [[90, 0], [40, 50]]
+    assert given == [[item], [item, time], [item, time, later]]
+
+
 def test_blocks_hold_so_many_items_as_a_method_takes_at_once():
     length = np.array([5, 1, 9, 2, 2, 30, 4])
     scorer = by_last_item(20)

@@ -37,6 +37,11 @@ class FuxiConfig(Settings, path="train_collab.fuxi"):
     temporal: bool = True
     """Whether the channel of distances in time is there; needs timestamps in seconds to mean something."""
 
+    use_request_time: bool = False
+    """Count times from the request (in training and evaluation the time of the item to predict), as released,
+    in place of the last item seen. A server knows it; but in data whose times are days, or whose ties are
+    listed in an order, it says much about the target: not for comparisons with models that do not read it."""
+
     single_stage: bool = False
     """Leave out the gated feed-forward part."""
 
@@ -82,5 +87,7 @@ def check_fuxi(provider: str, config: Any, width: int) -> None:
         config.semantic or config.positional or config.temporal,
         f"{where}.semantic, positional or temporal must be true: one channel at least is needed",
     )
+    if not config.temporal:
+        config.refuse_changed(["use_request_time"], "temporal=false")
     if config.single_stage:
         config.refuse_changed(["inner_multiplier"], "single_stage=true")

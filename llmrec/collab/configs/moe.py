@@ -59,6 +59,11 @@ class MoeConfig(Settings, path="train_collab.moe"):
     temporal: bool = True
     """Whether the channel of distances in time is there; needs timestamps in seconds to mean something."""
 
+    use_request_time: bool = False
+    """Count times from the request (in training and evaluation the time of the item to predict), as released,
+    in place of the last item seen. A server knows it; but in data whose times are days, or whose ties are
+    listed in an order, it says much about the target: not for comparisons with models that do not read it."""
+
     single_stage: bool = False
     """Leave out the gated feed-forward part."""
 
