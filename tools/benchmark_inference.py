@@ -127,7 +127,7 @@ def plain(recommender: Recommender, history: list[str], k: int) -> list[str]:
 
     with torch.no_grad():
         model = recommender.model
-        numbers = torch.tensor([recommender.number[name] for name in history])
+        numbers = torch.tensor([recommender.number[name] for name in history], device=recommender.device)
         embed, heads = model.base.get_input_embeddings(), model.item_scores
         prompt = torch.cat([embed(model.instruction), model.item_tokens(numbers), embed(model.response)])
         hidden = model.base(inputs_embeds=prompt[None], use_cache=False).last_hidden_state[0, -1]

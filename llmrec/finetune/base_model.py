@@ -93,6 +93,8 @@ def load_base(
             )
     except NOT_LOADABLE as error:
         raise ConfigError(_cannot_load("base model", config.base_model, error)) from None
+    if config.quantize == "nf4":
+        keep_layout(base)
     from llmrec.finetune.lora import add_lora
 
     return add_lora(base, config)
@@ -130,6 +132,19 @@ def four_bits() -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def keep_layout(base: nn.Module) -> None:
+    """Have 4-bit weights stay as they are packed.
+
+    On CPUs with AVX512-BF16, bitsandbytes packs them anew when they are first used in evaluation mode; from
+    then on no gradient goes through them in training, and only a warning says so (seen in 0.50.2).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def head_width(base: nn.Module) -> int:

@@ -139,6 +139,25 @@ def test_four_bit_bases_train_and_keep_their_scores(tmp_path_factory):
     assert load_scorer(adapter, *made).score(torch.tensor([[1, 2]])).dtype == torch.float32
 
 
+def test_four_bit_weights_pass_gradients_after_an_evaluation_too(tmp_path):
+    folder = save_backbone(tmp_path, hidden_size=64, intermediate_size=64, num_attention_heads=2)
+    config = dataclasses.replace(LORA, base_model=str(folder), quantize="nf4", precision="bf16")
+    base = base_model.load_base(config, PROMPT)
+
+    def gradient() -> torch.Tensor:
+        torch.manual_seed(0)
+        inputs = torch.randn(2, 3, 64, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = base.train()(inputs_embeds=inputs).last_hidden_state
+        hidden.float().square().mean().backward()
+        return inputs.grad
+
+    before = gradient()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        base.eval()(inputs_embeds=torch.randn(2, 3, 64, dtype=torch.bfloat16))
+    assert torch.equal(gradient(), before) and before.any()
+
+
 def test_eight_bit_states_learn_as_well():
     settings = dataclasses.replace(TINY, epochs=4)
     losses = {
