@@ -14,7 +14,7 @@ import json
 import os
 import typing
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pydantic
 
@@ -276,6 +276,12 @@ def given(value: T | None) -> T:
     """A setting that may be None, where the config's own checks have made sure that it is not."""
     assert value is not None
     return value
+
+
+def unhandled(choice: NoReturn) -> NoReturn:
+    """Ends a chain of branches over the choices of a setting: mypy refuses the call where one is missing, so
+    that a new choice cannot pass for another."""
+    raise AssertionError(f"there is no branch for {choice!r}")
 
 
 def stage_of(config: Any) -> str:

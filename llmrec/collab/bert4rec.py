@@ -8,6 +8,8 @@ published figures.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,6 +71,7 @@ class BERT4Rec(nn.Module):
         self.head_norm = nn.LayerNorm(embed_dim, eps=1e-12)
         self.bias = nn.Parameter(torch.zeros(num_items + 1))
         self.apply(init_weights)
+        layer: Any
         for layer in self.layers:
             nn.init.normal_(layer.self_attn.in_proj_weight, std=0.02)
 

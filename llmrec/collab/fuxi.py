@@ -7,6 +7,7 @@ Sources: Ye et al., "FuXi-alpha: Scaling Recommendation Model with Feature Inter
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec.collab.losses import Loss, Pooled, last_of, next_item_loss, ratio
+from llmrec.config import given
 from llmrec.data.batches import Batch
 
 NUM_BUCKETS = 129
@@ -263,7 +265,7 @@ class FuxiBlock(nn.Module):
             apart = place[None, :] - place[:, None] + self.channels.max_history - 1
             found.append(looked_up(self.by_place, apart).tril() @ value)
         if self.channels.temporal:
-            found.append(looked_up(self.by_time, context.bucket).tril()[:, None] @ value)
+            found.append(looked_up(self.by_time, given(context.bucket)).tril()[:, None] @ value)
         if self.channels.semantic:
             query, key = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in pair)
             similar = F.silu(query @ key.transpose(2, 3)) / self.channels.max_history
@@ -290,7 +292,7 @@ def fuxi_block(
     replace = replace or {}
     inner = num_heads * head_dim
 
-    def made(name: str, make: object) -> nn.Module:
+    def made(name: str, make: Callable[[], nn.Module]) -> nn.Module:
         return replace[name](make) if name in replace else make()
 
     def project() -> Projection:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llmrec.collab.interests import Interests, Prior
 from llmrec.collab.layers import init_weights, noise_free
 from llmrec.collab.losses import Loss, Pooled, last_of, next_item_loss, ratio
+from llmrec.config import given
 from llmrec.data.batches import Batch
 
 LOG_VARIANCE = 8.0
@@ -181,7 +182,7 @@ class GMVAE(nn.Module):
         mixture = prior.at(last)
         ranking = self.interest_ranking(mixture.mean, batch.target[last])
         terms = {
-            "orthogonality": self.interests.orthogonality(),
+            "orthogonality": given(self.interests).orthogonality(),
             "uneven_use": uneven_use(mixture.intensity),
             "indecision": indecision(prior.assignment[batch.item != 0]),
             "interest_kl": gaussian_kl(mixture.mean, mixture.log_variance, 0.0, 0.0).sum(-1).mean(),

@@ -8,6 +8,7 @@ differ, and the release differs from what its words say; `GatedMamba` lists both
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,7 @@ class SigmaMamba(nn.Module):
         if self.released:
             nn.init.normal_(self.item.weight, std=0.02)
         elif ssm:
+            layer: Any
             for layer in self.layers:
                 layer.mixer.mamba.reset_step_sizes()
 
@@ -141,6 +143,7 @@ class SigmaMamba(nn.Module):
             skip_row_0=not self.released,
         )
         parts = {}
+        layer: Any
         for place, layer in enumerate(self.layers, start=1):
             suffix = f"_{place}" if len(self.layers) > 1 else ""
             for name, value in layer.mixer.report(batch.target != 0).items():

@@ -9,6 +9,7 @@ its interface between releases; the tests hold ours to it.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,7 @@ class Mamba4Rec(nn.Module):
         )
         self.apply(init_weights)
         if init == "reference":
+            layer: Any
             for layer in self.layers:
                 layer.mixer.reset_step_sizes()
 

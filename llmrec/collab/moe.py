@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -222,7 +223,7 @@ class Experts(nn.Module):
         self.top_k = top_k
         self.router_noise = router_noise
         if len(experts) > 1:
-            width = int(experts[0].in_dim)
+            width = cast(int, experts[0].in_dim)
             self.router = nn.Parameter(torch.zeros(width, len(experts)))
             self.noise = nn.Parameter(torch.zeros(width, len(experts)))
 

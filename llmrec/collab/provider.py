@@ -177,7 +177,7 @@ def provider_scorer(collab: CollabEmbeddings) -> Scorer:
     return scorer_of(load_provider(collab), collab.provider)
 
 
-def scorer_of(model: nn.Module, name: str, *, quick: bool = False) -> Scorer:
+def scorer_of(model: Any, name: str, *, quick: bool = False) -> Scorer:
     """A provider as a method to rank, under the given name; quick: by its cheaper scores, if it has some."""
     score = getattr(model, "quick_score", model.score) if quick else model.score
     return Scorer(

@@ -33,7 +33,8 @@ def tables_of(model: MMESID) -> dict[str, Callable[[Tensor], Tensor]]:
     tokens, scores = model.item_tokens, model.item_scores
     tables: dict[str, Callable[[Tensor], Tensor]] = dict(tokens.parts.items())
     if isinstance(tokens.mixer, Mlp):
-        tables["token_before_activation"] = lambda item: tokens.mixer.layers(
+        layers = tokens.mixer.layers
+        tables["token_before_activation"] = lambda item: layers(
             torch.cat([part(item) for part in tokens.parts.values()], dim=-1)
         )
     tables["token"] = lambda item: tokens(item).flatten(1)
@@ -83,7 +84,7 @@ def taus(model: MMESID, data: Interactions, collab: np.ndarray, seed: int = 0) -
         """Items of the samples that count, twice, and their distances."""
         if name not in references:
             vectors = collab if name == "" else frozen[f"vectors_{name}"]
-            known = vectors.any(axis=1)
+            known = np.asarray(vectors.any(axis=1))
             counted = known[pairs.history] & known[pairs.target]
             history, target = pairs.history[counted], pairs.target[counted]
             references[name] = history, target, distances(lambda items: vectors[items], history, target)

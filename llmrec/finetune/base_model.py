@@ -147,7 +147,7 @@ def keep_layout(base: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def head_width(base: nn.Module) -> int:
+def head_width(base: Any) -> int:
     """Width of one attention head of a decoder."""
     known = base.config
     return getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads
@@ -193,7 +193,7 @@ def can_share(config: FinetuneConfig) -> bool:
     return config.share_instruction and config.rows != "padded"
 
 
-def set_up_base(config: FinetuneConfig, base: nn.Module, flex: bool) -> None:
+def set_up_base(config: FinetuneConfig, base: Any, flex: bool) -> None:
     """Attention, kernels, checkpointing and compilation of the base model, in place.
 
     Raises:
@@ -227,7 +227,7 @@ def set_up_base(config: FinetuneConfig, base: nn.Module, flex: bool) -> None:
             block.compile()
 
 
-def decoder_of(base: nn.Module) -> nn.Module:
+def decoder_of(base: Any) -> Any:
     """The base model without LoRA's wrapper."""
     return base.get_base_model() if hasattr(base, "get_base_model") else base
 
@@ -247,7 +247,7 @@ def shard(model: nn.Module, base: nn.Module) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def window_of(base: nn.Module) -> int | None:
+def window_of(base: Any) -> int | None:
     """Tokens that a decoder's attention window and positions hold at once; None: no bound is known.
 
     Dense masks of ours replace the base model's own ones, sliding windows included.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
+from llmrec.config import unhandled
 from llmrec.errors import ConfigError
 from llmrec.finetune.base_model import head_width, set_up_base, stream_and_flex
 from llmrec.finetune.config import FinetuneConfig
@@ -35,7 +36,7 @@ def item_vectors(
 
 def build_model(
     config: FinetuneConfig,
-    base: nn.Module,
+    base: Any,
     prompt: Prompt,
     vectors: dict[str, np.ndarray],
     ids: SemanticIds,
@@ -126,10 +127,10 @@ def item_scores(
     Raises:
         ConfigError: the fusion asks for what these tokens or these items do not have.
     """
-    width = given.hidden_size
-    if config.fusion_used == "target":
+    width, fusion = given.hidden_size, config.fusion_used
+    if fusion == "target":
         return ItemScores(given.vectors, nn.ModuleDict(), nn.Identity(), width, config.target_std)
-    if config.fusion_used == "frequency" and (train_count[1:] == train_count[1]).all():
+    if fusion == "frequency" and (train_count[1:] == train_count[1]).all():
         raise ConfigError(
             f"all items have {int(train_count[1])} training interactions, so there is no frequency to "
             "fuse by; set finetune.fusion=equal"
@@ -140,14 +141,17 @@ def item_scores(
             f"finetune.fusion={config.fusion!r} scores with the maps of frozen vectors to the model's "
             f"width ({width}), which these item tokens do not have; set finetune.fusion=target"
         )
-    sources = 1 + len(maps)
+    num_items, sources = len(train_count) - 1, 1 + len(maps)
     gate: nn.Module
-    if config.fusion_used == "frequency":
+    if fusion == "frequency":
         add_first = config.fusion_weights == "modalities"
         gate = FrequencyGate(train_count, sources, config.fusion_temperature, add_first=add_first)
+    elif fusion == "equal":
+        gate = EqualWeights(num_items, sources)
+    elif fusion == "sum":
+        gate = EqualWeights(num_items, sources, weight=1.0)
     else:
-        weight = 1.0 if config.fusion_used == "sum" else None
-        gate = EqualWeights(len(train_count) - 1, sources, weight)
+        unhandled(fusion)
     return ItemScores(given.vectors, maps, gate, width, config.target_std)
 
 
@@ -197,7 +201,7 @@ def flops_per_token(model: MMESID) -> float:
     )
 
 
-def settings_of(config: FinetuneConfig, prompt: Prompt, base: nn.Module) -> dict[str, Any]:
+def settings_of(config: FinetuneConfig, prompt: Prompt, base: Any) -> dict[str, Any]:
     """What `scoring.load_scorer` needs beside the weights."""
     local = not config.is_mini and Path(config.base_model).is_dir()
     return {

@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llmrec.config import Settings, StageSettings, require
-from llmrec.finetune.method_table import FREQUENCY_FIELDS, MethodName, method_of, without_effect
+from llmrec.finetune.method_table import (
+    FREQUENCY_FIELDS,
+    FusionName,
+    MethodName,
+    method_of,
+    without_effect,
+)
 from llmrec.own import OwnName, OwnSettings, is_own
 
 
@@ -122,7 +128,7 @@ class FinetuneConfig(StageSettings, path="finetune"):
     """Scaling of the frozen item vectors: as encoded; centred, with unit variance per modality, or in every
     direction (see llmrec/finetune/scaling.py); or unit rows."""
 
-    fusion: Literal["auto", "frequency", "equal", "sum", "target"] = "auto"
+    fusion: Literal["auto", FusionName] = "auto"
     """Weights of the score sources: by item frequency, all equal, each 1 (sum), or the target table alone;
     auto: frequency for mme_sid and mme_random, sum for se_sid, target for all others, your own among them."""
 
@@ -398,7 +404,7 @@ class FinetuneConfig(StageSettings, path="finetune"):
         return {} if self.is_mini else {"base_model": self.base_model}
 
     @property
-    def fusion_used(self) -> str:
+    def fusion_used(self) -> FusionName:
         """What fusion='auto' stands for."""
         if self.fusion != "auto":
             return self.fusion

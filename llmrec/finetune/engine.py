@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmrec import distributed
@@ -89,7 +90,8 @@ class Engine:
                 "gradient_clipping": config.clip_norm,
                 "zero_allow_untested_optimizer": True,
             }
-        self.wrapped, self.optimizer = model, self.inner
+        self.wrapped: Any = model
+        self.optimizer: Any = self.inner
         if not self.fsdp:
             with warnings.catch_warnings():
                 # torch renames the argument, and accelerate knows it by its old name.
@@ -102,7 +104,7 @@ class Engine:
         """Add the gradients of scale * loss; the loss. The last call of a step shares them over processes."""
         arguments = given.groups, given.weight, given.pairs, given.targets
         if self.fsdp:
-            self.model.set_requires_gradient_sync(last)
+            cast(FSDPModule, self.model).set_requires_gradient_sync(last)
             loss = self.wrapped("loss", *arguments)
             (loss * scale).backward()
             return loss.detach()

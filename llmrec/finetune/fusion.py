@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +136,7 @@ class ItemScores(nn.Module):
         weights = self.gate()
         queries, keys = [hidden], [weights[:, :1] * self.target_table]
         for source, modality in enumerate(self.modalities, start=1):
-            projection = self.projections[modality]
+            projection = cast(nn.Linear, self.projections[modality])
             weight = weights[:, source : source + 1]
             queries += [hidden @ projection.weight, (hidden @ projection.bias)[:, None]]
             keys += [weight * self.vectors_of(modality), weight]

@@ -22,6 +22,8 @@ MethodName = Literal[
     "mme_random",
 ]
 
+FusionName = Literal["frequency", "equal", "sum", "target"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -34,7 +36,7 @@ class Method:
         settings: of finetune, those that it shares with some methods only.
     """
 
-    fusion: Literal["frequency", "sum", "target"] = "target"
+    fusion: FusionName = "target"
     modalities: Literal["all", "collab", "several"] = "all"
     reads_codes: bool = False
     settings: tuple[str, ...] = ()

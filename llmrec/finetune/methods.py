@@ -25,7 +25,7 @@ To add one to this package: a function here, in `METHODS`, and what settings hav
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ def mlp(parts: Parts, inputs: ItemInputs, config: FinetuneConfig) -> Mlp:
 
 def widths_of(parts: Parts) -> list[int]:
     """Of what parts give."""
-    return [int(part.width) for part in parts.values()]
+    return [cast(int, part.width) for part in parts.values()]
 
 
 def with_codes(inputs: ItemInputs, config: FinetuneConfig) -> ItemTokens:

@@ -26,6 +26,9 @@ from llmrec.precision import tf32
 
 Instruction = tuple[list[tuple[Tensor, Tensor]], Tensor]
 
+OVER_CATALOGUE = {"ce": item_cross_entropy, "bce_full": item_binary_cross_entropy}
+"""Losses that score every item, by finetune.loss."""
+
 
 class MMESID(nn.Module):
     """A causal language model that reads item tokens and scores the whole catalogue.
@@ -57,7 +60,7 @@ class MMESID(nn.Module):
 
     def __init__(
         self,
-        base: nn.Module,
+        base: Any,
         item_tokens: ItemTokens,
         item_scores: ItemScores,
         instruction: Tensor,
@@ -130,11 +133,11 @@ class MMESID(nn.Module):
             negative = sent(torch.cat([given(rows.negative) for rows in groups]), device)
             loss = self._sampled_loss(readout, target, negative)
         else:
-            kind = item_cross_entropy if self.loss_kind == "ce" else item_binary_cross_entropy
+            over_catalogue = OVER_CATALOGUE[self.loss_kind]
             # The item matrix stays in float32, so its products are TF32's where bfloat16 is good enough.
             with tf32(device, self.precision == "bf16"):
                 queries, keys = self.item_scores.factors(readout)
-                loss = kind(queries, keys, target, skip_row_0=self.mask_pad)
+                loss = over_catalogue(queries, keys, target, skip_row_0=self.mask_pad)
         loss = weight * loss
         if pairs is not None:
             aligned = self.item_tokens.alignment([sent(pair, device) for pair in pairs])
@@ -282,7 +285,7 @@ class MMESID(nn.Module):
         return output.last_hidden_state
 
 
-def cache_name(base: nn.Module) -> str:
+def cache_name(base: Any) -> str:
     """How a decoder calls the keys and values it knows already; transformers renamed them."""
     decoder = base.get_base_model() if hasattr(base, "get_base_model") else base
     known = inspect.signature(decoder.forward).parameters

@@ -170,7 +170,7 @@ def check_saved(
             f"the saved adapter scores differently from the trained one (largest difference {difference:g})"
         )
     logger.info("finetune: saved, loaded and compared; largest score difference %g", difference)
-    return cast(CatalogueScores, loaded.score).run
+    return cast(MMESID, cast(CatalogueScores, loaded.score).run)
 
 
 def align_first(config: FinetuneConfig, model: MMESID, num_items: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ TABLE_BYTES = 1 << 30
 
 def frozen(model: MMRQVAE, name: str) -> ModalityAutoencoder:
     """A copy of one modality's autoencoder in float64 for evaluation."""
-    return copy.deepcopy(model.autoencoders[name]).double().eval().requires_grad_(False)
+    autoencoder = cast(ModalityAutoencoder, copy.deepcopy(model.autoencoders[name]))
+    return autoencoder.double().eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -85,6 +85,7 @@ class TrainingItems:
 def initialise(model: MMRQVAE, config: LearnSemanticIdsConfig, items: TrainingItems) -> None:
     """Fit the scaling to all items, and the first codes to latent vectors of at most kmeans_rows of them."""
     generator = torch.Generator().manual_seed(config.seed)
+    autoencoder: Any
     for name, autoencoder in model.autoencoders.items():
         index = items.with_vector(name)
         autoencoder.scaling.fit(
@@ -194,7 +195,8 @@ def train_epoch(
     }
     if restarts is not None:
         for name, found in residuals.items():
-            model.autoencoders[name].quantizer.restart(used[name], found, restarts)
+            autoencoder: Any = model.autoencoders[name]
+            autoencoder.quantizer.restart(used[name], found, restarts)
     shares = {name: found.double().mean(dim=1).tolist() for name, found in used.items()}
     return tally.mean_loss(), tally.mean_parts(), shares
 
