@@ -28,7 +28,7 @@ from llmrec.collab.rows import TrainingRows
 from llmrec.data.batches import Batch
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError, TrainingError
-from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k
+from llmrec.evaluation.metrics import of_validation
 from llmrec.evaluation.rank import Scorer, popularity, rank_users
 from llmrec.interactions import Interactions, Sequences, Split, Targets
 from llmrec.precision import matrix_precision, tf32
@@ -398,11 +398,7 @@ def validate(
 
 def valid_metrics(scorer: Scorer, data: Interactions, targets: Targets, mask_seen: bool) -> dict[str, float]:
     """See `validate`."""
-    rank = rank_users(scorer, data, targets, mask_seen=mask_seen, shard=False).rank
-    return {
-        "valid_ndcg@10": float(np.mean(ndcg_at_k(rank, 10))),
-        "valid_recall@10": float(np.mean(recall_at_k(rank, 10))),
-    }
+    return of_validation(rank_users(scorer, data, targets, mask_seen=mask_seen, shard=False).rank)
 
 
 def warn_if_popularity_is_as_good(

@@ -7,9 +7,9 @@ ndcg@k = [r <= k] / log2(r + 1) (the ideal DCG is 1), mrr@k = [r <= k] / r.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
 
-METRICS = ("recall", "ndcg", "mrr")
+import numpy as np
 
 
 def recall_at_k(rank: np.ndarray, k: int) -> np.ndarray:
@@ -27,12 +27,27 @@ def mrr_at_k(rank: np.ndarray, k: int) -> np.ndarray:
     return recall_at_k(rank, k) / (rank + 1)
 
 
+METRICS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "recall": recall_at_k,
+    "ndcg": ndcg_at_k,
+    "mrr": mrr_at_k,
+}
+"""By the name that metrics.json and tables show, which hold every one of them at every k."""
+
+
 def per_user(rank: np.ndarray, ks: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Every metric of every user, by name such as ``ndcg@10``; float64 (U,) each."""
-    functions = {"recall": recall_at_k, "ndcg": ndcg_at_k, "mrr": mrr_at_k}
-    return {f"{name}@{k}": functions[name](rank, k) for k in ks for name in METRICS}
+    return {f"{name}@{k}": metric(rank, k) for k in ks for name, metric in METRICS.items()}
 
 
 def summarise(rank: np.ndarray, ks: tuple[int, ...] = (5, 10, 20)) -> dict[str, float]:
     """Means over all users, by name such as ``recall@10``."""
     return {name: float(values.mean()) for name, values in per_user(rank, ks).items()}
+
+
+def of_validation(rank: np.ndarray) -> dict[str, float]:
+    """Means that training logs of the validation items, from their ranks (U,); ndcg chooses the epoch."""
+    return {
+        "valid_ndcg@10": float(ndcg_at_k(rank, 10).mean()),
+        "valid_recall@10": float(recall_at_k(rank, 10).mean()),
+    }

@@ -20,7 +20,7 @@ from llmrec import distributed, machine, tracking
 from llmrec.checkpoint import Checkpoints, StopRequests, stop_requests
 from llmrec.data.batches import pad_histories
 from llmrec.errors import StoppedError, TrainingError
-from llmrec.evaluation.metrics import ndcg_at_k, recall_at_k
+from llmrec.evaluation.metrics import of_validation
 from llmrec.evaluation.rank import rank_users
 from llmrec.finetune import analysis, build
 from llmrec.finetune.bad_steps import BadSteps, Step
@@ -245,7 +245,8 @@ class Trainer:
         masked = self.config.mask_seen
         rank = rank_users(self.engine.scorer(), self.data, targets, mask_seen=masked, shard=True).rank
         state = self.state
-        ndcg = float(ndcg_at_k(rank, 10).mean())
+        found = of_validation(rank)
+        ndcg = found["valid_ndcg@10"]
         loss = next((f"loss {row['loss']:.4f}, " for row in reversed(state.log) if "loss" in row), "")
         best = ""
         if state.best is not None and ndcg <= state.best[0]:
@@ -254,12 +255,11 @@ class Trainer:
             state.best = (ndcg, state.epoch)
             if self.config.select == "valid":
                 self.best_weights = self.engine.weights()
-        recall = float(recall_at_k(rank, 10).mean())
         logger.info(
             "finetune: epoch %s, %svalid ndcg@10 %.4f, recall@10 %.4f%s",
-            state.epoch, loss, ndcg, recall, best,
+            state.epoch, loss, ndcg, found["valid_recall@10"], best,
         )  # fmt: skip
-        return {"valid_ndcg@10": ndcg, "valid_recall@10": recall}
+        return found
 
     def _out_of_memory(self) -> str:
         """What to turn when the GPU is full: the one thing that helps most."""
