@@ -44,13 +44,13 @@ UTILISATION = 0.4
 """Share of the peak in matrix products, which grow with tokens. Fitted to an H200 with Llama-3-8B
 (tools/engine.md)."""
 
-PER_MILLION_TARGETS = {
+PER_MILLION_TARGETS: dict[str, float] = {
     **{"sasrec": 0.48, "comirec": 0.45, "fuxi": 1.4, "gmvae": 1.9, "moe": 2.9, "bert4rec": 0.71, "svae": 6.6},
     **{"gru4rec": 2.2, "mamba4rec": 4.9, "mind": 11, "mamba": 13, "diffurec": 66, "diffusion": 83},
 }
 """Seconds per million targets that an H200 took on MovieLens-1M, settings of recipes/providers_ml1m.py:
 seconds per epoch in float32 (tools/README.md) over 0.647 million targets, or 0.981 of all windows. Those of
-SIGMA-GMVAE are from before its hard interests begin."""
+SIGMA-GMVAE are from before its hard interests begin. Of a model that is not here no time is told."""
 
 AS_RELEASED = {"mamba": 208.0, "diffusion": 32.0}
 """The same of models in their released form."""
@@ -67,6 +67,9 @@ SMALL_STEP = 0.0065
 
 TEXT_NUMBERS, PICTURE_NUMBERS, PICTURE_TOKENS = 7.0e9, 0.3e9, 577
 """LLM2CLIP: weights of linear layers in Llama-3-8B and in CLIP ViT-L/14-336, and tokens of a picture."""
+
+KNOWN_ENCODERS = ("llm2clip", "tfidf", "classical", "precomputed", "none")
+"""Encoders whose time is that of these numbers, or of a CPU."""
 
 CHARACTERS = 4
 """Of a token, about."""
@@ -118,6 +121,8 @@ def sequence_model(config: TrainCollabConfig, data: Interactions) -> Work | str:
         return "read from a file"
     if config.is_own:
         return "not known for a model of one's own"
+    if config.provider not in PER_MILLION_TARGETS:
+        return f"not known for {config.provider}, which was not measured"
     model: Any = make_provider(config.provider, {"num_items": 1, **config.of_model})
     splits = ("train", "valid") if config.include_valid else ("train",)
     rows = training_rows(model, config, data.sequences(*splits))
@@ -138,7 +143,7 @@ def sequence_model(config: TrainCollabConfig, data: Interactions) -> Work | str:
 def encoders(config: EncodeItemsConfig, data: Interactions) -> Work | str:
     """Encoding all texts and pictures, once they are read."""
     flops, text, image = 0.0, config.text.encoder, config.image.encoder
-    unknown = [name for name in (text, image) if name in ("openclip", "huggingface")]
+    unknown = [name for name in (text, image) if name not in KNOWN_ENCODERS]
     if {text, image} <= {"precomputed", "none"}:
         return "read from files"
     if unknown:

@@ -14,7 +14,16 @@ from llmrec.assignments import describe, field_docs, format_value, override
 from llmrec.cli import settings_help
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.configs.gmvae import GmvaeConfig
-from llmrec.config import Settings, as_dict, changed_fields, changed_settings, flatten, from_dict, require
+from llmrec.config import (
+    Settings,
+    as_dict,
+    changed_fields,
+    changed_settings,
+    flatten,
+    from_dict,
+    require,
+    unhandled,
+)
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
@@ -347,3 +356,8 @@ def test_a_seed_that_numpy_does_not_take_is_refused_at_once(name):
     apply_overrides(Recipe(), [f"{name}.seed={most}"])
     with pytest.raises(ConfigError, match=f"^{message}$"):
         apply_overrides(Recipe(), [f"{name}.seed={most + 1}"])
+
+
+def test_a_choice_without_a_branch_does_not_pass_for_another():
+    with pytest.raises(AssertionError, match="there is no branch for 'new'"):
+        unhandled("new")

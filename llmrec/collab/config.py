@@ -287,3 +287,7 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
 
 def names(config: TrainCollabConfig) -> list[str]:
     return [spec.name for spec in fields(config)]
+
+
+NO_FIELD = set(PROVIDER_FIELDS) - set(TrainCollabConfig.__dataclass_fields__)
+assert not NO_FIELD, f"TrainCollabConfig needs a field for the settings of {NO_FIELD}"

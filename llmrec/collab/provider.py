@@ -20,6 +20,7 @@ from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings
 from llmrec.collab.bert4rec import BERT4Rec
 from llmrec.collab.comirec import ComiRec
+from llmrec.collab.config import PROVIDER_FIELDS
 from llmrec.collab.diffurec import DiffuRec
 from llmrec.collab.diffusion import DiffuRecSys
 from llmrec.collab.fuxi import Fuxi
@@ -96,6 +97,9 @@ PROVIDERS = {
     "mind": MIND,
 }
 """Models by name; the name is the value of train_collab.provider and the field of its settings."""
+
+UNPAIRED = set(PROVIDERS) ^ set(PROVIDER_FIELDS)
+assert not UNPAIRED, f"PROVIDERS and collab.config.ProviderName must name the same models, not {UNPAIRED}"
 
 
 def provider_class(name: str) -> Any:

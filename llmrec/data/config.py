@@ -7,10 +7,22 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from llmrec.config import Settings, StageSettings, given, require
 from llmrec.errors import ConfigError
+
+SourceName = Literal["sample_market", "table", "sequences", "amazon_2014"]
+
+NEEDED: dict[str, tuple[str, ...]] = {
+    "sample_market": (),
+    "table": ("interactions",),
+    "sequences": ("interactions",),
+    "amazon_2014": ("category", "folder"),
+}
+"""Settings that must be set, by source."""
+
+assert set(NEEDED) == set(get_args(SourceName)), "NEEDED must name every source"
 
 OWN_COLUMNS = ("raw_id", "title", "train_count", "image_path")
 """Columns of items.parquet that text columns must not be named like."""
@@ -124,7 +136,7 @@ class SampleMarketConfig(Settings, path="prepare_data.market"):
 class PrepareDataConfig(StageSettings, path="prepare_data"):
     """Where interactions and items come from, and how they are filtered and split."""
 
-    source: Literal["sample_market", "table", "sequences", "amazon_2014"] = "sample_market"
+    source: SourceName = "sample_market"
     """sample_market: the built-in world; table: CSV, parquet or raw files; sequences: text lines
     `user item item ...`, oldest item first; amazon_2014: a category by name, fetched where it is absent."""
 
@@ -259,10 +271,7 @@ class PrepareDataConfig(StageSettings, path="prepare_data"):
             yield ["seed"], "ties='file'"
 
     def _check_what_goes_together(self) -> None:
-        needed = {"amazon_2014": ("category", "folder"), "sample_market": ()}.get(
-            self.source, ("interactions",)
-        )
-        for name in needed:
+        for name in NEEDED[self.source]:
             require(
                 getattr(self, name) is not None,
                 f"prepare_data.{name} must be set with source={self.source!r}, got none",

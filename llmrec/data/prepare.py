@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llmrec.config import given, unhandled
 from llmrec.data import splits, ties
 from llmrec.data.config import PrepareDataConfig
 from llmrec.data.filters import first_of_duplicates, k_core
@@ -61,19 +62,7 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
     asked = config
     if config.source == "amazon_2014":
         config = resolve(config)
-    assert config.interactions is not None
-    path = Path(config.interactions)
-    if config.source == "sequences":
-        log = read_sequences(path)
-    else:
-        log = read_log(
-            TableFile(path, config.column_names),
-            user=config.user_column,
-            item=config.item_column,
-            timestamp=config.timestamp_column,
-            timestamp_format=config.timestamp_format,
-            rating=config.rating_column,
-        )
+    log = read(config)
     item_file = ItemFile(config)
     rows = filter_rows(config, log, item_file)
     summary: dict[str, Any] = {
@@ -92,6 +81,24 @@ def prepare_data(config: PrepareDataConfig) -> Interactions:
         if address is not None and TableFile(Path(address)).on_hub:
             unexpected += warnings_of_address(address)
     return assemble(rows, split, item_file, summary, unexpected)
+
+
+def read(config: PrepareDataConfig) -> Log:
+    """All interactions of the file, as they stand there."""
+    path = Path(given(config.interactions))
+    if config.source == "sequences":
+        return read_sequences(path)
+    if config.source == "table":
+        return read_log(
+            TableFile(path, config.column_names),
+            user=config.user_column,
+            item=config.item_column,
+            timestamp=config.timestamp_column,
+            timestamp_format=config.timestamp_format,
+            rating=config.rating_column,
+        )
+    assert config.source != "sample_market" and config.source != "amazon_2014", "which are no files"
+    unhandled(config.source)
 
 
 @dataclass(kw_only=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llmrec.config import Settings, StageSettings, require
 from llmrec.errors import DataError
 
 if TYPE_CHECKING:
     from llmrec.interactions import Interactions
+
+TextEncoderName = Literal["tfidf", "huggingface", "openclip", "llm2clip", "precomputed", "none"]
+ImageEncoderName = Literal["classical", "huggingface", "openclip", "llm2clip", "precomputed", "none"]
 
 UNREAD = ("none", "precomputed")
 """Encoders that read no texts or pictures."""
@@ -57,12 +60,15 @@ IMAGE_FIELDS: dict[str, set[str]] = {
 }
 """Fields that take effect, by image encoder."""
 
+assert {*TEXT_FIELDS, "none"} == {*get_args(TextEncoderName)}, "TEXT_FIELDS must name every text encoder"
+assert {*IMAGE_FIELDS, "none"} == {*get_args(ImageEncoderName)}, "IMAGE_FIELDS must name every image encoder"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig(Settings, path="encode_items.text"):
     """How item texts become vectors."""
 
-    encoder: Literal["tfidf", "huggingface", "openclip", "llm2clip", "precomputed", "none"] = "tfidf"
+    encoder: TextEncoderName = "tfidf"
     """tfidf: TF-IDF and truncated SVD, no download; huggingface: any transformers AutoModel;
     openclip: the text side of a CLIP; llm2clip: the paper's, a Llama with an adapter into CLIP's space;
     precomputed: vectors from a file; none: no text."""
@@ -149,7 +155,7 @@ class TextEncoderConfig(Settings, path="encode_items.text"):
 class ImageEncoderConfig(Settings, path="encode_items.image"):
     """How item pictures become vectors."""
 
-    encoder: Literal["classical", "huggingface", "openclip", "llm2clip", "precomputed", "none"] = "classical"
+    encoder: ImageEncoderName = "classical"
     """classical: colour histogram, gradient histogram and PCA, no download; huggingface: any
     transformers vision model or CLIP; openclip: the image side of a CLIP; llm2clip: the paper's CLIP;
     precomputed: vectors from a file; none: no pictures."""

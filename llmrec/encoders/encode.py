@@ -14,7 +14,7 @@ import pyarrow.types as types
 
 from llmrec import distributed
 from llmrec.artifacts import ContentEmbeddings
-from llmrec.config import as_dict, given
+from llmrec.config import as_dict, given, unhandled
 from llmrec.encoders.cache import VectorCache
 from llmrec.encoders.config import (
     NO_TEXT,
@@ -173,11 +173,14 @@ def text_encoder(config: TextEncoderConfig, texts: list[str]) -> Encoder:
             max_tokens=config.max_tokens,
             dtype=config.dtype,
         )
-    from llmrec.encoders.openclip import OpenClipEncoder
+    if config.encoder == "openclip":
+        from llmrec.encoders.openclip import OpenClipEncoder
 
-    return OpenClipEncoder(
-        "text", model=given(config.model), pretrained=config.pretrained, dtype=config.dtype
-    )
+        return OpenClipEncoder(
+            "text", model=given(config.model), pretrained=config.pretrained, dtype=config.dtype
+        )
+    assert config.encoder != "precomputed" and config.encoder != "none", "which encode nothing"
+    unhandled(config.encoder)
 
 
 def image_encoder(config: ImageEncoderConfig) -> Encoder:
@@ -198,11 +201,14 @@ def image_encoder(config: ImageEncoderConfig) -> Encoder:
         return llm2clip.ImageEncoder(
             config.model or llm2clip.CLIP_MODEL, revision=config.revision, dtype=config.dtype
         )
-    from llmrec.encoders.openclip import OpenClipEncoder
+    if config.encoder == "openclip":
+        from llmrec.encoders.openclip import OpenClipEncoder
 
-    return OpenClipEncoder(
-        "image", model=given(config.model), pretrained=config.pretrained, dtype=config.dtype
-    )
+        return OpenClipEncoder(
+            "image", model=given(config.model), pretrained=config.pretrained, dtype=config.dtype
+        )
+    assert config.encoder != "precomputed" and config.encoder != "none", "which encode nothing"
+    unhandled(config.encoder)
 
 
 def precomputed(modality: str, config: TextEncoderConfig | ImageEncoderConfig, data: Interactions) -> Encoded:

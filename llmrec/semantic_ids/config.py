@@ -210,12 +210,10 @@ class LearnSemanticIdsConfig(StageSettings, path="learn_semantic_ids"):
 
     def _refuse_settings_without_effect(self) -> None:
         """A setting that cannot change the result is a mistake of whoever set it."""
-        if self.reconstruction == "mse":
-            self.refuse_changed(["mmd_weight"], "reconstruction='mse'")
-            if self.alignment != "mmd":
-                self.refuse_changed(["mmd_estimator"], "reconstruction='mse'")
-        if self.reconstruction == "mmd":
-            self.refuse_changed(["mse_weight"], "reconstruction='mmd'")
+        parts, reason = self.reconstruction.split("+"), f"reconstruction={self.reconstruction!r}"
+        self.refuse_changed([f"{part}_weight" for part in ("mmd", "mse") if part not in parts], reason)
+        if "mmd" not in parts and self.alignment != "mmd":
+            self.refuse_changed(["mmd_estimator"], reason)
         if self.alignment == "none":
             self.refuse_changed(["alignment_weight"], "alignment='none'")
         if self.alignment != "infonce":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmrec.config import given
+from llmrec.config import given, unhandled
 from llmrec.precision import full_precision
 from llmrec.semantic_ids.losses import info_nce, mmd
 from llmrec.semantic_ids.quantizer import Quantized, ResidualQuantizer
@@ -86,10 +86,10 @@ class MMRQVAE(nn.Module):
         self.mmd_estimator = mmd_estimator
         self.alignment = alignment
         self.alignment_temperature = alignment_temperature
-        used = reconstruction.split("+")
+        self.reconstruction = reconstruction.split("+")
         self.weights = {
-            "mmd": mmd_weight if "mmd" in used else 0.0,
-            "mse": mse_weight if "mse" in used else 0.0,
+            "mmd": mmd_weight,
+            "mse": mse_weight,
             "quantization": quantization_weight,
             "alignment": alignment_weight,
         }
@@ -135,12 +135,13 @@ class MMRQVAE(nn.Module):
 
     def own_losses(self, found: Encoded) -> dict[str, Tensor]:
         """Reconstruction and quantisation of one modality."""
-        losses = {"quantization": found.quantized.loss}
-        if self.weights["mmd"]:
-            losses["mmd"] = mmd(found.source.detach(), found.decoded, estimator=self.mmd_estimator)
-        if self.weights["mse"]:
-            losses["mse"] = F.mse_loss(found.decoded, found.source.detach())
-        return losses
+        source, decoded = found.source.detach(), found.decoded
+        made = {
+            "mmd": lambda: mmd(source, decoded, estimator=self.mmd_estimator),
+            "mse": lambda: F.mse_loss(decoded, source),
+        }
+        reconstructions = {part: made[part]() for part in self.reconstruction}
+        return {"quantization": found.quantized.loss, **reconstructions}
 
     def align(self, anchor: Tensor, other: Tensor) -> Tensor:
         """How far the latent vectors (B, D) of two modalities are apart."""
@@ -148,7 +149,10 @@ class MMRQVAE(nn.Module):
             return anchor.new_zeros(())
         if self.alignment == "mmd":
             return mmd(anchor, other, estimator=self.mmd_estimator)
-        return info_nce(anchor, other, self.alignment_temperature)
+        if self.alignment == "infonce":
+            return info_nce(anchor, other, self.alignment_temperature)
+        assert self.alignment != "none", "which aligns nothing"
+        unhandled(self.alignment)
 
 
 class ModalityAutoencoder(nn.Module):
