@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from llmrec.config import Settings
+from llmrec.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(path for folder in ("llmrec", "recipes", "tools") for path in (ROOT / folder).rglob("*.py"))
@@ -131,3 +137,39 @@ for name in sys.argv[1:]:
     )
     assert done.returncode == 0, done.stderr
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def groups_of(config: Settings) -> Iterator[Settings]:
+    """A config and the groups of settings in it."""
+    yield config
+    for field in dataclasses.fields(config):
+        if isinstance(value := getattr(config, field.name), Settings):
+            yield from groups_of(value)
+
+
+READ_BY_A_PROPERTY = {"cold_rate"}
+"""Settings that others read by another name, which a property of their config has."""
+
+
+def test_every_setting_is_read_outside_of_the_file_that_defines_it():
+    """One that nobody reads would be taken, shown, written down, and do nothing. Names are all that is
+    compared, so one that several configs have is found too seldom, never wrongly."""
+    files = [path for path in SOURCES if path.is_relative_to(ROOT / "llmrec")]
+    nodes = {path: list(ast.walk(ast.parse(path.read_text()))) for path in files}
+    read = {
+        path: {node.attr for node in found if isinstance(node, ast.Attribute)}
+        | {node.arg for node in found if isinstance(node, ast.arg)}  # of models, which take theirs by name
+        for path, found in nodes.items()
+    }
+    recipe = Recipe()
+    stages = [getattr(recipe, field.name) for field in dataclasses.fields(recipe)]
+    unread, looked_at = [], 0
+    for group in {type(one): one for stage in stages for one in groups_of(stage)}.values():
+        elsewhere = [names for path, names in read.items() if path != Path(inspect.getfile(type(group)))]
+        for field in dataclasses.fields(group):
+            if isinstance(getattr(group, field.name), Settings) or field.name in READ_BY_A_PROPERTY:
+                continue
+            looked_at += 1
+            if not any(field.name in names for names in elsewhere):
+                unread.append(f"{type(group).__name__}.{field.name}")
+    assert unread == [] and looked_at > 200
