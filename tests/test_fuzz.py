@@ -52,7 +52,7 @@ def test_the_server_has_the_places_that_are_asked_for(packaged):
     from llmrec.inference.server import application
 
     app = application({"first": Recommender.from_pretrained(packaged)})
-    places = {place.partition("?")[0] for place in load("fuzz").PLACES}
+    places = {place.partition("?")[0] for place in load("fuzz").calls.PLACES}
     assert places <= {route.path for route in app.routes}
 
 

@@ -19,7 +19,11 @@ def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"tools_{name}", TOOLS / f"{name}.py")
     found = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = found  # dataclasses look their module up
-    spec.loader.exec_module(found)
+    sys.path.insert(0, str(TOOLS))  # where Python looks first while a script runs
+    try:
+        spec.loader.exec_module(found)
+    finally:
+        sys.path.remove(str(TOOLS))
     return found
 
 
