@@ -7,16 +7,12 @@ renamed, so a stop at any moment leaves the former checkpoints as they were. No 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import random
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +35,7 @@ from llmrec.manifest import (
     read_manifest,
     write_manifest,
 )
+from llmrec.stopping import StopRequests
 
 logger = logging.getLogger("llmrec")
 
@@ -336,51 +333,6 @@ def set_global_generators(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(numbers), spare))
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), *rest))
-
-
-END_OF_EPOCH = "ending this epoch first; asked again, at once, and going on from the checkpoint before it"
-
-
-class StopRequests:
-    """Whether this run was asked to stop (SIGTERM, Ctrl-C once, or its terminal was closed)."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-
-@contextlib.contextmanager
-def stop_requests(first: str = "ending this step first") -> Iterator[StopRequests]:
-    """Turn SIGTERM, SIGINT and SIGHUP into requests while work goes on; a second one acts at once, but for
-    SIGHUP, which a closed terminal's shell sends again. Where that is ignored (nohup), it stays so.
-
-    Outside of the main thread, where Python allows no handlers, nothing changes.
-
-    Args:
-        first: what is done before the work stops, for the log.
-    """
-    found = StopRequests()
-    if threading.current_thread() is not threading.main_thread():
-        yield found
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    if before[signal.SIGHUP] is signal.SIG_IGN:
-        del before[signal.SIGHUP]
-
-    def ask(number: int, _frame: Any) -> None:
-        if not found.asked:
-            logger.warning("asked to stop: %s", first)
-        found.asked = True
-        if number != signal.SIGHUP:
-            signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield found
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def pack_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -22,6 +22,7 @@ from typing import Any
 from llmrec import distributed, machine, storage
 from llmrec.arguments import positive
 from llmrec.errors import BusyError, LlmrecError, StoppedError
+from llmrec.stopping import stop_requests
 
 logger = logging.getLogger("llmrec")
 
@@ -90,7 +91,6 @@ def run(cells: list[Cell], jobs: int) -> list[str]:
     Raises:
         StoppedError: this process was asked to stop, and has stopped the others, which keep their work.
     """
-    from llmrec.checkpoint import stop_requests
     from llmrec.progress import progress
 
     work = Work(remaining=[cell for cell in cells if not cell.done()])

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llmrec import checkpoint, running
+from llmrec import checkpoint, running, stopping
 from llmrec.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -127,7 +127,7 @@ def test_optimiser_states_survive_the_way_to_json_and_back():
 
 def test_a_stop_signal_is_asked_once_and_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
-    with checkpoint.stop_requests() as stop:
+    with stopping.stop_requests() as stop:
         assert not stop.asked
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked
@@ -138,7 +138,7 @@ def test_a_stop_signal_is_asked_once_and_handlers_come_back():
 def test_a_terminal_that_closes_asks_once_however_often_it_is_told():
     """A shell that loses its terminal hands the signal on, and a launcher that ended with it adds SIGTERM."""
     before = signal.getsignal(signal.SIGHUP)
-    with checkpoint.stop_requests() as stop:
+    with stopping.stop_requests() as stop:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
             os.kill(os.getpid(), number)
             assert stop.asked
@@ -225,5 +225,5 @@ def test_checkpoints_are_as_many_minutes_apart_as_was_asked(tmp_path, monkeypatc
     with running.running(tmp_path, {"config": {}}):
         kept = checkpoint.EpochCheckpoints(model, optimizer, {}, minutes=2.0, what="training")
         for epoch, clock[0] in enumerate((60.0, 119.0, 121.0, 200.0, 240.0, 242.0, 300.0), start=1):
-            kept.after_epoch(epoch, {}, None, checkpoint.StopRequests())
+            kept.after_epoch(epoch, {}, None, stopping.StopRequests())
     assert [path.name for path in kept.store.found()] == ["step-00000003", "step-00000006"]

@@ -338,7 +338,7 @@ def test_a_terminal_that_closes_is_no_matter_under_nohup():
     command = "import os, signal; os.kill(os.getpid(), signal.SIGHUP); print('went on')"
     script = (
         "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from llmrec.checkpoint import stop_requests\nfrom llmrec.console import guarded\n"
+        "from llmrec.stopping import stop_requests\nfrom llmrec.console import guarded\n"
         "def work():\n"
         f"    {command}\n"
         "    with stop_requests() as stop:\n"

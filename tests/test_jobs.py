@@ -176,7 +176,7 @@ def test_a_comparison_that_is_asked_to_stop_stops_its_cells(cell, tmp_path):
 WATCHED = """
 import pathlib, sys, time
 from llmrec import jobs
-from llmrec.checkpoint import stop_requests
+from llmrec.stopping import stop_requests
 folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]
 
 def work():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmrec import distributed, tracking
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, check_same_catalog
-from llmrec.checkpoint import END_OF_EPOCH, EpochCheckpoints, stop_requests
+from llmrec.checkpoint import EpochCheckpoints
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.content import principal_components
 from llmrec.collab.losses import Loss, Pooled
@@ -33,6 +33,7 @@ from llmrec.evaluation.rank import Scorer, popularity, rank_users
 from llmrec.interactions import Interactions, Sequences, Split, Targets
 from llmrec.precision import matrix_precision, tf32
 from llmrec.progress import progress
+from llmrec.stopping import END_OF_EPOCH, stop_requests
 
 logger = logging.getLogger("llmrec")
 

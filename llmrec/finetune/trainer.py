@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llmrec import distributed, machine, tracking
-from llmrec.checkpoint import Checkpoints, StopRequests, stop_requests
+from llmrec.checkpoint import Checkpoints
 from llmrec.data.batches import pad_histories
 from llmrec.errors import StoppedError, TrainingError
 from llmrec.evaluation.metrics import of_validation
@@ -33,6 +33,7 @@ from llmrec.finetune.steps import steps_of_epoch, training_targets
 from llmrec.interactions import Interactions, Targets
 from llmrec.progress import progress
 from llmrec.running import resume_folder
+from llmrec.stopping import StopRequests, stop_requests
 
 logger = logging.getLogger("llmrec")
 

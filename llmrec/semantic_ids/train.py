@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from llmrec import tracking
-from llmrec.checkpoint import END_OF_EPOCH, EpochCheckpoints, stop_requests
+from llmrec.checkpoint import EpochCheckpoints
 from llmrec.errors import TrainingError
 from llmrec.precision import matrix_precision
 from llmrec.progress import progress
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.semantic_ids.kmeans import init_codebooks
 from llmrec.semantic_ids.mm_rqvae import MMRQVAE, Encoded, Losses
+from llmrec.stopping import END_OF_EPOCH, stop_requests
 
 logger = logging.getLogger("llmrec")
 
