@@ -15,6 +15,7 @@ from worlds import cycle
 from llmrec import checkpoint, contents, pipeline, running
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings
 from llmrec.collab import train as collab
+from llmrec.collab import trainer
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.errors import ConfigError, StoppedError
 from llmrec.files import read_json
@@ -57,7 +58,7 @@ def stopped_and_resumed(function, config, inputs, tmp_path, monkeypatch, module,
 def test_the_time_and_memory_of_stopped_runs_count(tmp_path, monkeypatch):
     """As long as what they left is used; with other settings work begins anew, and so does the clock."""
     clock, interrupted, memory = [0.0], [20.0], [900]
-    real = collab.train_epoch
+    real = trainer.train_epoch
 
     def epoch(*arguments):
         clock[0] += 10.0
@@ -65,7 +66,7 @@ def test_the_time_and_memory_of_stopped_runs_count(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(collab, "train_epoch", epoch)
+    monkeypatch.setattr(trainer, "train_epoch", epoch)
     monkeypatch.setattr(running.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(running.machine, "peak_resident_memory", lambda: memory[0])
     monkeypatch.setattr(running.machine, "peak_gpu_memory", lambda: memory[0] // 10)
@@ -102,7 +103,7 @@ def test_every_sequence_model_goes_on_where_it_was(case, tmp_path, monkeypatch):
         case.config(), epochs=4, save_every_minutes=1e-9, eval_every_epochs=1, patience=4
     )
     again = stopped_and_resumed(
-        collab.train_collab, config, as_loaded(cycle(num_users=30)), tmp_path, monkeypatch, collab, 2
+        collab.train_collab, config, as_loaded(cycle(num_users=30)), tmp_path, monkeypatch, trainer, 2
     )
     assert len(again) == 2
 
@@ -110,7 +111,7 @@ def test_every_sequence_model_goes_on_where_it_was(case, tmp_path, monkeypatch):
 def test_a_model_of_ones_own_draws_on_from_the_generators_of_python_and_numpy(tmp_path, monkeypatch):
     config = TrainCollabConfig(provider="own_models:Restless", epochs=4, save_every_minutes=1e-9)
     again = stopped_and_resumed(
-        collab.train_collab, config, as_loaded(cycle(num_users=30)), tmp_path, monkeypatch, collab, 2
+        collab.train_collab, config, as_loaded(cycle(num_users=30)), tmp_path, monkeypatch, trainer, 2
     )
     assert len(again) == 2
 
@@ -144,14 +145,14 @@ def test_semantic_ids_go_on_where_they_were(settings, tmp_path, monkeypatch):
 def test_a_polite_stop_ends_the_epoch_and_keeps_it(tmp_path, monkeypatch):
     config = TrainCollabConfig(epochs=3)
     inputs = as_loaded(cycle(num_users=30))
-    real = collab.train_epoch
+    real = trainer.train_epoch
 
     def asking(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(collab, "train_epoch", asking)
+        patch.setattr(trainer, "train_epoch", asking)
         with pytest.raises(StoppedError, match="stopped after epoch 1; the same command goes on"):
             pipeline.run_stage(collab.train_collab, config, inputs, tmp_path / "out")
     store = checkpoint.Checkpoints(tmp_path / ".out.unfinished" / "checkpoints", None)

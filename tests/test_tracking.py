@@ -15,6 +15,7 @@ from worlds import cycle
 from llmrec import pipeline, tracking
 from llmrec.cli import main as llmrec
 from llmrec.collab import train as collab
+from llmrec.collab import trainer
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.errors import ConfigError
 from llmrec.files import read_json, read_jsonl
@@ -89,7 +90,7 @@ def test_tensorboard_shows_one_run_of_a_stage_and_what_was_kept_of_it(tmp_path):
 def test_lines_grow_while_a_model_trains_and_begin_with_those_of_the_run_before(tmp_path, monkeypatch):
     folder = tmp_path / "train_collab"
     lines = tmp_path / ".train_collab.unfinished" / tracking.LINES
-    real, seen = collab.train_epoch, []
+    real, seen = trainer.train_epoch, []
 
     def watched(*arguments):
         seen.append([row["epoch"] for row in read_jsonl(lines)])
@@ -97,7 +98,7 @@ def test_lines_grow_while_a_model_trains_and_begin_with_those_of_the_run_before(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(collab, "train_epoch", watched)
+    monkeypatch.setattr(trainer, "train_epoch", watched)
     # A checkpoint after every epoch, so that the second run begins with the fourth.
     settings = config(save_every_minutes=1e-9)
     with pytest.raises(KeyboardInterrupt):

@@ -117,7 +117,7 @@ def softmax_step(model: nn.Module, number: int) -> int:
 def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
     """Targets per second of both data paths, in alternating rounds."""
     from llmrec.collab.rows import TrainingRows
-    from llmrec.collab.train import Sums, train_step
+    from llmrec.collab.trainer import Sums, train_step
 
     config = TrainCollabConfig(provider=options.provider)
     model = make(options.provider, data.num_items)
@@ -225,7 +225,7 @@ def time_epochs(options: argparse.Namespace, rows: dict[str, TrainCollabConfig],
 
 def epoch_figures(config: TrainCollabConfig, data: Interactions, options: argparse.Namespace) -> str:
     """Those of a row, from some steps after those that warm up, or from all where there are no others."""
-    from llmrec.collab.train import Sums, train_step, training_rows
+    from llmrec.collab.trainer import Sums, train_step, training_rows
 
     model = make(config.provider, data.num_items, **asdict(getattr(config, config.provider)))
     rows = training_rows(model, config, data.sequences("train"))

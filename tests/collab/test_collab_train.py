@@ -17,7 +17,7 @@ from worlds import cycle, interactions, two_communities
 from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings
 from llmrec.collab import rows as rows_module
-from llmrec.collab import train
+from llmrec.collab import train, trainer
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
 from llmrec.collab.configs.fuxi import FuxiConfig
 from llmrec.collab.losses import Loss, Pooled, ratio
@@ -210,8 +210,8 @@ def test_a_step_depends_neither_on_how_rows_are_grouped_nor_on_their_layout(
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         batches = list(rows.batches(np.arange(rows.num_rows)))
         assert (len(batches) == 1) == (case[1] > 0)
-        sums = train.Sums()
-        assert train.train_step(model, optimizer, tiny(clip_norm=1e9), batches, sums) == rows.num_targets
+        sums = trainer.Sums()
+        assert trainer.train_step(model, optimizer, tiny(clip_norm=1e9), batches, sums) == rows.num_targets
         weights.append(nn.utils.parameters_to_vector(model.parameters()).detach())
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
@@ -290,12 +290,12 @@ def test_windows_are_all_where_every_target_has_a_row_and_last_elsewhere():
 
 def test_the_learning_rate_falls_in_steps_and_weight_decay_spares_norms_and_states():
     config = tiny(learning_rate=0.5, decay_every_epochs=2, decay_rate=0.1, weight_decay=0.25)
-    rates = [train.learning_rate(config, epoch) for epoch in range(1, 6)]
+    rates = [trainer.learning_rate(config, epoch) for epoch in range(1, 6)]
     assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005])
     small = {"embed_dim": 8, "state_dim": 4, "max_history": 12}
     settings = replace(TrainCollabConfig().mamba4rec, **small)
     model = PROVIDERS["mamba4rec"](num_items=5, **vars(settings))
-    decayed, spared = train.optimizer_of(model, config).param_groups
+    decayed, spared = trainer.optimizer_of(model, config).param_groups
     names = {id(weight): name for name, weight in model.named_parameters()}
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.25, 0.0)
     kept = {names[id(weight)] for weight in spared["params"]}
@@ -378,7 +378,7 @@ def test_the_parts_a_model_reports_are_logged_as_means_per_target(monkeypatch):
 
 
 def test_pooled_figures_are_made_of_the_sums_of_all_passes():
-    sums = train.Sums()
+    sums = trainer.Sums()
     for total, count in ((6.0, 2.0), (0.0, 0.0), (1.0, 1.0)):
         figure = Pooled((torch.tensor(total), torch.tensor(count)), ratio)
         sums.add(Loss(total=torch.tensor(1.0), num_targets=5, parts={"figure": figure}))
@@ -512,13 +512,13 @@ def test_weights_of_another_size_are_refused_by_name():
 def test_half_precision_learns_as_much_and_ranks_in_full(monkeypatch):
     data = two_communities()
     seen = []
-    real = train.validate
+    real = trainer.validate
 
     def watched(*arguments, **settings):
         seen.append(torch.is_autocast_enabled(distributed.device().type))
         return real(*arguments, **settings)
 
-    monkeypatch.setattr(train, "validate", watched)
+    monkeypatch.setattr(trainer, "validate", watched)
     found = {
         precision: train_collab(tiny(epochs=12, learning_rate=0.03, precision=precision), data)
         for precision in ("float32", "tf32", "bfloat16")

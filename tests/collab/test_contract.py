@@ -19,7 +19,8 @@ from llmrec.collab import losses
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
 from llmrec.collab.losses import Pooled
 from llmrec.collab.provider import PROVIDERS, load_provider, provider_scorer
-from llmrec.collab.train import Sums, train_collab, train_step
+from llmrec.collab.train import train_collab
+from llmrec.collab.trainer import Sums, train_step
 from llmrec.data.batches import Batch
 from llmrec.evaluation.rank import rank_users
 from llmrec.interactions import Interactions, Split

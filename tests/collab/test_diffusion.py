@@ -14,7 +14,7 @@ from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.diffurec import DiffuRec
 from llmrec.collab.diffusion import DiffuRecSys
 from llmrec.collab.noise import Diffusion, betas, step_features
-from llmrec.collab.train import Sums
+from llmrec.collab.trainer import Sums
 
 SMALL = {
     "num_items": 30,

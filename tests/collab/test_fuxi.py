@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmrec.collab.fuxi import Channels, Fuxi, context_of, fuxi_block, rms_norm, run_blocks
 from llmrec.collab.moe import Experts, FuxiMME, Routing, table_similarity
-from llmrec.collab.train import Sums
+from llmrec.collab.trainer import Sums
 
 SIZES = {
     "num_items": 30,

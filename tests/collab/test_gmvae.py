@@ -20,7 +20,8 @@ from llmrec.collab.gmvae import GMVAE, gaussian_kl, latent_report, mixture_kl
 from llmrec.collab.interests import Interests, Prior
 from llmrec.collab.layers import mean_cosine
 from llmrec.collab.losses import Loss
-from llmrec.collab.train import Sums, item_groups, train_collab
+from llmrec.collab.train import item_groups, train_collab
+from llmrec.collab.trainer import Sums
 from llmrec.data.batches import Batch
 
 SIZES = vars(TrainCollabConfig().gmvae) | {
