@@ -109,6 +109,7 @@ def test_tools_take_the_options_they_are_named_with(command, capsys, monkeypatch
     script, *words = shlex.split(command)
     verb = [word for word in words[:1] if re.fullmatch("[a-z]+", word)]
     monkeypatch.setattr(sys, "argv", [script, *verb, "--help"])
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))  # as Python does for a script
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     shown = capsys.readouterr().out
