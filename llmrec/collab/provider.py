@@ -6,7 +6,7 @@ A model in a package of your own needs nothing here: it keeps to `CollabProvider
 To add a model to this package: one file with one `nn.Module` that keeps to `CollabProvider`, its name in
 `PROVIDERS`, its settings in `collab/configs/`; in `collab/config.py` their import, the name in
 `ProviderName`, and a field of that name. The contract tests then run over it, with the small settings of
-`tests/collab/cases.py`.
+`tests/collab/cases.py`; the recipes that compare all models want a row of it.
 """
 
 from __future__ import annotations
