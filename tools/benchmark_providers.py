@@ -225,7 +225,8 @@ def time_epochs(options: argparse.Namespace, rows: dict[str, TrainCollabConfig],
 
 def epoch_figures(config: TrainCollabConfig, data: Interactions, options: argparse.Namespace) -> str:
     """Those of a row, from some steps after those that warm up, or from all where there are no others."""
-    from llmrec.collab.trainer import Sums, train_step, training_rows
+    from llmrec.collab.train import training_rows
+    from llmrec.collab.trainer import Sums, train_step
 
     model = make(config.provider, data.num_items, **asdict(getattr(config, config.provider)))
     rows = training_rows(model, config, data.sequences("train"))
