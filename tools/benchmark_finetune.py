@@ -21,6 +21,7 @@ import gc
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -346,8 +347,6 @@ def random_base(shape: dict[str, Any], config: FinetuneConfig, device: torch.dev
         base = AutoModel.from_config(known, dtype=dtype)
     if config.quantize == "none":
         return base
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         base.save_pretrained(folder)
         del base

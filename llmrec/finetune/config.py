@@ -279,10 +279,10 @@ class FinetuneConfig(StageSettings, path="finetune"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "batch_size", "micro_batch_tokens", "lora_rank", "log_every_steps"):
-            value = getattr(self, name)
-            require(value >= 1, f"finetune.{name} must be at least 1, got {value}")
-        for name in ("own_dim", "ctrl_epochs"):
+        for name in (
+            *("epochs", "batch_size", "micro_batch_tokens", "lora_rank", "log_every_steps"),
+            *("own_dim", "ctrl_epochs"),
+        ):
             value = getattr(self, name)
             require(value >= 1, f"finetune.{name} must be at least 1, got {value}")
         for name in (
