@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import datetime
 import errno
+import io
 import logging
 import os
 import re
@@ -49,6 +50,12 @@ SECRETS = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 SHORTEST_SECRET = 8
+
+
+def show_lines_at_once() -> None:
+    """Print lines as they come where output goes to a file or another program, too."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
 
 
 def guarded(command: Callable[[], None]) -> int:

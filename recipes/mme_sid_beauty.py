@@ -13,14 +13,14 @@ Not run:   from end to end, for want of the base's weights; recipes/mme_sid_beau
 """
 
 from llmrec.collab.config import SASRecConfig, TrainCollabConfig
-from llmrec.data.config import PrepareDataConfig
+from llmrec.data.config import Category, PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.recipe import Recipe, main
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 
 
-def recipe(category: str = "beauty") -> Recipe:
+def recipe(category: Category = "beauty") -> Recipe:
     return Recipe(
         prepare_data=PrepareDataConfig(
             source="amazon_2014",

@@ -18,6 +18,7 @@ from llmrec.collab.configs.bert4rec import Bert4RecConfig
 from llmrec.collab.configs.diffurec import DiffurecConfig
 from llmrec.collab.configs.diffusion import DiffusionConfig
 from llmrec.collab.configs.gmvae import GmvaeConfig
+from llmrec.config import given
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
 from llmrec.evaluation.tables import fine_tuned_in
@@ -26,7 +27,7 @@ from llmrec.recipe import Recipe, apply_overrides
 # Sizes for a small world, steps as small as in the papers, and patience for a model that learns nothing but
 # popularity for many epochs; all others train with their defaults.
 PREFIXES = {"batch_by": "targets", "batch_size": 512}
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "bert4rec": {"bert4rec": Bert4RecConfig(num_masks=4), "epochs": 150, "patience": 30},
     "svae": {"batch_size": 32},
     "gmvae": {"gmvae": GmvaeConfig(embed_dim=64)},
@@ -39,7 +40,7 @@ def recipe(provider: str = "sasrec") -> Recipe:
     base = mme_sid_sample()
     if provider == base.train_collab.provider:
         return base
-    settings = {"epochs": 50, "patience": 5, **SETTINGS.get(provider, {})}
+    settings: dict[str, Any] = {"epochs": 50, "patience": 5, **SETTINGS.get(provider, {})}
     return replace(base, train_collab=TrainCollabConfig(provider=provider, **settings))
 
 
@@ -74,7 +75,7 @@ def run_all(arguments: list[str] | None = None) -> None:
         for provider, chosen in recipes.items()
     }
     if distributed.is_main():
-        print(table({name: report.metrics for name, report in reports.items()}))
+        print(table({name: given(report).metrics for name, report in reports.items()}))
 
 
 def table(metrics: dict[str, dict[str, Any]]) -> str:

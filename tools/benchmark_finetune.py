@@ -20,18 +20,18 @@ import dataclasses
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from llmrec import arguments, distributed, finished, machine
 from llmrec.artifacts import SemanticIds
-from llmrec.console import guarded, set_up_logging
+from llmrec.console import guarded, set_up_logging, show_lines_at_once
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
 from llmrec.interactions import Interactions, Targets
@@ -157,7 +157,7 @@ def packing(options: argparse.Namespace) -> None:
     def epoch(layout: str) -> float:
         return sum(float(trainers[layout].train_step(step)[0]) for step in steps) / len(chosen)
 
-    print_ratio({name: lambda name=name: epoch(name) for name in LAYOUTS}, options.rounds, "mean loss")
+    print_ratio({name: partial(epoch, name) for name in LAYOUTS}, options.rounds, "mean loss")
     size = {"instruction": options.instruction, "response": options.response}
     for layout in LAYOUTS:
         tokens = count_tokens(targets, layout=layout, shared=False, **size)
@@ -285,7 +285,7 @@ def engine(options: argparse.Namespace) -> None:
     shape = SHAPES[options.shape]
     widths = {"collab": 64, "text": options.content_width, "image": options.content_width}
     vectors, ids, prompt = world(data, widths, shape["hidden_size"], options)
-    precision = "bf16" if device.type == "cuda" else "fp32"
+    precision: Literal["bf16", "fp32"] = "bf16" if device.type == "cuda" else "fp32"
     peak = machine.matmul_peak(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     print(f"{machine.describe()}; matrix products reach {peak / 1e12:.3g} TFLOP/s")
     rows = []
@@ -424,7 +424,7 @@ def ranking_time(scorer: Scorer, data: Interactions, targets: Targets) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    sys.stdout.reconfigure(line_buffering=True)
+    show_lines_at_once()
     raise SystemExit(guarded(lambda: run(options)))
 
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ import numpy as np
 
 from llmrec import arguments, machine
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
-from llmrec.console import guarded, set_up_logging
+from llmrec.console import guarded, set_up_logging, show_lines_at_once
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
 
@@ -72,7 +72,7 @@ def random_package(options: argparse.Namespace) -> Package:
     )
     config = FinetuneConfig(mini=mini, fusion_temperature=1.0)
     prompt = base_model.load_prompt(config)
-    base = base_model.load_base(config, prompt)
+    base: Any = base_model.load_base(config, prompt)
     ids = SemanticIds(
         catalog="random",
         codes={name: rng.integers(0, CODES, (rows, LEVELS)) for name in vectors},
@@ -285,7 +285,7 @@ class Crowd:
                 body = self.wrong[turn // 10 % len(self.wrong)] if bad else json.dumps(
                     {"histories": [history], "k": 10}
                 ).encode()  # fmt: skip
-                self.ask(lambda body=body: session.post(f"{address}/recommend", content=body), bad)
+                self.ask(partial(session.post, f"{address}/recommend", content=body), bad)
 
     def ask(self, post: Callable[[], Any], bad: bool) -> None:
         """Send one request and count what comes of it; one that fails must not silence the client."""
@@ -308,7 +308,7 @@ class Crowd:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
-    sys.stdout.reconfigure(line_buffering=True)
+    show_lines_at_once()
     raise SystemExit(guarded(lambda: measure(options)))
 
 

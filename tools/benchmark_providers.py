@@ -17,19 +17,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args, get_type_hints
 
 import numpy as np
 
 from llmrec import arguments, distributed, finished, machine
 from llmrec.collab.compare_cli import every_provider
 from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
-from llmrec.console import guarded, set_up_logging
+from llmrec.console import guarded, set_up_logging, show_lines_at_once
 from llmrec.errors import ConfigError
 from llmrec.interactions import Interactions
 from llmrec.recipe import module_of
@@ -48,7 +48,7 @@ LAYOUT_PROVIDERS = ("sasrec", "gru4rec", "mamba4rec")
 noise, or know something else at the end of a history than inside a longer one."""
 
 
-def make(provider: str, num_items: int, **settings: object) -> nn.Module:
+def make(provider: str, num_items: int, **settings: Any) -> Any:
     """A fresh model with its default settings, the same weights every time."""
     import torch
 
@@ -81,9 +81,7 @@ def prefix_rows(data: Interactions, max_history: int) -> tuple[np.ndarray, np.nd
     return np.array(rows), np.array(targets)
 
 
-def padded_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, rows: np.ndarray, targets: np.ndarray
-) -> int:
+def padded_step(model: Any, optimizer: torch.optim.Optimizer, rows: np.ndarray, targets: np.ndarray) -> int:
     """One update of a model with `encode` and a tied table, as per-prefix code does it."""
     import torch
     from torch import nn
@@ -101,7 +99,7 @@ def padded_step(
     return len(target)
 
 
-def softmax_step(model: nn.Module, number: int) -> int:
+def softmax_step(model: Any, number: int) -> int:
     """Value and gradients of the loss over all items for some random queries, as in our own steps."""
     import torch
 
@@ -144,18 +142,15 @@ def compare_layouts(options: argparse.Namespace, data: Interactions) -> None:
         keep = turn > 0  # the first round warms up
         measure(
             "ours",
-            (lambda step=step: train_step(model, ours, config, rows.batches(step), Sums()) for step in steps),
+            (partial(train_step, model, ours, config, rows.batches(step), Sums()) for step in steps),
             keep=keep,
         )
         measure(
             "per prefix",
-            (
-                lambda batch=batch: padded_step(per_prefix, theirs, padded[batch], targets[batch])
-                for batch in batches
-            ),
+            (partial(padded_step, per_prefix, theirs, padded[batch], targets[batch]) for batch in batches),
             keep=keep,
         )
-        measure("softmax alone", (lambda size=size: softmax_step(model, size) for size in sizes), keep=keep)
+        measure("softmax alone", (partial(softmax_step, model, size) for size in sizes), keep=keep)
     for name, values in rates.items():
         print(f"{name:14}{statistics.median(values):12,.0f} targets per second")
     for name in ("ours", "softmax alone"):
@@ -177,7 +172,7 @@ def rows_timed(
     if precisions is None:
         return chosen
     return {
-        f"{name} {precision}": replace(config, precision=precision)
+        f"{name} {precision}": replace(cast(Any, config), precision=precision)
         for name, config in chosen.items()
         for precision in precisions
     }
@@ -260,7 +255,7 @@ def random_batch(length: int, num_items: int, rows: int) -> Batch:
 
     items = torch.randint(1, num_items + 1, (rows, length + 1), device=distributed.device())
     time_ = torch.arange(length, device=items.device).expand(rows, -1) * 3600
-    return Batch(item=items[:, :-1], target=items[:, 1:], time=time_)
+    return Batch(item=items[:, :-1], target=items[:, 1:], time=time_, next_time=time_ + 3600)
 
 
 def time_lengths(options: argparse.Namespace) -> None:
@@ -288,7 +283,7 @@ def time_lengths(options: argparse.Namespace) -> None:
     print(f"best of {options.rounds}; {positions} positions a pass, 100 items, default widths")
 
 
-def timed_pass(model: nn.Module, batch: Batch) -> float:
+def timed_pass(model: Any, batch: Batch) -> float:
     wait()
     started = time.perf_counter()
     total: Tensor = model.loss(batch).total
@@ -299,7 +294,7 @@ def timed_pass(model: nn.Module, batch: Batch) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    sys.stdout.reconfigure(line_buffering=True)
+    show_lines_at_once()
     raise SystemExit(guarded(lambda: measure(options)))
 
 

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmrec import arguments, distributed, machine
-from llmrec.console import guarded, set_up_logging
+from llmrec.console import guarded, set_up_logging, show_lines_at_once
 from llmrec.errors import ConfigError
 from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig
 
@@ -38,7 +37,7 @@ H200_FLOPS = {"tf32": 495e12, "bfloat16": 990e12}
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    sys.stdout.reconfigure(line_buffering=True)
+    show_lines_at_once()
     raise SystemExit(guarded(lambda: measure(options)))
 
 
@@ -110,7 +109,7 @@ def compare_mmd(options: argparse.Namespace) -> None:
     )
 
 
-def mmd_by_differences(x: Tensor, y: Tensor, *, estimator: str) -> Tensor:
+def mmd_by_differences(x: Tensor, y: Tensor, *, estimator: Literal["tllib", "unbiased"] = "tllib") -> Tensor:
     """The same value from all differences of the 2B rows, differentiated by autograd."""
     import torch
 

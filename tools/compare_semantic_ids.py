@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmrec import arguments, jobs
-from llmrec.console import guarded
+from llmrec.console import guarded, show_lines_at_once
 from llmrec.errors import ConfigError
 from llmrec.recipe import apply_overrides
 
@@ -44,7 +43,7 @@ SET_ELSEWHERE = {"seed": "--seeds", "modalities": "--modality"}
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    sys.stdout.reconfigure(line_buffering=True)
+    show_lines_at_once()
     raise SystemExit(guarded(lambda: compare(options)))
 
 

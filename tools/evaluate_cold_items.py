@@ -216,7 +216,7 @@ def as_new(data: Interactions, out: np.ndarray, pictures: bool) -> list[dict[str
             "image": picture_of(data, number) if pictures else None,
             **{name: rows[number - 1][name] for name in names},
         }
-        for number in np.flatnonzero(out)
+        for number in np.flatnonzero(out).tolist()
     ]
 
 

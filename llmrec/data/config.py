@@ -13,6 +13,7 @@ from llmrec.config import Settings, StageSettings, given, require
 from llmrec.errors import ConfigError
 
 SourceName = Literal["sample_market", "table", "sequences", "amazon_2014"]
+Category = Literal["beauty", "toys_and_games", "sports_and_outdoors"]
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "sample_market": (),
@@ -140,7 +141,7 @@ class PrepareDataConfig(StageSettings, path="prepare_data"):
     """sample_market: the built-in world; table: CSV, parquet or raw files; sequences: text lines
     `user item item ...`, oldest item first; amazon_2014: a category by name, fetched where it is absent."""
 
-    category: Literal["beauty", "toys_and_games", "sports_and_outdoors"] | None = None
+    category: Category | None = None
     """source=amazon_2014: which 5-core category."""
 
     folder: str | None = None
