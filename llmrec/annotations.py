@@ -125,4 +125,4 @@ def nearest(name: str, known: Iterable[str], prefix: str = "", stage: str = "") 
         return f"; did you mean {' or '.join(prefix + one for one in close[:MOST_HINTS])}?"
     if len(known) <= MOST_LISTED or not stage:
         return f"; known: {', '.join(prefix + one for one in known)}"
-    return f"; `llmrec {stage} --help` lists the {len(known)} that there are"
+    return f"; `llmrec {stage} --help` lists those that there are"

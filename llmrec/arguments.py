@@ -7,11 +7,12 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from llmrec.errors import ConfigError
+from llmrec.stages import STAGES
 
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 
@@ -54,6 +55,19 @@ def add_count(
     parser.add_argument(name, type=kind, default=count, metavar="N", help=f"{text} ({count:,})")
 
 
+def settings_of(stage: str, given: Iterable[str]) -> list[str]:
+    """Settings of one stage as typed, without its name: messages, and recipes, name settings with it.
+
+    Raises:
+        ConfigError: a setting of another stage.
+    """
+    for setting in given:
+        path = setting.partition("=")[0].strip()
+        if (other := path.partition(".")[0]) != stage and other in STAGES:
+            raise ConfigError(f"{path!r} is a setting of {other}; here stand those of {stage} alone")
+    return [setting.removeprefix(f"{stage}.") for setting in given]
+
+
 def own_rows(given: list[list[str]], stage: str, taken: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Rows that a user made up: their names, and settings of a stage as typed, without its name.
 
@@ -63,7 +77,8 @@ def own_rows(given: list[list[str]], stage: str, taken: Collection[str]) -> dict
         taken: names of other rows.
 
     Raises:
-        ConfigError: a name that is no folder's or that there is already, no settings, or a seed among them.
+        ConfigError: a name that is no folder's or that there is already, no settings, or among them a seed
+            or one of another stage.
     """
     found: dict[str, tuple[str, ...]] = {}
     for name, *settings in given:
@@ -71,7 +86,7 @@ def own_rows(given: list[list[str]], stage: str, taken: Collection[str]) -> dict
             raise ConfigError(f"--row {name!r}: a name has letters, digits, dots, dashes and underscores")
         if name in found or name in taken:
             raise ConfigError(f"--row {name}: there is a row of this name already")
-        typed = tuple(setting.removeprefix(f"{stage}.") for setting in settings)
+        typed = tuple(settings_of(stage, settings))
         if any(setting.partition("=")[0].strip() == "seed" for setting in typed):
             raise ConfigError(f"--row {name}: seeds are given by --seeds, to all rows")
         if not typed:

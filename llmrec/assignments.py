@@ -53,7 +53,8 @@ def override(config: C, assignments: dict[str, str], *, prefix: str = "") -> C:
         name, _, rest = path.partition(".")
         full = f"{prefix}{name}"
         if name not in hints:
-            raise ConfigError(f"unknown setting {f'{prefix}{path}'!r}{_meant(path, config, prefix)}")
+            meant = _meant(path, config, assignments, prefix)
+            raise ConfigError(f"unknown setting {f'{prefix}{path}'!r}{meant}")
         group = dataclasses.is_dataclass(getattr(config, name))
         if rest and not group:
             raise ConfigError(f"{full!r} is a single value, so {full}.{rest} does not exist")
@@ -135,12 +136,18 @@ def plain_value(text: str) -> Any:
     return text
 
 
-def _meant(path: str, config: Any, prefix: str) -> str:
-    """What a path that does not exist may stand for: the same name elsewhere, or one like it."""
+def _meant(path: str, config: Any, assignments: dict[str, str], prefix: str) -> str:
+    """What a path that does not exist may stand for: the same name elsewhere, or one like it.
+
+    Many models have settings of one name; that of the model that is chosen is meant.
+    """
     name = path.rpartition(".")[2]
-    same = [f"{prefix}{known}" for known, _ in flatten(config) if known.rpartition(".")[2] == name]
+    values = dict(flatten(config)) | assignments
+    same = [known for known in values if known.rpartition(".")[2] == name and known not in assignments]
+    chosen = {value for value in values.values() if isinstance(value, str)}
+    same = [known for known in same if chosen.intersection(known.split(".")[:-1])] or same
     if 0 < len(same) <= MOST_HINTS:
-        return f"; did you mean {' or '.join(same)}?"
+        return f"; did you mean {' or '.join(prefix + known for known in same)}?"
     return nearest(path.partition(".")[0], type_hints(type(config)), prefix, stage_of(config))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec import __version__, tracking
+from llmrec.arguments import settings_of
 from llmrec.assignments import describe
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
@@ -45,8 +46,7 @@ def stage_main(name: str, arguments: list[str] | None = None) -> None:
 def run(stage: Stage, options: argparse.Namespace) -> None:
     """Run one stage on the artefacts in the given folders."""
     preset = getattr(options, "preset", None)
-    # Messages, and recipes, name settings with their stage.
-    settings = [assignment.removeprefix(f"{stage.name}.") for assignment in options.set]
+    settings = settings_of(stage.name, options.set)
     config = apply_overrides(stage.presets[preset] if preset else stage.config(), settings)
     set_up_logging()
     tracking.choose(getattr(options, "track", None))

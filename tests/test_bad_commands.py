@@ -108,6 +108,7 @@ BAD_DATA = {
     "nothing left": (lambda s: None, ["k_core=50"], ["k_core"]),
     "missing text column": (lambda s: None, ["text_columns=brand"], ["items.csv", "brand"]),
     "unknown setting": (lambda s: None, ["k_cor=5"], ["k_cor", "k_core"]),
+    "another stage's setting": (lambda s: None, ["train_collab.epochs=3"], ["is a setting of train_collab;"]),
     "impossible value": (lambda s: None, ["k_core=-1"], ["k_core", "-1"]),
     "wrong type": (lambda s: None, ["k_core=many"], ["k_core", "many"]),
     "unknown choice": (lambda s: None, ["split=random"], ["split", "leave_one_out"]),

@@ -193,19 +193,34 @@ def test_a_setting_of_another_group_is_hinted_at():
         (Recipe(), "train_colab.epochs=4", "did you mean train_collab.epochs or"),
         (TrainCollabConfig(), "train_collab.epochs=4", "did you mean epochs?"),
         (Recipe(), "finetune.lora_rnk=4", "did you mean finetune.lora_rank?"),
+        (TrainCollabConfig(), "embed_dim=4", "'embed_dim'; did you mean sasrec.embed_dim?"),
+        (Recipe(), "train_collab.embed_dim=4", "did you mean train_collab.sasrec.embed_dim?"),
         (Recipe(), "nothing_like_it=4", "known: prepare_data, train_collab"),
     ):
         with pytest.raises(ConfigError) as caught:
             apply_overrides(config, [setting])
         assert words in str(caught.value)
+    with pytest.raises(ConfigError, match=r"did you mean train_collab\.fuxi\.max_history\?"):
+        apply_overrides(Recipe(), ["train_collab.max_history=9", "train_collab.provider=fuxi"])
+
+
+def test_a_stage_takes_no_setting_of_another():
+    from llmrec.arguments import own_rows, settings_of
+
+    assert settings_of("train_collab", ["epochs=1", "train_collab.seed=2"]) == ["epochs=1", "seed=2"]
+    said = "'finetune.epochs' is a setting of finetune; here stand those of train_collab alone"
+    with pytest.raises(ConfigError, match=said):
+        settings_of("train_collab", ["epochs=1", "finetune.epochs=2"])
+    with pytest.raises(ConfigError, match=said):
+        own_rows([["mine", "finetune.epochs=2"]], "train_collab", ())
 
 
 def test_of_many_settings_a_few_are_named_or_the_command_that_lists_them():
     for setting, said in (
         ("finetune.lr", "'finetune.lr'; did you mean finetune.lora_rank or finetune.learning_rate?"),
         ("finetune.rank", "'finetune.rank'; did you mean finetune.lora_rank?"),
-        ("finetune.zzz", "'finetune.zzz'; `llmrec finetune --help` lists the "),
-        ("finetune.vocab", "'finetune.vocab'; `llmrec finetune --help` lists the "),
+        ("finetune.zzz", "'finetune.zzz'; `llmrec finetune --help` lists those that there are"),
+        ("finetune.vocab", "'finetune.vocab'; `llmrec finetune --help` lists those that there are"),
     ):
         with pytest.raises(ConfigError) as caught:
             override(Recipe(), {setting: "1"})
