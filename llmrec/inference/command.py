@@ -48,7 +48,8 @@ def add_parsers(verbs: Any) -> None:
     add_source(made)
     made.add_argument(
         "--history", action="append", default=[], metavar="ID,ID,...",
-        help="item ids, oldest first; may be repeated. Without any: from --file or standard input",
+        help="item ids, oldest first, or a JSON list of them; may be repeated. Without any: from --file or "
+        "standard input",
     )  # fmt: skip
     made.add_argument("--file", metavar="FILE", help="one history a line: ids with commas, or a JSON list")
     made.add_argument("--k", type=positive, default=10, help="items per history (10)")
@@ -214,7 +215,8 @@ def read_histories(options: argparse.Namespace) -> Iterator[tuple[str, list[str]
     if options.history and options.file:
         raise ConfigError("--history and --file are two ways to give histories; leave one out")
     if options.history:
-        yield from ((f"history {number}", ids_of(text)) for number, text in enumerate(options.history, 1))
+        for number, text in enumerate(options.history, 1):
+            yield f"history {number}", ids_of(text.strip(), f"history {number}")
         return
     if options.file:
         path = Path(options.file)
@@ -230,24 +232,26 @@ def read_histories(options: argparse.Namespace) -> Iterator[tuple[str, list[str]
 def parse_lines(lines: Iterable[str], where: str, first: int = 1) -> Iterator[tuple[str, list[str]]]:
     """The history of every line with file and line, counted from `first`; an empty line is an empty one."""
     for number, line in enumerate(lines, start=first):
-        text, place = line.lstrip("\ufeff").strip(), f"{where}, line {number}"
-        if text.startswith(("[", "{")):
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError) as error:  # ValueError: also of numbers of too many digits
-                raise DataError(f"{place}: not JSON ({error})") from None
-            value = value.get("history") if isinstance(value, dict) else value
-            if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-                raise DataError(
-                    f'{place}: expected a list of item ids, texts such as ["1", "2"], got {text:.80}'
-                )
-            yield place, value
-        else:
-            yield place, ids_of(text)
+        place = f"{where}, line {number}"
+        yield place, ids_of(line.lstrip("\ufeff").strip(), place)
 
 
-def ids_of(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def ids_of(text: str, place: str) -> list[str]:
+    """A history as it is typed: ids with commas, or JSON, which ids that hold commas need.
+
+    Raises:
+        DataError: it looks like JSON and is not, or is no list of texts; names the place.
+    """
+    if not text.startswith(("[", "{")):
+        return [name.strip() for name in text.split(",") if name.strip()]
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also of numbers of too many digits
+        raise DataError(f"{place}: not JSON ({error})") from None
+    value = value.get("history") if isinstance(value, dict) else value
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise DataError(f'{place}: expected a list of item ids, texts such as ["1", "2"], got {text:.80}')
+    return value
 
 
 def batches(histories: Iterable[tuple[str, list[str]]]) -> Iterator[list[tuple[str, list[str]]]]:

@@ -37,6 +37,7 @@ def test_histories_from_arguments_a_file_and_standard_input(packaged, tmp_path, 
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     for more, count in (
         (["--history", f"{ids[0]},{ids[1]}"], 1),
+        (["--history", json.dumps(ids[:2])], 1),
         (["--file", str(tmp_path / "histories.txt")], 4),
         ([], 4),
     ):
@@ -54,6 +55,8 @@ def test_histories_from_arguments_a_file_and_standard_input(packaged, tmp_path, 
         (["--history", "gone"], "history 1: 'gone' is not in the catalogue"),
         (["--history", "", "--history", "gone"], "history 2: 'gone' is not in the catalogue"),
         (["--history", "gone"], "; --skip-unknown leaves such ids out"),
+        (["--history", '["a, with a comma"]'], "history 1: 'a, with a comma' is not in the catalogue"),
+        (["--history", "a", "--history", "[1]"], "history 2: expected a list of item ids"),
         (["--history", "gone", "--file", "x.txt"], "--history and --file are two ways"),
         (["--file", "FAR"], "far.txt, line 4: 'gone' is not in the catalogue"),
         (["--file", "LATIN"], "latin.txt: not UTF-8 text"),
