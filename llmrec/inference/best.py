@@ -88,9 +88,12 @@ class Graph:
 
         Arguments as of `best_of_all`.
         """
+        import faiss
+
         wanted = min(k + max(map(len, seen)), len(matrix) - 1)
-        self.graph.hnsw.efSearch = max(128, 2 * wanted)
-        _, places = self.graph.search(hidden.cpu().numpy(), wanted)
+        # With the search, not kept in the graph: other threads may ask for fewer or more at the same time.
+        how = faiss.SearchParametersHNSW(efSearch=max(128, 2 * wanted))  # type: ignore[attr-defined]
+        _, places = self.graph.search(hidden.cpu().numpy(), wanted, params=how)
         found = []
         for state, own, row in zip(hidden, places, seen):
             items = np.sort(own[own >= 0]) + 1

@@ -421,6 +421,26 @@ def test_a_graph_finds_nearly_all_that_a_full_comparison_finds(packaged, loaded)
         Recommender.from_pretrained(packaged, index="magic")
 
 
+def test_a_graph_looks_around_wide_enough_and_keeps_nothing_of_a_search():
+    """Rows without any structure, of which faiss's own width of 16 finds eight in ten."""
+    rng = np.random.default_rng(0)
+    matrix, hidden = (torch.from_numpy(rng.normal(size=(n, 64)).astype(np.float32)) for n in (2001, 40))
+    graph = best_items.Graph(matrix)
+    width = graph.graph.hnsw.efSearch
+    for number in (0, 60):
+        seen = [rng.choice(2000, number, replace=False) + 1 for _ in hidden]
+        found = graph.best(matrix, hidden, seen, 10)
+        hits = 0
+        for (items, scores), (best, exact), left_out in zip(
+            found, best_items.best_of_all(matrix, hidden, seen, 10, None), seen
+        ):
+            assert len(items) == 10 and not np.isin(items, left_out).any()
+            hits += len(np.intersect1d(items, best))
+            assert scores[0] <= exact[0] + 1e-4
+        assert hits >= 0.98 * 400
+    assert graph.graph.hnsw.efSearch == width, "several threads search at once"
+
+
 def test_parts_that_were_not_made_from_each_other_are_not_packaged(finished, tmp_path):
     """Codes, and an evaluation, of another training than the weights that are there."""
     for stage, words in (
