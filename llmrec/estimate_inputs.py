@@ -157,7 +157,9 @@ def encoder_width(encoder: TextEncoderConfig | ImageEncoderConfig, data: Interac
             return int(found["embed_dim"])
     if encoder.encoder == "huggingface":
         try:
-            found = AutoConfig.from_pretrained(str(encoder.model), revision=encoder.revision)
+            found = AutoConfig.from_pretrained(
+                str(encoder.model), revision=encoder.revision, trust_remote_code=False
+            )
         except base_model.NOT_LOADABLE:
             found = None
         width = getattr(found, "projection_dim", None) or getattr(found, "hidden_size", None)
@@ -175,14 +177,16 @@ def meta_base(config: FinetuneConfig, prompt: Prompt) -> nn.Module:
         if config.is_mini:
             return base_model.load_base(config, prompt)
         try:
-            known = AutoConfig.from_pretrained(config.base_model, revision=config.revision)
+            known = AutoConfig.from_pretrained(
+                config.base_model, revision=config.revision, trust_remote_code=False
+            )
         except base_model.NOT_LOADABLE as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
                 f"finetune.base_model={config.base_model!r} cannot be read ({reason})"
             ) from None
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        return add_lora(AutoModel.from_config(known, dtype=dtype), config)
+        return add_lora(AutoModel.from_config(known, dtype=dtype, trust_remote_code=False), config)
 
 
 def meta_model(recipe: Recipe, prompt: Prompt, widths: dict[str, int], data: Interactions) -> MMESID:

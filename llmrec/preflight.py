@@ -249,7 +249,7 @@ def in_tokens_of(config: FinetuneConfig, folder: Path) -> Finding | None:
     from llmrec.finetune.prompt import tokenize
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (*NOT_LOADABLE, KeyError, TypeError) as error:
         if not Path(config.base_model).is_dir():
             return None  # files that the cache lacks are fetched by the run

@@ -19,6 +19,8 @@ SOURCES = sorted(path for folder in ("llmrec", "recipes", "tools") for path in (
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "np.load", "numpy.load", "yaml.load"}
 FORBIDDEN_MODULES = {"pickle", "dill", "joblib", "shelve", "marshal"}
 FORBIDDEN_KEYWORDS = {("trust_remote_code", True), ("strict", False), ("allow_pickle", True)}
+LOADED_BY_NAME = re.compile(r"Auto\w+\.from_(pretrained|config)")
+"""What asks whether to run a model's own code, and waits for an answer, unless told not to"""
 CHANGES = {"pop", "popitem", "append", "extend", "add", "remove", "update", "setdefault", "read", "write"}
 """Methods that change what they are called on: none of an assertion, which ``python -O`` leaves out"""
 ABSOLUTE = re.compile(r"/(home|root|tmp|work|usr|data|mnt)\b")
@@ -37,6 +39,10 @@ def violations(source: str) -> list[str]:
         if isinstance(node, ast.Call):
             if name_of(node.func) in FORBIDDEN_CALLS:
                 found.append(f"{node.lineno}: {name_of(node.func)}()")
+            if LOADED_BY_NAME.fullmatch(name_of(node.func)) and "trust_remote_code" not in {
+                keyword.arg for keyword in node.keywords
+            }:
+                found.append(f"{node.lineno}: {name_of(node.func)}() without trust_remote_code=False")
             for keyword in node.keywords:
                 value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
                 if (keyword.arg, value) in FORBIDDEN_KEYWORDS:
@@ -73,6 +79,7 @@ try:
     torch.load("x")
     model.load_state_dict(state, strict=False)
     AutoModel.from_pretrained(name, trust_remote_code=True)
+    AutoConfig.from_pretrained(name)
     np.load(path, allow_pickle=True)
     eval("1")
     open("/home/me/x")
@@ -85,7 +92,7 @@ except:
 assert found.pop("x") == 1
 assert (y := 1)
 """
-    assert len(violations(bad)) == 13
+    assert len(violations(bad)) == 14
 
 
 def test_there_are_files_to_check():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,10 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import ConfigError
 from llmrec.estimate import estimate
+from llmrec.estimate_inputs import encoder_width, meta_base
+from llmrec.finetune.base_model import load_base, load_prompt
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
+from llmrec.finetune.prompt import Prompt
 from llmrec.preflight import in_the_way, template
 from llmrec.recipe import Recipe, main
 from llmrec.stages import STAGES
@@ -299,6 +303,29 @@ def test_a_tokenizer_in_the_cache_is_read_and_none_is_fetched(tmp_path, monkeypa
     assert template(config).what.endswith("which is not a token of ann/qwen")
     (folder / "tokenizer.json").unlink()
     assert template(config).status == "ok", "the run fetches the rest"
+
+
+def test_nobody_is_asked_whether_to_run_a_models_own_code(tmp_path, monkeypatch):
+    """transformers would ask on the terminal, and do so for a yes; there is no way to allow it here."""
+    monkeypatch.setattr("builtins.input", lambda asked="": pytest.fail(asked))
+    (tmp_path / "code.py").write_text("raise SystemExit('this ran')\n")
+    own = {"AutoConfig": "code.X", "AutoModel": "code.X", "AutoTokenizer": ["code.X", None]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "made-up", "auto_map": own}))
+    made = {"auto_map": own, "tokenizer_class": "MadeUp"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(made))
+    (tmp_path / "model.safetensors").touch()
+    config = with_prompt(tmp_path, "compact")
+    assert "cannot be loaded" in template(config).what
+    prompt = Prompt(instruction=[1], response=[2], vocab_size=3)
+    text = TextEncoderConfig(encoder="huggingface", model=str(tmp_path))
+    for load in (
+        lambda: load_prompt(config),
+        lambda: load_base(config, prompt),
+        lambda: meta_base(config, prompt),
+        lambda: encoder_width(text, None, "text"),
+    ):
+        with pytest.raises(ConfigError, match=r"cannot be (loaded|read)|is not known before"):
+            load()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]"])

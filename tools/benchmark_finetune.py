@@ -344,7 +344,7 @@ def random_base(shape: dict[str, Any], config: FinetuneConfig, device: torch.dev
     known = LlamaConfig(**shape, bos_token_id=None, eos_token_id=None)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     with device:
-        base = AutoModel.from_config(known, dtype=dtype)
+        base = AutoModel.from_config(known, dtype=dtype, trust_remote_code=False)
     if config.quantize == "none":
         return base
     with tempfile.TemporaryDirectory() as folder:
@@ -353,7 +353,11 @@ def random_base(shape: dict[str, Any], config: FinetuneConfig, device: torch.dev
         torch.cuda.empty_cache()
         place = {"": torch.cuda.current_device()}
         base = AutoModel.from_pretrained(
-            folder, quantization_config=base_model.four_bits(), dtype=dtype, device_map=place
+            folder,
+            quantization_config=base_model.four_bits(),
+            dtype=dtype,
+            device_map=place,
+            trust_remote_code=False,
         )
     torch.cuda.reset_peak_memory_stats()
     return base

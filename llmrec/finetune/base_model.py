@@ -44,7 +44,9 @@ def _whole_prompt(config: FinetuneConfig) -> Prompt:
     if config.is_mini:
         return tokenize_words(config.prompt)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.base_model, revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.base_model, revision=config.revision, trust_remote_code=False
+        )
     except NOT_LOADABLE as error:
         raise ConfigError(_cannot_load("tokenizer", config.base_model, error)) from None
     return tokenize(config.prompt, tokenizer)
@@ -89,7 +91,12 @@ def load_base(
     try:
         with without_head():
             base = AutoModel.from_pretrained(
-                config.base_model, revision=config.revision, attn_implementation="sdpa", **options
+                config.base_model,
+                revision=config.revision,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                **options,
             )
     except NOT_LOADABLE as error:
         raise ConfigError(_cannot_load("base model", config.base_model, error)) from None

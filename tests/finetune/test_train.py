@@ -377,6 +377,10 @@ def test_missing_base_models_and_layers_are_explained(pretrained, tmp_path):
     (tmp_path / "odd" / "config.json").write_text(json.dumps(known | {"num_attention_heads": 7}))
     with pytest.raises(ConfigError, match="cannot be loaded"):
         fit(FinetuneConfig(base_model=str(tmp_path / "odd"), prompt="compact"))
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(known))
+    (tmp_path / "odd" / "model.safetensors").rename(tmp_path / "odd" / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"cannot be loaded.*and safetensors weights"):
+        fit(FinetuneConfig(base_model=str(tmp_path / "odd"), prompt="compact"))
     config = FinetuneConfig(base_model=str(pretrained), prompt="compact", lora_targets=("nothing",))
     with pytest.raises(ConfigError, match="has no linear layers called nothing, but q_proj"):
         fit(config)
