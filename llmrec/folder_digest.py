@@ -1,4 +1,4 @@
-"""Folders of models and of data: what tells one from another. Imports no torch.
+"""Folders of models and of data, and models of the Hub: what tells one from another. Imports no torch.
 
 Large files are sampled, so that weights of any size take a second: training changes nearly all numbers of
 what it trains. What was changed between samples alone is not noticed.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,29 @@ BESIDE_WEIGHTS = (
     *("*preprocessor_config.json", "processor_config.json", "open_clip_config.json", "adapter_config.json"),
 )
 """Files of a model, other than config and weights, that change what comes of a text or a picture."""
+
+
+def revision_of(model: str, asked: str | None) -> str | None:
+    """The commit that a model was loaded from, by the Hub's cache after it was; of a local folder what was
+    asked for.
+
+    Args:
+        model: Hub id or local folder.
+        asked: commit, branch or tag; None: the main branch.
+    """
+    if Path(model).is_dir():
+        return asked
+    from huggingface_hub import try_to_load_from_cache
+
+    # By its path, since transformers no longer notes the commit in what it loads.
+    found = try_to_load_from_cache(model, "config.json", revision=asked)
+    return commit_of(Path(found)) if isinstance(found, str) else asked
+
+
+def commit_of(file: Path) -> str | None:
+    """The commit that a file in the Hub's cache belongs to; None for a local folder."""
+    found = re.findall(r"models--[^/]+/snapshots/([^/]+)/", file.as_posix())
+    return found[-1] if found else None
 
 
 def folder_digest(folder: Path) -> str:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from llmrec import distributed
 from llmrec.encoders.loading import dtype_of, first_line, quiet
 from llmrec.errors import ConfigError, DataError
+from llmrec.folder_digest import revision_of
 
 MOST_TOKENS = 512
 """Longest text where the settings name no limit, in tokens."""
@@ -52,7 +53,7 @@ class TextEncoder:
         self.tokenizer = load(AutoTokenizer, model, revision, where)
         self.model, self.name, _ = load_model(model, revision, dtype, where)
         self.device = distributed.device()
-        self.revision = revision_of(self.model, revision)
+        self.revision = revision_of(model, revision)
         self.own_head = hasattr(self.model, "get_text_features")
         if self.own_head and pooling != "auto":
             raise ConfigError(
@@ -126,7 +127,7 @@ class ImageEncoder:
         self.processor = load(AutoImageProcessor, model, revision, where)
         self.model, self.name, untrained = load_model(model, revision, dtype, where)
         self.device = distributed.device()
-        self.revision = revision_of(self.model, revision)
+        self.revision = revision_of(model, revision)
         self.own_head = hasattr(self.model, "get_image_features")
         if self.own_head and pooling != "auto":
             raise ConfigError(
@@ -267,8 +268,3 @@ def load(kind: Any, model: str, revision: str | None, where: str, **options: Any
         raise ConfigError(
             f"{where}.model={model!r} cannot be loaded by {kind.__name__}: {advice} ({first_line(error)})"
         ) from None
-
-
-def revision_of(model: Any, asked: str | None) -> str | None:
-    """The commit that was loaded from the Hub; None for a local folder."""
-    return getattr(model.config, "_commit_hash", None) or asked

@@ -16,7 +16,6 @@ cut by tokens rather than by words where they are too long, and pooled in float3
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,9 +36,10 @@ from transformers import (
 )
 
 from llmrec import distributed
-from llmrec.encoders.huggingface import load, revision_of, to_numpy
+from llmrec.encoders.huggingface import load, to_numpy
 from llmrec.encoders.loading import dtype_of, first_line
 from llmrec.errors import ConfigError, DataError
+from llmrec.folder_digest import commit_of, revision_of
 
 TEXT_MODEL = "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned"
 CLIP_MODEL = "microsoft/LLM2CLIP-Openai-L-14-336"
@@ -84,7 +84,7 @@ class TextEncoder:
                 f"the chat wrapping, got {self.max_tokens}"
             )
         self.model = load_llama(model, revision, dtype, where)
-        self.revision = revision_of(self.model, revision)
+        self.revision = revision_of(model, revision)
         self.adapter = load_adapter(adapter, adapter_revision, where).to(self.device)
         settings = fetch(adapter, "config.json", adapter_revision, f"{where}.adapter")
         self.adapter_revision = commit_of(settings)
@@ -367,9 +367,3 @@ def fetch(model: str, name: str, revision: str | None, where: str) -> Path:
             f"{where}={model!r}: no such folder, and {name} is not on the Hub, not public, or not downloaded "
             f"yet; run `hf download {model}` while online, or give a local folder ({first_line(error)})"
         ) from None
-
-
-def commit_of(file: Path) -> str | None:
-    """The commit that a file in the Hub's cache belongs to; None for a local folder."""
-    found = re.findall(r"models--[^/]+/snapshots/([^/]+)/", file.as_posix())
-    return found[-1] if found else None

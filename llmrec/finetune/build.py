@@ -23,7 +23,7 @@ from llmrec.finetune.methods import item_tokens
 from llmrec.finetune.modalities import modalities_of
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.prompt import Prompt
-from llmrec.folder_digest import weights_digest
+from llmrec.folder_digest import revision_of, weights_digest
 
 
 def item_vectors(
@@ -208,6 +208,6 @@ def settings_of(config: FinetuneConfig, prompt: Prompt, base: Any) -> dict[str, 
         "config": asdict(config),
         "base_digest": weights_digest(Path(config.base_model)) if local else None,
         "prompt": asdict(prompt),
-        "revision": getattr(base.config, "_commit_hash", None) or config.revision,
+        "revision": None if config.is_mini else revision_of(config.base_model, config.revision),
         "hidden_size": base.config.hidden_size,
     }

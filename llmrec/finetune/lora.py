@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.finetune import low_rank
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.folder_digest import revision_of
 
 # We load the decoder without its language-model head; PEFT users load it with one, where the decoder
 # is called `model`.
@@ -80,7 +81,7 @@ def lora_weights(
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}
     plain |= {
         "base_model_name_or_path": config.base_model,
-        "revision": getattr(model.config, "_commit_hash", None) or config.revision,
+        "revision": revision_of(config.base_model, config.revision),
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "peft_type": "LORA",

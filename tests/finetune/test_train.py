@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from backbones import save_backbone
+from huggingface_hub import constants
 from tiny_mme_sid import vectors
 from worlds import cycle, interactions
 
@@ -366,6 +367,22 @@ def test_another_base_model_in_the_folder_of_the_one_that_was_trained_is_noticed
     save_backbone(base, initializer_range=0.1)
     with pytest.raises(ArtifactMismatchError, match="base holds another model than the one that was fine-t"):
         load_scorer(adapter, *made)
+
+
+def test_the_commit_that_was_trained_on_is_loaded_whatever_has_come_since(pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo, first, second = tmp_path / "models--ann--base", "0" * 40, "1" * 40
+    shutil.copytree(pretrained, repo / "snapshots" / first)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(first)
+    config = FinetuneConfig(base_model="ann/base", prompt="compact", epochs=1, fusion_temperature=1.0)
+    adapter, made = fit(config)
+    assert adapter.settings["revision"] == adapter.lora_config["revision"] == first
+    history = torch.tensor([[1, 2, 3], [4, 0, 0]])
+    expected = load_scorer(adapter, *made).score(history)
+    save_backbone(repo / "snapshots" / second, initializer_range=0.1)
+    (repo / "refs" / "main").write_text(second)
+    assert torch.equal(load_scorer(adapter, *made).score(history), expected)
 
 
 def test_missing_base_models_and_layers_are_explained(pretrained, tmp_path):
