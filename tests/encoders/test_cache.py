@@ -19,7 +19,7 @@ from llmrec.encoders import cache as module
 from llmrec.encoders.cache import VectorCache
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encode import encode_image, encode_items, encode_text
-from llmrec.encoders.encoder import encode_pictures, encode_texts, finish
+from llmrec.encoders.encoder import encode_pictures, encode_texts, finish, is_to_do
 from llmrec.errors import DataError
 from llmrec.files import read_json
 from llmrec.pipeline import run_stage
@@ -75,6 +75,15 @@ class Stops:
         if len(self.batches) == self.at:
             raise KeyboardInterrupt
         return np.array([[len(str(one)), len(batch)] for one in batch], np.float32)
+
+
+def test_every_batch_is_one_process_s_alone(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shares = []
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        shares.append([n for n in range(7) if is_to_do(n, KEYS[:2], VectorCache(None, {}))])
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
 
 
 def test_texts_go_on_with_the_same_batches(tmp_path, monkeypatch):

@@ -10,11 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import worlds
+from PIL import Image
+from skimage.feature import hog
 
 from llmrec.artifacts import ContentEmbeddings
+from llmrec.encoders import classical
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encode import encode_items
 from llmrec.encoders.encoder import encode_pictures, finish, map_ahead
+from llmrec.encoders.tfidf import FittedTfidf, TfidfEncoder
 from llmrec.errors import ArtifactMismatchError, ConfigError, DataError
 
 NO_TEXT = TextEncoderConfig(encoder="none")
@@ -160,7 +164,54 @@ def test_texts_that_all_hold_the_same_words_are_refused(titles):
         text(tiny.catalogue(titles))
 
 
+def test_texts_are_made_vectors_of_again_as_they_were_at_first():
+    """From what is kept, words that stand twice in a text, and rare directions, included."""
+    texts = ["red gloss"] * 400 + ["red soap soap", "hammer drill drill drill"]
+    made = TfidfEncoder(texts, dim=8, seed=0)
+    vectors = made.encode(texts[399:])
+    assert vectors.shape == (3, 3), "a direction that one text in 402 has is kept"
+    kept = FittedTfidf({name: array.copy() for name, array in made.fitted().items()})
+    assert np.array_equal(kept.encode(texts[399:]), vectors)
+    assert not kept.encode(["a word that nobody knows"]).any()
+
+
 # Pictures and the classical encoder
+
+
+def test_a_descriptor_is_the_rate_of_each_colour_and_hog():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    pixels[:20] = (255, 64, 0)
+    found = classical.descriptor(Image.fromarray(pixels))
+    rate = np.zeros((4, 4, 4))
+    for red, green, blue in pixels.reshape(-1, 3).tolist():
+        rate[red // 64, green // 64, blue // 64] += 1 / 4096
+    np.testing.assert_allclose(found[:64], np.sqrt(rate).ravel(), rtol=1e-6)
+    grey = np.asarray(Image.fromarray(pixels).convert("L"), np.float64) / 255
+    expected = hog(grey, orientations=9, pixels_per_cell=(8, 8), cells_per_block=(2, 2), block_norm="L2-Hys")
+    np.testing.assert_allclose(found[64:], expected, atol=1e-5)
+
+
+def test_pictures_are_reduced_to_the_directions_of_most_variance_of_both_blocks():
+    """Against the eigenvectors of the Gram matrix."""
+    features = np.random.default_rng(0).normal(2, 1, (30, 74)).astype(np.float32)
+    features[:, 64:] *= 50
+    vectors, about, fitted = classical.reduce(features, dim=5, seed=0)
+    scaled = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
+    for part in (scaled[:, :64], scaled[:, 64:]):
+        part /= np.sqrt((part**2).sum() / 30)
+    size, direction = np.linalg.eigh(scaled @ scaled.T)
+    expected = (direction[:, -5:] * size[-5:]) @ direction[:, -5:].T
+    np.testing.assert_allclose(vectors @ vectors.T, expected, atol=1e-4)
+    assert about == {
+        "dim_asked": 5, "explained_variance_rate": pytest.approx(size[-5:].sum() / size.sum(), abs=1e-5)
+    }  # fmt: skip
+    np.testing.assert_allclose(classical.project(features[3:5], fitted), vectors[3:5], atol=1e-5)
+
+
+def test_a_random_reduction_takes_the_seed_of_the_settings():
+    features = np.random.default_rng(0).normal(size=(60, 600)).astype(np.float32)
+    first, again, other = (classical.reduce(features, dim=4, seed=seed)[0] for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
 def test_the_classical_encoder_tells_red_circles_from_blue_squares(tmp_path):
@@ -280,6 +331,20 @@ def test_reading_ahead_is_bounded_and_stops_at_the_first_error(monkeypatch):
         for value in map_ahead(work, list(range(1000)), ahead=4):
             found.append(value)
     assert found == [0, 1, 2, 3, 4] and max(started) <= 10
+
+
+def test_no_more_is_begun_than_asked_for():
+    begun = []
+
+    def sources():
+        for number in range(100):
+            begun.append(number)
+            yield number
+
+    found = map_ahead(str, sources(), ahead=4)
+    assert next(found) == "0" and len(begun) == 5
+    assert next(found) == "1" and len(begun) == 6
+    found.close()
 
 
 # The whole stage

@@ -1,6 +1,8 @@
 """transformers models as encoders: equal to one text or picture at a time, by plain calls."""
 
 import json
+import logging
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -8,12 +10,17 @@ import pytest
 import tiny
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
+from transformers.utils import logging as transformers_logging
 
+from llmrec import distributed
+from llmrec.encoders import huggingface
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encode import encode_items
 from llmrec.encoders.encoder import encode_texts
 from llmrec.encoders.huggingface import ImageEncoder, TextEncoder
+from llmrec.encoders.loading import quiet
 from llmrec.errors import ConfigError, DataError
 
 NO_IMAGE = ImageEncoderConfig(encoder="none")
@@ -246,6 +253,94 @@ def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"safetensors weights"):
         encode(folder)
+
+
+def test_texts_are_tokenized_in_parts(tmp_path, monkeypatch):
+    folder = tiny.bert(tmp_path)
+    whole, _ = encode(folder)
+    monkeypatch.setattr(huggingface, "TOKENIZE_AT_ONCE", 3)
+    assert np.array_equal(encode(folder)[0], whole)
+
+
+def test_a_model_that_takes_thousands_of_tokens_is_given_512(tmp_path):
+    tiny.tokenizer(tmp_path)
+    config = transformers.BertConfig(vocab_size=32, max_position_embeddings=2000, **tiny.SIZES)
+    folder = tiny.save(tiny.seeded(transformers.BertModel, config), tmp_path)
+    encoder = TextEncoder(folder, revision=None, pooling="mean", max_tokens=None, dtype="auto")
+    assert encoder.max_tokens == 512 == len(encoder.prepare(["red " * 900])[0])
+    encoder = TextEncoder(folder, revision=None, pooling="mean", max_tokens=700, dtype="auto")
+    assert len(encoder.prepare(["red " * 900])[0]) == 700
+
+
+def test_a_decoder_keeps_no_keys_and_values(tmp_path):
+    """Of an 8B model they take more room than all else of a batch."""
+    folder = tiny.llama(tmp_path)
+    encoder = TextEncoder(folder, revision=None, pooling="last", max_tokens=None, dtype="auto")
+    kept = []
+    encoder.model.register_forward_hook(lambda *given: kept.append(given[-1].past_key_values))
+    encoder.encode(encoder.prepare(["red lip gloss"]))
+    assert kept == [None]
+
+
+@pytest.mark.parametrize("how", ["mean", "cls", "last"])
+def test_pooling_is_in_float32_and_finite_without_any_token(how):
+    hidden = torch.randn(3, 400, 5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    lengths = [400, 7, 0]
+    mask = (torch.arange(400) < torch.tensor(lengths)[:, None]).long()
+    found = huggingface.pool(hidden, mask, how)
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    for row, length in zip((0, 1), lengths):
+        real = hidden[row, :length].double()
+        expected = {"mean": real.mean(0), "cls": real[0], "last": real[-1]}[how]
+        torch.testing.assert_close(found[row].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_revision_that_is_asked_for_is_loaded_and_its_commit_recorded(tmp_path, monkeypatch):
+    """Two commits of one repository in the Hub's cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repo, source = tmp_path / "cache" / "models--ann--tiny", tmp_path / "source"
+    commits = {"main": "0" * 40, "v1": "1" * 40}
+    source.mkdir()
+    expected = {}
+    for (name, commit), factor in zip(commits.items(), (1.0, 1.5)):
+        (repo / "refs").mkdir(parents=True, exist_ok=True)
+        (repo / "refs" / name).write_text(commit)
+        tiny.bert(source)
+        weights = load_file(source / "model.safetensors")
+        scaled = {key: factor * value for key, value in weights.items()}
+        save_file(scaled, source / "model.safetensors", {"format": "pt"})
+        shutil.copytree(source, repo / "snapshots" / commit)
+        expected[name], _ = encode(str(source))
+    assert not np.allclose(expected["main"], expected["v1"])
+    for revision, name in ((None, "main"), ("v1", "v1"), (commits["v1"], "v1")):
+        vectors, about = encode("ann/tiny", revision=revision)
+        assert np.array_equal(vectors, expected[name])
+        assert about["revision"] == commits[name]
+
+
+def test_numbers_are_computed_as_they_are_stored_but_on_a_cpu(tmp_path, monkeypatch):
+    folder = tiny.bert(tmp_path)
+    transformers.AutoModel.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    found, _, _ = huggingface.load_model(folder, None, "auto", "here")
+    assert found.dtype == torch.float32
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("meta"))
+    found, _, _ = huggingface.load_model(folder, None, "auto", "here")
+    assert found.dtype == torch.bfloat16
+
+
+def test_other_libraries_report_again_after_a_model_was_loaded():
+    def reports():
+        root = logging.getLogger()
+        return (
+            *(root.level, list(root.handlers), transformers_logging.get_verbosity()),
+            transformers_logging.is_progress_bar_enabled(),
+        )
+
+    before = reports()
+    with pytest.raises(KeyError), quiet():
+        assert reports() != before
+        raise KeyError
+    assert reports() == before and before[-1]
 
 
 def test_texts_come_back_in_their_own_order():
