@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def named(recipe: Recipe, stages: set[str]) -> Iterator[tuple[str, str, str | No
 
 def model_finding(where: str, model: str, revision: str | None) -> Finding:
     """One model."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     if Path(model).is_dir():
@@ -69,7 +68,7 @@ def model_finding(where: str, model: str, revision: str | None) -> Finding:
         return Finding("problem", what, f"put the model there, or set {where}")
     if isinstance(cached, str) and is_whole(where, model, revision):
         return Finding("ok", f"{where}={model}, in the Hub's cache")
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if constants.HF_HUB_OFFLINE:
         return Finding(
             "problem",
             f"{where}={model} is not in the Hub's cache, or not all of it",

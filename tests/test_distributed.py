@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -135,3 +136,68 @@ def test_a_process_whose_others_never_come_says_so_and_can_be_stopped(nothing_la
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_launcher_that_shows_each_process_a_gpu_of_its_own_is_taken(nothing_launched):
+    import accelerate
+
+    alone = types.SimpleNamespace(num_processes=8, device=torch.device("cpu"))
+    nothing_launched.setattr(accelerate, "PartialState", lambda **_: alone)
+    nothing_launched.setattr(torch.cuda, "is_available", lambda: True)
+    nothing_launched.setattr(torch.cuda, "device_count", lambda: 1)
+    nothing_launched.setenv("LOCAL_WORLD_SIZE", "8")
+    nothing_launched.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert distributed.state.__wrapped__() is alone
+    nothing_launched.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="8 processes were started on this machine and it has 1 GPUs"):
+        distributed.state.__wrapped__()
+
+
+def test_a_launch_that_leaves_one_process_on_a_cpu_says_so(nothing_launched, caplog):
+    nothing_launched.setenv("ACCELERATE_USE_CPU", "true")
+    distributed.state.__wrapped__()
+    assert "starts one process" not in caplog.text
+    nothing_launched.setenv("MASTER_PORT", "29500")
+    distributed.state.__wrapped__()
+    assert "`accelerate launch --cpu` starts one process whatever --num_processes says" in caplog.text
+
+
+def test_every_process_reads_weights_where_they_are_spread(nothing_launched):
+    """Else accelerate has one process read them, and the others begin with what lies in memory."""
+    import accelerate
+
+    two = types.SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    nothing_launched.setattr(accelerate, "PartialState", lambda **_: two)
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")):
+        nothing_launched.setenv(name, value)
+    nothing_launched.setenv("WORLD_SIZE", "2")
+    distributed.state.__wrapped__()
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+
+
+def test_an_error_that_another_process_caused_is_told_from_an_own(nothing_launched):
+    of_others = [
+        torch.distributed.DistBackendError("NCCL watchdog"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:535] Connection closed by peer [127.0.0.1]:31415"),
+        RuntimeError("writev: Broken pipe"),
+        RuntimeError("Timed out waiting 1800000ms for recv operation to complete"),
+    ]
+    assert not any(map(distributed.lost_another, of_others)), "there is no other"
+    nothing_launched.setenv("WORLD_SIZE", "2")
+    assert all(map(distributed.lost_another, of_others))
+    assert not distributed.lost_another(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_after_all_have_met_a_process_is_stopped_as_before_and_nothing_is_said(nothing_launched, caplog):
+    nothing_launched.setattr(distributed, "MEETING_SECONDS", 0.05)
+    nothing_launched.setenv("WORLD_SIZE", "2")
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, own := lambda *_: None)
+    try:
+        with distributed.meeting_others():
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    time.sleep(0.1)
+    assert "waiting for all" not in caplog.text

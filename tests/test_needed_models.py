@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -13,8 +16,12 @@ from huggingface_hub import constants
 from tiny_recipe import tiny
 
 from llmrec import needed_models, network
+from llmrec.assignments import override
+from llmrec.encoders.llm2clip import CLIP_MODEL, TEXT_MODEL
+from llmrec.finetune.config import FinetuneConfig
 from llmrec.preflight import fine_tuning
-from llmrec.recipe import main
+from llmrec.recipe import Recipe, main
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stages import STAGES
 
 ANSWERS: dict[str, tuple[int, dict[str, str]]] = {
@@ -52,7 +59,6 @@ def asked(monkeypatch, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(
@@ -116,7 +122,7 @@ def test_a_base_model_is_as_wide_as_code_embeddings(tmp_path, asked):
     made = tiny()
     config = dataclasses.replace(made.finetune, base_model=str(tmp_path), mini=type(made.finetune.mini)())
     assert needed_models.hidden_size(config) == 48
-    for text in ("{", "[]", '{"text_config": null}'):
+    for text in ("{", "[]", '{"text_config": null}', '{"hidden_size": "48"}'):
         (tmp_path / "config.json").write_text(text)
         assert needed_models.hidden_size(config) is None
     (tmp_path / "config.json").write_text('{"text_config": {"hidden_size": 48}}')
@@ -124,6 +130,19 @@ def test_a_base_model_is_as_wide_as_code_embeddings(tmp_path, asked):
     said = [one.what for one in fine_tuning(dataclasses.replace(made, finetune=config))]
     width = made.learn_semantic_ids.code_dim
     assert f"learn_semantic_ids.code_dim={width} differs from the width of {tmp_path}, 48" in said
+    assert needed_models.tokenizer_folder(config) is None, "there is none in it"
+    other = override(made, {"learn_semantic_ids.code_dim": str(width + 1)})
+    of_mini = f"learn_semantic_ids.code_dim={width + 1} differs from finetune.mini.hidden_size={width}"
+    assert of_mini in [one.what for one in fine_tuning(other)]
+    simple = LearnSemanticIdsConfig(method="rkmeans")
+    temperature = str(FinetuneConfig().fusion_temperature)
+    for fits in (
+        override(other, {"finetune.project_codes": "true"}),
+        override(other, {"finetune.method": "e4srec", "finetune.fusion_temperature": temperature}),
+        dataclasses.replace(made, learn_semantic_ids=simple),
+    ):
+        assert fits.learn_semantic_ids.code_dim != width
+        assert [one.what for one in fine_tuning(fits) if one.status == "problem"] == []
 
 
 def test_a_run_does_not_begin_with_a_base_model_that_is_not_there(asked, tmp_path, capsys):
@@ -147,7 +166,7 @@ def test_a_hub_whose_name_leads_nowhere_is_a_problem(monkeypatch):
     def lost(*_: object) -> None:
         raise OSError("Name or service not known")
 
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(network.socket, "getaddrinfo", lost)
     monkeypatch.setattr(network.urllib.request, "getproxies", dict)
     recipe = dataclasses.replace(
@@ -165,15 +184,91 @@ def test_a_hub_whose_name_leads_nowhere_is_a_problem(monkeypatch):
 
 
 def test_offline_only_the_cache_counts(asked, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     found = needed_models.model_finding("finetune.base_model", "ann/there", None)
     assert (found.status, asked) == ("problem", [])
     assert "not in the Hub's cache" in found.what
 
 
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_nothing_is_asked_for_where_the_hubs_client_is_told_so(name):
+    code = (
+        "from llmrec import needed_models\n"
+        "needed_models.resolves = lambda host: 1 / 0\n"
+        "print(needed_models.model_finding('finetune.base_model', 'ann/none', None).status)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, name: "yes"}, capture_output=True, text=True
+    )
+    assert done.stdout == "problem\n", done.stderr
+
+
+def test_every_model_is_named_with_its_own_revision():
+    given = {
+        "finetune.base_model": "ann/llama",
+        "finetune.revision": "v1",
+        "encode_items.text.encoder": "llm2clip",
+        "encode_items.text.revision": "v2",
+        "encode_items.text.adapter_revision": "v3",
+        "encode_items.image.encoder": "huggingface",
+        "encode_items.image.model": "ann/vit",
+        "encode_items.image.revision": "v4",
+    }
+    recipe = dataclasses.replace(Recipe(), prepare_data=tiny().prepare_data)
+    recipe = override(recipe, given)
+    of_text = [
+        ("encode_items.text.model", TEXT_MODEL, "v2"),
+        ("encode_items.text.adapter", CLIP_MODEL, "v3"),
+    ]
+    of_image = [("encode_items.image.model", "ann/vit", "v4")]
+    of_base = [("finetune.base_model", "ann/llama", "v1")]
+    assert list(needed_models.named(recipe, {"encode_items", "finetune"})) == of_base + of_text + of_image
+    assert list(needed_models.named(recipe, {"finetune"})) == of_base
+    both = override(recipe, {"encode_items.image.encoder": "llm2clip", "encode_items.image.model": "none"})
+    assert list(needed_models.named(both, {"encode_items"})) == [
+        *of_text, ("encode_items.image.model", CLIP_MODEL, "v4")
+    ]  # fmt: skip
+
+
+def test_what_the_cache_holds_counts_for_the_revision_it_is_of(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    there = tmp_path / "cache" / "models--ann--there"
+    (there / "refs").mkdir(parents=True)
+    for name, commit in (("main", "0" * 40), ("v1", "1" * 40)):
+        (there / "refs" / name).write_text(commit)
+        (there / "snapshots" / commit).mkdir(parents=True)
+    folder = there / "snapshots" / ("1" * 40)
+    (folder / "config.json").write_text('{"hidden_size": 48}')
+    where = "encode_items.text.adapter"
+    assert needed_models.model_finding(where, "ann/there", "v1").status == "ok", "its weights have any name"
+    (there / "snapshots" / ("0" * 40) / "config.json").write_text('{"hidden_size": 24}')
+    for name in ("model.safetensors", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+    made = tiny().finetune
+    for revision, status, width, tokens in (("v1", "ok", 48, folder), (None, "problem", 24, None)):
+        found = needed_models.model_finding("finetune.base_model", "ann/there", revision)
+        config = dataclasses.replace(made, base_model="ann/there", revision=revision, mini=type(made.mini)())
+        assert found.status == status
+        assert needed_models.hidden_size(config) == width
+        assert needed_models.tokenizer_folder(config) == tokens
+
+
+def test_the_hub_is_not_waited_for_long(asked, monkeypatch):
+    waits = []
+
+    def slow(address: str, timeout: float) -> None:
+        waits.append(timeout)
+        raise OSError("timed out")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", slow)
+    assert needed_models.model_finding("finetune.base_model", "ann/there", None).status == "note"
+    assert waits == [5.0]
+
+
 def test_a_model_of_which_only_a_part_is_in_the_cache_is_not_here(asked, tmp_path, monkeypatch):
     """As `estimate` leaves it, which reads config.json alone."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     commit = "0" * 40
     there = tmp_path / "cache" / "models--ann--there"
     (there / "refs").mkdir(parents=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from backbones import save_backbone
 from huggingface_hub import constants
 from tiny_recipe import tiny
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llmrec import cli, network, pipeline
 from llmrec.assignments import override
+from llmrec.collab.config import TrainCollabConfig
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.errors import ConfigError
@@ -24,7 +27,7 @@ from llmrec.estimate_inputs import encoder_width, meta_base
 from llmrec.finetune.base_model import load_base, load_prompt
 from llmrec.finetune.config import FinetuneConfig, MiniConfig
 from llmrec.finetune.prompt import Prompt
-from llmrec.preflight import in_the_way, template
+from llmrec.preflight import contents, in_the_way, template
 from llmrec.recipe import Recipe, main
 from llmrec.stages import STAGES
 
@@ -72,6 +75,7 @@ def test_a_model_that_is_neither_a_folder_nor_a_hub_id_is_a_finding(model, tmp_p
         ("a,1,2\n", "item_id,title\n", {"column_names": ("user_id", "item_id", "timestamp")}, []),
         ("a,1\n", "item_id,title\n", {"column_names": ("user_id", "item_id", "timestamp")}, ["2 columns"]),
         ("", "item_id,title\n", {}, ["log.csv is empty"]),
+        ("user_id,item_id,timestamp\n", "sku,title\n", {"items_item_column": "sku"}, []),
     ],
 )
 def test_tables_without_the_columns_that_are_asked_for_are_a_finding(tmp_path, log, items, settings, said):
@@ -197,6 +201,7 @@ def test_data_that_are_absent_and_may_not_be_fetched_are_a_problem(tmp_path):
 
 NONE = ["encode_items.text.encoder=none"]
 OTHER_METHOD = [f"finetune.fusion_temperature={FinetuneConfig().fusion_temperature}"]
+OWN_VECTORS = {"encoder": "precomputed", "path": "own.parquet"}
 NOTHING = [*NONE, "encode_items.image.encoder=none"]
 
 
@@ -232,6 +237,68 @@ def test_stages_that_do_not_go_together_are_told_before_the_first_one(settings, 
     assert problems(tiny(), *STAGES) == []
 
 
+def test_what_was_learned_from_validation_items_may_be_used_where_nothing_is_validated():
+    learned = {"train_collab.include_valid": "true", "train_collab.select": "last"}
+    recipe = override(tiny(), {**learned, "finetune.eval_every_epochs": "0"})
+    assert problems(recipe, *STAGES) == []
+
+
+TABLE = {"source": "table", "interactions": "log.csv"}
+ITEMS = {**TABLE, "items": "items.csv"}
+AMAZON = {"source": "amazon_2014", "category": "beauty", "folder": "data"}
+
+
+@pytest.mark.parametrize(
+    ("data", "text", "image", "said"),
+    [
+        (TABLE, {}, {"encoder": "none"}, ["text.encoder=tfidf finds no texts"]),
+        (TABLE, {"encoder": "none"}, {}, ["image.encoder=classical finds no pictures"]),
+        (TABLE, OWN_VECTORS, OWN_VECTORS, []),
+        (ITEMS, {}, {}, ["finds no pictures"]),
+        ({**ITEMS, "image_column": "file"}, {}, {}, []),
+        ({**ITEMS, "image_url_column": "url", "image_folder": "pictures"}, {}, {}, []),
+        (ITEMS, {"columns": ("title", "brand")}, {"encoder": "none"}, ["title, brand: brand will not be"]),
+        (ITEMS, {"template": "{title} by {brand}"}, {"encoder": "none"}, ["brand will not be there, but"]),
+        ({**ITEMS, "text_columns": ("brand",)}, {"columns": ("brand",)}, {"encoder": "none"}, []),
+        (
+            {**ITEMS, "title_column": None, "text_columns": ("brand",)}, {"columns": ("title",)},
+            {"encoder": "none"}, ["title will not be there, but brand"],
+        ),
+        ({**ITEMS, "title_column": None}, {}, {"encoder": "none"}, ["finds no texts"]),
+        (AMAZON, {"columns": ("brand",)}, {}, ["set prepare_data.image_folder"]),
+        ({**AMAZON, "image_folder": "pictures"}, {}, {}, []),
+    ],
+)  # fmt: skip
+def test_texts_and_pictures_that_will_not_be_there_are_told(data, text, image, said):
+    recipe = dataclasses.replace(
+        tiny(), prepare_data=PrepareDataConfig(**data),
+        encode_items=EncodeItemsConfig(text=TextEncoderConfig(**text), image=ImageEncoderConfig(**image)),
+    )  # fmt: skip
+    found = [f"{one.what}; {one.advice}" for one in contents(recipe)]
+    assert len(found) == len(said) and all(words in one for words, one in zip(said, found)), found
+
+
+def test_libraries_and_devices_that_settings_need_are_told(monkeypatch):
+    find = importlib.util.find_spec
+    absent = {"liger_kernel", "k_means_constrained"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in absent else find(name, *rest)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    made = {"finetune.attention": "flex", "finetune.rows": "stream", "finetune.kernels": "liger"}
+    recipe = override(tiny(), {**made, "learn_semantic_ids.init": "kmeans_constrained"})
+    assert problems(recipe, "finetune") == [
+        "finetune.attention=flex, finetune.kernels=liger: there is no CUDA device",
+        "finetune.kernels=liger: not installed",
+    ]
+    (found,) = problems(recipe, "learn_semantic_ids")
+    assert found.endswith("kmeans_constrained: its library is not installed")
+    absent.clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: find("json"))
+    assert problems(recipe, "finetune", "learn_semantic_ids") == []
+
+
 def test_epochs_chosen_by_another_ranking_than_the_last_are_noted():
     kept = override(tiny(), {"evaluate.mask_seen": "false"})
     (note,) = [one for one in in_the_way(kept) if "mask_seen" in one.what]
@@ -241,6 +308,10 @@ def test_epochs_chosen_by_another_ranking_than_the_last_are_noted():
     alike = override(kept, dict(setting.split("=") for setting in settings))
     assert not [one for one in in_the_way(alike) if "mask_seen" in one.what]
     assert not [one for one in in_the_way(kept, ["evaluate"]) if "mask_seen" in one.what]
+    read = TrainCollabConfig(provider="precomputed", vectors="own.parquet")
+    of_file = dataclasses.replace(override(kept, {"finetune.select": "valid"}), train_collab=read)
+    (note,) = [one for one in in_the_way(of_file) if "mask_seen" in one.what]
+    assert note.advice == "set finetune.mask_seen=false"
 
 
 def save_tokenizer(folder: Path, *special: str) -> Path:
