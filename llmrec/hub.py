@@ -39,7 +39,8 @@ from llmrec.errors import ConfigError, LlmrecError, MissingArtifactError
 from llmrec.files import read_json
 
 SECRETS = re.compile(
-    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,})\b"
+    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}"
+    r"|github_pat_[A-Za-z0-9_]{30,})\b"
 )
 """Tokens of the Hub and of common services."""
 

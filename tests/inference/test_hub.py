@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,68 @@ def test_paths_and_tokens_never_leave(name, change, message, packaged, tmp_path)
     with pytest.raises(ConfigError, match=message) as found:
         refuse_private(copy)
     assert TOKEN not in str(found.value)
+
+
+def bare_package(folder: Path, name: str, text: str) -> Path:
+    """A folder with one file that its manifest lists."""
+    (folder / "package.json").write_text(json.dumps({"files": {name: {}}}))
+    (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *("hf_" + "aB3" * 8, "sk-" + "proj-aB3_" * 4, "AKIA" + "Q7" * 8, "ghp_" + "aB3" * 12),
+        "github_pat_" + "11AB_" * 8,
+    ],
+)
+@pytest.mark.parametrize("name", ["README.md", "data.json", "log.jsonl"])
+def test_tokens_of_common_services_never_leave(name, token, tmp_path):
+    with pytest.raises(ConfigError, match=f"{name} holds what looks like an access token") as found:
+        refuse_private(bare_package(tmp_path, name, f'{{"key": "{token}"}}'))
+    assert token not in str(found.value)
+    refuse_private(bare_package(tmp_path, name, '{"key": "hf_tokenizer, risk-free, AKIA, ghp_x"}'))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "/x",
+            "~/x",
+            "./x",
+            "../x",
+            "C:\\x",
+            "D:/x",
+            "\\\\host\\x",
+            "file:x",
+            "hub:/x",
+            "local-dir:/x",
+            "hub:~/x",
+        ),
+        *(f"see ({root}/ann/x)" for root in ("/home", "/root", "/Users", "/tmp", "/mnt", "/var", "/opt")),
+        *(f'as "{root}/x" says' for root in ("/srv", "/media", "/work", "/data", "~")),
+    ],
+)
+def test_what_is_or_holds_a_path_of_a_machine_is_refused(value, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(f"log.jsonl: line 2 a[1].b ({value}); push or")):
+        refuse_private(bare_package(tmp_path, "log.jsonl", "{}\n" + json.dumps({"a": ["x", {"b": value}]})))
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["ann/llama", "hub:ann/logs", "hf-hub:ann/clip", "and/or", "1/2", "https://host/home/ann/x", "C: drive"],
+)
+def test_what_only_looks_like_a_path_is_not(value, tmp_path):
+    refuse_private(bare_package(tmp_path, "log.jsonl", json.dumps({"a": value})))
+
+
+def test_the_revision_that_is_asked_for_is_fetched(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("llmrec.hub.snapshot_download", lambda repo, **given: asked.update(given) or repo)
+    assert download("ann/tiny", revision="v1", cache_dir=tmp_path) == Path("ann/tiny")
+    assert asked == {"revision": "v1", "cache_dir": tmp_path}
 
 
 def test_all_paths_are_named_at_once(packaged, tmp_path):
