@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny as tiny_models
 import torch
 import transformers
 from tiny import tokenizer
@@ -16,14 +17,14 @@ from tiny_recipe import tiny
 from worlds import cycle
 
 from llmrec import cli, doctor, stage_times
-from llmrec.collab.config import PROVIDER_FIELDS, TrainCollabConfig
+from llmrec.collab.config import PROVIDER_FIELDS, SASRecConfig, TrainCollabConfig
 from llmrec.collab.configs.mamba import MambaConfig
 from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig, ImageEncoderConfig, TextEncoderConfig
 from llmrec.encoders.encode import item_texts
 from llmrec.errors import ConfigError
 from llmrec.estimate import distinct_items, estimate
-from llmrec.estimate_inputs import collab_width, encoder_width, fitting
+from llmrec.estimate_inputs import collab_width, encoder_width, fitting, vector_widths
 from llmrec.estimate_shown import GPUS, MOVED, scaled, shown
 from llmrec.finetune import base_model
 from llmrec.finetune.config import FinetuneConfig
@@ -110,6 +111,20 @@ def test_the_published_size_is_counted_without_building_it(tmp_path):
     assert f"finetune            {duration(3 * seconds)}: 3 epochs of {duration(seconds)}" in shown(
         slow, "H100"
     )
+    assert found.moved == found.counts["steps"] * (
+        2 * found.memory["frozen weights"] + 28 * found.parameters["trainable"]
+    )
+    small = dataclasses.replace(
+        recipe.finetune, quantize="nf4", optimizer="adamw_8bit", checkpoint_activations=True
+    )
+    little = estimate(dataclasses.replace(recipe, finetune=small))
+    # 4.127 bits for each of 6.98e9 weights in linear layers, 2 bytes for the embeddings.
+    assert little.memory["frozen weights"] == pytest.approx(6.98e9 * 4.127 / 8 + 2 * 128_256 * 4096, rel=1e-3)
+    activations = "activations (rough)"
+    tokens = little.counts["largest_step"]
+    assert little.memory[activations] == 2 * tokens * (10 * 4096 + 4 * 14_336 + 32 * 4096)
+    assert found.memory[activations] == 2 * tokens * (10 * 4096 + 4 * 14_336) * 32
+    assert little.moved is None and "finetune            not known for" in shown(little, "H200")
     early = shown(dataclasses.replace(slow, ends_early=True), "H100")
     assert (
         f"finetune            at most {duration(3 * seconds)}: at most 3 epochs of {duration(seconds)}"
@@ -128,6 +143,18 @@ def test_widths_of_item_vectors_are_those_that_are_handed_on(tmp_path):
     pq.write_table(table, tmp_path / "own.parquet")
     config = TrainCollabConfig(provider="precomputed", vectors=str(tmp_path / "own.parquet"))
     assert collab_width(config, data) == 128
+    mixed = TrainCollabConfig(sasrec=SASRecConfig(embed_dim=24, num_heads=2, content=("text",)))
+    assert collab_width(mixed, data) == 24
+    for name, width in (("bert", 16), ("clip", 12)):
+        (tmp_path / name).mkdir()
+        text = TextEncoderConfig(encoder="huggingface", model=getattr(tiny_models, name)(tmp_path / name))
+        assert encoder_width(text, data, "text") == width
+    clip = TextEncoderConfig(encoder="openclip", model="ViT-B-32", pretrained="laion2b_s34b_b79k")
+    assert encoder_width(clip, data, "text") == 512
+    chosen = dataclasses.replace(
+        tiny(), learn_semantic_ids=dataclasses.replace(tiny().learn_semantic_ids, modalities=("text",))
+    )
+    assert vector_widths(chosen, None, data) == ({"text": 16}, {"text": 16, "image": 16})
     own = TextEncoderConfig(encoder="precomputed", path=str(tmp_path / "own.parquet"))
     assert encoder_width(own, data, "text") == 128
 
@@ -157,7 +184,37 @@ def test_what_settings_cost_is_counted(finished):
     assert with_settings(method="ctrl_mm", fusion_temperature=1e-3).parameters["trainable"] < trained
 
 
-def test_every_sequence_model_has_a_time_or_a_reason_why_not(monkeypatch):
+@pytest.mark.parametrize("batch_size", [8, 128], ids=["factored", "folded"])
+def test_operations_and_memory_by_hand(batch_size, finished):
+    """Scores of n targets a step are h times the one matrix, or, of few, the parts of h times the vectors."""
+    made = dataclasses.replace(
+        tiny().finetune, batch_size=batch_size, micro_batch_tokens=200, batch_by="targets", precision="fp32"
+    )
+    found = estimate(dataclasses.replace(tiny(), finetune=made), finished)
+    content = Run(finished).content
+    vectors = 16 + sum(table.shape[1] for table in content.vectors.values())
+    counts, parts, width, rows = found.counts, found.parameters, 16, 97
+    assert counts["steps"] == -(-counts["targets"] // batch_size)
+    if batch_size > width:
+        scored = counts["targets"] * rows * width
+        # The sum of w (E W + b): forwards, and for W; the vectors themselves are frozen.
+        assert found.flops["item matrix"] == 4 * counts["steps"] * rows * width * vectors
+    else:
+        scored = counts["targets"] * rows * (width + vectors + 3)
+        assert found.flops["item matrix"] == 0
+    assert found.flops["catalogue scores"] == 6 * scored
+    tokens = (4 * parts["projections"] + 6 * parts["item_mlp"]) * counts["item_tokens"]
+    assert found.flops["item tokens"] == tokens
+    memory = found.memory
+    assert memory["frozen weights"] == 0 and memory["item vectors"] == 4 * rows * vectors
+    assert memory["trained weights, gradients, AdamW"] == 16 * parts["trainable"]
+    pass_tokens = min(200, counts["largest_step"])
+    assert (pass_tokens < 200) == (batch_size == 8)
+    assert memory["activations (rough)"] == 4 * pass_tokens * (10 * 16 + 4 * 32)
+    assert counts["largest_step"] * counts["steps"] >= counts["tokens"] > counts["largest_step"]
+
+
+def test_every_sequence_model_has_a_time_or_a_reason_why_not(tmp_path, monkeypatch):
     """MovieLens-1M's step and epoch of SASRec, from which the figures come."""
     data = cycle()
     measured = stage_times.PER_MILLION_TARGETS
