@@ -385,6 +385,20 @@ def test_the_commit_that_was_trained_on_is_loaded_whatever_has_come_since(pretra
     assert torch.equal(load_scorer(adapter, *made).score(history), expected)
 
 
+def test_weights_that_score_otherwise_once_they_are_saved_are_refused():
+    adapter, made = fit(dataclasses.replace(TINY, epochs=1))
+    history = torch.tensor([[1, 2, 3], [4, 0, 0]])
+    scores = load_scorer(adapter, *made).score(history)
+    padding = scores.clone()
+    padding[:, 0] += 1.0
+    train.check_saved(adapter, (history, padding), *made)
+    for wrong in (float(scores[1, 2]) * (1 + 1e-6), float("nan")):
+        other = scores.clone()
+        other[1, 2] = wrong
+        with pytest.raises(ArtifactMismatchError, match="saved adapter scores differently"):
+            train.check_saved(adapter, (history, other), *made)
+
+
 def test_missing_base_models_and_layers_are_explained(pretrained, tmp_path):
     config = FinetuneConfig(base_model=str(tmp_path), prompt="compact")
     with pytest.raises(ConfigError, match="cannot be loaded"):

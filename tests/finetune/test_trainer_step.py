@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,12 @@ from torch import Tensor
 from worlds import cycle
 
 from llmrec import distributed
+from llmrec.finetune import run_state
+from llmrec.finetune import trainer as trainer_module
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.engine import Engine, optimizer_of
+from llmrec.finetune.run_state import RunCheckpoints, RunState, Window
+from llmrec.finetune.scoring import scorer_of
 from llmrec.finetune.train import align_first
 from llmrec.finetune.trainer import Trainer
 
@@ -166,3 +171,67 @@ def test_the_alignment_before_fine_tuning_takes_the_rate_of_the_settings_and_no_
         if name in found:
             expected = expected - 0.07 * found[name] / (found[name].abs() + 1e-8)
         torch.testing.assert_close(value.detach(), expected, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_each_step_draws_its_own_negatives_and_a_step_that_is_repeated_the_same():
+    trainer = made(loss="bce_sampled", micro_batch_tokens=40)
+
+    def drawn(step: int, targets: slice = slice(0, 24)) -> list[list[int]]:
+        chosen = trainer.targets.take(np.arange(24)[targets])
+        passes, _ = trainer.passes.of(chosen, step)
+        return [group.negative.tolist() for given in passes for group in given.groups]
+
+    assert len(drawn(0)) > 1, "in several passes"
+    assert drawn(0) == drawn(0) != drawn(1)
+    other = made(loss="bce_sampled", micro_batch_tokens=40, seed=1)
+    passes, _ = other.passes.of(other.targets.take(np.arange(24)), 0)
+    assert [group.negative.tolist() for given in passes for group in given.groups] != drawn(0)
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_a_line_of_the_log_is_of_all_steps_since_the_last_one(world, monkeypatch):
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: 12.0))
+    trainer = made(warmup_steps=5)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    trainer.flops, trainer.peak, trainer.state.step = 5.0, 1000.0, 3
+    trainer.state.window = Window(loss=torch.tensor(6.0), targets=4, tokens=100, started=10.0)
+    trainer._log_window(SimpleNamespace(set_postfix_str=str))
+    (row,) = trainer.state.log
+    assert row["loss"] == 1.5 and row["learning_rate"] == trainer.learning_rate(2)
+    assert (row["tokens_per_second"], row["targets_per_second"]) == (50.0, 2.0)
+    assert row["share_of_peak"] == 50 * 5 / 1000 / int(world), "of all devices"
+    assert trainer.state.window.targets == 0 and trainer.state.window.started > 10.0
+
+
+def test_checkpoints_are_due_by_the_clock_and_room_is_asked_for_all_that_they_hold(monkeypatch):
+    clock, asked, saved = [0.0], [], []
+    monkeypatch.setattr(run_state.time, "monotonic", lambda: clock[0])
+    tensors = {"a": torch.zeros(7, 2), "b": torch.zeros(3)}
+    engine = SimpleNamespace(
+        resumable=True, sharded=False, parameters=tensors, optimizer_states=dict, weights=lambda: tensors
+    )
+    store = SimpleNamespace(require_room=asked.append, save=saved.append)
+    for select, copies in (("last", 3), ("valid", 4)):  # weights, Adam's two moments, the best weights
+        config = FinetuneConfig(save_every_minutes=2, select=select)
+        checkpoints = RunCheckpoints(config, engine, store)
+        checkpoints.require_room()
+        assert asked.pop() == 4 * copies * 17
+        begun = clock[0]
+        for seconds, due in ((119, False), (120, True), (500, True)):
+            clock[0] = begun + seconds
+            assert checkpoints.due() == due
+        checkpoints.save(RunState(step=4), {"a": tensors["a"]})
+        kept = {"weights.a", "weights.b", "best.a"}
+        assert saved[-1].step == 4 and kept <= saved[-1].tensors.keys() and not checkpoints.due()
+    for config, place in ((FinetuneConfig(save_every_minutes=0), store), (FinetuneConfig(), None)):
+        never = RunCheckpoints(config, engine, place)
+        clock[0] += 10**6
+        never.require_room()
+        assert not never.due() and asked == []
+
+
+def test_a_pass_of_ranking_holds_as_many_items_as_one_of_training_has_tokens_for():
+    net = model(NUM_ITEMS)
+    net.item_tokens.tokens_per_item = 3
+    for tokens, items in ((3000, 1000), (3001, 1000), (2, 1)):
+        assert scorer_of(net, FinetuneConfig(micro_batch_tokens=tokens)).max_items == items
