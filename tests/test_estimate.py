@@ -16,7 +16,7 @@ from tiny import tokenizer
 from tiny_recipe import tiny
 from worlds import cycle
 
-from llmrec import cli, doctor, stage_times
+from llmrec import cli, doctor, estimate_inputs, stage_times
 from llmrec.collab.config import PROVIDER_FIELDS, SASRecConfig, TrainCollabConfig
 from llmrec.collab.configs.mamba import MambaConfig
 from llmrec.data.config import PrepareDataConfig
@@ -28,6 +28,7 @@ from llmrec.estimate_inputs import collab_width, encoder_width, fitting, vector_
 from llmrec.estimate_shown import GPUS, MOVED, scaled, shown
 from llmrec.finetune import base_model
 from llmrec.finetune.config import FinetuneConfig
+from llmrec.finetune.prompt import Prompt
 from llmrec.pipeline import RunDir
 from llmrec.recipe import Recipe, recipe_of, with_preset
 from llmrec.runs import Run
@@ -157,6 +158,39 @@ def test_widths_of_item_vectors_are_those_that_are_handed_on(tmp_path):
     assert vector_widths(chosen, None, data) == ({"text": 16}, {"text": 16, "image": 16})
     own = TextEncoderConfig(encoder="precomputed", path=str(tmp_path / "own.parquet"))
     assert encoder_width(own, data, "text") == 128
+
+
+def test_settings_of_a_model_are_those_of_its_revision(monkeypatch):
+    asked = []
+
+    def settings(model, **given):
+        asked.append((model, given["revision"]))
+        return transformers.BertConfig(hidden_size=12)
+
+    monkeypatch.setattr(estimate_inputs.AutoConfig, "from_pretrained", settings)
+    text = TextEncoderConfig(encoder="huggingface", model="ann/bert", revision="v1")
+    assert encoder_width(text, cycle(), "text") == 12
+    config = FinetuneConfig(base_model="ann/llama", revision="v2", lora_targets=("query",))
+    estimate_inputs.meta_base(config, Prompt(instruction=[1], response=[2], vocab_size=3))
+    assert asked == [("ann/bert", "v1"), ("ann/llama", "v2")]
+
+
+def test_codes_of_residual_k_means_are_as_wide_as_the_vectors(finished):
+    ids = LearnSemanticIdsConfig(method="rkmeans", num_levels=2, num_codes=8)
+    assert ids.code_dim != 16
+    found = estimate(dataclasses.replace(tiny(), learn_semantic_ids=ids))
+    assert found.parameters["code_embeddings"] == 3 * 2 * 8 * 16
+
+
+def test_one_host_that_is_found_is_enough_to_fetch_data(monkeypatch):
+    monkeypatch.setattr(estimate_inputs, "to_fetch", lambda recipe: (["a.csv"], ["mirror", "origin"]))
+    for found in (set(), {"mirror"}, {"origin"}):
+        monkeypatch.setattr(estimate_inputs, "resolves", found.__contains__)
+        if found:
+            estimate_inputs.refuse_unreachable(tiny())
+        else:
+            with pytest.raises(ConfigError, match="the name of mirror or origin cannot be resolved"):
+                estimate_inputs.refuse_unreachable(tiny())
 
 
 def test_what_settings_cost_is_counted(finished):
@@ -325,7 +359,7 @@ def test_distinct_items_by_hand():
     item = np.array([5, 6, 5, 7, 8])
 
     class Targets:
-        start, stop = np.array([0, 0, 3]), np.array([1, 3, 4])
+        start, stop = np.array([0, 0, 3]), np.array([3, 1, 4])
 
         def __len__(self):
             return 3
