@@ -248,7 +248,7 @@ def test_operations_and_memory_by_hand(batch_size, finished):
     assert counts["largest_step"] * counts["steps"] >= counts["tokens"] > counts["largest_step"]
 
 
-def test_every_sequence_model_has_a_time_or_a_reason_why_not(tmp_path, monkeypatch):
+def test_every_sequence_model_has_a_time_or_a_reason_why_not(monkeypatch):
     """MovieLens-1M's step and epoch of SASRec, from which the figures come."""
     data = cycle()
     measured = stage_times.PER_MILLION_TARGETS
