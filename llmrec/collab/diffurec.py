@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmrec.collab.layers import normal_like
 from llmrec.collab.losses import Loss, Pooled, last_of, ratio
 from llmrec.collab.noise import Diffusion, step_features
 from llmrec.data.batches import Batch
@@ -204,7 +205,7 @@ def attention_mask(history: Tensor) -> Tensor:
 
 def strength_of(mean: float, like: Tensor, training: bool) -> Tensor | float:
     """How strongly noise is injected: N(mean, mean^2) for every number in training, else its mean."""
-    return mean + mean * torch.randn_like(like) if training else mean
+    return mean + mean * normal_like(like) if training else mean
 
 
 class Denoiser(Protocol):

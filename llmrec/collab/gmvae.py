@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec.collab.interests import Interests, Prior
-from llmrec.collab.layers import init_weights, noise_free
+from llmrec.collab.layers import init_weights, noise_free, normal_like
 from llmrec.collab.losses import Loss, Pooled, last_of, next_item_loss, ratio
 from llmrec.config import given
 from llmrec.data.batches import Batch
@@ -270,7 +270,7 @@ def indecision(assignment: Tensor) -> Tensor:
 
 def sample(mean: Tensor, log_variance: Tensor) -> Tensor:
     """A draw that gradients pass through."""
-    return mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+    return mean + torch.exp(0.5 * log_variance) * normal_like(mean)
 
 
 def gaussian_kl(

@@ -52,6 +52,12 @@ def init_weights(module: nn.Module) -> None:
             module.weight[module.padding_idx] = 0
 
 
+def normal_like(values: Tensor) -> Tensor:
+    """Draws from N(0, 1), as many as there are values, in float32 at least: in bfloat16 torch draws other ones,
+    and precision would decide more than how a model is computed."""
+    return torch.randn_like(values.to(torch.promote_types(values.dtype, torch.float32)))
+
+
 @contextmanager
 def noise_free(model: nn.Module) -> Iterator[None]:
     """Inside, the model drops and draws nothing and records no gradients, so that a figure to log costs no

@@ -30,6 +30,7 @@ from llmrec.collab.fuxi import (
     run_blocks,
     unit,
 )
+from llmrec.collab.layers import normal_like
 from llmrec.collab.losses import Loss, Pooled, last_of, next_item_loss
 from llmrec.data.batches import Batch
 
@@ -242,7 +243,7 @@ class Experts(nn.Module):
         scores = hidden @ self.router
         if self.training and self.router_noise:
             spread = F.softplus(hidden @ self.noise) * self.router_noise
-            scores = scores + torch.randn_like(scores) * spread
+            scores = scores + normal_like(scores) * spread
         best = scores.topk(self.top_k, dim=-1)
         weight = torch.zeros_like(scores).scatter(-1, best.indices, best.values.softmax(-1))
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best.indices, True)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from llmrec.collab.layers import normal_like
+
 
 def betas(schedule: str, num_steps: int) -> Tensor:
     """Variances added at every step, float64 (T,).
@@ -85,13 +87,13 @@ class Diffusion(nn.Module):
 
     def draw(self, like: Tensor) -> Tensor:
         """Noise for rows (n, D)."""
-        noise = torch.randn_like(like)
+        noise = normal_like(like)
         if not self.offset:
             return noise
         if self.offset_kind == "constant":
             return noise + self.offset
         width = 1 if self.offset_kind == "row" else like.shape[1]
-        return noise + self.offset * torch.randn(len(like), width, device=like.device, dtype=like.dtype)
+        return noise + self.offset * torch.randn(len(like), width, device=like.device, dtype=noise.dtype)
 
     def forward_to(self, clean: Tensor, step: Tensor, noise: Tensor) -> Tensor:
         """x_t of clean vectors (n, D) at steps int64 (n,)."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec.collab.gmvae import gaussian_kl, latent_report
-from llmrec.collab.layers import noise_free
+from llmrec.collab.layers import noise_free, normal_like
 from llmrec.collab.losses import Loss, last_of
 from llmrec.data.batches import Batch
 from llmrec.item_softmax import item_cross_entropy
@@ -86,7 +86,7 @@ class SVAE(nn.Module):
         state = mean
         if self.training:
             deviation = spread if self.variance == "released" else 0.5 * spread
-            state = mean + torch.exp(deviation) * torch.randn_like(mean)
+            state = mean + torch.exp(deviation) * normal_like(mean)
         query = self.decode(state)
         at = batch.target != 0
         number = int(at.sum())

@@ -26,6 +26,7 @@ def test_scores_keep_to_the_gpu(name):
         pytest.skip("cuDNN's GRU asks a real GPU for its workspace")
     with fake_gpu() as gpu:
         gpu.move(model)
-        inputs = [HISTORY.to("cuda"), TIME.to("cuda")][: 1 + model.uses_time]
+        number = 1 + model.uses_time + getattr(model, "uses_request_time", False)
+        inputs = [part.to("cuda") for part in (HISTORY, TIME, TIME + 1)[:number]]
         scores = model.score(*inputs)
         assert (scores.device.type, scores.dtype, tuple(scores.shape)) == ("cuda", torch.float32, (3, 41))
