@@ -9,18 +9,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from backbones import save_backbone
 from packing_reference import EXACT, NUM_ITEMS, full_scores, gradients, plain_prompts
 from tiny_mme_sid import model
 from torch import Tensor
 from worlds import cycle
 
 from llmrec import distributed
-from llmrec.finetune import run_state
+from llmrec.files import read_json
+from llmrec.finetune import run_state, train
 from llmrec.finetune import trainer as trainer_module
+from llmrec.finetune.bad_steps import BadSteps, Step
+from llmrec.finetune.base_model import load_base
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.engine import Engine, optimizer_of
+from llmrec.finetune.lora import lora_weights
+from llmrec.finetune.prompt import Prompt
 from llmrec.finetune.run_state import RunCheckpoints, RunState, Window
 from llmrec.finetune.scoring import scorer_of
+from llmrec.finetune.steps import steps_of_epoch
 from llmrec.finetune.train import align_first
 from llmrec.finetune.trainer import Trainer
 
@@ -235,3 +242,94 @@ def test_a_pass_of_ranking_holds_as_many_items_as_one_of_training_has_tokens_for
     net.item_tokens.tokens_per_item = 3
     for tokens, items in ((3000, 1000), (3001, 1000), (2, 1)):
         assert scorer_of(net, FinetuneConfig(micro_batch_tokens=tokens)).max_items == items
+
+
+def test_the_loss_of_a_line_is_the_mean_over_the_steps_that_count(monkeypatch):
+    """Of three steps of 16 targets the second is left out; only the last one of an epoch is logged."""
+    trainer = made(epochs=1, batch_size=16, bad_steps=1, log_every_steps=1000)
+    assert trainer.num_steps == 3
+    steps = iter([(2.0, False), (math.nan, True), (4.0, False)])
+
+    def step(targets):
+        mean, bad = next(steps)
+        return torch.tensor(mean * len(targets)), 10, torch.tensor(bad)
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    trainer.run()
+    left_out, line, *_ = trainer.state.log
+    assert (left_out["step"], left_out["targets"]) == (2, 16)
+    assert (line["step"], line["loss"]) == (3, 3.0)
+
+
+def test_a_bad_step_is_written_down_with_its_users_and_items(tmp_path):
+    data = cycle(num_users=8, num_items=NUM_ITEMS)
+    watch = BadSteps(1, data, tmp_path, "")
+    targets = data.targets("train").take(np.array([0, 9, 20]))
+    watch.watch(Step(epoch=1, step=4, targets=targets, bad=torch.tensor(True)))
+    assert [row["step"] for row in watch.settle()] == [4] and watch.settle() == []
+    found = read_json(tmp_path / "bad_step_4.json")
+    assert found["users"] == [data.user_raw_ids[user] for user in targets.user]
+    assert found["items"] == [data.raw_ids[item - 1] for item in targets.item]
+
+
+def test_a_stream_has_room_for_its_instruction():
+    trainer = made(rows="stream", micro_batch_tokens=40, layout="per_prefix")
+    net, targets = trainer.model, trainer.targets
+    assert net.stream
+    passes, _ = trainer.passes.of(targets, 0)
+    for given in passes:
+        (rows,) = given.groups
+        tokens = [max(1, shown) + len(net.response) for shown in rows.history.flatten().tolist()]
+        assert len(net.instruction) + sum(tokens) <= 40
+    assert sum(len(given.groups[0].target) for given in passes) == len(targets)
+
+
+def test_the_alignment_before_fine_tuning_sees_every_item_in_every_epoch(monkeypatch):
+    monkeypatch.setattr(train, "ALIGN_ITEMS", NUM_ITEMS // 2)
+
+    def seen(seed: int) -> list[list[int]]:
+        settings = {"method": "ctrl_mm", "ctrl_stage": "two", "ctrl_epochs": 3, "fusion_temperature": 1e-3}
+        net, shown = model(NUM_ITEMS, **settings), []
+        whole = net.item_tokens.pairs
+        net.item_tokens.pairs = lambda items: shown.append(items.tolist()) or whole(items)
+        align_first(FinetuneConfig(seed=seed, **settings), net, NUM_ITEMS)
+        return shown
+
+    found = seen(1)
+    assert len(found) == 6 and seen(1) == found != seen(2)
+    for half, other in zip(found[::2], found[1::2]):
+        assert sorted(half + other) == list(range(1, NUM_ITEMS + 1))
+    assert found[0] != found[2]
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own():
+    targets = made().targets
+
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        config = FinetuneConfig(seed=seed, batch_size=8)
+        return [step.tolist() for step in steps_of_epoch(targets, config, epoch)]
+
+    assert order(1, 1) == order(1, 1)
+    assert order(1, 1) != order(1, 2) and order(1, 1) != order(2, 1)
+
+
+def test_lora_is_scaled_by_alpha_over_rank(tmp_path):
+    """W x + (alpha / r) B A x (arXiv 2106.09685, section 4.1), and is written down for plain PEFT so."""
+    config = FinetuneConfig(
+        base_model=str(save_backbone(tmp_path)), prompt="compact", lora_rank=4, lora_alpha=6.0,
+        lora_dropout_rate=0.25, lora_targets=("down_proj",),
+    )  # fmt: skip
+    base = load_base(config, Prompt(instruction=[1], response=[2], vocab_size=32))
+    layer = base.base_model.model.layers[0].mlp.down_proj
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    x, a, b = torch.randn(3, 24), layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = x @ layer.base_layer.weight.T + 1.5 * x @ a.T @ b.T
+    torch.testing.assert_close(layer.eval()(x), expected)
+    assert layer.lora_dropout["default"].p == 0.25
+    _, written = lora_weights(base, config, {name: value.detach() for name, value in base.named_parameters()})
+    wanted = {
+        "r": 4, "lora_alpha": 6.0, "use_rslora": False, "inference_mode": True,
+        "target_modules": ["down_proj"],
+    }  # fmt: skip
+    assert {name: written[name] for name in wanted} == wanted
