@@ -53,8 +53,10 @@ def init_weights(module: nn.Module) -> None:
 
 
 def normal_like(values: Tensor) -> Tensor:
-    """Draws from N(0, 1), as many as there are values, in float32 at least: in bfloat16 torch draws other ones,
-    and precision would decide more than how a model is computed."""
+    """Draws from N(0, 1), as many as there are values, in float32 at least.
+
+    In bfloat16 torch draws others, and precision would decide more than how a model is computed.
+    """
     return torch.randn_like(values.to(torch.promote_types(values.dtype, torch.float32)))
 
 
