@@ -328,7 +328,10 @@ def test_numbers_are_computed_as_they_are_stored_but_on_a_cpu(tmp_path, monkeypa
     assert found.dtype == torch.bfloat16
 
 
-def test_other_libraries_report_again_after_a_model_was_loaded():
+def test_other_libraries_report_again_after_a_model_was_loaded(monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.WARNING)
+
     def reports():
         root = logging.getLogger()
         return (
