@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from llmrec.files import read_json
 from llmrec.findings import Finding
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.network import resolves
@@ -86,14 +85,21 @@ def lacking(where: str, folder: Path) -> str | None:
         return None  # whose files have other names
     wanted = ["config.json"]
     if not (folder / "model.safetensors").is_file():
-        try:
-            shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        shards = shards_of(folder / INDEX)
+        if not shards:
             return f"model.safetensors, nor an {INDEX} that can be read"
-        wanted += sorted(set(map(str, shards)))
+        wanted += sorted(shards)
     if where == "finetune.base_model" and not any((folder / name).is_file() for name in TOKENIZERS):
         return "tokenizer"
     return next((name for name in wanted if not (folder / name).is_file()), None)
+
+
+def shards_of(index: Path) -> set[str]:
+    """The files that weights lie in by their index; empty: it is not there, or cannot be read."""
+    try:
+        return set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def hidden_size(config: FinetuneConfig) -> int | None:
@@ -152,10 +158,8 @@ def is_whole(where: str, model: str, revision: str | None) -> bool:
     if cached("model.safetensors") is not None:
         return True
     index = cached(INDEX)
-    if index is None:
-        return False
-    shards = set(read_json(index)["weight_map"].values())
-    return all(cached(shard) is not None for shard in shards)
+    shards = set() if index is None else shards_of(index)
+    return bool(shards) and all(cached(shard) is not None for shard in shards)
 
 
 def on_the_hub(where: str, model: str, revision: str | None) -> Finding:

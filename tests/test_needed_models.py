@@ -281,6 +281,9 @@ def test_a_model_of_which_only_a_part_is_in_the_cache_is_not_here(asked, tmp_pat
 
     (files / "config.json").write_text("{}")
     assert status() == status("encode_items.text.model") == "problem"
+    for text in ("{}", "[]", "{", '{"weight_map": {}}'):
+        (files / "model.safetensors.index.json").write_text(text)
+        assert status("encode_items.text.model") == "problem"
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (files / "model.safetensors.index.json").write_text(json.dumps(index))
     (files / "model-1.safetensors").write_bytes(b"")

@@ -511,7 +511,8 @@ def test_other_choices_reach_the_model_too():
     assert found.codebooks.requires_grad and found.ema_decay is None and found.spread_levels == []
     assert (found.commitment, found.reduce, found.estimator) == ("all", "mean", "straight_through")
     assert (made.alignment, made.mmd_estimator) == ("mmd", "tllib")
-    assert made.weights == {"mmd": 3.0, "mse": 0.0, "quantization": 1.0, "alignment": 0.01}
+    assert made.weights == {"mmd": 3.0, "mse": 1.0, "quantization": 1.0, "alignment": 0.01}
+    assert made.reconstruction == ["mmd"]
     encoded, losses = made.eval()(batch())
     assert losses.parts["text"].keys() == {"quantization", "mmd", "alignment"}
     assert torch.equal(encoded["text"].source, batch()["text"])
