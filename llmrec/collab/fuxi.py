@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,11 +107,7 @@ class Fuxi(nn.Module):
         self, history: Tensor, time: Tensor | None, next_time: Tensor | None = None
     ) -> tuple[Tensor, Context]:
         """What the model knows after each position, (B, T, D), from int64 (B, T) two or three times."""
-        assert not self.uses_time or time is not None, "the channel of time needs times"
-        assert not self.uses_request_time or next_time is not None, "it needs the time of the request"
-        context = context_of(
-            history, time if self.uses_time else None, next_time if self.uses_request_time else None
-        )
+        context = context_of(history, *times_read(self, time, next_time))
         hidden = self.item(history) * math.sqrt(self.item.embedding_dim)
         hidden = self.dropout(hidden + self.position.weight[: history.shape[1]])
         return run_blocks(self.blocks, hidden, context), context
@@ -152,6 +149,15 @@ def position_table(max_history: int, width: int) -> nn.Embedding:
     std = width**-0.5
     nn.init.trunc_normal_(table.weight, std=std, a=-2 * std, b=2 * std)
     return table
+
+
+def times_read(
+    model: Any, time: Tensor | None, next_time: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of the times that a model reads, for `context_of`."""
+    assert not model.uses_time or time is not None, "the channel of time needs times"
+    assert not model.uses_request_time or next_time is not None, "it needs the time of the request"
+    return time if model.uses_time else None, next_time if model.uses_request_time else None
 
 
 def context_of(history: Tensor, time: Tensor | None, next_time: Tensor | None = None) -> Context:

@@ -28,6 +28,7 @@ from llmrec.collab.fuxi import (
     item_table,
     position_table,
     run_blocks,
+    times_read,
     unit,
 )
 from llmrec.collab.layers import normal_like
@@ -117,11 +118,7 @@ class FuxiMME(nn.Module):
         hidden = self.item(history).unflatten(2, (self.num_tables, width)) * math.sqrt(width)
         hidden = hidden + self.position.weight[:length, None] + self.branch
         hidden = self.dropout(hidden.transpose(1, 2).flatten(0, 1))
-        assert not self.uses_time or time is not None, "the channel of time needs times"
-        assert not self.uses_request_time or next_time is not None, "it needs the time of the request"
-        context = context_of(
-            history, time if self.uses_time else None, next_time if self.uses_request_time else None
-        )
+        context = context_of(history, *times_read(self, time, next_time))
         if self.num_tables > 1:
             context.valid = context.valid.repeat_interleave(self.num_tables, 0)
             if context.bucket is not None:
