@@ -3,6 +3,7 @@
 Run:       python recipes/providers_beauty.py --set prepare_data.interactions=interactions.csv
            python recipes/providers_beauty.py --rows sasrec gmvae --seeds 0 1 2 --jobs 2   (some of it)
            python recipes/providers_beauty.py --summarise   (the table of what is finished so far)
+           tiger and motor are left out without --encode-items FOLDER (of `llmrec encode_items`)
 Settings:  the models' defaults, and what their papers give for Beauty: 512 prefixes a step for the diffusion
            models, whose released forms start from N(0, 1) and take hundreds of epochs. Dropout 0.5 for SASRec
            and BERT4Rec as for other sparse data. More patience for models that learn slowly (BERT4Rec, binary
@@ -81,6 +82,11 @@ def rows() -> Rows:
         "mind": TrainCollabConfig(
             provider="mind", batch_by="targets", batch_size=512, learning_rate=5e-3, eval_every_epochs=2
         ),
+        # Codes of texts: these two need --encode-items, the output of `llmrec encode_items`.
+        "tiger": TrainCollabConfig(
+            provider="tiger", batch_by="targets", batch_size=256, eval_every_epochs=2, patience=10
+        ),
+        "motor": TrainCollabConfig(provider="motor"),
     }
 
 

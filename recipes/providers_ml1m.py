@@ -28,6 +28,7 @@ from llmrec.collab.configs.mamba import MambaConfig
 from llmrec.collab.configs.mamba4rec import Mamba4RecConfig
 from llmrec.collab.configs.mind import MindConfig
 from llmrec.collab.configs.moe import MoeConfig
+from llmrec.collab.configs.motor import MotorConfig
 from llmrec.collab.configs.sasrec import SASRecConfig
 from llmrec.collab.configs.svae import SvaeConfig
 from llmrec.data.config import PrepareDataConfig
@@ -93,6 +94,9 @@ def rows() -> Rows:
         ),
         # Interests do not know the order of a history: those of 200 items are the same for any target.
         "mind": replace(noisy, provider="mind", mind=MindConfig(max_history=10), learning_rate=5e-3),
+        # Codes of texts: these two need --encode-items, the output of `llmrec encode_items`.
+        "tiger": replace(noisy, provider="tiger", batch_size=256, patience=10),
+        "motor": replace(users, provider="motor", motor=MotorConfig(max_history=200, dropout_rate=0.2)),
     }
 
 

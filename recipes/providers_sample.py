@@ -18,6 +18,8 @@ from llmrec.collab.configs.bert4rec import Bert4RecConfig
 from llmrec.collab.configs.diffurec import DiffurecConfig
 from llmrec.collab.configs.diffusion import DiffusionConfig
 from llmrec.collab.configs.gmvae import GmvaeConfig
+from llmrec.collab.configs.motor import MotorConfig
+from llmrec.collab.configs.tiger import TigerConfig
 from llmrec.config import given
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
@@ -32,6 +34,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "svae": {"batch_size": 32},
     "gmvae": {"gmvae": GmvaeConfig(embed_dim=64)},
     "diffurec": {"diffurec": DiffurecConfig(embed_dim=64, num_layers=2, reverse_steps=8), **PREFIXES},
+    "tiger": {
+        "tiger": TigerConfig(
+            num_codes=32, embed_dim=64, num_layers=2, num_heads=4, head_dim=16, inner_dim=256
+        ),
+        **PREFIXES,
+    },
+    "motor": {"motor": MotorConfig(num_codes=32)},
     "diffusion": {"diffusion": DiffusionConfig(embed_dim=64, num_layers=2, reverse_steps=8), **PREFIXES},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError, TrainingError
 from llmrec.evaluation.config import EvaluateConfig
 from llmrec.interactions import Interactions
+
+logger = logging.getLogger("llmrec")
 
 Rows = dict[str, TrainCollabConfig]
 
@@ -65,6 +68,8 @@ def compare(
         raise ConfigError(f"--reference must be among the rows ({', '.join(asked)}), got {reference!r}")
     set_up_logging()
     tracking.choose(options.track)
+    if not options.rows and not options.row and (left_out := [name for name in rows if name not in asked]):
+        logger.info("compare: %s left out: they read encoded items, see --encode-items", ", ".join(left_out))
     from llmrec.collab.compare import summarise_cells
     from llmrec.evaluation.comparison import made_here
 
@@ -95,8 +100,15 @@ def asked_rows(rows: Rows, options: argparse.Namespace, settings: dict[str, str]
         settings: of train_collab, see `by_stage`.
     """
     own = own_rows(rows, options.row)
-    names = options.rows or ([] if own else list(rows))
+    names = options.rows or ([] if own else rows_of_recipe(rows, options))
     return chosen_rows(rows | own, [*names, *own], settings)
+
+
+def rows_of_recipe(rows: Rows, options: argparse.Namespace) -> list[str]:
+    """All rows; without encoded items, those that need none."""
+    return [
+        name for name, row in rows.items() if not row.content or options.encode_items or options.summarise
+    ]
 
 
 def data_in(folder: Path, config: PrepareDataConfig | None, settings: dict[str, str]) -> Interactions:
@@ -177,7 +189,7 @@ def parser(
     made.add_argument(
         "--encode-items",
         metavar="DIR",
-        help="a finished encode_items folder, for rows whose models know what items look like",
+        help="a finished encode_items folder, for rows whose models read texts or pictures (else left out)",
     )
     made.add_argument(
         "--rows", nargs="+", metavar="NAME", help=f"of {', '.join(rows)} (all, or none beside --row)"

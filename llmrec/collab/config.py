@@ -16,8 +16,10 @@ from llmrec.collab.configs.mamba import MambaConfig
 from llmrec.collab.configs.mamba4rec import Mamba4RecConfig
 from llmrec.collab.configs.mind import MindConfig
 from llmrec.collab.configs.moe import MoeConfig
+from llmrec.collab.configs.motor import MotorConfig
 from llmrec.collab.configs.sasrec import SASRecConfig
 from llmrec.collab.configs.svae import SvaeConfig
+from llmrec.collab.configs.tiger import TigerConfig
 from llmrec.config import StageSettings, require
 from llmrec.encoders.config import vector_files
 from llmrec.own import OwnName, OwnSettings, is_own
@@ -36,6 +38,8 @@ ProviderName = Literal[
     "moe",
     "comirec",
     "mind",
+    "tiger",
+    "motor",
     "precomputed",
 ]
 
@@ -83,6 +87,10 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
     comirec: ComirecConfig = field(default_factory=ComirecConfig)
 
     mind: MindConfig = field(default_factory=MindConfig)
+
+    tiger: TigerConfig = field(default_factory=TigerConfig)
+
+    motor: MotorConfig = field(default_factory=MotorConfig)
 
     layout: Literal["auto", "prefixes"] = "auto"
     """How histories become training rows. auto: every user once, where the model allows it; prefixes: one

@@ -39,16 +39,18 @@ class ContentMaps(nn.Module):
         for name in self.maps:
             self.register_buffer(name, torch.zeros(num_items + 1, content_dim))
 
-    def set_content(self, components: Mapping[str, np.ndarray]) -> None:
-        """Take the components of every item, float (N + 1, content_dim), and start the maps small.
+    def read(self, vectors: Mapping[str, np.ndarray]) -> None:
+        """Take the components of every item's content vectors, float (N + 1, D_m) by modality, and start the
+        maps small.
 
         Called once before training; a model that is loaded has them among its weights.
         """
-        for name, table in components.items():
-            self.get_buffer(name).copy_(torch.from_numpy(table))
-            linear = self.maps[name]
+        for name, linear in self.maps.items():
             assert isinstance(linear, nn.Linear)
-            nn.init.normal_(linear.weight, std=INIT_STD / table.shape[1] ** 0.5)
+            self.get_buffer(name).copy_(
+                torch.from_numpy(principal_components(vectors[name], linear.in_features))
+            )
+            nn.init.normal_(linear.weight, std=INIT_STD / linear.in_features**0.5)
 
     def forward(self, own: Tensor) -> Tensor:
         """The items' own vectors (N + 1, D) plus what their content adds; row 0 of that is zero."""

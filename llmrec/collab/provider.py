@@ -31,9 +31,11 @@ from llmrec.collab.mamba import SigmaMamba
 from llmrec.collab.mamba4rec import Mamba4Rec
 from llmrec.collab.mind import MIND
 from llmrec.collab.moe import FuxiMME
+from llmrec.collab.motor import Motor
 from llmrec.collab.own_checks import check_attributes
 from llmrec.collab.sasrec import SASRec
 from llmrec.collab.svae import SVAE
+from llmrec.collab.tiger import Tiger
 from llmrec.data.batches import Batch
 from llmrec.errors import ArtifactMismatchError, ConfigError
 from llmrec.evaluation.rank import Scorer
@@ -72,7 +74,8 @@ class CollabProvider(Protocol):
         A model whose scores are dear may also have ``quick_score``, which ranks validation items in its
         place. A model that sorts items into groups may have ``item_groups``, which names them and gives every
         item's weights, (N + 1, groups). One whose training has phases may have ``never_began``, which says of
-        a number of epochs what they left out.
+        a number of epochs what they left out. One of this package whose settings have ``content``, modalities
+        of encode_items, has ``read_content``, which is given their vectors before training.
         """
 
     def item_embeddings(self) -> Tensor:
@@ -95,6 +98,8 @@ PROVIDERS = {
     "moe": FuxiMME,
     "comirec": ComiRec,
     "mind": MIND,
+    "tiger": Tiger,
+    "motor": Motor,
 }
 """Models by name; the name is the value of train_collab.provider and the field of its settings."""
 

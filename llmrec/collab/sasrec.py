@@ -9,8 +9,9 @@ all items. The published loss (one negative, binary cross-entropy) is there by n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,6 +65,10 @@ class SASRec(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim)
         self.apply(init_weights)
+
+    def read_content(self, vectors: Mapping[str, np.ndarray]) -> None:
+        """Take what items look like, float (N + 1, D_m) by modality; once, before training."""
+        self.content.read(vectors)
 
     def encode(self, history: Tensor) -> Tensor:
         """What the model knows after each position, (B, T, D), from int64 (B, T)."""

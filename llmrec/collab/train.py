@@ -15,7 +15,6 @@ import numpy as np
 from llmrec import distributed
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, check_same_catalog
 from llmrec.collab.config import TrainCollabConfig
-from llmrec.collab.content import principal_components
 from llmrec.collab.own_checks import check_provider
 from llmrec.collab.provider import make_provider
 from llmrec.collab.rows import TrainingRows
@@ -108,7 +107,7 @@ def new_model(
     Args:
         settings: its constructor's arguments.
     """
-    components = content_components(config, data, content)
+    vectors = content_vectors(config, data, content)
     model: Any = make_provider(config.provider, settings)
     if model.uses_time and not data.knows_times:
         logger.warning(
@@ -116,8 +115,8 @@ def new_model(
             config.provider,
             "" if config.is_own else f"; leave that out with train_collab.{config.provider}.temporal=false",
         )  # fmt: skip
-    if components:
-        model.content.set_content(components)
+    if vectors:
+        model.read_content(vectors)
     return model.to(distributed.device())
 
 
@@ -153,10 +152,10 @@ def item_groups(model: Any) -> dict[str, Any]:
     return {"item_groups": {"name": name, "groups": groups}}
 
 
-def content_components(
+def content_vectors(
     config: TrainCollabConfig, data: Interactions, content: ContentEmbeddings | None
 ) -> dict[str, np.ndarray]:
-    """What the model's settings ask for, by modality: see `principal_components`.
+    """What the model's settings ask for, by modality.
 
     Raises:
         ConfigError: it is not there.
@@ -170,8 +169,7 @@ def content_components(
     for name in config.content:
         if name not in content.vectors:
             raise ConfigError(f"{setting} names {name} vectors, which encode_items did not make")
-    width = getattr(config, config.provider).content_dim
-    return {name: principal_components(content.vectors[name], width) for name in config.content}
+    return {name: content.vectors[name] for name in config.content}
 
 
 def use_precomputed(config: TrainCollabConfig, data: Interactions) -> CollabEmbeddings:

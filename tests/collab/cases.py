@@ -55,6 +55,9 @@ INTERESTS = {"embed_dim": 32, "num_interests": 2, "max_history": 12}
 LONG = {"epochs": 120, "patience": 40}
 HARD = {"test_the_loss_at_a_position_is_that_of_scoring_its_prefix_alone": "trained by the target's interest"}
 FUXI = {"embed_dim": 16, "num_layers": 1, "max_history": 12, "dropout_rate": 0.1}
+TIGER = {"content": (), "num_levels": 2, "num_codes": 5, "embed_dim": 16, "num_layers": 1, "num_heads": 2}
+TIGER |= {"head_dim": 8, "inner_dim": 32, "max_history": 12, "dropout_rate": 0.0}
+MOTOR = SASREC | {"content": (), "num_codes": 16}
 MAMBA = {"embed_dim": 16, "state_dim": 4, "max_history": 12, "dropout_rate": 0.1}
 
 CASES: dict[str, Case] = {
@@ -184,6 +187,16 @@ CASES: dict[str, Case] = {
         },
         cycle={"epochs": 40},
     ),
+    "tiger-ce": Case(
+        "tiger",
+        TIGER,
+        {"epochs": 30, "patience": 30},
+        {"test_the_loss_at_a_position_is_that_of_scoring_its_prefix_alone": "strings of no item count"},
+    ),
+    "tiger-tree_ce": Case("tiger", TIGER | {"loss": "tree_ce"}, {"epochs": 30, "patience": 30}),
+    "motor-ce": Case("motor", MOTOR),
+    "motor-bce": Case("motor", MOTOR | {"loss": "bce"}),
+    "motor-sampled_ce": Case("motor", MOTOR | {"loss": "sampled_ce", "num_negatives": 16}),
 }
 """By name; every provider and every loss it offers is here. embed_dim 16 and max_history 12 where a
 model has these."""

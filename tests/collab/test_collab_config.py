@@ -118,6 +118,13 @@ REFUSED = [
     ({"provider": "moe", "moe.single_stage": "true"}, "moe_targets must be without ffn"),
     ({"provider": "comirec", "comirec.num_routings": "5"}, "has no effect with routing='attention'"),
     ({"provider": "mind", "mind.num_interests": "0"}, "mind.num_interests must be at least 1"),
+    ({"provider": "tiger", "tiger.content": "text,text"}, "tiger.content names a modality twice: text, text"),
+    ({"provider": "tiger", "tiger.beams": "0"}, "tiger.beams must be at least 1, got 0"),
+    (
+        {"provider": "motor", "motor.content": "none", "motor.quantizer": "residual"},
+        "quantizer has no effect with content none",
+    ),
+    ({"provider": "motor", "motor.num_heads": "3"}, "motor.embed_dim must be divisible by num_heads"),
     ({"provider": "svae", "windows": "all"}, "must be auto or last with svae.kl_scope='user'"),
     (
         {"provider": "svae", "windows": "all", "svae.num_next": "2", "svae.kl_scope": "target"},

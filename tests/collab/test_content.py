@@ -66,13 +66,14 @@ def test_items_that_all_look_alike_have_no_components(table):
 
 def test_the_table_is_the_sum_of_own_vectors_and_maps():
     maps = ContentMaps(5, 3, ("text", "image"), 2)
-    parts = {name: np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32) for name in maps.maps}
-    maps.set_content(parts)
+    parts = {name: np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32) for name in maps.maps}
+    maps.read(parts)
     own = torch.randn(6, 3)
     expected = own.clone()
-    for item in range(6):
-        for name, table in parts.items():
-            expected[item] += maps.maps[name].weight @ torch.from_numpy(table[item])
+    for name, table in parts.items():
+        components = torch.from_numpy(principal_components(table, 2))
+        for item in range(6):
+            expected[item] += maps.maps[name].weight @ components[item]
     torch.testing.assert_close(maps(own), expected)
     assert maps(own) is not own and ContentMaps(5, 3, (), 2)(own) is own
 
@@ -82,7 +83,7 @@ def test_a_history_is_read_scored_and_handed_on_by_the_same_table():
     """As by a model of ids alone whose items are the sums."""
     settings = vars(TINY) | {"num_items": 5, "content": ("text",), "content_dim": 2}
     model = SASRec(**settings).eval()
-    model.content.set_content({"text": np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)})
+    model.read_content({"text": np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)})
     plain = SASRec(**settings | {"content": ()}).eval()
     plain.load_state_dict(model.state_dict(), strict=False)
     plain.item.weight.copy_(model.item_embeddings())
@@ -218,7 +219,7 @@ def test_recipes_and_commands_encode_first_where_it_is_asked_for(finished, tmp_p
     assert code == 2 and "needs the output of encode_items" in error
 
 
-def test_a_comparison_takes_encoded_items_for_the_rows_that_ask(finished, tmp_path, capsys):
+def test_a_comparison_takes_encoded_items_for_the_rows_that_ask(finished, tmp_path, capsys, caplog):
     from llmrec.collab import compare_cli
 
     def rows() -> compare_cli.Rows:
@@ -243,7 +244,12 @@ def test_a_comparison_takes_encoded_items_for_the_rows_that_ask(finished, tmp_pa
         return left.value.code, captured.out + captured.err
 
     with pytest.MonkeyPatch.context() as patch:
+        caplog.set_level("INFO", logger="llmrec")
         code, shown = go(patch)
+        assert code == 0
+        assert "sasrec-text left out: they read encoded items, see --encode-items" in caplog.text
+        assert "sasrec (ce)" in shown and "sasrec-text (ce)" not in shown
+        code, shown = go(patch, "--rows", "sasrec-text")
         assert code == 2 and "--encode-items: sasrec-text need the output folder" in shown
         code, shown = go(patch, "--encode-items", str(finished / "encode_items"))
         assert code == 0 and "sasrec-text (ce)" in shown

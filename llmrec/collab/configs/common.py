@@ -31,3 +31,12 @@ def check_negatives(provider: str, config: Any) -> None:
     """num_negatives is left alone where it cannot take effect."""
     if config.loss != "sampled_ce":
         config.refuse_changed(["num_negatives"], f"loss={config.loss!r}")
+
+
+def check_content(provider: str, config: Any) -> None:
+    """No modality twice."""
+    names = config.content
+    require(
+        len(set(names)) == len(names),
+        f"train_collab.{provider}.content names a modality twice: {', '.join(names)}",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llmrec.collab.configs.common import check_negatives
+from llmrec.collab.configs.common import check_content, check_negatives
 from llmrec.config import Settings, require
 
 
@@ -60,10 +60,7 @@ class SASRecConfig(Settings, path="train_collab.sasrec"):
             0 <= self.dropout_rate < 1,
             f"train_collab.sasrec.dropout_rate must lie in [0, 1), got {self.dropout_rate}",
         )
-        require(
-            len(set(self.content)) == len(self.content),
-            f"train_collab.sasrec.content names a modality twice: {', '.join(self.content)}",
-        )
+        check_content("sasrec", self)
         if not self.content:
             self.refuse_changed(["content_dim"], "content none")
         check_negatives("sasrec", self)

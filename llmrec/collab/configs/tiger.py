@@ -1,0 +1,62 @@
+"""Settings of TIGER."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmrec.collab.configs.common import check_at_least_one, check_content, check_dropout
+from llmrec.config import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class TigerConfig(Settings, path="train_collab.tiger"):
+    """TIGER: an encoder-decoder writes the next item code by code (Rajput et al. 2023)."""
+
+    content: tuple[Literal["text", "image"], ...] = ("text",)
+    """Modalities of encode_items that an item's codes are made of, one after the other; empty: random codes,
+    the paper's ablation."""
+
+    num_levels: int = 3
+    """Codes of a modality; one more tells items of equal codes apart."""
+
+    num_codes: int = 256
+    """Codes to choose from at every place; fewer suit catalogues of some hundred items."""
+
+    embed_dim: int = 128
+    """Width D of the code vectors and of the transformer."""
+
+    num_layers: int = 4
+    """Blocks of the encoder, and of the decoder."""
+
+    num_heads: int = 6
+    """Attention heads."""
+
+    head_dim: int = 64
+    """Width of a head."""
+
+    inner_dim: int = 1024
+    """Width inside the feed-forward part."""
+
+    dropout_rate: float = 0.1
+    """Dropout, wherever T5 has it."""
+
+    max_history: int = 20
+    """Most recent items the model sees, in items."""
+
+    beams: int = 50
+    """Strings of codes that the search follows when items are ranked. Items of the history that are left out
+    of a ranking take some, so more than the length of the list that is looked at."""
+
+    valid_beams: int = 20
+    """The same where validation items are ranked to choose the epoch."""
+
+    loss: Literal["ce", "tree_ce"] = "ce"
+    """ce: each code among those of all places, as published; tree_ce: among those that go on to an item."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = "num_levels num_codes embed_dim num_layers num_heads head_dim inner_dim max_history"
+        check_at_least_one("tiger", self, f"{names} beams valid_beams")
+        check_dropout("tiger", self)
+        check_content("tiger", self)
