@@ -60,7 +60,8 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
     embed_dim=64,dropout_rate=0.2; num_items comes with them."""
 
     vectors: str | None = None
-    """File of ready-made item vectors (.parquet or .safetensors) for provider='precomputed'."""
+    """File of ready-made item vectors (.parquet or .safetensors) for provider='precomputed', or for a model
+    whose content names collab; such as another run's train_collab/item_embeddings.safetensors."""
 
     sasrec: SASRecConfig = field(default_factory=SASRecConfig)
 
@@ -205,6 +206,11 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
     @property
     def content(self) -> tuple[str, ...]:
         """Modalities of encode_items that the model to train takes."""
+        return tuple(name for name in self.reads_vectors_of if name != "collab")
+
+    @property
+    def reads_vectors_of(self) -> tuple[str, ...]:
+        """Modalities that the model to train takes, item vectors of another model (collab) among them."""
         return () if self.is_own else getattr(getattr(self, self.provider, None), "content", ())
 
     def optional_inputs(self) -> bool:
@@ -278,15 +284,17 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
     def _refuse_settings_without_effect(self) -> None:
         """A setting that cannot change the result is a mistake of whoever set it."""
         precomputed = self.provider == "precomputed"
+        reads_file = precomputed or "collab" in self.reads_vectors_of
+        reason = f"provider={self.provider!r}"
+        why = reason if precomputed else f"train_collab.{self.provider}.content=collab"
         require(
-            not precomputed or self.vectors is not None,
-            "train_collab.vectors must be a file of item vectors with provider='precomputed', got none",
+            not reads_file or self.vectors is not None,
+            f"train_collab.vectors must be a file of item vectors with {why}, got none",
         )
         idle = self.idle_fields()
-        reason = f"provider={self.provider!r}"
         if precomputed:
             idle += [name for name in names(self) if name not in ("provider", "vectors", *idle)]
-        else:
+        elif not reads_file:
             idle += ["vectors"]
         self.refuse_changed(idle, reason)
         if self.select == "last":

@@ -74,8 +74,9 @@ class CollabProvider(Protocol):
         A model whose scores are dear may also have ``quick_score``, which ranks validation items in its
         place. A model that sorts items into groups may have ``item_groups``, which names them and gives every
         item's weights, (N + 1, groups). One whose training has phases may have ``never_began``, which says of
-        a number of epochs what they left out. One of this package whose settings have ``content``, modalities
-        of encode_items, has ``read_content``, which is given their vectors before training.
+        a number of epochs what they left out. One that takes an item as several positions says as how many in
+        ``places_per_item``, and gets smaller batches. One of this package whose settings have ``content``,
+        modalities of encode_items, has ``read_content``, which is given their vectors before training.
         """
 
     def item_embeddings(self) -> Tensor:

@@ -50,6 +50,8 @@ class TrainingRows:
     """Next items predicted in one epoch."""
     layout: str
     """``positions`` or ``prefixes``."""
+    places_per_item: int = 1
+    """Positions that an item takes in the model, for the size of a pass."""
 
     @classmethod
     def of(
@@ -59,6 +61,7 @@ class TrainingRows:
         layout: str,
         device: torch.device,
         windows: str = "last",
+        places_per_item: int = 1,
     ) -> TrainingRows:
         offset, item, time = sequences
         keep = offset[1:] - offset[:-1] >= 2
@@ -88,6 +91,7 @@ class TrainingRows:
             offset=np.concatenate([[0], np.cumsum(rows)]),
             num_targets=int(targets.sum()),
             layout=layout,
+            places_per_item=places_per_item,
         )
 
     @property
@@ -132,7 +136,8 @@ class TrainingRows:
     def batches(self, rows: np.ndarray, *, step: int = 0, epoch: int = 1) -> Iterator[Batch]:
         """Some rows in batches of similar length."""
         kind = "cpu" if self.item.device.type == "cpu" else "gpu"
-        for group in length_groups(self.length[rows], MAX_CELLS[kind], overhead_cells=OVERHEAD_CELLS[kind]):
+        most, overhead = (cells[kind] // self.places_per_item for cells in (MAX_CELLS, OVERHEAD_CELLS))
+        for group in length_groups(self.length[rows], most, overhead_cells=overhead):
             chosen = sent(torch.from_numpy(rows[group]), self.item.device)
             start, stop = self.start[chosen], self.stop[chosen]
             longest = int(self.length[rows[group]].max())

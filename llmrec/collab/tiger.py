@@ -69,6 +69,7 @@ class Tiger(nn.Module):
         places = num_levels * max(len(self.content), 1)
         drawn = random_codes(num_items, places, num_codes, int(torch.randint(2**31, ())))
         self.register_buffer("codes", torch.from_numpy(told_apart(drawn, num_codes)))
+        self.places_per_item = self.codes.shape[1]
         self.token = nn.Embedding(NUM_SPECIAL + self.codes.shape[1] * num_codes, embed_dim)
         self.encoder, self.decoder = t5_stacks(
             embed_dim, num_layers, num_heads, head_dim, inner_dim, dropout_rate

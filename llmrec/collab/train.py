@@ -19,6 +19,7 @@ from llmrec.collab.own_checks import check_provider
 from llmrec.collab.provider import make_provider
 from llmrec.collab.rows import TrainingRows
 from llmrec.collab.trainer import fit, valid_metrics
+from llmrec.config import given
 from llmrec.data.batches import Batch
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError
@@ -126,7 +127,8 @@ def training_rows(model: Any, config: TrainCollabConfig, sequences: Sequences) -
     windows = config.windows
     if windows == "auto":
         windows = "all" if model.layout == "prefixes" else "last"
-    return TrainingRows.of(sequences, model.max_history, layout, distributed.device(), windows)
+    places = getattr(model, "places_per_item", 1)
+    return TrainingRows.of(sequences, model.max_history, layout, distributed.device(), windows, places)
 
 
 def first_batch(rows: TrainingRows) -> Batch:
@@ -155,29 +157,39 @@ def item_groups(model: Any) -> dict[str, Any]:
 def content_vectors(
     config: TrainCollabConfig, data: Interactions, content: ContentEmbeddings | None
 ) -> dict[str, np.ndarray]:
-    """What the model's settings ask for, by modality.
+    """What the model's settings ask for, (N + 1, D_m) by modality.
 
     Raises:
         ConfigError: it is not there.
+        DataError: the file of another model's vectors is unusable.
     """
     setting = f"train_collab.{config.provider}.content"
+    found = {}
+    if "collab" in config.reads_vectors_of:
+        found["collab"], _ = vectors_of_file(config, data)
     if not config.content:
-        return {}
+        return found
     if content is None:
         raise ConfigError(f"{setting}={','.join(config.content)} needs the output of encode_items")
     check_same_catalog(data, content)
     for name in config.content:
         if name not in content.vectors:
             raise ConfigError(f"{setting} names {name} vectors, which encode_items did not make")
-    return {name: content.vectors[name] for name in config.content}
+        found[name] = content.vectors[name]
+    return found
+
+
+def vectors_of_file(config: TrainCollabConfig, data: Interactions) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors made elsewhere, (N + 1, D), and which items have none; these are zero, and counted."""
+    vectors, missing = read_vectors(given(config.vectors), data.raw_ids, "train_collab.vectors")
+    if missing.any():
+        logger.warning("train_collab: %d of %d items have no vector", missing.sum(), data.num_items)
+    return vectors, missing
 
 
 def use_precomputed(config: TrainCollabConfig, data: Interactions) -> CollabEmbeddings:
     """Vectors made elsewhere; items without one get zeros and are counted."""
-    assert config.vectors is not None
-    vectors, missing = read_vectors(config.vectors, data.raw_ids, "train_collab.vectors")
-    if missing.any():
-        logger.warning("train_collab: %d of %d items have no vector", missing.sum(), data.num_items)
+    vectors, missing = vectors_of_file(config, data)
     return CollabEmbeddings(
         catalog=data.catalog,
         provider="precomputed",

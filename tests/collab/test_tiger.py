@@ -14,11 +14,13 @@ from test_content import twins
 from transformers import T5Config, T5ForConditionalGeneration
 
 from llmrec.artifacts import CollabEmbeddings
+from llmrec.collab import rows as rows_module
 from llmrec.collab.code_tree import LEVEL, CodeTree
+from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.item_codes import codes_of, random_codes, told_apart
 from llmrec.collab.provider import load_provider
 from llmrec.collab.tiger import NUM_SPECIAL, START, Tiger
-from llmrec.collab.train import train_collab
+from llmrec.collab.train import train_collab, training_rows
 from llmrec.errors import ConfigError
 
 NUM_ITEMS = 30
@@ -237,3 +239,44 @@ def test_codes_of_several_modalities_stand_one_after_the_other():
     assert alone.codes.shape == (NUM_ITEMS + 1, 3) and both.codes.shape == (NUM_ITEMS + 1, 5)
     assert torch.equal(alone.codes[:, :2], both.codes[:, :2])
     assert not torch.equal(both.codes[:, 2:4], both.codes[:, :2])
+
+
+def test_a_pass_holds_fewer_rows_of_items_that_take_several_places():
+    """As many positions as of a model that takes an item as one."""
+    data, _, _ = twins()
+    config = CASES["tiger-ce"].config()
+    model = tiger(num_levels=7)
+    rows = training_rows(model, config, data.sequences("train"))
+    positions = rows_module.MAX_CELLS["cpu"]
+    assert rows.num_rows * 3 > positions // 8  # more than a pass may hold
+    batches = list(rows.batches(np.arange(rows.num_rows)))
+    assert max(batch.item.numel() for batch in batches) * 8 <= positions
+    assert sum(len(batch.item) for batch in batches) == rows.num_rows
+    model.places_per_item = 1
+    plain = training_rows(model, config, data.sequences("train"))
+    assert max(batch.item.numel() for batch in plain.batches(np.arange(plain.num_rows))) * 8 > positions
+
+
+def test_codes_of_another_models_item_vectors(tmp_path):
+    """TIGER-MM: what another run's train_collab left, named as a file."""
+    data, content, _ = twins()
+    other = train_collab(TrainCollabConfig(epochs=1), data)
+    other.save(tmp_path)
+    config = CASES["tiger-ce"].config(epochs=1, batch_size=64)
+    model = replace(config.tiger, content=("collab", "text"), num_levels=1, num_codes=10)
+    config = replace(config, tiger=model, vectors=str(tmp_path / "item_embeddings.safetensors"))
+    assert config.content == ("text",) and config.source_files() == {"vectors": config.vectors}
+    codes = load_provider(train_collab(config, data, content)).codes.cpu().numpy()
+    seed = config.seed
+    assert np.array_equal(codes[:, :1], codes_of(other.vectors, 1, 10, "residual", seed))
+    assert np.array_equal(codes[:, 1:2], codes_of(content.vectors["text"], 1, 10, "residual", seed))
+
+
+def test_a_file_is_asked_for_and_nothing_else_reads_one():
+    model = replace(TrainCollabConfig().tiger, content=("collab",))
+    with pytest.raises(
+        ConfigError, match=r"must be a file of item vectors with train_collab\.tiger\.content"
+    ):
+        TrainCollabConfig(provider="tiger", tiger=model)
+    with pytest.raises(ConfigError, match=r"train_collab\.vectors has no effect with provider='tiger'"):
+        TrainCollabConfig(provider="tiger", vectors="x.parquet")

@@ -13,9 +13,10 @@ from llmrec.config import Settings
 class TigerConfig(Settings, path="train_collab.tiger"):
     """TIGER: an encoder-decoder writes the next item code by code (Rajput et al. 2023)."""
 
-    content: tuple[Literal["text", "image"], ...] = ("text",)
-    """Modalities of encode_items that an item's codes are made of, one after the other; empty: random codes,
-    the paper's ablation."""
+    content: tuple[Literal["collab", "text", "image"], ...] = ("text",)
+    """What an item's codes are made of, one after the other: modalities of encode_items; and collab, the item
+    vectors of another model, trained on the same split, in the file train_collab.vectors (TIGER-MM has
+    collab,text,image); empty: random codes, the paper's ablation."""
 
     num_levels: int = 3
     """Codes of a modality; one more tells items of equal codes apart."""
