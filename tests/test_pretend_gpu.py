@@ -19,6 +19,7 @@ from tool import ended, load
 
 from llmrec import distributed, machine
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
+from llmrec.collab import rows
 from llmrec.collab.provider import provider_scorer
 from llmrec.collab.train import train_collab
 from llmrec.data.config import SampleMarketConfig
@@ -97,7 +98,9 @@ def ids(data, collab, content) -> SemanticIds:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_sequence_models(name, data):
+def test_sequence_models(name, data, monkeypatch):
+    for cells in (rows.MAX_CELLS, rows.OVERHEAD_CELLS):  # rows are cut into passes alike
+        monkeypatch.setitem(cells, "gpu", cells["cpu"])
     config = CASES[name].config(epochs=1)
     expected = train_collab(config, data)
     with on_gpu():
