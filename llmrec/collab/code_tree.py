@@ -52,9 +52,10 @@ class CodeTree:
 
     def children(self, level: int, node: Tensor) -> Tensor:
         """Which codes go on to an item from nodes (...) of a level, bool (..., K)."""
-        table = torch.zeros(len(self.code[level]), self.num_codes, dtype=torch.bool, device=node.device)
-        table[self.parent[level + 1], self.code[level + 1]] = True
-        return table[node]
+        known = self.parent[level + 1] * self.num_codes + self.code[level + 1]  # in ascending order
+        asked = node[..., None] * self.num_codes + torch.arange(self.num_codes, device=node.device)
+        place = torch.searchsorted(known, asked).clamp(max=len(known) - 1)
+        return known[place] == asked
 
     def search(self, step: Callable[[int, Tensor, Tensor, Tensor], Tensor], rows: int, beams: int) -> Tensor:
         """Log-probabilities of all items, (B, N + 1), as far as the likeliest nodes lead.

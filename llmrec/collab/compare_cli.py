@@ -105,10 +105,9 @@ def asked_rows(rows: Rows, options: argparse.Namespace, settings: dict[str, str]
 
 
 def rows_of_recipe(rows: Rows, options: argparse.Namespace) -> list[str]:
-    """All rows; without encoded items, those that need none."""
-    return [
-        name for name, row in rows.items() if not row.content or options.encode_items or options.summarise
-    ]
+    """All rows; without encoded items, those that need none, if there are such."""
+    without = [name for name, row in rows.items() if not row.content]
+    return list(rows) if options.encode_items or options.summarise or not without else without
 
 
 def data_in(folder: Path, config: PrepareDataConfig | None, settings: dict[str, str]) -> Interactions:

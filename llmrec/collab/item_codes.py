@@ -10,21 +10,34 @@ for k-means in place of RQ-VAE; Zhang et al., arXiv 2410.19276 (MOTOR) for produ
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llmrec.errors import ConfigError
 from llmrec.semantic_ids.kmeans import kmeans, nearest
+
+Kind = Literal["residual", "product"]
 
 ROUNDS = 50
 """Most rounds of k-means."""
 
 
-def codes_of(
-    vectors: np.ndarray, num_places: int, num_codes: int, kind: Literal["residual", "product"], seed: int
+def codes_of_all(
+    vectors: Mapping[str, np.ndarray], names: Iterable[str], num_places: int, num_codes: int, kind: Kind
 ) -> np.ndarray:
+    """Codes of several modalities, one after the other, int64 (N + 1, modalities * num_places); see
+    `codes_of`. The seed is torch's."""
+    seed = torch.initial_seed() % 2**31
+    return np.concatenate(
+        [codes_of(vectors[name], num_places, num_codes, kind, seed) for name in names], axis=1
+    )
+
+
+def codes_of(vectors: np.ndarray, num_places: int, num_codes: int, kind: Kind, seed: int) -> np.ndarray:
     """Codes of every item, int64 (N + 1, num_places), from content vectors (N + 1, D); row 0 is 0.
 
     Items without a vector (zeros) are coded like any others, and so are alike.
@@ -38,16 +51,20 @@ def codes_of(
     if kind == "product" and rows.shape[1] < num_places:
         raise ConfigError(f"vectors of width {rows.shape[1]} cannot be cut into {num_places} pieces")
     generator = torch.Generator().manual_seed(seed)
-    rows = rows - rows.mean(0)
-    found = []
-    pieces = rows.tensor_split(num_places, dim=1) if kind == "product" else [rows] * num_places
-    for left in pieces:
-        if kind == "residual":
-            left = rows
+
+    def coded(left: Tensor) -> tuple[Tensor, Tensor]:
         centres = kmeans(left, num_codes, ROUNDS, generator, relocate_idle=True)
         codes = nearest(left, centres)[1]
-        rows = rows - centres[codes] if kind == "residual" else rows
-        found.append(codes)
+        return codes, left - centres[codes]
+
+    rows = rows - rows.mean(0)
+    if kind == "product":
+        found = [coded(piece)[0] for piece in rows.tensor_split(num_places, dim=1)]
+    else:
+        found = []
+        for _ in range(num_places):
+            codes, rows = coded(rows)
+            found.append(codes)
     return np.pad(torch.stack(found, 1).numpy(), ((1, 0), (0, 0)))
 
 

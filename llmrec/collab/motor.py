@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmrec.collab.item_codes import codes_of, random_codes
+from llmrec.collab.item_codes import Kind, codes_of_all, random_codes
 from llmrec.collab.layers import init_weights
 from llmrec.collab.sasrec import SASRec
 
@@ -35,7 +35,7 @@ class Motor(SASRec):
         *,
         num_items: int,
         content: Iterable[str],
-        quantizer: Literal["residual", "product"],
+        quantizer: Kind,
         num_levels: int,
         num_codes: int,
         num_crosses: int,
@@ -52,14 +52,7 @@ class Motor(SASRec):
     def read_content(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Make the items' codes of their content vectors, float (N + 1, D_m) by modality; once, before
         training. A model that is loaded has them among its weights."""
-        seed = torch.initial_seed() % 2**31
-        found = np.concatenate(
-            [
-                codes_of(vectors[name], self.num_levels, self.num_codes, self.quantizer, seed)
-                for name in self.modalities
-            ],
-            axis=1,
-        )
+        found = codes_of_all(vectors, self.modalities, self.num_levels, self.num_codes, self.quantizer)
         self.items.codes.copy_(torch.from_numpy(found))
         _, count = np.unique(found[1:], axis=0, return_counts=True)
         logger.info(

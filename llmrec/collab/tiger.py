@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec.collab.code_tree import CodeTree
-from llmrec.collab.item_codes import codes_of, random_codes, told_apart
+from llmrec.collab.item_codes import codes_of_all, random_codes, told_apart
 from llmrec.collab.losses import Loss
 from llmrec.collab.tree_decoder import TreeDecoder
 from llmrec.data.batches import Batch
@@ -80,12 +80,8 @@ class Tiger(nn.Module):
     def read_content(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Make the items' codes of their content vectors, float (N + 1, D_m) by modality; once, before
         training. A model that is loaded has them among its weights."""
-        seed = torch.initial_seed() % 2**31
-        found = [
-            codes_of(vectors[name], self.num_levels, self.num_codes, "residual", seed)
-            for name in self.content
-        ]
-        self.codes.copy_(torch.from_numpy(told_apart(np.concatenate(found, axis=1), self.num_codes)))
+        found = codes_of_all(vectors, self.content, self.num_levels, self.num_codes, "residual")
+        self.codes.copy_(torch.from_numpy(told_apart(found, self.num_codes)))
         self._grow()
 
     def _grow(self) -> None:

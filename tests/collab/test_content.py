@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -249,6 +250,11 @@ def test_a_comparison_takes_encoded_items_for_the_rows_that_ask(finished, tmp_pa
         assert code == 0
         assert "sasrec-text left out: they read encoded items, see --encode-items" in caplog.text
         assert "sasrec (ce)" in shown and "sasrec-text (ce)" not in shown
+        alone = {"sasrec-text": rows()["sasrec-text"]}
+        patch.setattr(sys, "argv", ["compare.py", "--prepare-data", str(finished / "prepare_data")])
+        with pytest.raises(SystemExit) as left:
+            compare_cli.main(lambda: alone)
+        assert left.value.code == 2 and "--encode-items: sasrec-text need" in capsys.readouterr().err
         code, shown = go(patch, "--rows", "sasrec-text")
         assert code == 2 and "--encode-items: sasrec-text need the output folder" in shown
         code, shown = go(patch, "--encode-items", str(finished / "encode_items"))
