@@ -35,13 +35,18 @@ def in_the_way(recipe: Recipe, stages: Iterable[str] = tuple(STAGES)) -> Iterato
     if "encode_items" in stages:
         yield from contents(recipe)
     yield from own_classes(recipe, stages)
-    constrained = recipe.learn_semantic_ids.init == "kmeans_constrained"
-    if constrained and "learn_semantic_ids" in stages and not importlib.util.find_spec("k_means_constrained"):
-        yield Finding(
-            "problem",
-            "learn_semantic_ids.init=kmeans_constrained: its library is not installed",
-            "run `pip install 'llmrec[constrained]'`, or set learn_semantic_ids.init=kmeans",
-        )
+    ids = recipe.learn_semantic_ids
+    asking = [("init=kmeans_constrained", "init=kmeans")] * (ids.init == "kmeans_constrained")
+    asking += [(f"diversity_weight={ids.diversity_weight}", "diversity_weight=0")] * (
+        ids.diversity_weight > 0
+    )
+    if "learn_semantic_ids" in stages and not importlib.util.find_spec("k_means_constrained"):
+        for asks, without in asking:
+            yield Finding(
+                "problem",
+                f"learn_semantic_ids.{asks}: its library is not installed",
+                f"run `pip install 'llmrec[constrained]'`, or set learn_semantic_ids.{without}",
+            )
     if "finetune" in stages:
         yield from fine_tuning(recipe)
     yield from modalities(recipe, stages)

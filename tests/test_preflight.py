@@ -293,6 +293,11 @@ def test_libraries_and_devices_that_settings_need_are_told(monkeypatch):
     ]
     (found,) = problems(recipe, "learn_semantic_ids")
     assert found.endswith("kmeans_constrained: its library is not installed")
+    diverse = {"codebook_update": "gradient", "diversity_weight": "0.1", "diversity_clusters": "2"}
+    recipe = override(recipe, {f"learn_semantic_ids.{name}": value for name, value in diverse.items()})
+    assert problems(recipe, "learn_semantic_ids") == [
+        found, "learn_semantic_ids.diversity_weight=0.1: its library is not installed"
+    ]  # fmt: skip
     absent.clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: find("json"))

@@ -118,8 +118,16 @@ def test_a_model_of_ones_own_draws_on_from_the_generators_of_python_and_numpy(tm
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"codebook_update": "gradient"}, {"reconstruction": "mmd", "alignment": "mmd"}],
-    ids=["ema", "gradient", "mmd"],
+    [
+        {},
+        {"codebook_update": "gradient"},
+        {"reconstruction": "mmd", "alignment": "mmd"},
+        {
+            **{"codebook_update": "gradient", "num_codes": 8, "diversity_weight": 0.1},
+            **{"diversity_clusters": 2, "code_dim": 6, "collaborative_weight": 0.1},
+        },
+    ],
+    ids=["ema", "gradient", "mmd", "letter"],
 )
 def test_semantic_ids_go_on_where_they_were(settings, tmp_path, monkeypatch):
     data = cycle(num_users=30, num_items=60)
@@ -134,8 +142,8 @@ def test_semantic_ids_go_on_where_they_were(settings, tmp_path, monkeypatch):
         encoders={"text": {}},
     )
     config = LearnSemanticIdsConfig(
-        num_levels=2, num_codes=4, code_dim=4, hidden_dims=(8,), epochs=6, batch_size=8,
-        save_every_minutes=1e-9, min_utilisation=0.0, **settings,
+        num_levels=2, hidden_dims=(8,), epochs=6, batch_size=8, save_every_minutes=1e-9,
+        min_utilisation=0.0, **{"num_codes": 4, "code_dim": 4, **settings},
     )  # fmt: skip
     inputs = as_loaded(data, made, content)
     again = stopped_and_resumed(learn_semantic_ids, config, inputs, tmp_path, monkeypatch, ids, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from llmrec.collab.configs.bert4rec import Bert4RecConfig
@@ -47,6 +48,10 @@ PROVIDER_FIELDS = tuple(name for name in get_args(ProviderName) if name != "prec
 """Fields of TrainCollabConfig that hold one model's settings; named like the provider."""
 
 
+CODED = ("tiger", "motor")
+"""Models that read items as codes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainCollabConfig(StageSettings, path="train_collab"):
     """Collaborative item vectors: a sequence model trained on item ids, or vectors from a file."""
@@ -62,6 +67,10 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
     vectors: str | None = None
     """File of ready-made item vectors (.parquet or .safetensors) for provider='precomputed', or for a model
     whose content names collab; such as another run's train_collab/item_embeddings.safetensors."""
+
+    semantic_ids: str | None = None
+    """Folder that learn_semantic_ids made of the same items in another run: its codes take the place of codes
+    by k-means, for provider='tiger' or 'motor', whose content names modalities of it."""
 
     sasrec: SASRecConfig = field(default_factory=SASRecConfig)
 
@@ -211,6 +220,11 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
     @property
     def reads_vectors_of(self) -> tuple[str, ...]:
         """Modalities that the model to train takes, item vectors of another model (collab) among them."""
+        return () if self.semantic_ids else self.coded_of
+
+    @property
+    def coded_of(self) -> tuple[str, ...]:
+        """Modalities that the settings of the model to train name."""
         return () if self.is_own else getattr(getattr(self, self.provider, None), "content", ())
 
     def optional_inputs(self) -> bool:
@@ -229,7 +243,11 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
 
     def source_files(self) -> dict[str, str]:
         """The users' own files that the result depends on, by setting."""
-        return vector_files("vectors", self.vectors)
+        if self.semantic_ids is None:
+            return vector_files("vectors", self.vectors)
+        folder = Path(self.semantic_ids)
+        codes = {f"semantic_ids {name}": str(folder / f"{name}.safetensors") for name in self.coded_of}
+        return {"semantic_ids": str(folder / "semantic_ids.json"), **codes}
 
     def own_classes(self) -> dict[str, str]:
         """Classes of the users' own whose code the result depends on, by setting."""
@@ -291,6 +309,8 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
             not reads_file or self.vectors is not None,
             f"train_collab.vectors must be a file of item vectors with {why}, got none",
         )
+        if self.semantic_ids is not None:
+            self._check_coded()
         idle = self.idle_fields()
         if precomputed:
             idle += [name for name in names(self) if name not in ("provider", "vectors", *idle)]
@@ -299,6 +319,21 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
         self.refuse_changed(idle, reason)
         if self.select == "last":
             self.refuse_changed(["eval_every_epochs", "patience", "mask_seen"], "select='last'")
+
+    def _check_coded(self) -> None:
+        """Refuse semantic IDs for a model that reads none."""
+        require(
+            self.provider in CODED,
+            f"train_collab.semantic_ids has no effect with provider={self.provider!r}; models of codes are "
+            f"{', '.join(CODED)}",
+        )
+        require(
+            bool(self.coded_of),
+            f"train_collab.semantic_ids has no effect with train_collab.{self.provider}.content=none; name "
+            "modalities that it has codes of",
+        )
+        if self.provider == "motor":
+            self.motor.refuse_changed(["quantizer"], "semantic_ids")
 
 
 def names(config: TrainCollabConfig) -> list[str]:

@@ -52,7 +52,14 @@ class Motor(SASRec):
     def read_content(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Make the items' codes of their content vectors, float (N + 1, D_m) by modality; once, before
         training. A model that is loaded has them among its weights."""
-        found = codes_of_all(vectors, self.modalities, self.num_levels, self.num_codes, self.quantizer)
+        self._take(codes_of_all(vectors, self.modalities, self.num_levels, self.num_codes, self.quantizer))
+
+    def read_codes(self, codes: Mapping[str, np.ndarray]) -> None:
+        """Take codes made elsewhere in their place, int64 (N + 1, num_levels) by modality."""
+        self._take(np.concatenate([codes[name] for name in self.modalities], axis=1))
+
+    def _take(self, found: np.ndarray) -> None:
+        """Give the items these codes, int64 (N + 1, places), and say how many cannot be told apart."""
         self.items.codes.copy_(torch.from_numpy(found))
         _, count = np.unique(found[1:], axis=0, return_counts=True)
         logger.info(

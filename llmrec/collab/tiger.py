@@ -3,7 +3,8 @@
 Source: Rajput et al., "Recommender Systems with Generative Retrieval" (NeurIPS 2023), whose code is not
 public; sizes of the T5 model as in the public reproductions, which agree on them (4 + 4 blocks, width 128, 6
 heads of 64, 1024 inside, ReLU, dropout 0.1). TIGER-MM of the MME-SID paper has the codes of several
-modalities, one after the other.
+modalities, one after the other. LETTER (Wang et al., CIKM 2024) is TIGER with codes of its own tokenizer and
+a temperature in the loss (HonghuiBao2000/LETTER@0d4a115 LETTER-TIGER/modeling_letter.py).
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class Tiger(nn.Module):
         beams: int,
         valid_beams: int,
         loss: str = "ce",
+        tell_apart: bool = True,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.content = tuple(content)
@@ -66,9 +69,10 @@ class Tiger(nn.Module):
         self.max_history = max_history
         self.beams, self.valid_beams = beams, valid_beams
         self.within_tree = loss == "tree_ce"
+        self.tell_apart, self.temperature = tell_apart, temperature
         places = num_levels * max(len(self.content), 1)
         drawn = random_codes(num_items, places, num_codes, int(torch.randint(2**31, ())))
-        self.register_buffer("codes", torch.from_numpy(told_apart(drawn, num_codes)))
+        self.register_buffer("codes", torch.from_numpy(self._told_apart(drawn)))
         self.places_per_item = self.codes.shape[1]
         self.token = nn.Embedding(NUM_SPECIAL + self.codes.shape[1] * num_codes, embed_dim)
         self.encoder, self.decoder = t5_stacks(
@@ -80,9 +84,18 @@ class Tiger(nn.Module):
     def read_content(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Make the items' codes of their content vectors, float (N + 1, D_m) by modality; once, before
         training. A model that is loaded has them among its weights."""
-        found = codes_of_all(vectors, self.content, self.num_levels, self.num_codes, "residual")
-        self.codes.copy_(torch.from_numpy(told_apart(found, self.num_codes)))
+        self._take(codes_of_all(vectors, self.content, self.num_levels, self.num_codes, "residual"))
+
+    def read_codes(self, codes: Mapping[str, np.ndarray]) -> None:
+        """Take codes made elsewhere in their place, int64 (N + 1, num_levels) by modality."""
+        self._take(np.concatenate([codes[name] for name in self.content], axis=1))
+
+    def _take(self, found: np.ndarray) -> None:
+        self.codes.copy_(torch.from_numpy(self._told_apart(found)))
         self._grow()
+
+    def _told_apart(self, codes: np.ndarray) -> np.ndarray:
+        return told_apart(codes, self.num_codes) if self.tell_apart else codes
 
     def _grow(self) -> None:
         """Make the tree of the codes as they are now."""
@@ -109,20 +122,21 @@ class Tiger(nn.Module):
         encoded = self.encoder(inputs_embeds=self.token(token), attention_mask=visible.long())
         return encoded.last_hidden_state, visible
 
-    def log_probabilities(self, hidden: Tensor, place: int, node: Tensor) -> Tensor:
+    def log_probabilities(self, hidden: Tensor, place: int, node: Tensor, temperature: float = 1.0) -> Tensor:
         """Of the codes of a place, (..., K), from what the decoder says, (..., D).
 
         Args:
             hidden: what the decoder says.
             place: which code comes next.
             node: int64 (...), the codes before as a node of the tree.
+            temperature: divides the logits.
         """
         first = NUM_SPECIAL + place * self.num_codes
         own = slice(first, first + self.num_codes)
         if not self.within_tree:
-            return self.logits(hidden).log_softmax(-1)[..., own]
+            return (self.logits(hidden) / temperature).log_softmax(-1)[..., own]
         open_codes = self.tree.children(place, node)
-        logits = self.logits(hidden, self.token.weight[own])
+        logits = self.logits(hidden, self.token.weight[own]) / temperature
         return logits.masked_fill(~open_codes, -torch.inf).log_softmax(-1)
 
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -146,12 +160,13 @@ class Tiger(nn.Module):
             use_cache=False,
         ).last_hidden_state
         if not self.within_tree:
-            total = F.cross_entropy(self.logits(hidden).flatten(0, 1), token.flatten(), reduction="sum")
+            logits = self.logits(hidden).flatten(0, 1) / self.temperature
+            total = F.cross_entropy(logits, token.flatten(), reduction="sum")
             return Loss(total=total, num_targets=len(row))
         total = hidden.new_zeros((), dtype=torch.float32)
         for place in range(token.shape[1]):
             node = self.tree.node_of[place][target]
-            found = self.log_probabilities(hidden[:, place], place, node)
+            found = self.log_probabilities(hidden[:, place], place, node, self.temperature)
             total = total - found.gather(1, self.codes[target, place, None]).sum()
         return Loss(total=total, num_targets=len(row))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmrec import distributed
-from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, check_same_catalog
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds, check_same_catalog
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.own_checks import check_provider
 from llmrec.collab.provider import make_provider
@@ -24,6 +24,7 @@ from llmrec.data.batches import Batch
 from llmrec.encoders.precomputed import read_vectors
 from llmrec.errors import ConfigError
 from llmrec.evaluation.rank import popularity
+from llmrec.finished import load
 from llmrec.interactions import Interactions, Sequences, Split, Targets
 
 logger = logging.getLogger("llmrec")
@@ -118,6 +119,8 @@ def new_model(
         )  # fmt: skip
     if vectors:
         model.read_content(vectors)
+    if codes := codes_of_folder(config, data):
+        model.read_codes(codes)
     return model.to(distributed.device())
 
 
@@ -177,6 +180,35 @@ def content_vectors(
             raise ConfigError(f"{setting} names {name} vectors, which encode_items did not make")
         found[name] = content.vectors[name]
     return found
+
+
+def codes_of_folder(config: TrainCollabConfig, data: Interactions) -> dict[str, np.ndarray]:
+    """Codes that learn_semantic_ids made, int64 (N + 1, L) by modality, where settings name its folder.
+
+    Raises:
+        ConfigError: it has no codes of a modality, or of another number than the model's settings.
+        MissingArtifactError: the folder is not what that stage makes.
+        ArtifactMismatchError: they are other items' codes.
+    """
+    if config.semantic_ids is None:
+        return {}
+    ids = load(SemanticIds, config.semantic_ids)
+    check_same_catalog(data, ids)
+    model, where = getattr(config, config.provider), f"train_collab.semantic_ids={config.semantic_ids}"
+    for name in config.coded_of:
+        if name not in ids.codes:
+            raise ConfigError(
+                f"train_collab.{config.provider}.content names {name}, of which {where} has no codes, but of "
+                f"{', '.join(ids.codes)}"
+            )
+        levels, size, _ = ids.codebooks[name].shape
+        for setting, wanted in (("num_levels", levels), ("num_codes", size)):
+            if (got := getattr(model, setting)) != wanted:
+                raise ConfigError(
+                    f"train_collab.{config.provider}.{setting} must be {wanted}, as it is in {where}, "
+                    f"got {got}"
+                )
+    return {name: ids.codes[name] for name in config.coded_of}
 
 
 def vectors_of_file(config: TrainCollabConfig, data: Interactions) -> tuple[np.ndarray, np.ndarray]:

@@ -67,6 +67,17 @@ class LearnSemanticIdsConfig(StageSettings, path="learn_semantic_ids"):
     alignment_temperature: float = 0.1
     """Softmax temperature of alignment='infonce'."""
 
+    collaborative_weight: float = 0.0
+    """Weight of LETTER's collaborative loss: an item's codes shall pick out its collaborative vector among
+    those of its batch, by inner products (published: 0.02). It needs code_dim of that vector's width."""
+
+    diversity_weight: float = 0.0
+    """Weight of LETTER's loss of diversity: codes shall pick out others of their cluster (published: 1e-4).
+    It needs codebook_update=gradient, and the extra `constrained`."""
+
+    diversity_clusters: int = 10
+    """Clusters that the codes of a level are put into again before every epoch, for diversity_weight."""
+
     commitment_weight: float = 0.25
     """Weight of pulling latent vectors to their codes, inside the quantisation loss (official: 0.01)."""
 
@@ -156,7 +167,7 @@ class LearnSemanticIdsConfig(StageSettings, path="learn_semantic_ids"):
         for name in POSITIVE:
             value = getattr(self, name)
             require(value > 0, f"learn_semantic_ids.{name} must be greater than 0, got {value}")
-        for name in ("alignment_weight", "commitment_weight", "weight_decay", "save_every_minutes"):
+        for name in NOT_NEGATIVE:
             value = getattr(self, name)
             require(value >= 0, f"learn_semantic_ids.{name} must be at least 0, got {value}")
         require(
@@ -176,7 +187,22 @@ class LearnSemanticIdsConfig(StageSettings, path="learn_semantic_ids"):
             "learn_semantic_ids.kmeans_rows must be at least learn_semantic_ids.num_codes "
             f"({self.num_codes}), got {self.kmeans_rows}",
         )
+        require(
+            not self.diversity_weight or self.diversity_clusters <= self.num_codes // 4,
+            "learn_semantic_ids.diversity_clusters must be at most a fourth of learn_semantic_ids.num_codes "
+            f"({self.num_codes}), got {self.diversity_clusters}",
+        )
+        require(
+            not self.diversity_weight or self.codebook_update == "gradient",
+            "learn_semantic_ids.diversity_weight moves codes by gradients; set "
+            f"learn_semantic_ids.codebook_update=gradient, got {self.codebook_update}",
+        )
         if self.modalities is not None:
+            require(
+                self.modalities != ("collab",) or not self.collaborative_weight,
+                "learn_semantic_ids.collaborative_weight ties codes of texts and images to collaborative "
+                "vectors, and learn_semantic_ids.modalities has neither",
+            )
             require(
                 0 < len(set(self.modalities)) == len(self.modalities),
                 "learn_semantic_ids.modalities must be different names out of collab, text and image (none: "
@@ -218,6 +244,8 @@ class LearnSemanticIdsConfig(StageSettings, path="learn_semantic_ids"):
             self.refuse_changed(["alignment_weight"], "alignment='none'")
         if self.alignment != "infonce":
             self.refuse_changed(["alignment_temperature"], f"alignment={self.alignment!r}")
+        if not self.diversity_weight:
+            self.refuse_changed(["diversity_clusters"], "diversity_weight=0")
         if self.sinkhorn == "none":
             self.refuse_changed(["sinkhorn_eps", "sinkhorn_iterations"], "sinkhorn='none'")
         if self.init == "random":
@@ -269,6 +297,7 @@ LEAST = {
     "kmeans_iterations": 1,
     "kmeans_restarts": 1,
     "kmeans_rows": 2,
+    "diversity_clusters": 2,
     "epochs": 1,
     "batch_size": 2,
     "log_every_epochs": 1,
@@ -278,6 +307,12 @@ LEAST = {
 
 POSITIVE = ("mmd_weight", "mse_weight", "alignment_temperature", "quantization_weight", "learning_rate")
 """Settings that must be greater than 0; another setting switches a loss off."""
+
+NOT_NEGATIVE = (
+    *("alignment_weight", "collaborative_weight", "diversity_weight", "commitment_weight", "weight_decay"),
+    "save_every_minutes",
+)
+"""Settings that may be 0."""
 
 RKMEANS_FIELDS = {
     *("method", "modalities", "num_levels", "num_codes", "normalise", "repair_collisions"),
@@ -319,11 +354,32 @@ PRESETS: dict[str, LearnSemanticIdsConfig] = {
         restart_dead_codes=False,
         min_utilisation=0.0,
     ),
+    "letter": LearnSemanticIdsConfig(
+        modalities=("text",),
+        code_dim=32,
+        hidden_dims=(2048, 1024, 512, 256, 128, 64),
+        normalise="none",
+        alignment="none",
+        collaborative_weight=0.02,
+        diversity_weight=1e-4,
+        codebook_update="gradient",
+        commitment="first",
+        init="kmeans_constrained",
+        kmeans_restarts=10,
+        epochs=10_000,
+        log_every_epochs=50,
+        restart_dead_codes=False,
+        min_utilisation=0.0,
+        repair_collisions=True,
+    ),
 }
 """default: what keeps distances best (README); paper: MME-SID section 4.2 as printed, with the widths and the
 length of training of the published code, else our default; official: the published code
 (Applied-Machine-Learning-Lab/MME-SID@bc95e1a, which aligns by MMD), but for its choice of the epoch with the
-lowest training loss: the last one is kept."""
+lowest training loss: the last one is kept; letter: the tokenizer of LETTER (Wang et al., CIKM 2024), as in
+HonghuiBao2000/LETTER@0d4a115 with the weights that its authors advise (issue 26), for collaborative vectors
+of 32 numbers. It differs in the repair of collisions (`llmrec.semantic_ids.assign.separate`), and the last
+epoch is kept, not that of fewest collisions."""
 
 
 def size_bounds(num_rows: int, num_clusters: int) -> tuple[int, int]:
@@ -346,3 +402,10 @@ def size_bounds(num_rows: int, num_clusters: int) -> tuple[int, int]:
         f"learn_semantic_ids.init='kmeans_constrained' needs {reason}; use init=kmeans, or "
         f"learn_semantic_ids.num_codes of {advice}"
     )
+
+
+def cluster_bounds(num_codes: int, num_clusters: int) -> tuple[int, int]:
+    """Smallest and largest cluster of a level's codes: min(K / 2C, 10) and 6 C as published (for C = 10
+    clusters of K = 256 codes), the latter at least twice the mean and at most K."""
+    most = max(6 * num_clusters, -(-2 * num_codes // num_clusters))
+    return min(num_codes // (2 * num_clusters), 10), min(most, num_codes)

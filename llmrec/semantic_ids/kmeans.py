@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from llmrec.errors import ConfigError
 from llmrec.machine import running_sum
-from llmrec.semantic_ids.config import size_bounds
+from llmrec.semantic_ids.config import cluster_bounds, size_bounds
 from llmrec.semantic_ids.quantizer import ResidualQuantizer, squared_distances
 
 BLOCK_ROWS = 1 << 14
@@ -52,7 +52,9 @@ def init_codebooks(
     for level in range(len(quantizer.codebooks)):
         size = quantizer.codebooks.shape[1]
         if method == "kmeans_constrained":
-            centres = constrained(residual, size, iterations, restarts, generator)
+            bounds = size_bounds(len(residual), size)
+            asked_by = "learn_semantic_ids.init='kmeans_constrained'"
+            centres, _ = constrained(residual, size, bounds, iterations, restarts, generator, asked_by)
         else:
             centres = kmeans(
                 residual, size, iterations, generator, restarts=restarts, relocate_idle=relocate_idle
@@ -84,21 +86,54 @@ def kmeans(
     return min(tried, key=lambda centres: float(nearest(rows, centres)[0].double().sum()))
 
 
-def constrained(
-    rows: Tensor, num_clusters: int, iterations: int, restarts: int, generator: torch.Generator
+def code_clusters(
+    codebooks: Tensor, num_clusters: int, iterations: int, generator: torch.Generator
 ) -> Tensor:
-    """Centres (K, D) of clusters whose sizes are bounded by `size_bounds`.
+    """Clusters of each level's codes, int64 (L, K), of code embeddings (L, K, D).
+
+    Sizes are bounded by `cluster_bounds`. Source: LETTER (HonghuiBao2000/LETTER@0d4a115 RQ-VAE/trainer.py),
+    which keeps the best of ten k-means; this is one.
+    """
+    bounds = cluster_bounds(codebooks.shape[1], num_clusters)
+    found = [
+        constrained(
+            codebook, num_clusters, bounds, iterations, 1, generator, "learn_semantic_ids.diversity_weight"
+        )[1]
+        for codebook in codebooks
+    ]
+    return torch.stack(found)
+
+
+def constrained(
+    rows: Tensor,
+    num_clusters: int,
+    bounds: tuple[int, int],
+    iterations: int,
+    restarts: int,
+    generator: torch.Generator,
+    asked_by: str,
+) -> tuple[Tensor, Tensor]:
+    """Centres (K, D) of clusters whose sizes are bounded, and the cluster of every row, int64 (n,).
+
+    Args:
+        rows: (n, D).
+        num_clusters: K.
+        bounds: least and most rows of a cluster.
+        iterations: most rounds of k-means.
+        restarts: seeds tried.
+        generator: on the CPU, draws the seeds.
+        asked_by: the setting that needs it, for messages.
 
     Raises:
-        ConfigError: the library is not installed, or the sizes are impossible.
+        ConfigError: the library is not installed.
     """
-    least, most = size_bounds(len(rows), num_clusters)
+    least, most = bounds
     try:
         from k_means_constrained import KMeansConstrained
     except ImportError:
         raise ConfigError(
-            "learn_semantic_ids.init='kmeans_constrained' needs the library k-means-constrained: run "
-            '`pip install "llmrec[constrained]"` (or `pip install k-means-constrained`), or use init=kmeans'
+            f"{asked_by} needs the library k-means-constrained: run `pip install "
+            '"llmrec[constrained]"` (or `pip install k-means-constrained`), or leave it at its default'
         ) from None
     solver = KMeansConstrained(
         n_clusters=num_clusters,
@@ -110,7 +145,7 @@ def constrained(
         n_jobs=1,
     )
     solver.fit(rows.cpu().double().numpy())
-    return torch.from_numpy(solver.cluster_centers_).to(rows)
+    return torch.from_numpy(solver.cluster_centers_).to(rows), torch.from_numpy(solver.labels_).long()
 
 
 def plus_plus(rows: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:

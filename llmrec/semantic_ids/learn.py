@@ -59,10 +59,11 @@ def learn_semantic_ids(
                 absent, data.num_items, name,
             )  # fmt: skip
     check_sizes(config, items)
+    taught_by = teacher(config, collab, content, data.num_items, items)
     settings = model_settings(config, {name: rows.vectors.shape[1] for name, rows in items.items()})
     distributed.seed_everything(config.seed)
     model = MMRQVAE(**settings).to(distributed.device())
-    table = TrainingItems.of(items, model, include_pad=config.include_pad)
+    table = TrainingItems.of(taught_by | items, model, include_pad=config.include_pad)
     initialise(model, config, table)
     log = fit(model, config, table) if config.method == "mm_rqvae" else []
     coded = {name: encode(config, model, name, rows) for name, rows in items.items()}
@@ -128,6 +129,36 @@ def chosen(config: LearnSemanticIdsConfig, content: ContentEmbeddings) -> list[s
     return names
 
 
+def teacher(
+    config: LearnSemanticIdsConfig,
+    collab: CollabEmbeddings,
+    content: ContentEmbeddings,
+    num_items: int,
+    items: Mapping[str, ItemRows],
+) -> dict[str, ItemRows]:
+    """The collaborative vectors, as collab, where codes of texts and images learn from them; else nothing.
+
+    Raises:
+        ConfigError: codes are of another width; or there are neither texts nor images.
+    """
+    if not config.collaborative_weight:
+        return {}
+    if set(items) == {"collab"}:
+        raise ConfigError(
+            "learn_semantic_ids.collaborative_weight ties codes of texts and images to collaborative "
+            "vectors, and there are neither; set up encode_items, or set it to 0"
+        )
+    rows = ItemRows.of("collab", collab, content, num_items)
+    width = rows.vectors.shape[1]
+    if width != config.code_dim:
+        raise ConfigError(
+            "learn_semantic_ids.collaborative_weight takes inner products of codes and collaborative "
+            f"vectors, so learn_semantic_ids.code_dim must be the width of these ({width}), got "
+            f"{config.code_dim}"
+        )
+    return {"collab": rows}
+
+
 def check_sizes(config: LearnSemanticIdsConfig, items: Mapping[str, ItemRows]) -> None:
     """Raise unless every modality has at least one item with a vector per code."""
     for name, rows in items.items():
@@ -163,6 +194,8 @@ def model_settings(config: LearnSemanticIdsConfig, dims: Mapping[str, int]) -> d
         "alignment_weight": config.alignment_weight,
         "alignment_temperature": config.alignment_temperature,
         "quantization_weight": config.quantization_weight,
+        "collaborative_weight": config.collaborative_weight,
+        "diversity_weight": config.diversity_weight,
         "quantizer": {
             "num_levels": config.num_levels,
             "num_codes": config.num_codes,

@@ -1,4 +1,5 @@
-"""Losses of MM-RQ-VAE: maximum mean discrepancy between two sets of vectors, and InfoNCE.
+"""Losses of MM-RQ-VAE: maximum mean discrepancy between two sets of vectors, InfoNCE, and LETTER's
+collaborative loss.
 
 Sources: MME-SID Eq. 9 to 12. The value of `mmd` is that of the multiple-kernel MMD in the
 transfer-learning library tllib with one Gaussian kernel and alpha = 0.5, which the published code
@@ -134,3 +135,20 @@ def info_nce(anchor: Tensor, other: Tensor, temperature: float) -> Tensor:
     with full_precision(anchor.device):
         cosine = F.normalize(anchor.to(dtype), dim=-1) @ F.normalize(other.to(dtype), dim=-1).T
     return F.cross_entropy(cosine / temperature, torch.arange(len(anchor), device=anchor.device))
+
+
+def collaborative(vectors: Tensor, teacher: Tensor) -> Tensor:
+    """-log softmax of the inner product of each item with its own collaborative vector among the batch's.
+
+    Source: LETTER (Wang et al., CIKM 2024) Eq. 4, HonghuiBao2000/LETTER@0d4a115 RQ-VAE/models/rqvae.py.
+
+    Args:
+        vectors: sums of the items' code embeddings, (B, D).
+        teacher: their collaborative vectors, (B, D), as they are.
+
+    Returns:
+        Mean over the batch, scalar.
+    """
+    with full_precision(vectors.device):
+        similarity = vectors @ teacher.T
+    return F.cross_entropy(similarity, torch.arange(len(vectors), device=vectors.device))

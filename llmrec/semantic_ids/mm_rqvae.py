@@ -2,10 +2,13 @@
 
     loss = sum over modalities of  w_mmd MMD(SG(s), s_hat) + w_mse mean (s - s_hat)^2 + w_rq L_RQ
          + w_align  sum over the others of  alignment(first modality, other)
+         + w_cf  sum over texts and images of  collaborative(s, collaborative vectors)
+         + w_div  sum over modalities of  the quantiser's diversity
 
 The first modality is collab where it takes part. Following the published code, alignment compares
 the straight-through sums of code embeddings, so it trains encoders and not codebooks. Unlike it, the
-default alignment is InfoNCE, as in the paper: a set-level MMD cannot align items one by one.
+default alignment is InfoNCE, as in the paper: a set-level MMD cannot align items one by one. The last two
+terms are LETTER's (Wang et al., CIKM 2024), and off by default.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch.nn import functional as F
 
 from llmrec.config import given, unhandled
 from llmrec.precision import full_precision
-from llmrec.semantic_ids.losses import info_nce, mmd
+from llmrec.semantic_ids.losses import collaborative, info_nce, mmd
 from llmrec.semantic_ids.quantizer import Quantized, ResidualQuantizer
 
 
@@ -42,7 +45,7 @@ class Losses:
 
     total: Tensor
     parts: dict[str, dict[str, Tensor]]
-    """By modality: mmd, mse, quantization, alignment, where used"""
+    """By modality: mmd, mse, quantization, alignment, collaborative, diversity, where used"""
 
 
 class MMRQVAE(nn.Module):
@@ -63,6 +66,8 @@ class MMRQVAE(nn.Module):
         alignment_weight: w_align.
         alignment_temperature: of InfoNCE.
         quantization_weight: w_rq.
+        collaborative_weight: w_cf.
+        diversity_weight: w_div.
     """
 
     def __init__(
@@ -81,6 +86,8 @@ class MMRQVAE(nn.Module):
         alignment_weight: float,
         alignment_temperature: float,
         quantization_weight: float,
+        collaborative_weight: float = 0.0,
+        diversity_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.mmd_estimator = mmd_estimator
@@ -92,6 +99,8 @@ class MMRQVAE(nn.Module):
             "mse": mse_weight,
             "quantization": quantization_weight,
             "alignment": alignment_weight,
+            "collaborative": collaborative_weight,
+            "diversity": diversity_weight,
         }
         self.autoencoders = nn.ModuleDict(
             {
@@ -110,7 +119,8 @@ class MMRQVAE(nn.Module):
         """Autoencode a batch of items and compare.
 
         Args:
-            vectors: item vectors (B, D_m) by modality, row i of each about the same item.
+            vectors: item vectors (B, D_m) by modality, row i of each about the same item; with
+                collaborative_weight, collab is among them even where it has no codes of its own.
             present: by modality, bool (B,): items that have a vector. A modality that is not named
                 has all of them. Only rows with a vector take part; B in its outputs is their number,
                 and a modality with fewer than two of them is left out of the batch.
@@ -128,6 +138,9 @@ class MMRQVAE(nn.Module):
                 if anchor in encoded and other in encoded:
                     pair = common_rows(encoded, present, anchor, other)
                     parts[other]["alignment"] = self.align(*pair)
+        if self.weights["collaborative"]:
+            for name in (name for name in encoded if name != "collab"):
+                parts[name]["collaborative"] = self.towards_collab(name, encoded, vectors, present)
         total = next(iter(vectors.values())).new_zeros(())
         for found in parts.values():
             total = total + sum(self.weights[part] * value for part, value in found.items())
@@ -141,7 +154,25 @@ class MMRQVAE(nn.Module):
             "mse": lambda: F.mse_loss(decoded, source),
         }
         reconstructions = {part: made[part]() for part in self.reconstruction}
-        return {"quantization": found.quantized.loss, **reconstructions}
+        diversity = found.quantized.diversity
+        more = {} if diversity is None else {"diversity": diversity}
+        return {"quantization": found.quantized.loss, **reconstructions, **more}
+
+    def towards_collab(
+        self,
+        name: str,
+        encoded: Mapping[str, Encoded],
+        vectors: Mapping[str, Tensor],
+        present: Mapping[str, Tensor],
+    ) -> Tensor:
+        """How badly a modality's codes pick out collaborative vectors, of the items that have both."""
+        teacher, here = vectors["collab"], present.get(name)
+        rows, both = encoded[name].quantized.vectors, present.get("collab")
+        if both is not None:
+            rows = rows[both if here is None else both[here]]
+            here = both if here is None else both & here
+        teacher = teacher if here is None else teacher[here]
+        return collaborative(rows, teacher) if len(rows) else rows.sum()
 
     def align(self, anchor: Tensor, other: Tensor) -> Tensor:
         """How far the latent vectors (B, D) of two modalities are apart."""

@@ -25,6 +25,8 @@ class Quantized:
     """Scalar: codes move to residuals, and residuals, less strongly, to codes."""
     residuals: Tensor
     """(B, L, D), what each level was given to code; no gradient"""
+    diversity: Tensor | None = None
+    """Scalar, see `ResidualQuantizer.diversity`; where codes have neighbours"""
 
 
 LEAST_SIZE = 1e-6
@@ -54,6 +56,8 @@ class ResidualQuantizer(nn.Module):
 
     size: Tensor
     total: Tensor
+    neighbours: Neighbours | None = None
+    """Which codes belong together at the moment; set by who trains, for `diversity`"""
 
     def __init__(
         self,
@@ -103,7 +107,30 @@ class ResidualQuantizer(nn.Module):
         sums = fixed.sum(dim=1)
         rotated = self.estimator == "rotation"
         vectors = rotate(latent, sums) if rotated else latent + (sums - latent).detach()
-        return Quantized(codes, vectors, loss, residuals)
+        diversity = None if self.neighbours is None else self.diversity(chosen, codes, self.neighbours)
+        return Quantized(codes, vectors, loss, residuals, diversity)
+
+    def diversity(self, chosen: Tensor, codes: Tensor, neighbours: Neighbours) -> Tensor:
+        """LETTER's loss of diversity: a chosen code c shall pick out a random other one of its cluster.
+
+            mean over rows and levels of  -log softmax over k != c of (e_c e_k), at a random k of c's cluster
+
+        Moves the codes alone. Rows whose code is alone in its cluster add nothing.
+
+        Source: LETTER (Wang et al., CIKM 2024), as in HonghuiBao2000/LETTER@0d4a115 RQ-VAE/models/vq.py.
+
+        Args:
+            chosen: the codes' embeddings (B, L, D).
+            codes: int64 (B, L).
+            neighbours: the clusters, and what draws from them.
+        """
+        target = neighbours.draw(codes)
+        similarity = torch.einsum("bld,lkd->blk", chosen, self.codebooks)
+        similarity = similarity.scatter(2, codes[..., None], -torch.inf)
+        total = F.cross_entropy(
+            similarity.flatten(0, 1), target.flatten(), ignore_index=NO_OTHER, reduction="sum"
+        )
+        return total / codes.numel()
 
     @torch.no_grad()
     def follow(self, codes: Tensor, residuals: Tensor) -> None:
@@ -176,6 +203,43 @@ class ResidualQuantizer(nn.Module):
             if len(dead):
                 rows = torch.randperm(len(residuals), generator=generator)[: len(dead)]
                 self.place(level, dead.to(self.codebooks.device), residuals[rows.to(residuals.device), level])
+
+
+NO_OTHER = -100
+"""In place of a code where a cluster has no other one."""
+
+
+class Neighbours:
+    """Clusters of each level's codes, and draws from them.
+
+    Args:
+        cluster: int64 (L, K), the cluster of every code.
+        generator: draws, on the device of the codes that are asked about.
+    """
+
+    def __init__(self, cluster: Tensor, generator: torch.Generator) -> None:
+        device = generator.device
+        self.generator = generator
+        order = cluster.argsort(dim=1, stable=True)
+        size = torch.stack([torch.bincount(row, minlength=int(cluster.max()) + 1) for row in cluster])
+        self.order = order.to(device)
+        """Codes of each level, cluster by cluster, (L, K)"""
+        self.place = order.argsort(dim=1).to(device)
+        """Where each code stands in that, (L, K)"""
+        self.first = (size.cumsum(1) - size).gather(1, cluster).to(device)
+        """Where its cluster begins, (L, K)"""
+        self.size = size.gather(1, cluster).to(device)
+        """Codes of its cluster, (L, K)"""
+
+    def draw(self, codes: Tensor) -> Tensor:
+        """For codes (B, L) a random other one of each one's cluster, all with the same chance; NO_OTHER
+        where there is none."""
+        place, first, size = (table.T.gather(0, codes) for table in (self.place, self.first, self.size))
+        others = (size - 1).clamp(min=1)
+        drawn = torch.rand(codes.shape, generator=self.generator, device=codes.device, dtype=torch.float64)
+        step = 1 + torch.minimum((drawn * others).long(), others - 1)
+        found = self.order.T.gather(0, first + (place - first + step) % size)
+        return torch.where(size > 1, found, NO_OTHER)
 
 
 def rotate(latent: Tensor, target: Tensor) -> Tensor:

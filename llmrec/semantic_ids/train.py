@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -18,14 +18,18 @@ from llmrec.errors import TrainingError
 from llmrec.precision import matrix_precision
 from llmrec.progress import progress
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
-from llmrec.semantic_ids.kmeans import init_codebooks
+from llmrec.semantic_ids.kmeans import code_clusters, init_codebooks
 from llmrec.semantic_ids.mm_rqvae import MMRQVAE, Encoded, Losses
+from llmrec.semantic_ids.quantizer import Neighbours
 from llmrec.stopping import END_OF_EPOCH, stop_requests
 
 logger = logging.getLogger("llmrec")
 
 BLOCK_ROWS = 4096
 """Rows encoded at once outside training."""
+
+CLUSTER_ITERATIONS = 10
+"""Most rounds of k-means among a level's codes, for the loss of diversity."""
 
 DEVICE_SHARE = 0.5
 """Item vectors stay in host memory if they would fill more of a GPU's free memory than this."""
@@ -52,7 +56,13 @@ class TrainingItems:
 
     @classmethod
     def of(cls, items: Mapping[str, ItemRows], model: MMRQVAE, *, include_pad: bool) -> TrainingItems:
-        """All items, with the padding row in front if include_pad is set."""
+        """All items, with the padding row in front if include_pad is set.
+
+        Args:
+            items: by modality; collab may be among them without having codes (`MMRQVAE.forward`).
+            model: says where to.
+            include_pad: see above.
+        """
         device = next(model.parameters()).device
         first = 0 if include_pad else 1
         vectors = {name: torch.from_numpy(rows.vectors[first:]) for name, rows in items.items()}
@@ -137,6 +147,7 @@ def fit(model: MMRQVAE, config: LearnSemanticIdsConfig, items: TrainingItems) ->
         progress(None, "learn_semantic_ids", total=config.epochs, unit="epoch", initial=done) as bar,
     ):
         for epoch in range(done + 1, config.epochs + 1):
+            cluster_codes(model, config, epoch)
             with matrix_precision(config.precision, items.device):
                 # What is restarted after the last epoch nothing would train.
                 dead = restarts if config.restart_dead_codes and epoch < config.epochs else None
@@ -156,7 +167,25 @@ def fit(model: MMRQVAE, config: LearnSemanticIdsConfig, items: TrainingItems) ->
                     "learn_semantic_ids: epoch %d, loss %.5g, %s", epoch, loss, describe_usage(used, config)
                 )
             checkpoints.after_epoch(epoch, {"log": log}, None, stop)
+    for autoencoder in model.autoencoders.values():
+        cast(Any, autoencoder).quantizer.neighbours = None
     return log
+
+
+def cluster_codes(model: MMRQVAE, config: LearnSemanticIdsConfig, epoch: int) -> None:
+    """Tell every quantiser which of its codes belong together, for an epoch's loss of diversity. Whatever is
+    drawn depends on the epoch alone, so a run that was stopped goes on as if it had not been."""
+    if not config.diversity_weight:
+        return
+    autoencoder: Any
+    for place, autoencoder in enumerate(model.autoencoders.values()):
+        quantizer = autoencoder.quantizer
+        seed = int(np.random.SeedSequence([config.seed, epoch, place]).generate_state(1)[0])
+        books = quantizer.codebooks.detach()
+        cluster = code_clusters(
+            books, config.diversity_clusters, CLUSTER_ITERATIONS, torch.Generator().manual_seed(seed)
+        )
+        quantizer.neighbours = Neighbours(cluster, torch.Generator(books.device).manual_seed(seed))
 
 
 def train_epoch(
@@ -177,7 +206,7 @@ def train_epoch(
     """
     model.train()
     order = torch.from_numpy(rng.permutation(len(items))).to(items.device)
-    tally = Tally(items.vectors)
+    tally = Tally(model.autoencoders)
     residuals: dict[str, Tensor] = {}  # of the last batch
     for batch in order.tensor_split(num_batches(len(items), config.batch_size)):
         rows = {name: items.rows(name, batch) for name in items.vectors}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections import defaultdict
 from dataclasses import replace
 
@@ -12,8 +13,10 @@ import torch
 from cases import CASES, batch
 from test_content import twins
 from transformers import T5Config, T5ForConditionalGeneration
+from worlds import cycle
 
-from llmrec.artifacts import CollabEmbeddings
+from llmrec.artifacts import CollabEmbeddings, SemanticIds
+from llmrec.assignments import override
 from llmrec.collab import rows as rows_module
 from llmrec.collab.code_tree import LEVEL, CodeTree
 from llmrec.collab.config import TrainCollabConfig
@@ -21,7 +24,10 @@ from llmrec.collab.item_codes import codes_of, random_codes, told_apart
 from llmrec.collab.provider import load_provider
 from llmrec.collab.tiger import NUM_SPECIAL, START, Tiger
 from llmrec.collab.train import train_collab, training_rows
-from llmrec.errors import ConfigError
+from llmrec.errors import ArtifactMismatchError, ConfigError, MissingArtifactError
+from llmrec.pipeline import run_stage
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.stage_changes import source_hashes
 
 NUM_ITEMS = 30
 
@@ -270,6 +276,122 @@ def test_codes_of_another_models_item_vectors(tmp_path):
     seed = config.seed
     assert np.array_equal(codes[:, :1], codes_of(other.vectors, 1, 10, "residual", seed))
     assert np.array_equal(codes[:, 1:2], codes_of(content.vectors["text"], 1, 10, "residual", seed))
+
+
+def ids_of(data, folder, names=("text",), levels=2, size=6):
+    """A finished learn_semantic_ids with random codes, some of them equal."""
+    rng = np.random.default_rng(0)
+    codes = {name: rng.integers(size, size=(data.num_items + 1, levels)) for name in names}
+    for table in codes.values():
+        table[0], table[2] = 0, table[1]
+    books = {name: np.zeros((levels, size, 3), dtype=np.float32) for name in names}
+    made = SemanticIds(catalog=data.catalog, codes=codes, codebooks=books)
+
+    def learn_semantic_ids(config: LearnSemanticIdsConfig) -> SemanticIds:
+        return made
+
+    return run_stage(learn_semantic_ids, LearnSemanticIdsConfig(), (), folder)
+
+
+def coded(provider, folder, **changes):
+    """Settings of a small model that reads codes of a folder."""
+    config = CASES[f"{provider}-ce"].config(epochs=1, batch_size=64)
+    model = replace(getattr(config, provider), content=("text",), num_levels=2, num_codes=6)
+    return replace(config, semantic_ids=str(folder), **{provider: replace(model, **changes)})
+
+
+@pytest.mark.parametrize("provider", ["tiger", "motor"])
+def test_codes_are_those_of_a_folder_of_semantic_ids(provider, tmp_path):
+    data, _, _ = twins()
+    ids = ids_of(data, tmp_path / "ids", ("collab", "text", "image"))
+    config = coded(provider, tmp_path / "ids", content=("image", "text"))
+    assert config.content == () and not config.optional_inputs()
+    model = load_provider(train_collab(config, data))
+    codes = (model if provider == "tiger" else model.items).codes.cpu().numpy()
+    assert np.array_equal(codes[:, :4], np.concatenate([ids.codes["image"], ids.codes["text"]], axis=1))
+    assert codes.shape[1] == (5 if provider == "tiger" else 4)
+
+
+def test_a_model_of_other_codes_is_trained_anew(tmp_path):
+    """The folder is hashed like any file that settings name."""
+    data, _, _ = twins()
+    ids_of(data, tmp_path / "ids")
+    config = coded("tiger", tmp_path / "ids")
+    found = source_hashes(config)
+    assert found.keys() == {"semantic_ids", "semantic_ids text"}
+    shutil.rmtree(tmp_path / "ids")
+    ids_of(data, tmp_path / "ids", levels=3)
+    assert source_hashes(config)["semantic_ids text"] != found["semantic_ids text"]
+
+
+def test_items_of_equal_codes_share_their_place_unless_told_apart(tmp_path):
+    data, _, _ = twins()
+    ids = ids_of(data, tmp_path / "ids")
+    config = coded("tiger", tmp_path / "ids", tell_apart=False)
+    model = load_provider(train_collab(config, data)).eval()
+    assert np.array_equal(model.codes.cpu().numpy(), ids.codes["text"])
+    assert model.token.num_embeddings == NUM_SPECIAL + 2 * 6
+    with torch.no_grad():
+        scores = model.score(torch.tensor([[3, 4, 5]]))[0]
+    assert scores[1] == scores[2]
+    same = (ids.codes["text"][1:] == ids.codes["text"][1]).all(axis=1)
+    assert torch.equal(scores[1:] == scores[1], torch.from_numpy(same))
+
+
+@pytest.mark.parametrize("loss", ["ce", "tree_ce"])
+def test_the_temperature_is_of_the_loss_and_not_of_the_search(loss):
+    warm, plain = tiger(temperature=0.7, loss=loss), tiger(loss=loss)
+    warm.load_state_dict(plain.state_dict())
+    rows = batch([3, 4, 5], [7, 2, 9])
+    history = torch.tensor([[3, 4], [7, 2]])
+    with torch.no_grad():
+        assert torch.equal(warm.score(history), plain.score(history))
+        found = warm.loss(rows).total
+        # A model whose logits are that much larger has this loss: all that comes last is divided.
+        plain.logits = lambda hidden, tokens=None: Tiger.logits(plain, hidden, tokens) / 0.7
+        torch.testing.assert_close(found, plain.loss(rows).total)
+        assert abs(float(found) - float(tiger(loss=loss).loss(rows).total)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("provider", "changes", "message"),
+    [
+        ("tiger", {"num_levels": 3}, r"tiger\.num_levels must be 2, as it is in .*ids, got 3"),
+        ("motor", {"num_codes": 8}, r"motor\.num_codes must be 6, as it is in .*ids, got 8"),
+        ("tiger", {"content": ("image",)}, r"content names image, of which .*ids has no codes, but of text"),
+    ],
+)
+def test_codes_that_do_not_fit_the_model_are_refused(provider, changes, message, tmp_path):
+    data, _, _ = twins()
+    ids_of(data, tmp_path / "ids")
+    with pytest.raises(ConfigError, match=message):
+        train_collab(coded(provider, tmp_path / "ids", **changes), data)
+
+
+def test_codes_of_other_items_or_of_no_stage_are_refused(tmp_path):
+    data, _, _ = twins()
+    with pytest.raises(MissingArtifactError):
+        train_collab(coded("tiger", tmp_path / "ids"), data)
+    ids_of(cycle(num_users=30), tmp_path / "ids")
+    with pytest.raises(ArtifactMismatchError):
+        train_collab(coded("tiger", tmp_path / "ids"), data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"provider": "sasrec"}, r"semantic_ids has no effect with provider='sasrec'; .* tiger, motor"),
+        (
+            {"provider": "tiger", "tiger.content": "none"},
+            r"no effect with train_collab\.tiger\.content=none",
+        ),
+        ({"provider": "motor", "motor.quantizer": "residual"}, r"quantizer has no effect with semantic"),
+        ({"provider": "tiger", "vectors": "x.parquet"}, r"vectors has no effect with provider='tiger'"),
+    ],
+)
+def test_semantic_ids_without_effect_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        override(TrainCollabConfig(), {**settings, "semantic_ids": "ids"})
 
 
 def test_a_file_is_asked_for_and_nothing_else_reads_one():

@@ -5,7 +5,7 @@ import pytest
 from llmrec.assignments import describe, override
 from llmrec.config import as_dict, from_dict
 from llmrec.errors import ConfigError
-from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig
+from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig, cluster_bounds
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,19 @@ from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig
         ({"kmeans_rows": 100}, r"kmeans_rows must be at least learn_semantic_ids.num_codes \(256\), got 100"),
         ({"codebook_update": "gradient", "ema_decay": 0.9}, r"ema_decay has no effect with codebook_update"),
         ({"codebook_update": "ema", "ema_decay": 1.0}, r"ema_decay must lie between 0 and 1, got 1\.0"),
+        ({"collaborative_weight": -0.1}, r"collaborative_weight must be at least 0, got -0\.1"),
+        (
+            {"collaborative_weight": 0.1, "modalities": ("collab",)},
+            r"collaborative_weight ties codes of texts and images .*modalities has neither",
+        ),
+        ({"diversity_weight": 0.1}, r"diversity_weight moves codes by gradients; set .*gradient, got ema"),
+        (
+            {"diversity_weight": 0.1, "codebook_update": "gradient", "num_codes": 32},
+            r"diversity_clusters must be at most a fourth of learn_semantic_ids\.num_codes \(32\), got 10",
+        ),
+        ({"diversity_clusters": 5}, r"diversity_clusters has no effect with diversity_weight=0"),
+        ({"diversity_clusters": 1}, r"diversity_clusters must be at least 2, got 1"),
+        ({"method": "rkmeans", "collaborative_weight": 0.1}, r"collaborative_weight has no effect"),
         ({"method": "rkmeans", "epochs": 7}, r"epochs has no effect with method='rkmeans'"),
         ({"method": "rkmeans", "init": "random"}, r"init must be kmeans or kmeans_constrained"),
     ],
@@ -70,6 +83,25 @@ def test_presets_are_complete_and_differ_where_paper_and_code_do():
         **{"alignment": "mmd", "commitment": "first", "commitment_weight": 0.01, "include_pad": True},
         **{"init": "kmeans_constrained", "kmeans_restarts": 10},
     }
+
+
+def test_the_tokenizer_of_letter_is_that_of_its_code():
+    assert changed(PRESETS["letter"]) == {
+        **{"modalities": ("text",), "code_dim": 32, "hidden_dims": (2048, 1024, 512, 256, 128, 64)},
+        **{"normalise": "none", "alignment": "none", "codebook_update": "gradient", "commitment": "first"},
+        **{"collaborative_weight": 0.02, "diversity_weight": 1e-4, "epochs": 10_000, "log_every_epochs": 50},
+        **{"init": "kmeans_constrained", "kmeans_restarts": 10, "restart_dead_codes": False},
+        **{"min_utilisation": 0.0, "repair_collisions": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("num_codes", "num_clusters", "bounds"),
+    [(256, 10, (10, 60)), (32, 8, (2, 32)), (1024, 10, (10, 205)), (8, 2, (2, 8))],
+)
+def test_bounds_of_clusters_of_codes_leave_room_for_all(num_codes, num_clusters, bounds):
+    least, most = cluster_bounds(num_codes, num_clusters)
+    assert (least, most) == bounds and least * num_clusters <= num_codes <= most * num_clusters
 
 
 PUBLISHED_ALIKE = {

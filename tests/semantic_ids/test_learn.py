@@ -20,7 +20,7 @@ from llmrec.semantic_ids import kmeans as kmeans_module
 from llmrec.semantic_ids import quantizer as quantizer_module
 from llmrec.semantic_ids import train
 from llmrec.semantic_ids.assign import assign, frozen, separate
-from llmrec.semantic_ids.config import LearnSemanticIdsConfig
+from llmrec.semantic_ids.config import LearnSemanticIdsConfig, size_bounds
 from llmrec.semantic_ids.kmeans import kmeans
 from llmrec.semantic_ids.learn import ItemRows, learn_semantic_ids, model_settings
 from llmrec.semantic_ids.losses import info_nce, mmd
@@ -174,6 +174,13 @@ def test_valid_and_test_items_change_no_byte():
         {"codebook_update": "ema", "ema_decay": 0.8, "estimator": "rotation", "sinkhorn": "all"},
         {"commitment": "first", "include_pad": True, "precision": "bfloat16"},
         {"precision": "tf32", "kmeans_restarts": 3, "kmeans_rows": 40},
+        {
+            "codebook_update": "gradient",
+            "diversity_weight": 0.1,
+            "diversity_clusters": 4,
+            "include_pad": True,
+        },
+        {"code_dim": 8, "collaborative_weight": 0.5},
     ],
 )
 def test_every_option_runs(changes):
@@ -511,7 +518,8 @@ def test_other_choices_reach_the_model_too():
     assert found.codebooks.requires_grad and found.ema_decay is None and found.spread_levels == []
     assert (found.commitment, found.reduce, found.estimator) == ("all", "mean", "straight_through")
     assert (made.alignment, made.mmd_estimator) == ("mmd", "tllib")
-    assert made.weights == {"mmd": 3.0, "mse": 1.0, "quantization": 1.0, "alignment": 0.01}
+    off = {"collaborative": 0.0, "diversity": 0.0}
+    assert made.weights == {"mmd": 3.0, "mse": 1.0, "quantization": 1.0, "alignment": 0.01, **off}
     assert made.reconstruction == ["mmd"]
     encoded, losses = made.eval()(batch())
     assert losses.parts["text"].keys() == {"quantization", "mmd", "alignment"}
@@ -527,9 +535,10 @@ def test_k_means_gets_its_rows_rounds_and_seeds_from_the_settings(method, init, 
         calls.append(("kmeans", rows, num_clusters, iterations, restarts, relocate_idle))
         return rows[:num_clusters]
 
-    def constrained(rows, num_clusters, iterations, restarts, generator):
+    def constrained(rows, num_clusters, bounds, iterations, restarts, generator, asked_by):
         calls.append(("kmeans_constrained", rows, num_clusters, iterations, restarts, None))
-        return rows[:num_clusters]
+        assert bounds == size_bounds(len(rows), num_clusters) and asked_by.endswith("'kmeans_constrained'")
+        return rows[:num_clusters], None
 
     monkeypatch.setattr(kmeans_module, "kmeans", plain)
     monkeypatch.setattr(kmeans_module, "constrained", constrained)
@@ -617,3 +626,77 @@ def test_the_scaling_is_fitted_to_the_padding_row_only_on_demand(include_pad):
     np.testing.assert_allclose(
         ids.state["autoencoders.text.scaling.mean"], rows.mean(axis=0), rtol=1e-4, atol=1e-6
     )
+
+
+def letter(**changes):
+    """Both losses of LETTER, for the text codes of the small world."""
+    base = dataclasses.replace(
+        SMALL,
+        modalities=("text",), alignment="none", reconstruction="mse", code_dim=8, num_levels=2,
+        codebook_update="gradient", restart_dead_codes=False, min_utilisation=0.0, epochs=40,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def picked_out(ids, made):
+    """Share of items whose own collaborative vector is among the ten that their codes' sums are most like."""
+    sums = sum(book[ids.codes["text"][1:, level]] for level, book in enumerate(ids.codebooks["text"]))
+    score = sums @ made["collab"][1:].T
+    own = np.diag(score)[:, None]
+    return float(((score > own).sum(axis=1) < 10).mean())
+
+
+def test_the_collaborative_loss_teaches_codes_of_texts_what_users_do():
+    """Collaborative vectors that texts tell, but in another way than distances between texts do."""
+    data, made = clustered()
+    rng = np.random.default_rng(1)
+    turned = made["text"] @ rng.normal(size=(20, 8)).astype(np.float32)
+    made["collab"] = turned / turned[1:].std()
+    without = learn_semantic_ids(letter(), data, *artefacts(data, made))
+    taught = learn_semantic_ids(letter(collaborative_weight=1.0), data, *artefacts(data, made))
+    assert picked_out(taught, made) > 2 * picked_out(without, made)
+    assert taught.modalities == ("text",)
+    values = [row["parts"]["text"]["collaborative"] for row in taught.log]
+    assert values == sorted(values, reverse=True) and values[-1] < 0.8 * values[0]
+
+
+def test_items_without_a_collaborative_vector_teach_nothing():
+    data, made = clustered()
+    config = letter(collaborative_weight=1.0, epochs=2)
+    unknown = dict(made, collab=made["collab"].copy())
+    unknown["collab"][1:200] = 0
+    table = {"collab": ItemRows.of("collab", *artefacts(data, unknown), data.num_items)}
+    assert np.array_equal(table["collab"].present, unknown["collab"].any(axis=1))
+    ids = learn_semantic_ids(config, data, *artefacts(data, unknown))
+    value = ids.log[-1]["parts"]["text"]["collaborative"]
+    assert 0 < value < 2 * np.log(41 / 3)  # of some 14 items in each of 3 batches, not of 80
+
+
+def test_diversity_brings_the_codes_of_a_cluster_together():
+    data, made = clustered()
+    inputs = data, *artefacts(data, made)
+    plain, spread = (
+        learn_semantic_ids(letter(**changes), *inputs)
+        for changes in ({}, {"diversity_weight": 1.0, "diversity_clusters": 4})
+    )
+    assert "diversity" not in plain.log[-1]["parts"]["text"]
+    values = [row["parts"]["text"]["diversity"] for row in spread.log]
+    assert values[-1] < 0.9 * values[0]
+    level_of = [ids.quality["modalities"]["text"]["levels"][0]["perplexity"] for ids in (plain, spread)]
+    assert all(found > 4 for found in level_of)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"code_dim": 9}, r"code_dim must be the width of these \(8\), got 9"),
+        ({"modalities": None}, r"there are neither; set up encode_items, or set it to 0"),
+    ],
+)
+def test_collaborative_vectors_that_codes_cannot_learn_from_are_refused(changes, message):
+    data, made = clustered()
+    if "modalities" in changes:
+        made = {"collab": made["collab"]}
+    config = letter(collaborative_weight=1.0, **changes)
+    with pytest.raises(ConfigError, match=rf"^learn_semantic_ids\.collaborative_weight .*{message}"):
+        learn_semantic_ids(config, data, *artefacts(data, made))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llmrec.semantic_ids.losses import info_nce, mmd
+from llmrec.semantic_ids.losses import collaborative, info_nce, mmd
 
 
 def loop_mmd(x, y, *, offset=True):
@@ -148,3 +148,12 @@ def test_mmd_needs_two_rows_of_one_shape_on_both_sides():
     for first, second in ((x[:1], y[:1]), (x, y[:3]), (x, y[:, :2])):
         with pytest.raises(AssertionError):
             mmd(first, second)
+
+
+def test_the_collaborative_loss_is_that_of_a_loop_over_items():
+    vectors, teacher = samples(7)
+    expected = 0.0
+    for row, own in zip(vectors, teacher):
+        total = sum(math.exp(float(row @ other)) for other in teacher)
+        expected -= math.log(math.exp(float(row @ own)) / total) / len(vectors)
+    assert float(collaborative(vectors, teacher)) == pytest.approx(expected, abs=1e-12)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from llmrec.precision import matrix_precision
-from llmrec.semantic_ids.losses import info_nce, mmd
+from llmrec.semantic_ids.losses import collaborative, info_nce, mmd
 from llmrec.semantic_ids.mm_rqvae import MMRQVAE, Scaling, mlp
 from llmrec.semantic_ids.quantizer import ResidualQuantizer, squared_distances
 
@@ -60,6 +60,38 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(reconstruction, alignment):
     named = {"quantization", *reconstruction.split("+")}
     assert losses.parts["collab"].keys() == named
     assert losses.parts["image"].keys() == named | ({"alignment"} if alignment != "none" else set())
+
+
+@pytest.mark.parametrize("own_codes", [True, False])
+def test_the_collaborative_loss_is_of_texts_and_pictures_that_have_both_vectors(own_codes):
+    """Whether or not collab has codes of its own."""
+    dims = {"collab": 6, "text": 5, "image": 4}
+    made = model(
+        dims if own_codes else {name: dims[name] for name in ("text", "image")},
+        code_dim=6, alignment="none", collaborative_weight=0.3,
+    ).eval()  # fmt: skip
+    rows = batch(dims=dims)
+    here = {"collab": torch.arange(12) > 2, "image": torch.arange(12) % 2 == 0}
+    _, losses = made(rows, here)
+    for name, both in (("text", here["collab"]), ("image", here["collab"] & here["image"])):
+        vectors = made.autoencoders[name](rows[name][both]).quantized.vectors
+        expected = collaborative(vectors, rows["collab"][both])
+        torch.testing.assert_close(losses.parts[name]["collaborative"], expected)
+    parts = losses.parts
+    assert ("collab" in parts) == own_codes and "collaborative" not in parts.get("collab", {})
+    expected = sum(
+        3 * found["mmd"] + found["quantization"] + 0.3 * found.get("collaborative", 0.0)
+        for found in parts.values()
+    )
+    torch.testing.assert_close(losses.total, expected)
+
+
+def test_no_item_with_both_vectors_adds_nothing():
+    dims = {"collab": 6, "text": 5}
+    made = model({"text": 5}, code_dim=6, alignment="none", collaborative_weight=0.3)
+    _, losses = made(batch(dims=dims), {"collab": torch.zeros(12, dtype=torch.bool)})
+    assert float(losses.parts["text"]["collaborative"]) == 0
+    losses.total.backward()
 
 
 def test_alignment_trains_both_encoders_and_no_codebook():

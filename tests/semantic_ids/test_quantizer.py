@@ -5,7 +5,15 @@ import torch
 from vector_quantize_pytorch import ResidualVQ
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
-from llmrec.semantic_ids.quantizer import ResidualQuantizer, rotate, sinkhorn, squared_distances
+from llmrec.semantic_ids.kmeans import code_clusters
+from llmrec.semantic_ids.quantizer import (
+    NO_OTHER,
+    Neighbours,
+    ResidualQuantizer,
+    rotate,
+    sinkhorn,
+    squared_distances,
+)
 
 
 def quantizer(levels=3, codes=5, dim=4, **settings):
@@ -282,3 +290,62 @@ def test_a_code_that_gets_nothing_stays_however_long():
     assert torch.allclose(made.codebooks[0, 0], rows.mean(dim=0), atol=1e-5)
     made(torch.full((16, 3), 40.0))  # and it follows again as soon as it gets something
     assert torch.allclose(made.codebooks[0, 1], torch.tensor(40.0), atol=0.1)
+
+
+CLUSTERS = torch.tensor([[0, 0, 0, 1, 1], [1, 0, 1, 0, 0], [0, 1, 0, 0, 0]])
+"""Of 3 levels with 5 codes; the last level's second code is alone."""
+
+
+def neighbours(seed=0):
+    return Neighbours(CLUSTERS, torch.Generator().manual_seed(seed))
+
+
+def test_a_code_draws_every_other_one_of_its_cluster_equally_often_and_never_itself():
+    codes = torch.arange(5)[:, None].expand(-1, 3).repeat(4000, 1)
+    drawn = neighbours().draw(codes)
+    for level, clusters in enumerate(CLUSTERS.tolist()):
+        for code, cluster in enumerate(clusters):
+            found = drawn[codes[:, level] == code, level]
+            others = [k for k in range(5) if clusters[k] == cluster and k != code]
+            assert set(found.tolist()) == set(others or [NO_OTHER])
+            for other in others:
+                assert abs((found == other).double().mean() - 1 / len(others)) < 0.03
+
+
+def test_the_loss_of_diversity_is_that_of_a_loop_over_rows_and_levels():
+    made, latent = quantizer().eval(), latents()
+    made.neighbours = neighbours(3)
+    found = made(latent)
+    target = neighbours(3).draw(found.codes)
+    expected, books = 0.0, made.codebooks.detach()
+    for codes, others in zip(found.codes.tolist(), target.tolist()):
+        for level, (code, other) in enumerate(zip(codes, others)):
+            if other == NO_OTHER:
+                continue
+            rest = [k for k in range(5) if k != code]
+            similar = {k: torch.exp(books[level, code] @ books[level, k]) for k in rest}
+            expected -= float(torch.log(similar[other] / sum(similar.values())))
+    assert (target == NO_OTHER).any()
+    assert float(found.diversity) == pytest.approx(expected / found.codes.numel(), abs=1e-12)
+    made.neighbours = None
+    assert made(latent).diversity is None
+
+
+def test_diversity_moves_codes_and_not_the_encoder():
+    made, latent = quantizer(), latents().requires_grad_()
+    made.neighbours = neighbours()
+    made(latent).diversity.backward()
+    assert latent.grad is None and made.codebooks.grad.abs().sum(dim=2).gt(0).all()
+
+
+def test_clusters_of_codes_hold_near_codes_and_as_many_as_they_may():
+    generator = torch.Generator().manual_seed(0)
+    group = torch.arange(32).remainder(4).expand(2, -1)
+    centres = 5 * torch.randn(4, 6, generator=generator)
+    books = centres[group] + 0.1 * torch.randn(2, 32, 6, generator=generator)
+    found = code_clusters(books, 4, 20, generator)
+    assert found.shape == (2, 32) and found.dtype == torch.int64
+    for own, clusters in zip(group, found):
+        assert len({*zip(own.tolist(), clusters.tolist())}) == 4
+    lone = torch.cat([torch.zeros(1, 31, 6), torch.full((1, 1, 6), 9.0)], dim=1)
+    assert code_clusters(lone, 4, 20, generator)[0].bincount().min() >= 4  # half of their mean

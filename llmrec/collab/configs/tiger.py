@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrec.collab.configs.common import check_at_least_one, check_content, check_dropout
-from llmrec.config import Settings
+from llmrec.config import Settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,10 @@ class TigerConfig(Settings, path="train_collab.tiger"):
     collab,text,image); empty: random codes, the paper's ablation."""
 
     num_levels: int = 3
-    """Codes of a modality; one more tells items of equal codes apart."""
+    """Codes of a modality."""
+
+    tell_apart: bool = True
+    """One code more numbers the items of equal codes; without it these share their places in rankings."""
 
     num_codes: int = 256
     """Codes to choose from at every place; fewer suit catalogues of some hundred items."""
@@ -55,9 +58,17 @@ class TigerConfig(Settings, path="train_collab.tiger"):
     loss: Literal["ce", "tree_ce"] = "ce"
     """ce: each code among those of all places, as published; tree_ce: among those that go on to an item."""
 
+    temperature: float = 1.0
+    """Divides the logits in the loss, not in the search (LETTER: 0.7 to 1); lower values weigh hard negatives
+    more."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         names = "num_levels num_codes embed_dim num_layers num_heads head_dim inner_dim max_history"
         check_at_least_one("tiger", self, f"{names} beams valid_beams")
+        require(
+            self.temperature > 0,
+            f"train_collab.tiger.temperature must be greater than 0, got {self.temperature}",
+        )
         check_dropout("tiger", self)
         check_content("tiger", self)
