@@ -3,8 +3,9 @@
 Method:    TIGER (NeurIPS 2023), LETTER (CIKM 2024) at small scale; codes of texts, only the tokenizer differs
 Run:       python recipes/tokenizers_sample.py
            python recipes/tokenizers_sample.py --rows k-means letter --seeds 0 1 2   (some of it)
-Settings:  TIGER as in recipes/providers_sample.py; LETTER's weights are larger than published, as an epoch
-           here has one step; the collaborative vectors are those of SASRec with 32 numbers an item
+Settings:  TIGER with one layer, shorter histories and larger steps than in recipes/providers_sample.py;
+           LETTER's weights are larger than published, as an epoch of its tokenizer has one step here; the
+           collaborative vectors are those of SASRec with 32 numbers an item
 Seeds:     of TIGER; the tokenizers are trained once
 Measured:  README of this folder
 """
@@ -61,6 +62,8 @@ def data() -> PrepareDataConfig:
 def rows(root: Path = Path("runs") / NAME) -> Rows:
     """Settings by row; codes that are trained lie below root."""
     tiger = with_provider("tiger").train_collab
+    small = replace(tiger.tiger, num_layers=1, max_history=10)
+    tiger = replace(tiger, tiger=small, learning_rate=4e-3, epochs=40)
     found = {"random": replace(tiger, tiger=replace(tiger.tiger, content=())), "k-means": tiger}
     for name in tokenizers():
         found[name] = replace(tiger, semantic_ids=str(root / "tokenizers" / name))

@@ -14,6 +14,7 @@ import sys
 import typing
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,7 +22,7 @@ from PIL import Image
 from tiny_recipe import chosen_by_validation, tiny
 
 from llmrec import cli, jobs, pipeline
-from llmrec.artifacts import ContentEmbeddings
+from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds
 from llmrec.collab.config import PROVIDER_FIELDS, SASRecConfig, TrainCollabConfig
 from llmrec.collab.provider import provider_class
 from llmrec.config import flatten
@@ -29,6 +30,7 @@ from llmrec.data.config import PrepareDataConfig
 from llmrec.encoders.config import EncodeItemsConfig
 from llmrec.errors import ConfigError
 from llmrec.files import read_json
+from llmrec.finished import load
 from llmrec.interactions import Interactions
 from llmrec.manifest import write_manifest
 from llmrec.own import own_class
@@ -693,6 +695,27 @@ def test_the_downstream_table_names_what_it_shows():
     ):
         with pytest.raises(ConfigError, match=why):
             providers_sample.run_all(["--providers", "sasrec", "--set", setting])
+
+
+def test_tokenizers_are_trained_before_the_models_that_read_their_codes(tmp_path, monkeypatch, capsys):
+    module = module_of(ROOT / "recipes" / "tokenizers_sample.py")
+    quick = {name: dataclasses.replace(one, epochs=2, log_every_epochs=1, min_utilisation=0.0)
+             for name, one in module.tokenizers().items()}  # fmt: skip
+    monkeypatch.setattr(module, "tokenizers", lambda: quick)
+    teacher = dataclasses.replace(module.teacher(), epochs=1)
+    monkeypatch.setattr(module, "teacher", lambda: teacher)
+    market = tiny().prepare_data
+    monkeypatch.setattr(module, "data", lambda: market)
+    settings = ["train_collab.epochs=1", "train_collab.tiger.beams=2", "train_collab.tiger.valid_beams=2"]
+    asked = ["--run-dir", str(tmp_path), "--rows", "letter", "--seeds", "0", "--set", *settings]
+    module.run_all(asked)
+    assert "letter" in capsys.readouterr().out
+    ids = load(SemanticIds, tmp_path / "tokenizers" / "letter")
+    cell = load(CollabEmbeddings, tmp_path / "cells" / "letter" / "seed0" / "train_collab")
+    assert np.array_equal(cell.state["codes"][1:, :3], ids.codes["text"][1:])
+    assert set(ids.log[-1]["parts"]["text"]) == {"quantization", "mse", "collaborative", "diversity"}
+    module.run_all([*asked, "--summarise"])
+    assert "letter" in capsys.readouterr().out
 
 
 def test_pictures_that_moved_are_looked_for_where_the_settings_say(shop_with_pictures, tmp_path):

@@ -358,7 +358,7 @@ def settings_of(base: FinetuneConfig, row: Row) -> FinetuneConfig:
 
 def ids_settings(base: LearnSemanticIdsConfig, row: Row) -> LearnSemanticIdsConfig:
     """A recipe's settings for the semantic IDs of one row, without those that have no effect there."""
-    idle = ["alignment_weight", "alignment_temperature", "ema_decay"]
+    idle = ["alignment_weight", "alignment_temperature", "ema_decay", "collaborative_weight"]
     idle += ["mse_weight"] if row.ids["reconstruction"] == "mmd" else ["mmd_weight", "mmd_estimator"]
     fields = LearnSemanticIdsConfig.__dataclass_fields__
     changes: dict[str, Any] = {name: fields[name].default for name in idle}

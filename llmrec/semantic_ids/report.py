@@ -269,13 +269,13 @@ def training_chart(log: list[dict[str, Any]]) -> str:
     if len(rows) < 2:
         return ""
     figure, axes = plot(6.8, 2.4)
-    styles = ("-", "--", ":", "-.")
+    styles: list[Any] = ["-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 5))]
     for colour, name in zip(COLOURS, rows[0]["parts"]):
         # An epoch may have had no batch with two vectors of a modality that few items have.
         for style, part in zip(styles, dict.fromkeys(part for row in rows for part in row["parts"][name])):
             values = [row["parts"][name].get(part, np.nan) for row in rows]
             epochs = [row["epoch"] for row in rows]
-            axes.plot(epochs, values, style, color=colour, label=f"{name}: {part}")
+            axes.plot(epochs, values, linestyle=style, color=colour, label=f"{name}: {part}")
     epochs_along(axes)
     axes.set_ylabel("loss, unweighted")
     axes.set_yscale("log")

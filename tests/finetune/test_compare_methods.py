@@ -430,6 +430,9 @@ def test_a_rows_own_semantic_ids_read_no_other_modality():
         LearnSemanticIdsConfig(alignment_weight=0.5, alignment_temperature=0.2, ema_decay=0.9),
         LearnSemanticIdsConfig(reconstruction="mmd+mse", mmd_weight=2.0, mse_weight=3.0, num_codes=64),
         LearnSemanticIdsConfig(alignment="mmd", mmd_estimator="unbiased"),
+        LearnSemanticIdsConfig(
+            collaborative_weight=0.1, codebook_update="gradient", diversity_weight=0.2, diversity_clusters=5
+        ),
     ]
     for base in bases:
         for name, kind in (("se_sid_mmd", "mmd"), ("se_sid_mse", "mse")):

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from test_learn import SMALL, artefacts, clustered
+from test_mm_rqvae import SETTINGS
 from worlds import interactions
 
 from llmrec.config import as_dict
@@ -22,6 +23,7 @@ from llmrec.semantic_ids.diagnostics import (
     tau_per_user,
 )
 from llmrec.semantic_ids.learn import learn_semantic_ids
+from llmrec.semantic_ids.mm_rqvae import MMRQVAE
 from llmrec.semantic_ids.report import (
     SemanticIdsReport,
     findings,
@@ -190,6 +192,15 @@ def test_epochs_without_a_batch_of_a_modality_leave_a_gap_in_the_chart():
     whole = training_chart([row(1, mse=2.0), row(2), row(3, mse=1.0)])
     assert whole.startswith("<svg") and whole.count("image: mse") == 1
     assert training_chart([row(1), row(2, mse=2.0)]).count("image: mse") == 1
+
+
+def test_every_part_of_the_loss_has_its_line():
+    """As many as `MMRQVAE` may have."""
+    parts = [*MMRQVAE({"text": 3}, **SETTINGS).weights]
+    assert len(parts) == 6
+    rows = [{"epoch": epoch, "parts": {"text": dict.fromkeys(parts, epoch)}} for epoch in (1, 2)]
+    chart = training_chart(rows)
+    assert all(f"text: {part}" in chart for part in parts)
 
 
 def test_bad_settings_are_named():
