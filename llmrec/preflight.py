@@ -84,7 +84,8 @@ def data_files(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
                 yield Finding("ok", where)
             else:
                 what = "is a folder" if Path(path).is_dir() else "no such file"
-                yield Finding("problem", f"{where}: {what}", f"put it there, or set {stage}.{name}")
+                setting = name.partition(" ")[0]  # of the files of a folder, that of the folder
+                yield Finding("problem", f"{where}: {what}", f"put it there, or set {stage}.{setting}")
     prepare = recipe.prepare_data
     if "prepare_data" in stages:
         yield from columns_of_tables(prepare)

@@ -117,10 +117,14 @@ def new_model(
             config.provider,
             "" if config.is_own else f"; leave that out with train_collab.{config.provider}.temporal=false",
         )  # fmt: skip
-    if vectors:
-        model.read_content(vectors)
-    if codes := codes_of_folder(config, data):
-        model.read_codes(codes)
+    codes = codes_of_folder(config, data)
+    try:
+        if vectors:
+            model.read_content(vectors)
+        if codes:
+            model.read_codes(codes)
+    except ConfigError as error:
+        raise ConfigError(f"train_collab.{config.provider}: {error}") from None
     return model.to(distributed.device())
 
 

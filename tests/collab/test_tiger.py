@@ -220,6 +220,11 @@ def test_impossible_codes_are_refused():
         codes_of(table, 2, 9, "residual", seed=0)
     with pytest.raises(ConfigError, match="vectors of width 3 cannot be cut into 4 pieces"):
         codes_of(table, 4, 2, "product", seed=0)
+    data, content, _ = twins()
+    with pytest.raises(ConfigError, match=r"^train_collab\.motor: 40 items cannot fill 41 codes"):
+        train_collab(
+            override(TrainCollabConfig(), {"provider": "motor", "motor.num_codes": "41"}), data, content
+        )
 
 
 def test_codes_are_made_of_content_and_kept_with_the_weights(tmp_path):
