@@ -180,3 +180,15 @@ def test_every_setting_is_read_outside_of_the_file_that_defines_it():
             if not any(field.name in names for names in elsewhere):
                 unread.append(f"{type(group).__name__}.{field.name}")
     assert unread == [] and looked_at > 200
+
+
+def test_recipes_are_typed():
+    """Beside `mypy`, which cannot look at them: as it finds modules, their folder `accelerate` would stand
+    for the library of that name."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "mypy", "--no-namespace-packages", "recipes"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no issues found in" in done.stdout
