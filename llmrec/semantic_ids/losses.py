@@ -140,7 +140,7 @@ def info_nce(anchor: Tensor, other: Tensor, temperature: float) -> Tensor:
 def collaborative(vectors: Tensor, teacher: Tensor) -> Tensor:
     """-log softmax of the inner product of each item with its own collaborative vector among the batch's.
 
-    Source: LETTER (Wang et al., CIKM 2024) Eq. 4, HonghuiBao2000/LETTER@0d4a115 RQ-VAE/models/rqvae.py.
+    Source: LETTER (Wang et al., CIKM 2024), as in HonghuiBao2000/LETTER@0d4a115 RQ-VAE/models/rqvae.py.
 
     Args:
         vectors: sums of the items' code embeddings, (B, D).
