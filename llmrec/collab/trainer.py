@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,24 +43,71 @@ def fit(
     Returns:
         Metrics of the chosen epoch, and one log row per epoch.
     """
-    optimizer = optimizer_of(model, config)
     rng = np.random.default_rng(config.seed)
+    training = Training(model, optimizer_of(model, config), config, data, rows, valid, rng)
     checkpoints = EpochCheckpoints(
-        model, optimizer, {"order": rng}, minutes=config.save_every_minutes, what="train_collab"
+        model, training.optimizer, {"order": rng}, minutes=config.save_every_minutes, what="train_collab"
     )
     done, loop, best_state = checkpoints.resume()
-    log: list[dict[str, Any]] = loop.get("log", [])
-    best = loop.get("best", {"best_epoch": config.epochs})
-    tracking.begin(log)
+    training.log = loop.get("log", [])
+    training.best = loop.get("best", training.best)
+    tracking.begin(training.log)
     with stop_requests(END_OF_EPOCH) as stop:
         for epoch in range(done + 1, config.epochs + 1):
-            if finished(config, best, log):
+            if training.has_converged():
                 break
-            best_state = one_epoch(model, optimizer, config, data, rows, valid, rng, log, best) or best_state
-            checkpoints.after_epoch(epoch, {"log": log, "best": best}, best_state, stop)
+            best_state = training.one_epoch(epoch) or best_state
+            state = {"log": training.log, "best": training.best}
+            checkpoints.after_epoch(epoch, state, best_state, stop)
     if best_state is not None:
         model.load_state_dict(best_state)
-    return {**best, "epochs": len(log)}, log
+    return {**training.best, "epochs": len(training.log)}, training.log
+
+
+@dataclass
+class Training:
+    """What is trained, on what, and what came of its epochs so far."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    config: TrainCollabConfig
+    data: Interactions
+    rows: TrainingRows
+    valid: Targets | None
+    rng: np.random.Generator
+    """Of the order of the rows"""
+    log: list[dict[str, Any]] = field(default_factory=list)
+    """A row per epoch"""
+    best: dict[str, Any] = field(init=False)
+    """``best_epoch``, and what validation said of it; the last one, where nothing is validated"""
+
+    def __post_init__(self) -> None:
+        self.best = {"best_epoch": self.config.epochs}
+
+    def has_converged(self) -> bool:
+        """Whether validation has not improved for as long as the settings wait."""
+        patience, last = self.config.patience, self.log[-1] if self.log else {}
+        if patience is None or "valid_ndcg@10" not in last:
+            return False
+        return last["epoch"] - self.best["best_epoch"] >= patience * self.config.eval_every_epochs
+
+    def one_epoch(self, epoch: int) -> dict[str, Tensor] | None:
+        """Train, validate and log one epoch; its weights if they are the best so far."""
+        model, config = self.model, self.config
+        started = time.perf_counter()
+        before = sum(row["steps"] for row in self.log)
+        means = train_epoch(model, self.optimizer, config, self.rows, self.rng, epoch, before)
+        row = {"epoch": epoch, **means, "train_seconds": round(time.perf_counter() - started, 3)}
+        if self.valid is not None and (epoch % config.eval_every_epochs == 0 or epoch == config.epochs):
+            row |= validate(model, self.data, self.valid, mask_seen=config.mask_seen)
+        row["seconds"] = round(time.perf_counter() - started, 3)
+        self.log.append(row)
+        tracking.log(row, epoch)
+        logger.info("train_collab: %s", describe(row, self.best))
+        if "valid_ndcg@10" not in row or row["valid_ndcg@10"] <= self.best.get("valid_ndcg@10", -1.0):
+            return None
+        self.best |= {"best_epoch": epoch} | {name: row[name] for name in row if name.startswith("valid")}
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def optimizer_of(model: nn.Module, config: TrainCollabConfig) -> torch.optim.Optimizer:
@@ -83,42 +131,6 @@ def learning_rate(config: TrainCollabConfig, epoch: int) -> float:
     if config.decay_every_epochs is None:
         return config.learning_rate
     return config.learning_rate * config.decay_rate ** ((epoch - 1) // config.decay_every_epochs)
-
-
-def finished(config: TrainCollabConfig, best: dict[str, Any], log: list[dict[str, Any]]) -> bool:
-    """Whether validation has not improved for as long as the settings wait."""
-    if config.patience is None or not log or "valid_ndcg@10" not in log[-1]:
-        return False
-    return log[-1]["epoch"] - best["best_epoch"] >= config.patience * config.eval_every_epochs
-
-
-def one_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: TrainCollabConfig,
-    data: Interactions,
-    rows: TrainingRows,
-    valid: Targets | None,
-    rng: np.random.Generator,
-    log: list[dict[str, Any]],
-    best: dict[str, Any],
-) -> dict[str, Tensor] | None:
-    """Train, validate and log one epoch; its weights if they are the best so far."""
-    epoch = len(log) + 1
-    started = time.perf_counter()
-    before = sum(row["steps"] for row in log)
-    row = {"epoch": epoch, **train_epoch(model, optimizer, config, rows, rng, epoch, before)}
-    row["train_seconds"] = round(time.perf_counter() - started, 3)
-    if valid is not None and (epoch % config.eval_every_epochs == 0 or epoch == config.epochs):
-        row |= validate(model, data, valid, mask_seen=config.mask_seen)
-    row["seconds"] = round(time.perf_counter() - started, 3)
-    log.append(row)
-    tracking.log(row, epoch)
-    logger.info("train_collab: %s", describe(row, best))
-    if "valid_ndcg@10" not in row or row["valid_ndcg@10"] <= best.get("valid_ndcg@10", -1.0):
-        return None
-    best |= {"best_epoch": epoch} | {name: row[name] for name in row if name.startswith("valid")}
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def train_epoch(
