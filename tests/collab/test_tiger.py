@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import CASES, batch
 from test_content import twins
+from tiny_recipe import tiny
 from transformers import T5Config, T5ForConditionalGeneration
 from worlds import cycle
 
@@ -19,11 +20,13 @@ from llmrec.artifacts import CollabEmbeddings, SemanticIds
 from llmrec.assignments import override
 from llmrec.collab import rows as rows_module
 from llmrec.collab.code_tree import LEVEL, CodeTree
+from llmrec.collab.compare import prepare_cell, run_cell
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.item_codes import codes_of, random_codes, told_apart
 from llmrec.collab.provider import load_provider
 from llmrec.collab.tiger import NUM_SPECIAL, START, Tiger
 from llmrec.collab.train import train_collab, training_rows
+from llmrec.data.prepare import prepare_data
 from llmrec.errors import ArtifactMismatchError, ConfigError, MissingArtifactError
 from llmrec.pipeline import run_stage
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
@@ -283,9 +286,9 @@ def test_codes_of_another_models_item_vectors(tmp_path):
     assert np.array_equal(codes[:, 1:2], codes_of(content.vectors["text"], 1, 10, "residual", seed))
 
 
-def ids_of(data, folder, names=("text",), levels=2, size=6):
+def ids_of(data, folder, names=("text",), levels=2, size=6, seed=0):
     """A finished learn_semantic_ids with random codes, some of them equal."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     codes = {name: rng.integers(size, size=(data.num_items + 1, levels)) for name in names}
     for table in codes.values():
         table[0], table[2] = 0, table[1]
@@ -327,6 +330,22 @@ def test_a_model_of_other_codes_is_trained_anew(tmp_path):
     shutil.rmtree(tmp_path / "ids")
     ids_of(data, tmp_path / "ids", levels=3)
     assert source_hashes(config)["semantic_ids text"] != found["semantic_ids text"]
+
+
+def test_a_finished_cell_of_other_codes_is_refused(tmp_path):
+    folder, cell = tmp_path / "data", tmp_path / "cell"
+    data = run_stage(prepare_data, tiny().prepare_data, (), folder)
+    ids_of(data, tmp_path / "ids")
+    config = coded("tiger", tmp_path / "ids")
+    prepare_cell(cell, config, "letter, seed 0")
+    run_cell(cell, folder)
+    prepare_cell(cell, config, "letter, seed 0")
+    shutil.rmtree(tmp_path / "ids")
+    ids_of(data, tmp_path / "ids", seed=1)
+    with pytest.raises(ConfigError, match="was made with other content of the semantic_ids text file"):
+        prepare_cell(cell, config, "letter, seed 0")
+    shutil.rmtree(tmp_path / "ids")  # what is gone cannot differ
+    prepare_cell(cell, config, "letter, seed 0")
 
 
 def test_items_of_equal_codes_share_their_place_unless_told_apart(tmp_path):
