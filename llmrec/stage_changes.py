@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +50,22 @@ def source_hashes(config: StageSettings, known: dict[str, str] | None = None) ->
         config: a stage's settings.
         known: hashes that need not be worked out again.
     """
-    found = dict(known or {})
-    for name, path in config.source_files().items():
-        if name not in found and Path(path).is_file():
-            found[name] = sha256(Path(path))
+    known = known or {}
+    found = known | file_hashes(config, known)
     for name, path in folders_of(config).items():
         if name not in found and Path(path).is_dir():
             data = name in config.source_folders()
             found[name] = folder_digest(Path(path)) if data else model_digest(Path(path))
     return code_hashes(config) | found
+
+
+def file_hashes(config: StageSettings, known: Container[str] = ()) -> dict[str, str]:
+    """Hashes of the files alone, without those that are known already; see `source_hashes`."""
+    return {
+        name: sha256(Path(path))
+        for name, path in config.source_files().items()
+        if name not in known and Path(path).is_file()
+    }
 
 
 def code_hashes(config: StageSettings) -> dict[str, str]:

@@ -27,7 +27,7 @@ from llmrec.finetune.method_table import FREQUENCY_FIELDS, method_of, without_ef
 from llmrec.recipe import Recipe, apply_overrides, refuse_what_cannot_finish
 from llmrec.refit import refit_stage, refuse_refit_of_another
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
-from llmrec.stage_changes import changed_sources, code_hashes, statuses
+from llmrec.stage_changes import changed_sources, code_hashes, file_hashes, statuses
 
 logger = logging.getLogger("llmrec")
 
@@ -277,8 +277,8 @@ def why_missing(out: Path, name: str) -> Path:
 
 
 def check_settings(comparison: Comparison) -> None:
-    """Refuse finished cells that were made with other settings, by other code of the user's, or from other
-    data than the first of them.
+    """Refuse finished cells that were made with other settings, by other code or with another template of the
+    user's, or from other data than the first of them.
 
     Raises:
         ConfigError: one was.
@@ -293,7 +293,7 @@ def check_settings(comparison: Comparison) -> None:
         config = cell_settings(comparison, name, seed)
         tuned, ranked = (stage_manifest(folder / stage) for stage in ("finetune", "evaluate"))
         changes = changed_settings(tuned["config"], config)
-        changes += changed_sources(tuned, code_hashes(config))
+        changes += changed_sources(tuned, code_hashes(config) | file_hashes(config))
         changes += changed_settings(ranked["config"], comparison.recipe.evaluate)
         first = first or (folder, tuned["inputs"])
         others = [stage for stage in SHARED if tuned["inputs"].get(stage) != first[1].get(stage)]

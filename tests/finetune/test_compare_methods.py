@@ -243,6 +243,29 @@ def test_cells_from_elsewhere_are_not_summed_up(stage, part, message, tmp_path, 
         compare_cells.check_settings(asked)
 
 
+def test_cells_of_another_template_are_not_summed_up(tmp_path, monkeypatch):
+    from llmrec.config import as_dict
+    from llmrec.finetune import compare_cells
+    from llmrec.stage_changes import source_hashes
+
+    template = tmp_path / "own.toml"
+    shutil.copy(Path(__file__).parents[2] / "prompts" / "compact.toml", template)
+    recipe = tiny()
+    recipe = dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune, prompt=str(template)))
+    rows = {"mme_sid": compare_cells.ROWS["mme_sid"]}
+    asked = compare_cells.Comparison(recipe=recipe, rows=rows, seeds=[0], root=tmp_path, out=tmp_path)
+    folder = compare_cells.folder_of(tmp_path, "mme_sid", 0)
+    (folder / "evaluate").mkdir(parents=True)
+    config = compare_cells.cell_settings(asked, "mme_sid", 0)
+    tuned = {"config": as_dict(config), "sources": source_hashes(config), "inputs": {}}
+    manifests = {folder / "finetune": tuned, folder / "evaluate": {"config": as_dict(asked.recipe.evaluate)}}
+    monkeypatch.setattr("llmrec.finished.stage_manifest", manifests.__getitem__)
+    compare_cells.check_settings(asked)
+    template.write_text(template.read_text() + "\n# edited\n")
+    with pytest.raises(ConfigError, match=r"mme_sid.seed0 was made with other content of the prompt file"):
+        compare_cells.check_settings(asked)
+
+
 def test_a_comparison_without_a_finished_cell_is_shown_as_such():
     from llmrec.finetune import compare_report
 
