@@ -12,6 +12,7 @@ from typing import Any
 
 from llmrec.data.config import PrepareDataConfig
 from llmrec.errors import ConfigError, DataError
+from llmrec.files import read_json
 from llmrec.findings import Finding
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.method_table import method_of
@@ -47,6 +48,7 @@ def in_the_way(recipe: Recipe, stages: Iterable[str] = tuple(STAGES)) -> Iterato
                 f"learn_semantic_ids.{asks}: its library is not installed",
                 f"run `pip install 'llmrec[constrained]'`, or set learn_semantic_ids.{without}",
             )
+    yield from widths_of_codes(recipe, stages)
     if "finetune" in stages:
         yield from fine_tuning(recipe)
     yield from modalities(recipe, stages)
@@ -67,6 +69,33 @@ def masking(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
     if other:
         what = f"evaluate.mask_seen={masked}, but epochs are chosen by a ranking that differs in this"
         yield Finding("note", what, f"set {' '.join(other)}")
+
+
+def widths_of_codes(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
+    """Numbers and widths of codes that another stage or another run decides."""
+    ids, collab = recipe.learn_semantic_ids, recipe.train_collab
+    model = None if collab.is_own else getattr(collab, collab.provider, None)
+    width = getattr(model, "embed_dim", ids.code_dim)
+    if "learn_semantic_ids" in stages and ids.collaborative_weight and ids.code_dim != width:
+        yield Finding(
+            "problem",
+            f"learn_semantic_ids.code_dim={ids.code_dim} differs from train_collab.{collab.provider}."
+            f"embed_dim={width}, and learn_semantic_ids.collaborative_weight compares these",
+            "make them equal, or set learn_semantic_ids.collaborative_weight=0",
+        )
+    if "train_collab" not in stages or collab.semantic_ids is None:
+        return
+    file = Path(collab.semantic_ids) / "semantic_ids.json"
+    made = read_json(file)["model"].get("quantizer", {}) if file.is_file() else {}
+    for setting in ("num_levels", "num_codes"):
+        wanted, got = made.get(setting), getattr(model, setting)
+        if wanted not in (None, got):
+            yield Finding(
+                "problem",
+                f"train_collab.{collab.provider}.{setting}={got}, and train_collab.semantic_ids="
+                f"{collab.semantic_ids} has {wanted}",
+                f"set train_collab.{collab.provider}.{setting}={wanted}",
+            )
 
 
 def data_files(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:

@@ -70,13 +70,14 @@ def rows(root: Path = Path("runs") / NAME) -> Rows:
     return found
 
 
-def make_tokenizers(root: Path) -> None:
-    """Train what is not there yet; finished stages are kept."""
+def make_tokenizers(root: Path, names: list[str]) -> None:
+    """Train those of these rows that are not there yet; finished stages are kept."""
     market = run_stage("prepare_data", data(), (), root / "prepare_data")
-    collab = run_stage("train_collab", teacher(), (market,), root / "train_collab")
     content = run_stage("encode_items", mme_sid_sample().encode_items, (market,), root / "encode_items")
-    for name, config in tokenizers().items():
-        run_stage("learn_semantic_ids", config, (market, collab, content), root / "tokenizers" / name)
+    for name in (name for name in names if name in tokenizers()):
+        collab = run_stage("train_collab", teacher(), (market,), root / "train_collab")
+        inputs = market, collab, content
+        run_stage("learn_semantic_ids", tokenizers()[name], inputs, root / "tokenizers" / name)
 
 
 def run_all(arguments: list[str] | None = None) -> None:
@@ -84,11 +85,15 @@ def run_all(arguments: list[str] | None = None) -> None:
     typed = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--run-dir", default=f"runs/{NAME}")
+    parser.add_argument("--rows", nargs="+")
     options, rest = parser.parse_known_args(typed)
     root = Path(options.run_dir)
-    if not {"-h", "--help", "--summarise"}.intersection(rest):
+    asked = options.rows or list(rows(root))
+    rest += ["--rows", *options.rows] if options.rows else []
+    # What the comparison will refuse trains nothing before.
+    if not {"-h", "--help", "--summarise"}.intersection(rest) and set(asked) <= set(rows(root)):
         set_up_logging()
-        make_tokenizers(root)
+        make_tokenizers(root, asked)
     folders = {"run-dir": root, "prepare-data": root / "prepare_data", "encode-items": root / "encode_items"}
     given = [f"--{name}={folder}" for name, folder in folders.items()]
     compare(rows(root), None, NAME, __doc__, [*given, *rest])

@@ -418,3 +418,20 @@ def test_a_template_that_does_not_fit_keeps_a_run_from_beginning(tmp_path, capsy
         main(tiny, ["--run-dir", str(tmp_path / "run"), "--set", *settings])
     assert left.value.code == 2 and not (tmp_path / "run").exists()
     assert "finetune.prompt=chatml uses <|im_start|>, which is not a token of" in capsys.readouterr().err
+
+
+def test_codes_of_another_number_or_width_than_other_stages_have_are_told(tmp_path):
+    recipe = override(tiny(), {"learn_semantic_ids.collaborative_weight": "0.1"})
+    assert problems(recipe, "learn_semantic_ids", "train_collab") == []
+    wider = override(recipe, {"train_collab.sasrec.embed_dim": "32"})
+    (found,) = problems(wider, "learn_semantic_ids", "train_collab")
+    assert "code_dim=16 differs from train_collab.sasrec.embed_dim=32" in found
+    content = {"model": {"quantizer": {"num_levels": 3, "num_codes": 16}}}
+    (tmp_path / "semantic_ids.json").write_text(json.dumps(content))
+    (tmp_path / "text.safetensors").touch()
+    coded = dataclasses.replace(tiny(), train_collab=TrainCollabConfig())
+    made = {"provider": "tiger", "semantic_ids": str(tmp_path), "tiger.num_codes": "16"}
+    coded = override(coded, {f"train_collab.{name}": value for name, value in made.items()})
+    assert problems(coded, "train_collab") == []
+    (found,) = problems(override(coded, {"train_collab.tiger.num_codes": "32"}), "train_collab")
+    assert found.startswith("train_collab.tiger.num_codes=32, and train_collab.semantic_ids=")

@@ -46,6 +46,8 @@ IDS = [
     {},
     {"precision": "bfloat16", "codebook_update": "ema", "restart_dead_codes": True},
     {"reconstruction": "mse", "estimator": "rotation", "sinkhorn": "all", "repair_collisions": True},
+    {"codebook_update": "gradient", "diversity_weight": 0.1, "diversity_clusters": 2},
+    {"collaborative_weight": 0.1},
 ]
 TUNED = [
     {},

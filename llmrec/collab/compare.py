@@ -32,7 +32,7 @@ from llmrec.files import read_json, read_jsonl, write_json
 from llmrec.finished import checked_file, fingerprint, load, peak_memory_of, stage_manifest
 from llmrec.interactions import Interactions, Targets
 from llmrec.pipeline import run_stage
-from llmrec.stage_changes import changed_sources, source_hashes
+from llmrec.stage_changes import changes_of, source_hashes
 
 logger = logging.getLogger("llmrec")
 
@@ -115,9 +115,10 @@ def prepare_cell(folder: Path, config: TrainCollabConfig, what: str) -> None:
 def check_settings(folder: Path, config: TrainCollabConfig, what: str) -> None:
     """Raise ConfigError if a cell was begun with other settings, or trained from other files or by other code
     of the user's."""
-    changes = changed_settings(read_json(folder / "config.json"), config)
     if (folder / "metrics.json").exists():
-        changes += changed_sources(stage_manifest(folder / "train_collab"), source_hashes(config))
+        changes = changes_of(stage_manifest(folder / "train_collab"), config, source_hashes(config))
+    else:
+        changes = changed_settings(read_json(folder / "config.json"), config)
     if changes:
         raise ConfigError(
             f"{folder} ({what}) was made with {', '.join(changes)}; use another folder, or delete it"

@@ -220,11 +220,11 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
     @property
     def reads_vectors_of(self) -> tuple[str, ...]:
         """Modalities that the model to train takes, item vectors of another model (collab) among them."""
-        return () if self.semantic_ids else self.coded_of
+        return () if self.semantic_ids is not None else self.names_content
 
     @property
-    def coded_of(self) -> tuple[str, ...]:
-        """Modalities that the settings of the model to train name."""
+    def names_content(self) -> tuple[str, ...]:
+        """Modalities that the settings of the model to train name, wherever these come from."""
         return () if self.is_own else getattr(getattr(self, self.provider, None), "content", ())
 
     def optional_inputs(self) -> bool:
@@ -246,7 +246,7 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
         if self.semantic_ids is None:
             return vector_files("vectors", self.vectors)
         folder = Path(self.semantic_ids)
-        codes = {f"semantic_ids {name}": str(folder / f"{name}.safetensors") for name in self.coded_of}
+        codes = {f"semantic_ids {name}": str(folder / f"{name}.safetensors") for name in self.names_content}
         return {"semantic_ids": str(folder / "semantic_ids.json"), **codes}
 
     def own_classes(self) -> dict[str, str]:
@@ -315,20 +315,22 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
         if precomputed:
             idle += [name for name in names(self) if name not in ("provider", "vectors", *idle)]
         elif not reads_file:
-            idle += ["vectors"]
+            codes = "" if self.semantic_ids is None else " and semantic_ids"
+            self.refuse_changed(["vectors"], f"{reason}{codes}")
         self.refuse_changed(idle, reason)
         if self.select == "last":
             self.refuse_changed(["eval_every_epochs", "patience", "mask_seen"], "select='last'")
 
     def _check_coded(self) -> None:
         """Refuse semantic IDs for a model that reads none."""
+        require(self.semantic_ids != "", "train_collab.semantic_ids must be a folder (or none), got ''")
         require(
             self.provider in CODED,
             f"train_collab.semantic_ids has no effect with provider={self.provider!r}; models of codes are "
             f"{', '.join(CODED)}",
         )
         require(
-            bool(self.coded_of),
+            bool(self.names_content),
             f"train_collab.semantic_ids has no effect with train_collab.{self.provider}.content=none; name "
             "modalities that it has codes of",
         )

@@ -33,10 +33,10 @@ NUM_SPECIAL = 2
 class Tiger(nn.Module):
     """See the module's head; a `llmrec.collab.provider.CollabProvider`.
 
-    Differs from the paper: codes by k-means in place of RQ-VAE (`llmrec.collab.item_codes`); no token of the
-    user, of whom a sequence model knows the history alone; the search names items only (`CodeTree`), and the
-    whole catalogue has scores, with items that it did not reach behind the others. What other models get as
-    an item's vector is the mean of its codes' vectors.
+    Differs from the paper: codes by k-means (`llmrec.collab.item_codes`) unless those of an RQ-VAE are given;
+    no token of the user, of whom a sequence model knows the history alone; the search names items only
+    (`CodeTree`), and the whole catalogue has scores, with items that it did not reach behind the others. What
+    other models get as an item's vector is the mean of its codes' vectors.
     """
 
     layout = "prefixes"

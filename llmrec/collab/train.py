@@ -22,9 +22,9 @@ from llmrec.collab.trainer import fit, valid_metrics
 from llmrec.config import given
 from llmrec.data.batches import Batch
 from llmrec.encoders.precomputed import read_vectors
-from llmrec.errors import ConfigError
+from llmrec.errors import ArtifactMismatchError, ConfigError, MissingArtifactError, StaleArtifactError
 from llmrec.evaluation.rank import popularity
-from llmrec.finished import load
+from llmrec.finished import check_lineage, load
 from llmrec.interactions import Interactions, Sequences, Split, Targets
 
 logger = logging.getLogger("llmrec")
@@ -192,14 +192,18 @@ def codes_of_folder(config: TrainCollabConfig, data: Interactions) -> dict[str, 
     Raises:
         ConfigError: it has no codes of a modality, or of another number than the model's settings.
         MissingArtifactError: the folder is not what that stage makes.
-        ArtifactMismatchError: they are other items' codes.
+        ArtifactMismatchError: they are other items' codes, or were made from another split.
     """
     if config.semantic_ids is None:
         return {}
-    ids = load(SemanticIds, config.semantic_ids)
-    check_same_catalog(data, ids)
     model, where = getattr(config, config.provider), f"train_collab.semantic_ids={config.semantic_ids}"
-    for name in config.coded_of:
+    try:
+        ids = load(SemanticIds, config.semantic_ids)
+        check_same_catalog(data, ids)
+        check_lineage((data, ids))
+    except (ArtifactMismatchError, MissingArtifactError, StaleArtifactError) as error:
+        raise type(error)(f"{where}: {error}") from None
+    for name in config.names_content:
         if name not in ids.codes:
             raise ConfigError(
                 f"train_collab.{config.provider}.content names {name}, of which {where} has no codes, but of "
@@ -212,7 +216,7 @@ def codes_of_folder(config: TrainCollabConfig, data: Interactions) -> dict[str, 
                     f"train_collab.{config.provider}.{setting} must be {wanted}, as it is in {where}, "
                     f"got {got}"
                 )
-    return {name: ids.codes[name] for name in config.coded_of}
+    return {name: ids.codes[name] for name in config.names_content}
 
 
 def vectors_of_file(config: TrainCollabConfig, data: Interactions) -> tuple[np.ndarray, np.ndarray]:

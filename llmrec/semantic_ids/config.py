@@ -69,11 +69,13 @@ class LearnSemanticIdsConfig(StageSettings, path="learn_semantic_ids"):
 
     collaborative_weight: float = 0.0
     """Weight of LETTER's collaborative loss: an item's codes shall pick out its collaborative vector among
-    those of its batch, by inner products (published: 0.02). It needs code_dim of that vector's width."""
+    those of its batch, by inner products (paper: 0.02, released script: 0.01). It needs code_dim of that
+    vector's width."""
 
     diversity_weight: float = 0.0
     """Weight of LETTER's loss of diversity: codes shall pick out others of their cluster (published: 1e-4).
-    It needs codebook_update=gradient, and the extra `constrained`."""
+    It needs codebook_update=gradient, and the extra `constrained`, whose k-means takes about half a second an
+    epoch for 4 levels of 256 codes."""
 
     diversity_clusters: int = 10
     """Clusters that the codes of a level are put into again before every epoch, for diversity_weight."""
@@ -186,6 +188,10 @@ class LearnSemanticIdsConfig(StageSettings, path="learn_semantic_ids"):
             self.kmeans_rows >= self.num_codes,
             "learn_semantic_ids.kmeans_rows must be at least learn_semantic_ids.num_codes "
             f"({self.num_codes}), got {self.kmeans_rows}",
+        )
+        require(
+            not self.diversity_weight or self.num_codes >= 8,
+            f"learn_semantic_ids.num_codes must be at least 8 with diversity_weight, got {self.num_codes}",
         )
         require(
             not self.diversity_weight or self.diversity_clusters <= self.num_codes // 4,
@@ -377,9 +383,11 @@ PRESETS: dict[str, LearnSemanticIdsConfig] = {
 length of training of the published code, else our default; official: the published code
 (Applied-Machine-Learning-Lab/MME-SID@bc95e1a, which aligns by MMD), but for its choice of the epoch with the
 lowest training loss: the last one is kept; letter: the tokenizer of LETTER (Wang et al., CIKM 2024), as in
-HonghuiBao2000/LETTER@0d4a115 with the weights that its authors advise (issue 26), for collaborative vectors
-of 32 numbers. It differs in the repair of collisions (`llmrec.semantic_ids.assign.separate`), and the last
-epoch is kept, not that of fewest collisions."""
+HonghuiBao2000/LETTER@0d4a115 with the paper's weights, which its authors confirm (issue 26), for
+collaborative vectors of 32 numbers. It differs in the repair of collisions
+(`llmrec.semantic_ids.assign.separate`), in the length (half of the script's 20,000 epochs, of which the last
+one is kept, not that of fewest collisions), and in one k-means an epoch for the clusters of codes, not the
+best of ten."""
 
 
 def size_bounds(num_rows: int, num_clusters: int) -> tuple[int, int]:

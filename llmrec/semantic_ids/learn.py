@@ -140,6 +140,7 @@ def teacher(
 
     Raises:
         ConfigError: codes are of another width; or there are neither texts nor images.
+        DataError: no item has both a collaborative vector and a text or an image.
     """
     if not config.collaborative_weight:
         return {}
@@ -155,6 +156,11 @@ def teacher(
             "learn_semantic_ids.collaborative_weight takes inner products of codes and collaborative "
             f"vectors, so learn_semantic_ids.code_dim must be the width of these ({width}), got "
             f"{config.code_dim}"
+        )
+    if not any((rows.present & found.present).any() for name, found in items.items() if name != "collab"):
+        raise DataError(
+            "learn_semantic_ids.collaborative_weight: no item has both a collaborative vector (other than "
+            "zeros) and a text or an image, so there is nothing to learn from; set it to 0"
         )
     return {"collab": rows}
 

@@ -126,21 +126,27 @@ class MMRQVAE(nn.Module):
                 and a modality with fewer than two of them is left out of the batch.
         """
         present = present or {}
-        rows = {
+        there = {
             name: vectors[name][present[name]] if name in present else vectors[name]
             for name in self.autoencoders
         }
-        encoded = {name: self.autoencoders[name](found) for name, found in rows.items() if len(found) >= 2}
+        encoded = {name: self.autoencoders[name](found) for name, found in there.items() if len(found) >= 2}
         parts = {name: self.own_losses(found) for name, found in encoded.items()}
         if self.alignment != "none":
             anchor, *others = self.autoencoders
             for other in others:
                 if anchor in encoded and other in encoded:
-                    pair = common_rows(encoded, present, anchor, other)
+                    first, second = (encoded[name].quantized.vectors for name in (anchor, other))
+                    pair = common_rows(first, second, present, anchor, other)
                     parts[other]["alignment"] = self.align(*pair)
         if self.weights["collaborative"]:
+            teacher = vectors["collab"]
+            teacher = teacher[present["collab"]] if "collab" in present else teacher
             for name in (name for name in encoded if name != "collab"):
-                parts[name]["collaborative"] = self.towards_collab(name, encoded, vectors, present)
+                rows = encoded[name].quantized.vectors
+                pair = common_rows(rows, teacher, present, name, "collab")
+                if len(pair[0]):
+                    parts[name]["collaborative"] = collaborative(*pair)
         total = next(iter(vectors.values())).new_zeros(())
         for found in parts.values():
             total = total + sum(self.weights[part] * value for part, value in found.items())
@@ -157,22 +163,6 @@ class MMRQVAE(nn.Module):
         diversity = found.quantized.diversity
         more = {} if diversity is None else {"diversity": diversity}
         return {"quantization": found.quantized.loss, **reconstructions, **more}
-
-    def towards_collab(
-        self,
-        name: str,
-        encoded: Mapping[str, Encoded],
-        vectors: Mapping[str, Tensor],
-        present: Mapping[str, Tensor],
-    ) -> Tensor:
-        """How badly a modality's codes pick out collaborative vectors, of the items that have both."""
-        teacher, here = vectors["collab"], present.get(name)
-        rows, both = encoded[name].quantized.vectors, present.get("collab")
-        if both is not None:
-            rows = rows[both if here is None else both[here]]
-            here = both if here is None else both & here
-        teacher = teacher if here is None else teacher[here]
-        return collaborative(rows, teacher) if len(rows) else rows.sum()
 
     def align(self, anchor: Tensor, other: Tensor) -> Tensor:
         """How far the latent vectors (B, D) of two modalities are apart."""
@@ -276,10 +266,9 @@ def mlp(widths: tuple[int, ...]) -> nn.Sequential:
 
 
 def common_rows(
-    encoded: Mapping[str, Encoded], present: Mapping[str, Tensor], a: str, b: str
+    first: Tensor, second: Tensor, present: Mapping[str, Tensor], a: str, b: str
 ) -> tuple[Tensor, Tensor]:
-    """Quantised vectors of the items that have both modalities, in the same order."""
-    first, second = encoded[a].quantized.vectors, encoded[b].quantized.vectors
+    """Of the rows of items that have a, and of those that have b, those that have both, in the same order."""
     if b in present:
         first = first[present[b][present[a]] if a in present else present[b]]
     if a in present:

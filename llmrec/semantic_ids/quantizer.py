@@ -214,11 +214,13 @@ class Neighbours:
 
     Args:
         cluster: int64 (L, K), the cluster of every code.
-        generator: draws, on the device of the codes that are asked about.
+        generator: draws, on the CPU, so that every device has the same draws.
+        device: of the codes that are asked about.
     """
 
-    def __init__(self, cluster: Tensor, generator: torch.Generator) -> None:
-        device = generator.device
+    def __init__(
+        self, cluster: Tensor, generator: torch.Generator, device: torch.device | None = None
+    ) -> None:
         self.generator = generator
         order = cluster.argsort(dim=1, stable=True)
         size = torch.stack([torch.bincount(row, minlength=int(cluster.max()) + 1) for row in cluster])
@@ -236,7 +238,7 @@ class Neighbours:
         where there is none."""
         place, first, size = (table.T.gather(0, codes) for table in (self.place, self.first, self.size))
         others = (size - 1).clamp(min=1)
-        drawn = torch.rand(codes.shape, generator=self.generator, device=codes.device, dtype=torch.float64)
+        drawn = torch.rand(codes.shape, generator=self.generator, dtype=torch.float64).to(codes.device)
         step = 1 + torch.minimum((drawn * others).long(), others - 1)
         found = self.order.T.gather(0, first + (place - first + step) % size)
         return torch.where(size > 1, found, NO_OTHER)

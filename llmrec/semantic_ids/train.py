@@ -174,7 +174,7 @@ def fit(model: MMRQVAE, config: LearnSemanticIdsConfig, items: TrainingItems) ->
 
 def cluster_codes(model: MMRQVAE, config: LearnSemanticIdsConfig, epoch: int) -> None:
     """Tell every quantiser which of its codes belong together, for an epoch's loss of diversity. Whatever is
-    drawn depends on the epoch alone, so a run that was stopped goes on as if it had not been."""
+    drawn depends on the seed and the epoch alone, so a run that was stopped goes on as if it had not been."""
     if not config.diversity_weight:
         return
     autoencoder: Any
@@ -182,10 +182,15 @@ def cluster_codes(model: MMRQVAE, config: LearnSemanticIdsConfig, epoch: int) ->
         quantizer = autoencoder.quantizer
         seed = int(np.random.SeedSequence([config.seed, epoch, place]).generate_state(1)[0])
         books = quantizer.codebooks.detach()
+        if not books.isfinite().all():
+            raise TrainingError(
+                f"learn_semantic_ids: codes became NaN or infinite in epoch {epoch - 1}; lower "
+                f"learn_semantic_ids.learning_rate (now {config.learning_rate})"
+            )
         cluster = code_clusters(
             books, config.diversity_clusters, CLUSTER_ITERATIONS, torch.Generator().manual_seed(seed)
         )
-        quantizer.neighbours = Neighbours(cluster, torch.Generator(books.device).manual_seed(seed))
+        quantizer.neighbours = Neighbours(cluster, torch.Generator().manual_seed(seed), books.device)
 
 
 def train_epoch(

@@ -28,6 +28,7 @@ from llmrec.collab.tiger import NUM_SPECIAL, START, Tiger
 from llmrec.collab.train import train_collab, training_rows
 from llmrec.data.prepare import prepare_data
 from llmrec.errors import ArtifactMismatchError, ConfigError, MissingArtifactError
+from llmrec.interactions import Interactions
 from llmrec.pipeline import run_stage
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig
 from llmrec.stage_changes import source_hashes
@@ -286,7 +287,7 @@ def test_codes_of_another_models_item_vectors(tmp_path):
     assert np.array_equal(codes[:, 1:2], codes_of(content.vectors["text"], 1, 10, "residual", seed))
 
 
-def ids_of(data, folder, names=("text",), levels=2, size=6, seed=0):
+def ids_of(data, folder, names=("text",), levels=2, size=6, seed=0, inputs=()):
     """A finished learn_semantic_ids with random codes, some of them equal."""
     rng = np.random.default_rng(seed)
     codes = {name: rng.integers(size, size=(data.num_items + 1, levels)) for name in names}
@@ -295,10 +296,10 @@ def ids_of(data, folder, names=("text",), levels=2, size=6, seed=0):
     books = {name: np.zeros((levels, size, 3), dtype=np.float32) for name in names}
     made = SemanticIds(catalog=data.catalog, codes=codes, codebooks=books)
 
-    def learn_semantic_ids(config: LearnSemanticIdsConfig) -> SemanticIds:
+    def learn_semantic_ids(config: LearnSemanticIdsConfig, *inputs: Interactions) -> SemanticIds:
         return made
 
-    return run_stage(learn_semantic_ids, LearnSemanticIdsConfig(), (), folder)
+    return run_stage(learn_semantic_ids, LearnSemanticIdsConfig(), inputs, folder)
 
 
 def coded(provider, folder, **changes):
@@ -346,6 +347,8 @@ def test_a_finished_cell_of_other_codes_is_refused(tmp_path):
         prepare_cell(cell, config, "letter, seed 0")
     shutil.rmtree(tmp_path / "ids")  # what is gone cannot differ
     prepare_cell(cell, config, "letter, seed 0")
+    ids_of(data, tmp_path / "moved")
+    prepare_cell(cell, replace(config, semantic_ids=str(tmp_path / "moved")), "letter, seed 0")
 
 
 def test_items_of_equal_codes_share_their_place_unless_told_apart(tmp_path):
@@ -394,11 +397,24 @@ def test_codes_that_do_not_fit_the_model_are_refused(provider, changes, message,
 
 def test_codes_of_other_items_or_of_no_stage_are_refused(tmp_path):
     data, _, _ = twins()
-    with pytest.raises(MissingArtifactError):
+    with pytest.raises(MissingArtifactError, match=r"^train_collab\.semantic_ids=.*ids: "):
         train_collab(coded("tiger", tmp_path / "ids"), data)
     ids_of(cycle(num_users=30), tmp_path / "ids")
-    with pytest.raises(ArtifactMismatchError):
+    with pytest.raises(ArtifactMismatchError, match=r"^train_collab\.semantic_ids=.*ids: "):
         train_collab(coded("tiger", tmp_path / "ids"), data)
+
+
+def test_codes_that_learned_from_other_data_or_another_split_are_refused(tmp_path):
+    """Those of LETTER know what users did: in another split maybe what is to be predicted here."""
+    base = tiny().prepare_data
+    one, other = (
+        run_stage(prepare_data, replace(base, seed=seed), (), tmp_path / str(seed)) for seed in (0, 1)
+    )
+    assert one.catalog == other.catalog
+    ids_of(other, tmp_path / "ids", inputs=(other,))
+    train_collab(coded("tiger", tmp_path / "ids"), other)
+    with pytest.raises(ArtifactMismatchError, match="learn_semantic_ids was made from another prepare_data"):
+        train_collab(coded("tiger", tmp_path / "ids"), one)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +426,10 @@ def test_codes_of_other_items_or_of_no_stage_are_refused(tmp_path):
             r"no effect with train_collab\.tiger\.content=none",
         ),
         ({"provider": "motor", "motor.quantizer": "residual"}, r"quantizer has no effect with semantic"),
-        ({"provider": "tiger", "vectors": "x.parquet"}, r"vectors has no effect with provider='tiger'"),
+        (
+            {"provider": "tiger", "vectors": "x.parquet"},
+            r"vectors has no effect with provider='tiger' and semantic_ids",
+        ),
     ],
 )
 def test_semantic_ids_without_effect_are_refused(settings, message):
@@ -426,3 +445,8 @@ def test_a_file_is_asked_for_and_nothing_else_reads_one():
         TrainCollabConfig(provider="tiger", tiger=model)
     with pytest.raises(ConfigError, match=r"train_collab\.vectors has no effect with provider='tiger'"):
         TrainCollabConfig(provider="tiger", vectors="x.parquet")
+
+
+def test_an_empty_name_of_a_folder_is_refused():
+    with pytest.raises(ConfigError, match=r"train_collab\.semantic_ids must be a folder \(or none\), got ''"):
+        TrainCollabConfig(provider="tiger", semantic_ids="")

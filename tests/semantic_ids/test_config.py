@@ -43,6 +43,10 @@ from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig, cluster_
             {"diversity_weight": 0.1, "codebook_update": "gradient", "num_codes": 32},
             r"diversity_clusters must be at most a fourth of learn_semantic_ids\.num_codes \(32\), got 10",
         ),
+        (
+            {"diversity_weight": 0.1, "codebook_update": "gradient", "num_codes": 7},
+            r"num_codes must be at least 8 with diversity_weight, got 7",
+        ),
         ({"diversity_clusters": 5}, r"diversity_clusters has no effect with diversity_weight=0"),
         ({"diversity_clusters": 1}, r"diversity_clusters must be at least 2, got 1"),
         ({"method": "rkmeans", "collaborative_weight": 0.1}, r"collaborative_weight has no effect"),

@@ -21,11 +21,11 @@ from llmrec.semantic_ids import quantizer as quantizer_module
 from llmrec.semantic_ids import train
 from llmrec.semantic_ids.assign import assign, frozen, separate
 from llmrec.semantic_ids.config import LearnSemanticIdsConfig, size_bounds
-from llmrec.semantic_ids.kmeans import kmeans
+from llmrec.semantic_ids.kmeans import code_clusters, kmeans
 from llmrec.semantic_ids.learn import ItemRows, learn_semantic_ids, model_settings
 from llmrec.semantic_ids.losses import info_nce, mmd
 from llmrec.semantic_ids.mm_rqvae import MMRQVAE
-from llmrec.semantic_ids.train import TrainingItems, fit, initialise, num_batches, train_epoch
+from llmrec.semantic_ids.train import TrainingItems, cluster_codes, fit, initialise, num_batches, train_epoch
 
 NUM_ITEMS = 240
 SMALL = LearnSemanticIdsConfig(
@@ -670,6 +670,44 @@ def test_items_without_a_collaborative_vector_teach_nothing():
     ids = learn_semantic_ids(config, data, *artefacts(data, unknown))
     value = ids.log[-1]["parts"]["text"]["collaborative"]
     assert 0 < value < 2 * np.log(41 / 3)  # of some 14 items in each of 3 batches, not of 80
+
+
+def test_nothing_to_learn_from_collaborative_vectors_is_an_error():
+    data, made = clustered()
+    unknown = dict(made, collab=np.zeros_like(made["collab"]))
+    with pytest.raises(DataError, match=r"collaborative_weight: no item has both a collaborative vector"):
+        learn_semantic_ids(letter(collaborative_weight=1.0), data, *artefacts(data, unknown))
+
+
+def test_every_epoch_and_seed_has_clusters_and_draws_of_its_own(monkeypatch):
+    drawn = []
+
+    def watched(books, num_clusters, iterations, generator):
+        drawn.append(generator.initial_seed())
+        return code_clusters(books, num_clusters, iterations, generator)
+
+    monkeypatch.setattr(train, "code_clusters", watched)
+    config = letter(modalities=("text", "image"), diversity_weight=0.1, diversity_clusters=4)
+    made = model_of(config, {"text": 20, "image": 14})
+    targets = []
+    for seed, epoch in ((0, 1), (0, 2), (1, 1), (0, 1)):
+        cluster_codes(made, dataclasses.replace(config, seed=seed), epoch)
+        quantizer = made.autoencoders["text"].quantizer
+        targets.append(quantizer.neighbours.draw(torch.zeros(50, 2, dtype=torch.int64)))
+    assert len(set(drawn)) == 6 and drawn[:2] == drawn[6:]
+    assert torch.equal(targets[0], targets[3])
+    assert not torch.equal(targets[0], targets[1]) and not torch.equal(targets[0], targets[2])
+
+
+def test_codes_that_are_no_numbers_stop_the_run_before_they_are_put_into_clusters():
+    config = letter(diversity_weight=0.1, diversity_clusters=4)
+    made = model_of(config, {"text": 20})
+    with torch.no_grad():
+        made.autoencoders["text"].quantizer.codebooks[0, 3] = float("nan")
+    with pytest.raises(
+        TrainingError, match=r"codes became NaN or infinite in epoch 4; lower .*learning_rate"
+    ):
+        cluster_codes(made, config, 5)
 
 
 def test_diversity_brings_the_codes_of_a_cluster_together():
