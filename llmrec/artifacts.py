@@ -10,6 +10,7 @@ H base-model width, L levels, K codes, M modalities, S sources.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -162,6 +163,13 @@ class SemanticIds(Shown):
     @property
     def modalities(self) -> tuple[str, ...]:
         return tuple(self.codes)
+
+    @staticmethod
+    def files(folder: str | Path, modalities: Iterable[str]) -> dict[str, str]:
+        """Where `save` writes what describes the codes, as '', and each modality's codes."""
+        folder = Path(folder)
+        codes = {modality: str(folder / f"{modality}.safetensors") for modality in modalities}
+        return {"": str(folder / "semantic_ids.json"), **codes}
 
     def save(self, folder: Path) -> None:
         for modality, codes in self.codes.items():

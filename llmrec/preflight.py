@@ -85,8 +85,8 @@ def widths_of_codes(recipe: Recipe, stages: set[str]) -> Iterator[Finding]:
         )
     if "train_collab" not in stages or collab.semantic_ids is None:
         return
-    file = Path(collab.semantic_ids) / "semantic_ids.json"
-    made = read_json(file)["model"].get("quantizer", {}) if file.is_file() else {}
+    file = Path(collab.source_files()["semantic_ids"])
+    made = read_json(file).get("model", {}).get("quantizer", {}) if file.is_file() else {}
     for setting in ("num_levels", "num_codes"):
         wanted, got = made.get(setting), getattr(model, setting)
         if wanted not in (None, got):

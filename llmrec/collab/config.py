@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+from llmrec.artifacts import SemanticIds
 from llmrec.collab.configs.bert4rec import Bert4RecConfig
 from llmrec.collab.configs.comirec import ComirecConfig
 from llmrec.collab.configs.diffurec import DiffurecConfig
@@ -245,9 +245,8 @@ class TrainCollabConfig(StageSettings, path="train_collab"):
         """The users' own files that the result depends on, by setting."""
         if self.semantic_ids is None:
             return vector_files("vectors", self.vectors)
-        folder = Path(self.semantic_ids)
-        codes = {f"semantic_ids {name}": str(folder / f"{name}.safetensors") for name in self.names_content}
-        return {"semantic_ids": str(folder / "semantic_ids.json"), **codes}
+        files = SemanticIds.files(self.semantic_ids, self.names_content)
+        return {f"semantic_ids {name}".rstrip(): path for name, path in files.items()}
 
     def own_classes(self) -> dict[str, str]:
         """Classes of the users' own whose code the result depends on, by setting."""

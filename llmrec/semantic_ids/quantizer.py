@@ -218,9 +218,7 @@ class Neighbours:
         device: of the codes that are asked about.
     """
 
-    def __init__(
-        self, cluster: Tensor, generator: torch.Generator, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, cluster: Tensor, generator: torch.Generator, device: torch.device) -> None:
         self.generator = generator
         order = cluster.argsort(dim=1, stable=True)
         size = torch.stack([torch.bincount(row, minlength=int(cluster.max()) + 1) for row in cluster])

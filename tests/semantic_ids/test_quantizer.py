@@ -297,7 +297,7 @@ CLUSTERS = torch.tensor([[0, 0, 0, 1, 1], [1, 0, 1, 0, 0], [0, 1, 0, 0, 0]])
 
 
 def neighbours(seed=0):
-    return Neighbours(CLUSTERS, torch.Generator().manual_seed(seed))
+    return Neighbours(CLUSTERS, torch.Generator().manual_seed(seed), torch.device("cpu"))
 
 
 def test_a_code_draws_every_other_one_of_its_cluster_equally_often_and_never_itself():
