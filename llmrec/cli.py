@@ -58,11 +58,11 @@ def run(stage: Stage, options: argparse.Namespace) -> None:
         if getattr(options, name) is not None
     ]
     result = pipeline.run_stage(stage, config, tuple(inputs), Path(options.out))
-    from llmrec import distributed
+    from llmrec import launched
 
-    if stage.name == "report_semantic_ids" and distributed.is_main():
+    if stage.name == "report_semantic_ids" and launched.is_main():
         print(f"report: {Path(options.out) / 'report.html'}")
-    if stage.name == "evaluate" and distributed.is_main():
+    if stage.name == "evaluate" and launched.is_main():
         from llmrec.evaluation.table import format_table
 
         print(format_table(result.metrics))

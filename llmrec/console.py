@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 
 from tqdm import tqdm
 
-from llmrec import distributed
+from llmrec import distributed, launched
 from llmrec.errors import LlmrecError, StoppedError
 
 USER_ERROR = 2
@@ -87,8 +87,8 @@ def guarded(command: Callable[[], None]) -> int:
         if not distributed.lost_another(error):
             raise
         say(
-            f"error: process {distributed.rank()} lost the others: one ended, or did not answer for "
-            f"{distributed.timeout()} ({str(error).splitlines()[0]}). If none of them said why, the system "
+            f"error: process {launched.rank()} lost the others: one ended, or did not answer for "
+            f"{launched.timeout()} ({str(error).splitlines()[0]}). If none of them said why, the system "
             "killed it, most often for want of memory"
         )
         return USER_ERROR
@@ -188,7 +188,7 @@ def first_to_fail() -> bool:
 
     An error of one process soon is an error of all, who lose it; only the first says something.
     """
-    if distributed.world_size() == 1:
+    if launched.world_size() == 1:
         return True
     from torch.distributed import DistStoreError, TCPStore
 
@@ -237,6 +237,6 @@ def set_up_logging() -> None:
         handler = AboveBars(sys.stderr)
         handler.setFormatter(RedactingFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         root.addHandler(handler)
-    logging.getLogger("llmrec").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
+    logging.getLogger("llmrec").setLevel(logging.INFO if launched.is_main() else logging.ERROR)
     # It reports at start that optional CPU kernels are absent, which we do not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

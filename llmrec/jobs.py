@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmrec import distributed, machine, storage
+from llmrec import launched, machine, storage
 from llmrec.arguments import positive
 from llmrec.errors import BusyError, LlmrecError, StoppedError
 from llmrec.stopping import stop_requests
@@ -316,7 +316,7 @@ def share(job: int, jobs: int) -> dict[str, str]:
         job: its number, counted from 0.
         jobs: how many run at a time.
     """
-    threads = str(distributed.asked_threads() or max(1, machine.cores() // jobs))
+    threads = str(launched.asked_threads() or max(1, machine.cores() // jobs))
     found = {"LLMREC_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
     if len(visible := gpus()) > 1:
         found["CUDA_VISIBLE_DEVICES"] = visible[job % len(visible)]

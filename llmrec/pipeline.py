@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmrec import __version__, distributed, machine, tracking
+from llmrec import __version__, distributed, global_state, launched, machine, tracking
 from llmrec.artifacts import Report
 from llmrec.config import StageSettings, without_incidental
 from llmrec.contents import content_digests
@@ -169,15 +169,15 @@ def compute(
     Raises:
         BusyError: another process is at it.
     """
-    main = distributed.is_main()
+    main = launched.is_main()
     if not main and not distributed.runs_everywhere(function):
         return
     left = unfinished(folder)
     lock = locked(folder) if main else contextlib.nullcontext()
-    with lock, distributed.drawing_alone(), distributed.usual_torch():
+    with lock, global_state.drawing_alone(), global_state.usual_torch():
         if main:
             clear_scratch(folder)
-        if distributed.world_size() == 1 and check_folder(folder, wanted, config) == "done":
+        if launched.world_size() == 1 and check_folder(folder, wanted, config) == "done":
             return  # another process finished it just now
         logger.info("%s: started", function.__name__)
         machine.reset_peak_memory()
@@ -197,7 +197,7 @@ def call(function: Callable[..., Any], config: StageSettings, inputs: tuple[Any,
     track = tracking.Track(stage=function.__name__, folder=folder, unfinished=left, config=config)
     with (
         writing(folder),
-        tracking.tracking(track) if distributed.is_main() else contextlib.nullcontext(),
+        tracking.tracking(track) if launched.is_main() else contextlib.nullcontext(),
     ):
         return function(config, *inputs)
 
@@ -251,6 +251,6 @@ def seal(folder: Path, wanted: dict[str, Any], spent: Spent) -> None:
         "seconds": round(spent.seconds, 3),
         "peak_memory_bytes": spent.peak_memory_bytes,
         "peak_gpu_memory_bytes": spent.peak_gpu_memory_bytes,
-        "processes": distributed.world_size(),
+        "processes": launched.world_size(),
     }
     write_manifest(folder / MANIFEST, content)

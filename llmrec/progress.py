@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llmrec import distributed
+from llmrec import launched
 
 logger = logging.getLogger("llmrec")
 
@@ -54,7 +54,7 @@ def progress(
         initial=initial,
         unit=unit,
         unit_scale=unit == "B",
-        disable=not distributed.is_main(),
+        disable=not launched.is_main(),
         leave=False,
         **shown,
     )

@@ -107,11 +107,11 @@ def check_push(repo: str | None, until: str | None) -> None:
 
 def compute(recipe: Recipe, root: Path, until: str | None, repo: str | None) -> None:
     """Run what is not finished, print the table, and push the run if a repository is given."""
-    from llmrec import distributed
+    from llmrec import launched
     from llmrec.pipeline import RunDir, run
 
     report = run(recipe, RunDir(root), until=until)
-    if not distributed.is_main():
+    if not launched.is_main():
         return
     if report is not None:
         from llmrec.evaluation.table import format_table

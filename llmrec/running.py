@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmrec import distributed, machine
+from llmrec import launched, machine
 from llmrec.errors import MissingArtifactError
 from llmrec.files import read_json, write_json
 
@@ -72,7 +72,7 @@ class Running:
     def note_spent(self, work: Path) -> None:
         """Write it beside work that has just been left."""
         self.work = work
-        if distributed.is_main():
+        if launched.is_main():
             path = work / FILE
             scratch = path.with_name(f".{FILE}.{os.getpid()}")
             write_json(scratch, asdict(self.spent()))

@@ -73,7 +73,7 @@ def run_all(arguments: list[str] | None = None) -> None:
         )
     set_up_logging()
     tracking.choose(options.track)
-    from llmrec import distributed
+    from llmrec import launched
     from llmrec.pipeline import RunDir, run
 
     recipes = {provider: apply_overrides(recipe(provider), options.set) for provider in options.providers}
@@ -83,7 +83,7 @@ def run_all(arguments: list[str] | None = None) -> None:
         provider: run(chosen, RunDir(Path(options.run_dir) / provider))
         for provider, chosen in recipes.items()
     }
-    if distributed.is_main():
+    if launched.is_main():
         print(table({name: given(report).metrics for name, report in reports.items()}))
 
 

@@ -144,7 +144,7 @@ import os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from llmrec import distributed, pipeline
+from llmrec import distributed, launched, pipeline
 from llmrec.artifacts import Report
 from llmrec.console import guarded
 from llmrec.errors import ConfigError
@@ -157,7 +157,7 @@ def shared(config) -> Report:
     if what == "all raise":
         raise ConfigError("a setting that cannot work")
     for step in range(1000):
-        if step == 5 and distributed.rank() == 1:
+        if step == 5 and launched.rank() == 1:
             if what == "one raises":
                 raise ZeroDivisionError("a mistake of ours")
             if what == "one is killed":

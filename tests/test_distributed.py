@@ -13,7 +13,7 @@ import types
 import pytest
 import torch
 
-from llmrec import distributed, jobs
+from llmrec import distributed, jobs, launched
 from llmrec.errors import ConfigError
 
 
@@ -34,11 +34,11 @@ def nothing_launched(monkeypatch):
     ],
 )
 def test_every_launcher_says_how_many_there_are_and_which_this_is(names, nothing_launched):
-    assert (distributed.rank(), distributed.world_size(), distributed.processes_here()) == (0, 1, 1)
+    assert (launched.rank(), launched.world_size(), launched.processes_here()) == (0, 1, 1)
     for name, value in zip(names, ("1", "4", "2")):
         nothing_launched.setenv(name, value)
-    assert (distributed.rank(), distributed.world_size(), distributed.processes_here()) == (1, 4, 2)
-    assert not distributed.is_main()
+    assert (launched.rank(), launched.world_size(), launched.processes_here()) == (1, 4, 2)
+    assert not launched.is_main()
 
 
 def test_more_processes_than_gpus_are_refused_before_any_meets_another(nothing_launched):
@@ -65,12 +65,12 @@ def test_processes_that_nothing_brings_together_are_refused(nothing_launched):
 def test_one_process_spreads_nothing(nothing_launched):
     """accelerate would do so by itself, in its own way, on a GPU."""
     nothing_launched.setenv("ACCELERATE_USE_FSDP", "true")
-    assert not distributed.uses_fsdp()
+    assert not launched.uses_fsdp()
     distributed.state.__wrapped__()
     assert os.environ["ACCELERATE_USE_FSDP"] == "false"
     nothing_launched.setenv("ACCELERATE_USE_FSDP", "true")
     nothing_launched.setenv("WORLD_SIZE", "2")
-    assert distributed.uses_fsdp()
+    assert launched.uses_fsdp()
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,13 @@ def test_parallelism_that_nothing_here_knows_of_is_refused(name, what, nothing_l
 
 
 def test_what_accelerate_is_told_in_vain_is_said(nothing_launched):
-    assert distributed.left_aside("fp32") == []
+    assert launched.left_aside("fp32") == []
     for name, value in (("MIXED_PRECISION", "bf16"), ("DYNAMO_BACKEND", "NO")):
         nothing_launched.setenv(f"ACCELERATE_{name}", value)
-    assert distributed.left_aside("bf16") == []
+    assert launched.left_aside("bf16") == []
     nothing_launched.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     nothing_launched.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    precision, dynamo, steps = distributed.left_aside("fp32")
+    precision, dynamo, steps = launched.left_aside("fp32")
     assert precision.startswith("accelerate's mixed_precision=bf16 is left aside: finetune.precision=fp32 ")
     assert dynamo.startswith("accelerate's dynamo_backend=inductor is left aside: finetune.compile=true ")
     assert steps.startswith("accelerate's gradient_accumulation_steps=4 is left aside: finetune.batch_size ")

@@ -348,16 +348,16 @@ def test_a_container_counts_the_cores_it_is_granted(
 
 @pytest.mark.parametrize("text", ["abc", "0", "-1", "1.5", ""])
 def test_variables_that_are_no_numbers_are_refused(text, monkeypatch):
-    from llmrec import distributed
+    from llmrec import distributed, launched
 
     monkeypatch.setenv("LLMREC_NUM_THREADS", text)
     with pytest.raises(ConfigError, match=rf"LLMREC_NUM_THREADS must be a whole number .*, got '{text}'"):
         distributed.num_threads()
     monkeypatch.setenv("LLMREC_TIMEOUT_MINUTES", "2.5")
-    assert distributed.timeout().total_seconds() == 150
+    assert launched.timeout().total_seconds() == 150
     monkeypatch.setenv("LLMREC_TIMEOUT_MINUTES", "inf" if text == "1.5" else text)
     with pytest.raises(ConfigError, match="LLMREC_TIMEOUT_MINUTES must be a number above 0"):
-        distributed.timeout()
+        launched.timeout()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrec import distributed, finished, pipeline, stage_changes, storage
+from llmrec import finished, global_state, pipeline, stage_changes, storage
 from llmrec.config import StageSettings
 from llmrec.errors import MissingArtifactError, StaleArtifactError, StorageError
 from llmrec.finished import fingerprint, manifest_of
@@ -77,7 +77,7 @@ def double(config: Config, number: Number) -> Doubled:
 
 
 def draw(config: Config) -> Drawn:
-    distributed.seed_everything(config.number)
+    global_state.seed_everything(config.number)
     drawn = []
     for _ in range(5):
         drawn += drawn_by_all()
@@ -157,10 +157,10 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("seed", [3, 13])
 def test_the_callers_random_numbers_go_on_as_if_no_stage_had_drawn_any(seed, tmp_path):
-    with distributed.drawing_alone():
-        distributed.seed_everything(0)
+    with global_state.drawing_alone():
+        global_state.seed_everything(0)
         expected = [drawn_by_all() for _ in range(3)]
-        distributed.seed_everything(0)
+        global_state.seed_everything(0)
         seen = []
         for trial in range(3):
             seen.append(drawn_by_all())

@@ -166,7 +166,7 @@ SMALL = ("--rounds", "1", "--users", "8", "--width", "16", "--layers", "1")
     [
         ("benchmark_finetune", ("packing", "--batch-size", "16", *SMALL)),
         ("benchmark_finetune", ("evaluation", *SMALL)),
-        ("benchmark_finetune", ("engine", "--shape", "tiny", "--steps", "1", "--only", "16 targets")),
+        ("benchmark_engine", ("--shape", "tiny", "--steps", "1", "--only", "16 targets")),
         ("benchmark_providers", ("layout", "--steps", "1", "--rounds", "1")),
         ("benchmark_inference", ("latency", "--items", "60", "--content-width", "8", *SMALL)),
     ],

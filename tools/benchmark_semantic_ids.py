@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmrec import arguments, distributed, machine
+from llmrec import arguments, distributed, global_state, machine
 from llmrec.console import guarded, set_up_logging, show_lines_at_once
 from llmrec.errors import ConfigError
 from llmrec.semantic_ids.config import PRESETS, LearnSemanticIdsConfig
@@ -292,7 +292,7 @@ def trainer(
     from llmrec.semantic_ids.learn import model_settings
     from llmrec.semantic_ids.mm_rqvae import MMRQVAE
 
-    distributed.seed_everything(0)
+    global_state.seed_everything(0)
     device = distributed.device()
     model: nn.Module = MMRQVAE(**model_settings(config, dims)).to(device).train()
     rows = {name: table.to(device) for name, table in rows.items()}

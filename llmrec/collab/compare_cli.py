@@ -141,10 +141,10 @@ def train(rows: Rows, options: argparse.Namespace, folder: Path, root: Path, at_
     Returns:
         A line for each cell that failed.
     """
-    from llmrec import distributed
+    from llmrec import launched
     from llmrec.collab.compare import run_cells
 
-    if distributed.world_size() > 1:
+    if launched.world_size() > 1:
         raise ConfigError("a comparison starts processes of its own, see --jobs; call it with python alone")
     content = Path(options.encode_items) if options.encode_items else None
     if wanting := [name for name, row in rows.items() if row.content and content is None]:

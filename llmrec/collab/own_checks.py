@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmrec import distributed
+from llmrec import global_state
 from llmrec.artifacts import check_item_rows
 from llmrec.collab.losses import Loss, Pooled
 from llmrec.data.batches import Batch
@@ -88,7 +88,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(value, value.clone()) for value in model.buffers()]
     try:
-        with distributed.drawing_alone():
+        with global_state.drawing_alone():
             yield
     finally:
         for module, training in modes:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llmrec import distributed
+from llmrec import distributed, global_state
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds, check_same_catalog
 from llmrec.collab.config import TrainCollabConfig
 from llmrec.collab.own_checks import check_provider
@@ -59,7 +59,7 @@ def train_collab(
         )
     if config.provider == "precomputed":
         return use_precomputed(config, data)
-    distributed.seed_everything(config.seed)
+    global_state.seed_everything(config.seed)
     settings = {"num_items": data.num_items, **config.of_model}
     model = new_model(config, settings, data, content)
     splits: tuple[Split, ...] = ("train", "valid") if config.include_valid else ("train",)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llmrec import distributed
+from llmrec import distributed, launched
 from llmrec.encoders.cache import VectorCache
 from llmrec.errors import DataError
 from llmrec.progress import progress
@@ -104,7 +104,7 @@ def encode_pictures(
 
 def is_to_do(number: int, names: list[str], cache: VectorCache) -> bool:
     """Whether a batch of these keys, the one of that number, is this process's and not in the cache yet."""
-    own = number % distributed.world_size() == distributed.rank()
+    own = number % launched.world_size() == launched.rank()
     return own and not all(name in cache for name in names)
 
 
@@ -154,7 +154,7 @@ def encode_blocks(
 def share(cache: VectorCache) -> None:
     """Hand over what this process encoded, and take in what the others did."""
     cache.flush()
-    if distributed.world_size() > 1:
+    if launched.world_size() > 1:
         if cache.folder is None:
             raise DataError(
                 "several processes need a folder to share vectors in; run the stage by its command"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmrec import distributed
+from llmrec import distributed, launched
 from llmrec.data.batches import pad_histories, sent
 from llmrec.errors import TrainingError
 from llmrec.interactions import Interactions, Targets
@@ -134,8 +134,8 @@ def rank_users(
     blocks = blocks_of(targets.stop - targets.start, block_size, scorer)
     mine: list[np.ndarray | None] = list(blocks)
     if shard:
-        world = distributed.world_size()
-        mine = [*blocks[distributed.rank() :: world]]
+        world = launched.world_size()
+        mine = [*blocks[launched.rank() :: world]]
         # Where weights are sharded, all processes must score equally often.
         mine += [None] * (-(-len(blocks) // world) - len(mine))
     size = len(targets)
@@ -154,7 +154,7 @@ def rank_users(
                 {name: torch.zeros_like(values) for name, values in result.items()} if own is None else result
             )
             _rank_block(scorer, item, time, targets.take(block), block, mask_seen, top_k, out)
-    if shard and distributed.world_size() > 1:
+    if shard and launched.world_size() > 1:
         for values in result.values():
             torch.distributed.all_reduce(values)
     times = result.pop("times")

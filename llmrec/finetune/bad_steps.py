@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrec import distributed
+from llmrec import launched
 from llmrec.errors import TrainingError
 from llmrec.files import write_json
 from llmrec.interactions import Interactions, Targets
@@ -87,7 +87,7 @@ class BadSteps:
 
     def _describe(self, step: Step) -> str:
         """Write down whose step it was, and say where; the log would be published with the weights."""
-        if self.folder is None or not distributed.is_main():
+        if self.folder is None or not launched.is_main():
             return ""
         raw_ids = self.data.raw_ids
         path = self.folder / f"bad_step_{step.step}.json"

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaModel
 
-from llmrec import distributed
+from llmrec import distributed, launched
 from llmrec.errors import ConfigError
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.prompt import Prompt, tokenize, tokenize_words
@@ -172,7 +172,7 @@ def stream_and_flex(config: FinetuneConfig, device: torch.device, head: int) -> 
         ConfigError: what was asked for does not work on this device.
     """
     gpu = device.type not in ("cpu", "meta")
-    can = (gpu or distributed.uses_fsdp()) and config.share_instruction
+    can = (gpu or launched.uses_fsdp()) and config.share_instruction
     stream = can if config.rows == "auto" else config.rows == "stream"
     stream = stream or config.attention == "flex" or (config.checkpoint_activations and can_share(config))
     wide = head >= MIN_FLEX_HEAD
@@ -182,7 +182,7 @@ def stream_and_flex(config: FinetuneConfig, device: torch.device, head: int) -> 
             f"finetune.attention='flex' needs attention heads of {MIN_FLEX_HEAD} numbers at least, and "
             f"{config.base_model} has {head}; leave it out"
         )
-    if distributed.uses_fsdp() and not stream:
+    if launched.uses_fsdp() and not stream:
         raise ConfigError(
             "with FSDP a forward pass uses every weight once, so finetune.rows must be stream (or auto), "
             f"got {config.rows!r}, and finetune.share_instruction true"
@@ -248,7 +248,7 @@ def shard(model: nn.Module, base: nn.Module) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(distributed.device().type, (distributed.world_size(),))
+    mesh = init_device_mesh(distributed.device().type, (launched.world_size(),))
     for block in decoder_of(base).layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -88,7 +88,7 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
     asked = comparison_of(options, recipe)
     set_up_logging()
     tracking.choose(options.track)
-    from llmrec import distributed
+    from llmrec import launched
 
     at_a_time = cells_at_a_time(options.jobs, len(asked.rows) * len(asked.seeds))
     failed: list[str] = []
@@ -96,7 +96,7 @@ def compare(options: argparse.Namespace, recipe: Callable[[], Recipe] | None) ->
         check_settings(asked)
     else:
         failed = train(asked, at_a_time)
-    if not distributed.is_main():
+    if not launched.is_main():
         return
     some = bool(options.summarise and options.rows)
     impossible = show(asked, None if options.summarise else at_a_time, failed, some=some)
@@ -140,9 +140,9 @@ def cells_at_a_time(asked: int | None, cells: int) -> int:
     Raises:
         ConfigError: several, where a launcher has started several processes already.
     """
-    from llmrec import distributed
+    from llmrec import launched
 
-    several = distributed.world_size() > 1
+    several = launched.world_size() > 1
     at_a_time = min(cells, asked or (1 if several else jobs.default()))
     if at_a_time > 1 and several:
         raise ConfigError("--jobs starts processes of its own; leave it out under a launcher of several")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llmrec import distributed
+from llmrec import launched
 from llmrec.errors import ConfigError
 from llmrec.evaluation.rank import Scorer
 from llmrec.finetune import base_model, build
@@ -58,7 +58,7 @@ class Engine:
         # Buffers are equal by construction, and large: DDP would send them around in every step.
         refuse_other_precision()
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        for sentence in distributed.left_aside(config.precision):
+        for sentence in launched.left_aside(config.precision):
             logger.warning("finetune: %s", sentence)
         # What the launcher says of these would change results with the launcher, or the time for nothing.
         self.accelerator = Accelerator(
@@ -67,7 +67,7 @@ class Engine:
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[ddp],
         )
-        self.fsdp = distributed.uses_fsdp()
+        self.fsdp = launched.uses_fsdp()
         self.deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.deepspeed and config.bad_steps:
             raise ConfigError(
@@ -179,7 +179,7 @@ class Engine:
 
     def close(self) -> None:
         """Let models be loaded whole again; after ZeRO-3 transformers would spread them over processes."""
-        if distributed.uses_deepspeed():
+        if launched.uses_deepspeed():
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
             unset_hf_deepspeed_config()
@@ -195,7 +195,7 @@ def can_record(config: FinetuneConfig, model: MMESID) -> bool:
     Not where processes share weights or gradients, which then move while a pass runs; nor where activations
     are computed twice, or positions depend on how long a prompt is, which is read on the host.
     """
-    shared = distributed.uses_deepspeed() or distributed.uses_fsdp() or torch.distributed.is_initialized()
+    shared = launched.uses_deepspeed() or launched.uses_fsdp() or torch.distributed.is_initialized()
     on_gpu = model.instruction.device.type == "cuda" and model.stream
     rope = getattr(model.base.config, "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llmrec import distributed
+from llmrec import launched
 
 States = dict[int, dict[str, Any]]
 """By number of the parameter: tensors of its shape, and scalars such as Adam's step."""
@@ -32,7 +32,7 @@ def read_states(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Opt
             state = _read_zero(parameter, optimizer)
         else:
             state = {name: whole(value) for name, value in optimizer.state[parameter].items()}
-        if distributed.is_main():
+        if launched.is_main():
             found[number] = {
                 name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()
             }
@@ -93,8 +93,8 @@ def write_master(parameter: Any, value: Tensor) -> None:
 def own_part(parameter: Any, value: Tensor) -> Tensor:
     """This process's part of a whole tensor, as ZeRO-3 cuts it: flat, equal parts, zeros at the end."""
     size = parameter.ds_tensor.numel()
-    padded = F.pad(value.flatten(), (0, size * distributed.world_size() - value.numel()))
-    return padded.narrow(0, size * distributed.rank(), size)
+    padded = F.pad(value.flatten(), (0, size * launched.world_size() - value.numel()))
+    return padded.narrow(0, size * launched.rank(), size)
 
 
 def flat_states(parameters: list[Any], optimizer: torch.optim.Optimizer) -> list[Tensor]:

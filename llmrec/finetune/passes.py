@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmrec import distributed
+from llmrec import launched
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.packing import PackedRows, count_tokens, group_rows, pack
@@ -59,9 +59,9 @@ class Passes:
             room = max(room - len(model.instruction), 1)
         elif not model.share_instruction:
             length += len(model.instruction)
-        shares = share_rows(length, distributed.world_size())
+        shares = share_rows(length, launched.world_size())
         passes = [micro_batches(length[own], room, stream=model.stream) for own in shares]
-        own = shares[distributed.rank()]
+        own = shares[launched.rank()]
         negative = None
         if config.loss == "bce_sampled":
             negative = sampled_items(targets.item, self.num_items, (config.seed, step, 1))
@@ -71,16 +71,14 @@ class Passes:
             sampled = None if negative is None else negative[chosen]
             return pack(self.item, targets.take(chosen), row[chosen], sampled)
 
-        mine = [Pass([packed(own[group]) for group in groups], 1.0) for groups in passes[distributed.rank()]]
+        mine = [Pass([packed(own[group]) for group in groups], 1.0) for groups in passes[launched.rank()]]
         missing = max(map(len, passes)) - len(mine)
         mine += [Pass([packed(np.array([0]))], 0.0)] * missing
         if model.aligns:
             # Of all items of the step, in every process: negatives do not depend on who has which rows.
             shown = [self.item[start:stop] for start, stop in windows(targets, row)]
             pairs = model.item_tokens.pairs(torch.unique(torch.cat(shown)))
-            mine[0] = dataclasses.replace(
-                mine[0], pairs=pairs, targets=len(targets) / distributed.world_size()
-            )
+            mine[0] = dataclasses.replace(mine[0], pairs=pairs, targets=len(targets) / launched.world_size())
         return mine, self.tokens(targets, sum(map(len, passes)))
 
     def tokens(self, targets: Targets, num_passes: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmrec import distributed
+from llmrec import distributed, launched
 from llmrec.checkpoint import Checkpoint, Checkpoints, pack_states, unpack_states
 from llmrec.finetune.config import FinetuneConfig
 from llmrec.finetune.engine import Engine
@@ -90,7 +90,7 @@ class RunCheckpoints:
         Raises:
             StorageError: there is none.
         """
-        if self.store is None or not self.config.save_every_minutes or not distributed.is_main():
+        if self.store is None or not self.config.save_every_minutes or not launched.is_main():
             return
         # Weights, two states of Adam, and the best weights where they are kept apart.
         copies = 4 if self.config.select == "valid" else 3
@@ -104,12 +104,12 @@ class RunCheckpoints:
     def save(self, state: RunState, best_weights: dict[str, Tensor]) -> None:
         """Write a checkpoint of this moment; every process must call."""
         self.saved_at = time.monotonic()
-        if self.store is None or not (distributed.is_main() or self.engine.sharded):
+        if self.store is None or not (launched.is_main() or self.engine.sharded):
             return
         begun = time.perf_counter()
         tensors, optimizer = pack_states(self.engine.optimizer_states())
         tensors |= {f"weights.{name}": value for name, value in self.engine.weights().items()}
-        if not distributed.is_main():
+        if not launched.is_main():
             return
         tensors |= {f"best.{name}": value for name, value in best_weights.items()}
         plain = {"run": state.as_json(), "optimizer": optimizer}
@@ -126,10 +126,10 @@ class RunCheckpoints:
         found = None
         if self.store is not None:
             # The main process looks first, since looking also tidies up.
-            if not distributed.is_main():
+            if not launched.is_main():
                 distributed.wait()
             found = self.store.latest()
-            if distributed.is_main():
+            if launched.is_main():
                 distributed.wait()
             step = 0 if found is None else found.step
             distributed.check_equal(step, "step of the checkpoint to go on from")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmrec import distributed
+from llmrec import distributed, launched
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds, check_same_catalog
 from llmrec.config import from_dict
 from llmrec.errors import ArtifactMismatchError
@@ -97,7 +97,7 @@ def load_scorer(
         ArtifactMismatchError: if the artefacts do not belong together, or weights are missing or too many.
     """
     check_same_catalog(adapter, collab, content, ids)
-    spread = spread and distributed.uses_fsdp()
+    spread = spread and launched.uses_fsdp()
     device = device or distributed.device()
     config = for_scoring(from_dict(FinetuneConfig, adapter.settings["config"]))
     if not config.is_mini and adapter.settings.get("revision"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from llmrec import distributed, machine
+from llmrec import distributed, global_state, launched, machine
 from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds, check_same_catalog
 from llmrec.checkpoint import checkpoints_here
 from llmrec.config import from_dict
@@ -59,9 +59,9 @@ def finetune(
     check_same_catalog(data, collab, content, ids)
     refuse_what_cannot_be_measured(config, data, collab)
     device = distributed.device()
-    distributed.seed_everything(config.seed)
+    global_state.seed_everything(config.seed)
     prompt = base_model.load_prompt(config)
-    spread = distributed.uses_fsdp()
+    spread = launched.uses_fsdp()
     base = base_model.load_base(config, prompt, device, spread=spread)
     encoded = build.item_vectors(config, collab, content, ids)
     scaling = fit_scaling(encoded, config.vectors)
@@ -72,7 +72,7 @@ def finetune(
     items = int((longest.stop - longest.start).max(initial=0)) * model.item_tokens.tokens_per_item
     base_model.check_context(config, base, len(prompt.instruction) + items + len(prompt.response))
     align_seconds = align_first(config, model, data.num_items) if config.ctrl_stage == "two" else 0.0
-    before = analysis.taus(model, data, collab.vectors) if config.analyse and distributed.is_main() else {}
+    before = analysis.taus(model, data, collab.vectors) if config.analyse and launched.is_main() else {}
     trainer = Trainer(config, data, model, checkpoints_here(("analyse",)))
     trainer.run()
     expected = trainer.sample_scores()
@@ -90,11 +90,11 @@ def finetune(
     # What was trained makes room for what is loaded, which may be as large.
     del trainer, model, base
     machine.make_room()
-    if distributed.is_main() or spread:
+    if launched.is_main() or spread:
         loaded = check_saved(adapter, expected, collab, content, ids)
         if spread:
             cast(FSDPModule, loaded).unshard()
-        if config.analyse and distributed.is_main():
+        if config.analyse and launched.is_main():
             found = {
                 "tau": {"before": before, "after": analysis.taus(loaded, data, collab.vectors)},
                 "spectra": analysis.spectra(loaded, collab.vectors),

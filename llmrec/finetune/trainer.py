@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llmrec import distributed, machine, tracking
+from llmrec import distributed, global_state, launched, machine, tracking
 from llmrec.checkpoint import Checkpoints
 from llmrec.data.batches import pad_histories
 from llmrec.errors import StoppedError, TrainingError
@@ -75,7 +75,7 @@ class Trainer:
         self.wanted = distributed.Agreement()
         self.state = RunState()
         self.best_weights: dict[str, Tensor] = {}
-        self.peak = machine.matmul_peak(self.device, self.engine.dtype) if distributed.is_main() else 1.0
+        self.peak = machine.matmul_peak(self.device, self.engine.dtype) if launched.is_main() else 1.0
 
     def run(self) -> None:
         """Train all epochs; the model holds the selected weights afterwards.
@@ -170,17 +170,17 @@ class Trainer:
         """
         # Random numbers and the learning rate are functions of the step, so checkpoints need not hold them.
         step = self.state.step
-        seed = np.random.SeedSequence((self.config.seed, step, distributed.rank()))
-        distributed.seed_everything(int(seed.generate_state(1)[0]))
+        seed = np.random.SeedSequence((self.config.seed, step, launched.rank()))
+        global_state.seed_everything(int(seed.generate_state(1)[0]))
         for group in self.engine.inner.param_groups:
             group["lr"] = self.learning_rate(step)
         total = torch.zeros((), device=self.device)
         passes, tokens = self.passes.of(targets, step)
         # The step's loss is the mean over its targets; gradients are averaged over processes.
-        scale = distributed.world_size() / len(targets)
+        scale = launched.world_size() / len(targets)
         for number, given in enumerate(passes, start=1):
             total += self.engine.forward_backward(given, scale, last=number == len(passes))
-        if distributed.world_size() > 1:
+        if launched.world_size() > 1:
             total = self.engine.accelerator.reduce(total, "sum")
         return total, tokens, self.engine.step(total)
 
@@ -191,7 +191,7 @@ class Trainer:
             return
         loss = float(window.loss) / window.targets
         seconds = time.perf_counter() - window.started
-        speed = window.tokens / seconds / distributed.world_size()
+        speed = window.tokens / seconds / launched.world_size()
         row = {
             "epoch": self.state.epoch,
             "step": self.state.step,

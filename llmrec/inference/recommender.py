@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from llmrec.data.batches import length_groups
-from llmrec.distributed import usual_torch
 from llmrec.errors import ConfigError, DataError, MissingArtifactError
 from llmrec.finetune.base_model import window_of
 from llmrec.finetune.model import MMESID
 from llmrec.finetune.scoring import CatalogueScores, load_scorer
+from llmrec.global_state import usual_torch
 from llmrec.inference.best import Graph, best_of_all
 from llmrec.inference.devices import default_device, usable
 from llmrec.inference.package import MANIFEST, Package, advising, load_package

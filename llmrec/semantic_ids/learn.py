@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llmrec import distributed
+from llmrec import distributed, global_state
 from llmrec.artifacts import (
     CollabEmbeddings,
     ContentEmbeddings,
@@ -61,7 +61,7 @@ def learn_semantic_ids(
     check_sizes(config, items)
     taught_by = teacher(config, collab, content, data.num_items, items)
     settings = model_settings(config, {name: rows.vectors.shape[1] for name, rows in items.items()})
-    distributed.seed_everything(config.seed)
+    global_state.seed_everything(config.seed)
     model = MMRQVAE(**settings).to(distributed.device())
     table = TrainingItems.of(taught_by | items, model, include_pad=config.include_pad)
     initialise(model, config, table)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from worlds import cycle, interactions, two_communities
 
-from llmrec import distributed
+from llmrec import distributed, global_state
 from llmrec.artifacts import CollabEmbeddings
 from llmrec.collab import rows as rows_module
 from llmrec.collab import train, trainer
@@ -79,7 +79,7 @@ def test_training_is_a_plain_loop_of_clipped_adamw_steps():
         weight_decay=0.5, decay_every_epochs=1, decay_rate=0.5, seed=3,
     )  # fmt: skip
     collab = train_collab(config, data)
-    distributed.seed_everything(3)
+    global_state.seed_everything(3)
     order = np.random.default_rng(3)
     device = distributed.device()
     model = SASRec(num_items=30, **vars(config.sasrec)).to(device)

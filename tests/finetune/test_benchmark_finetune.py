@@ -38,6 +38,11 @@ def run(tool, capsys):
     return functools.partial(ended, tool.main, capsys)
 
 
+@pytest.fixture
+def engine(capsys):
+    return functools.partial(ended, load("benchmark_engine").main, capsys)
+
+
 @pytest.mark.parametrize(("verb", "users"), [("packing", "20"), ("evaluation", "20"), ("packing", "5000")])
 def test_both_ways_come_to_the_same_and_the_ratio_is_printed(verb, users, run, prepared):
     more = ["--batch-size", "64"] if verb == "packing" else []
@@ -51,13 +56,16 @@ def test_both_ways_come_to_the_same_and_the_ratio_is_printed(verb, users, run, p
     assert f"{min(int(users), 40)} users" in text
 
 
-def test_the_catalogue_and_the_engine_run_small(run, prepared, tmp_path):
+def test_the_catalogue_runs_small(run):
     code, text, said = run("catalogue", "--items", "3000", "--width", "16", "--layers", "1")
     assert code == 0 and text.count("peak memory so far") == 5, said
+
+
+def test_the_engine_runs_small(engine, prepared, tmp_path):
     out = tmp_path / "rows.json"
     some = ["--steps", "2", "--out", str(out), "--only", "16 targets", "64, 8-bit states"]
     small = ["--shape", "tiny", "--content-width", "8", "--users", "8"]
-    code, text, said = run("engine", "--prepare-data", prepared, *small, *some)
+    code, text, said = engine("--prepare-data", prepared, *small, *some)
     assert code == 0, said
     rows = json.loads(out.read_text())["rows"]
     assert [row["variant"] for row in rows] == ["16 targets", "64, 8-bit states"]
@@ -65,8 +73,8 @@ def test_the_catalogue_and_the_engine_run_small(run, prepared, tmp_path):
     memory = "peak_gb" if torch.cuda.is_available() else "peak_gb_so_far"
     assert all(row["steps"] == 2 and row["users_ranked"] == 8 and memory in row for row in rows)
     assert text.count(f"{memory} ") == 2 and all(row["evaluation_seconds"] >= 0 for row in rows)
-    code, text, said = run(
-        "engine", "--prepare-data", prepared, *small[:-1], "0", "--steps", "1", "--only", "64 targets"
+    code, text, said = engine(
+        "--prepare-data", prepared, *small[:-1], "0", "--steps", "1", "--only", "64 targets"
     )
     assert code == 0 and "users_ranked 0" in text and "evaluation_seconds None" in text, said
 
@@ -77,8 +85,6 @@ def test_the_catalogue_and_the_engine_run_small(run, prepared, tmp_path):
         (["catalogue", "--rounds", "3"], "unrecognized arguments: --rounds 3"),
         (["catalogue", "--items", "99"], "error: --items must be at least 100"),
         (["packing", "--users", "0"], "at least 1, got '0'"),
-        (["engine", "--out", "no/such/folder/rows.json"], "no/such/folder: no such folder; make it"),
-        (["engine", "--out", __file__], "exists; give another file"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(arguments, words, run):
@@ -87,11 +93,24 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(arguments, words, r
     assert code == 2 and not text and words in said, said
 
 
-@pytest.mark.parametrize("name", ["providers", "finetune", "semantic_ids", "inference"])
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("no/such/folder/rows.json", "no/such/folder: no such folder; make it"),
+        (__file__, "exists; give another"),
+    ],
+)
+def test_where_the_engines_rows_cannot_be_written_is_said_first(out, words, engine):
+    code, text, said = engine("--prepare-data", "no folder", "--out", out)
+    assert code == 2 and not text and words in said, said
+
+
+@pytest.mark.parametrize("name", ["providers", "finetune", "engine", "semantic_ids", "inference"])
 def test_help_is_there_at_once(name):
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['benchmark_{name}.py', '--help']\n"
+        f"sys.path.insert(0, {str(TOOLS)!r})\n"  # where Python looks first while a script runs
         "try:\n"
         f"    runpy.run_path({str(TOOLS / f'benchmark_{name}.py')!r}, run_name='__main__')\n"
         "except SystemExit as left:\n"

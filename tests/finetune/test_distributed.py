@@ -26,7 +26,7 @@ if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     from deepspeed.ops import __compatible_ops__
     assert __compatible_ops__.pop("deepspeed_shm_comm", None) is not None
 import test_train
-from llmrec import distributed, finished, pipeline
+from llmrec import finished, launched, pipeline
 from worlds import cycle
 data = cycle()
 config = dataclasses.replace(
@@ -35,7 +35,7 @@ config = dataclasses.replace(
 )
 whole = test_train.train.Trainer.train_step
 def train_step(self, targets):
-    if self.state.step == {dies_at} and distributed.rank() == distributed.world_size() - 1:
+    if self.state.step == {dies_at} and launched.rank() == launched.world_size() - 1:
         os.kill(os.getpid(), signal.{by})
     return whole(self, targets)
 test_train.train.Trainer.train_step = train_step

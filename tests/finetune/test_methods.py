@@ -10,7 +10,7 @@ from packing_reference import EXACT, NUM_ITEMS, full_scores, plain_prompts, rand
 from tiny_mme_sid import CODES, LEVELS, WIDTH, model, semantic_ids
 from worlds import cycle
 
-from llmrec import distributed
+from llmrec import launched
 from llmrec.errors import ConfigError
 from llmrec.finetune.build import code_embeddings, parameter_counts
 from llmrec.finetune.config import FinetuneConfig
@@ -227,9 +227,9 @@ def test_an_alignment_of_a_step_does_not_depend_on_who_computes_what(monkeypatch
     def gradient(tokens: int, world: int) -> dict[str, torch.Tensor]:
         net.zero_grad()
         config = FinetuneConfig(method="ctrl_mm", micro_batch_tokens=tokens)
-        monkeypatch.setattr(distributed, "world_size", lambda: world)
+        monkeypatch.setattr(launched, "world_size", lambda: world)
         for rank in range(world):
-            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(launched, "rank", lambda rank=rank: rank)
             passes, _ = Passes(config, data, net).of(targets, 0)
             assert (len(passes) > 1) == (tokens < 1000)
             for one in passes:
@@ -248,10 +248,10 @@ def test_tokens_of_a_step_are_those_of_every_pass_of_every_process(monkeypatch):
     data = cycle(num_users=7, num_items=NUM_ITEMS)
     targets = data.targets("train")
     for tokens, world in ((10_000, 1), (60, 1), (10_000, 2), (60, 3)):
-        monkeypatch.setattr(distributed, "world_size", lambda world=world: world)
+        monkeypatch.setattr(launched, "world_size", lambda world=world: world)
         told, encoded = set(), 0
         for rank in range(world):
-            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(launched, "rank", lambda rank=rank: rank)
             passes, number = Passes(FinetuneConfig(micro_batch_tokens=tokens), data, net).of(targets, 0)
             told.add(number)
             for one in passes:

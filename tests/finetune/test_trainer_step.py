@@ -15,7 +15,7 @@ from tiny_mme_sid import model
 from torch import Tensor
 from worlds import cycle
 
-from llmrec import distributed
+from llmrec import launched
 from llmrec.files import read_json
 from llmrec.finetune import run_state, train
 from llmrec.finetune import trainer as trainer_module
@@ -88,10 +88,10 @@ def test_a_step_is_the_mean_of_its_targets(number, tokens):
 def test_gradients_averaged_over_processes_are_those_of_the_mean_of_all_their_targets(monkeypatch):
     chosen, world = np.arange(16), 2
     trainers = [made(clip_norm=NO_CLIP) for _ in range(world)]
-    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    monkeypatch.setattr(launched, "world_size", lambda: world)
     found: list[dict[str, Tensor]] = []
     for rank, trainer in enumerate(trainers):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(launched, "rank", lambda rank=rank: rank)
         found.append(step_gradient(trainer, chosen))
     assert norm(found[0]) != pytest.approx(norm(found[1])), "each has targets of its own"
     average = {name: (value + found[1][name]) / world for name, value in found[0].items()}
