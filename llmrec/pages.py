@@ -72,6 +72,7 @@ def environment(folder: Path) -> jinja2.Environment:
         "setting": lambda value: redact(format_value(value)),  # a mirror of data may have a password
         "percent": functools.partial(percent, digits=1),
         "share": functools.partial(percent, digits=0),
+        "heading": whole_brackets,
     }
     return made
 
@@ -121,6 +122,11 @@ def figure(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
     return str(value)
+
+
+def whole_brackets(text: str) -> str:
+    """A column's heading that breaks into lines before and after brackets and not within them."""
+    return re.sub(r"\([^()]*\)", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
 
 
 def percent(value: float, digits: int) -> str:

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 from test_server import Running
 
 from llmrec.inference.recommender import Recommender
 from llmrec.inference.server import application
 
-sync_api = pytest.importorskip("playwright.sync_api")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
 
 @pytest.fixture(scope="module")
-def page_at(packaged, finished):
-    if BROWSER is None:
-        pytest.skip("no Chromium on this machine")
+def page_at(packaged, finished, browser):
     first, second = (Recommender.from_pretrained(packaged) for _ in range(2))
     second.scores.matrix = -second.scores.matrix  # an adapter of other opinions
     images = finished / "prepare_data" / "images"
     app = application(
         {"first": first, "second": second}, images=images, names={"first": "ours", "second": "theirs"}
     )
-    with Running(app) as address, sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+    with Running(app) as address:
         yield browser, address, first
-        browser.close()
 
 
 def ranked(page, model: str) -> list[str]:
