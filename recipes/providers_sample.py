@@ -24,7 +24,8 @@ from llmrec.config import given
 from llmrec.console import guarded, set_up_logging
 from llmrec.errors import ConfigError
 from llmrec.evaluation.tables import fine_tuned_in
-from llmrec.recipe import Recipe, apply_overrides
+from llmrec.recipe import Recipe, apply_overrides, refuse_what_cannot_finish
+from llmrec.stage_changes import refuse_what_is_stale, statuses
 
 # Sizes for a small world, steps as small as in the papers, and patience for a model that learns nothing but
 # popularity for many epochs; all others train with their defaults.
@@ -79,10 +80,12 @@ def run_all(arguments: list[str] | None = None) -> None:
     recipes = {provider: apply_overrides(recipe(provider), options.set) for provider in options.providers}
     if any(chosen.train_collab.provider != provider for provider, chosen in recipes.items()):
         raise ConfigError("--providers chooses the models; leave train_collab.provider out of --set")
-    reports = {
-        provider: run(chosen, RunDir(Path(options.run_dir) / provider))
-        for provider, chosen in recipes.items()
-    }
+    folders = {provider: Path(options.run_dir) / provider for provider in recipes}
+    for provider, chosen in recipes.items():  # what the last would stumble over is said before the first
+        stages = statuses(chosen, folders[provider], None)
+        refuse_what_is_stale(folders[provider], stages)
+        refuse_what_cannot_finish(chosen, stages)
+    reports = {provider: run(chosen, RunDir(folders[provider])) for provider, chosen in recipes.items()}
     if launched.is_main():
         print(table({name: given(report).metrics for name, report in reports.items()}))
 

@@ -697,6 +697,15 @@ def test_the_downstream_table_names_what_it_shows():
             providers_sample.run_all(["--providers", "sasrec", "--set", setting])
 
 
+def test_the_downstream_recipe_trains_nothing_before_a_run_that_cannot_finish(tmp_path):
+    import providers_sample
+
+    typed = ["--run-dir", str(tmp_path / "runs"), "--set", "train_collab.semantic_ids=no_such_folder"]
+    with pytest.raises(ConfigError, match=r"semantic_ids=no_such_folder.*no such file"):
+        providers_sample.run_all(["--providers", "motor", "tiger", *typed])
+    assert not (tmp_path / "runs").exists()
+
+
 def test_tokenizers_are_trained_before_the_models_that_read_their_codes(tmp_path, monkeypatch, capsys):
     module = module_of(ROOT / "recipes" / "tokenizers_sample.py")
     quick = {name: dataclasses.replace(one, epochs=2, log_every_epochs=1, min_utilisation=0.0)
