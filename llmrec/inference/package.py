@@ -230,7 +230,8 @@ def check(folder: Path) -> None:
     """
     if not (folder / MANIFEST).is_file():
         raise MissingArtifactError(
-            f"{folder} is not a packaged recommender (no {MANIFEST}); make one with `llmrec package`"
+            f"{folder} is not a packaged recommender (no {MANIFEST}); make one of a run with "
+            f"`llmrec package {folder if (folder / 'finetune').is_dir() else 'RUN'} --out FOLDER`"
         )
     with advising():
         check_files(folder, read_manifest(folder / MANIFEST, FORM))

@@ -79,7 +79,11 @@ def test_mistakes_are_one_line(more, message, packaged, tmp_path, capsys):
 
 def test_what_is_no_package_is_refused(tmp_path, capsys):
     code, _, err = run(["recommend", str(tmp_path), "--history", "a"], capsys)
-    assert code == 2 and "is not a packaged recommender" in err
+    assert code == 2 and "is not a packaged recommender" in err and "`llmrec package RUN --out" in err
+    (tmp_path / "finetune").mkdir()
+    code, _, err = run(["recommend", str(tmp_path), "--history", "a"], capsys)
+    assert code == 2 and f"`llmrec package {tmp_path} --out FOLDER`" in err
+    (tmp_path / "finetune").rmdir()
     code, _, err = run(["package", str(tmp_path), "--out", str(tmp_path / "x")], capsys)
     assert code == 2 and f"{tmp_path} holds no finished stages; give a recipe's run folder" in err
     code, _, err = run(["serve", str(tmp_path), "--images", str(tmp_path / "none")], capsys)
