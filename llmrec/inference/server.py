@@ -36,8 +36,8 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Limit:
-    """Middleware that refuses bodies over `MAX_BODY` before they are read, counts requests by status and adds
-    `HEADERS`."""
+    """Middleware that refuses bodies over `MAX_BODY` before they are read, counts requests by status, adds
+    `HEADERS`, and takes HEAD, which many monitors send, for GET: the web server keeps the body to itself."""
 
     def __init__(self, app: Any, numbers: Numbers) -> None:
         self.app = app
@@ -46,6 +46,8 @@ class Limit:
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
         await Exchange(scope, receive, send, self.numbers).through(self.app)
 
 

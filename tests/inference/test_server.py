@@ -166,6 +166,18 @@ def test_health_readiness_metrics_and_the_description(address):
     assert "What comes next?" in page.text and page.headers["x-content-type-options"] == "nosniff"
 
 
+def test_head_answers_as_get_would_without_the_body(address):
+    picture = {"item_id": httpx.get(f"{address}/items", params={"limit": 1}).json()["items"][0]["item_id"]}
+    with (
+        httpx.Client() as client
+    ):  # one connection: a body that was sent after all would spoil the next answer
+        for path, asked in (("/health", {}), ("/", {}), ("/picture", picture), ("/no/such", {})):
+            head, whole = (client.request(verb, address + path, params=asked) for verb in ("HEAD", "GET"))
+            assert head.status_code == whole.status_code and not head.content and whole.content
+            assert head.headers["content-length"] == str(len(whole.content))
+        assert client.head(f"{address}/recommend").status_code == 405
+
+
 def test_where_a_base_model_lies_is_nobodys_business(recommender, tmp_path, monkeypatch):
     settings = recommender.package.adapter.settings
     for given, told in (
