@@ -7,7 +7,7 @@ import contextlib
 import functools
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,6 +86,48 @@ def legend_above(axes: Any) -> None:
         if made.get_window_extent().width <= axes.get_window_extent().width:
             return
     made.set_in_layout(False)
+
+
+def name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names beside points in data units; where these would overlap, in a column at the right, with a line
+    from each to its point."""
+    texts = [
+        axes.annotate(name, point, xytext=(5, 2), textcoords="offset points", fontsize=8)
+        for name, point in points.items()
+    ]
+    axes.figure.tight_layout()
+    boxes = [text.get_window_extent() for text in texts]
+    places = axes.transData.transform(list(points.values()))
+    if not any(
+        box.overlaps(other) or box.contains(*place)
+        for number, box in enumerate(boxes)
+        for other, place in zip(boxes[:number] + boxes[number + 1 :], np.delete(places, number, axis=0))
+    ):
+        return
+    for text in texts:
+        text.remove()
+    apart = 1.1 * boxes[0].height / axes.get_window_extent().height
+    order = np.argsort(-places[:, 1], kind="stable")
+    heights = spread_out(axes.transAxes.inverted().transform(places)[order, 1], apart)
+    names, ends = list(points), {"shrinkA": 1, "shrinkB": 2}
+    for number, height in zip(order, heights):
+        axes.annotate(
+            names[number],
+            points[names[number]],
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "#9a9a9a", "linewidth": 0.5, "relpos": (0, 0.5), **ends},
+        )
+
+
+def spread_out(heights: np.ndarray, apart: float) -> np.ndarray:
+    """Heights from the highest to the lowest, moved so that neighbours are at least so far apart; between 0
+    and 1 as long as there is room."""
+    steps = apart * np.arange(len(heights))
+    down = np.minimum.accumulate(np.minimum(heights, 1) + steps) - steps
+    return np.maximum.accumulate((np.maximum(down, 0) + steps)[::-1])[::-1] - steps
 
 
 def epochs_along(axes: Any, **text: Any) -> None:

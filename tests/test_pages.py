@@ -7,10 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from llmrec.pages import drawing, environment, legend_above, plot, svg, thumbnail
+from llmrec.pages import (
+    drawing,
+    environment,
+    legend_above,
+    name_points,
+    plot,
+    spread_out,
+    svg,
+    thumbnail,
+)
 
 
 @pytest.mark.parametrize("length", [8, 30, 60])
@@ -29,6 +41,40 @@ def test_legends_stay_on_the_picture_and_leave_room_for_the_plot(length):
         assert plotted.width > 0.7 * whole.width and plotted.height > 0.3 * whole.height
         drawn = svg(figure)
     assert all(name.strip() in drawn for name in names)
+
+
+@pytest.mark.parametrize("number", [1, 2, 8, 25])
+@pytest.mark.parametrize("alike", [True, False], ids=["alike", "apart"])
+def test_names_of_points_overlap_neither_each_other_nor_the_points(number, alike):
+    step = 1e-9 if alike else 1
+    points = {
+        f"method {place} (concat_mode=sequence)": (1 + place, 2 + place * step) for place in range(number)
+    }
+    with drawing():
+        figure, axes = plot(6, 5)
+        for point in points.values():
+            axes.plot(*point, "o", markersize=5)
+        name_points(axes, points)
+        figure.tight_layout()
+        boxes = [text.get_window_extent() for text in axes.texts]
+    assert sorted(text.get_text() for text in axes.texts) == sorted(points)
+    places = axes.transData.transform(list(points.values()))
+    for place, box in enumerate(boxes):
+        assert box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:place])
+        assert not any(box.contains(*point) for point in places)
+    for text in axes.texts:  # each points to its own
+        assert text.xy == points[text.get_text()]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9), st.floats(0.01, 0.1))
+def test_heights_are_spread_out_as_little_as_needed(heights, apart):
+    wanted = np.sort(heights)[::-1]
+    found = spread_out(wanted, apart)
+    assert (found[:-1] - found[1:] >= apart - 1e-9).all()
+    assert found.min() >= -1e-9 and found.max() <= 1 + 1e-9
+    if (wanted[:-1] - wanted[1:] >= apart).all():
+        np.testing.assert_allclose(found, wanted, atol=1e-9)
 
 
 def test_settings_on_a_page_show_no_password():

@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from llmrec import __version__, machine
 from llmrec.evaluation.tables import Table
 from llmrec.files import write_json
-from llmrec.pages import drawing, environment, legend_above, line_colours, plot, svg
+from llmrec.pages import drawing, environment, legend_above, line_colours, name_points, plot, svg
 
 MAIN = "ndcg@10"
 """Metric of differences, of the cost chart, and of validation."""
@@ -195,13 +195,10 @@ def _lines_of(rows: Sequence[Compared]) -> tuple[Any, Any]:
 
 def cost_chart(rows: Sequence[Compared], *, of: str = "training") -> str:
     """Quality against time, both as measured, SVG; ``of``: what the time was spent on."""
-    figure, axes = plot(6, 3)
-    for row in rows:
-        if row.minutes is None:
-            continue
-        point = row.minutes, row.test[MAIN]["mean"]
-        axes.plot(*point, "o", markersize=5)
-        axes.annotate(row.name, point, xytext=(5, 2), textcoords="offset points", fontsize=8)
+    points = {row.name: (row.minutes, row.test[MAIN]["mean"]) for row in rows if row.minutes is not None}
+    figure, axes = plot(6, max(3, 0.6 + 0.17 * len(points)))
+    for point, colour in zip(points.values(), line_colours(len(points))):
+        axes.plot(*point, "o", markersize=5, color=colour)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     # Times that are much alike would lie between two marks of a logarithmic axis.
@@ -210,6 +207,7 @@ def cost_chart(rows: Sequence[Compared], *, of: str = "training") -> str:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"minutes of {of}, one seed")
     axes.set_ylabel(MAIN)
+    name_points(axes, points)
     return svg(figure)
 
 
