@@ -6,6 +6,7 @@ import base64
 import contextlib
 import functools
 import io
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from llmrec.console import redact
 from llmrec.encoders.pictures import BROKEN, to_rgb
 
 COLOURS = ("#3565c4", "#d1701f", "#888888", "#2f9661", "#8e4bb8")
+LINE_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 5)))
 THUMB_PIXELS = 72
 """Longer side of a small picture."""
 
@@ -88,6 +90,12 @@ def legend_above(axes: Any) -> None:
     made.set_in_layout(False)
 
 
+def legend_beside(axes: Any) -> None:
+    """The legend at the right of the plot, one line below the other; none where nothing is labelled."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=7, handlelength=3, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
     """Names beside points in data units; where these would overlap, in a column at the right, with a line
     from each to its point."""
@@ -136,8 +144,14 @@ def epochs_along(axes: Any, **text: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
+def line_looks(number: int) -> list[dict[str, Any]]:
+    """Colour and style of so many lines: every colour once, then with the next style."""
+    pairs = itertools.cycle((style, colour) for style in LINE_STYLES for colour in COLOURS)
+    return [{"color": colour, "linestyle": style} for style, colour in itertools.islice(pairs, number)]
+
+
 def line_colours(number: int) -> list[Any]:
-    """Colours of so many lines: ours as far as they reach, else from dark to light."""
+    """Colours of so many lines that have an order: ours as far as they reach, else from dark to light."""
     if number <= len(COLOURS):
         return list(COLOURS[:number])
     return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, number)))

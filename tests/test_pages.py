@@ -17,6 +17,7 @@ from llmrec.pages import (
     drawing,
     environment,
     legend_above,
+    line_looks,
     name_points,
     plot,
     spread_out,
@@ -128,3 +129,9 @@ def test_a_picture_that_pillow_gives_up_is_left_out(monkeypatch):
 
     monkeypatch.setattr(Image, "open", broken)
     assert thumbnail(Path("x.avif")) is None
+
+
+def test_many_lines_look_different():
+    looks = [(look["color"], look["linestyle"]) for look in line_looks(30)]
+    assert len(set(looks)) == 30 and len({colour for colour, _ in looks[:5]}) == 5
+    assert line_looks(31)[30] == line_looks(1)[0], "and begin again"

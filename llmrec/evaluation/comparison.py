@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from llmrec import __version__, machine
 from llmrec.evaluation.tables import Table
 from llmrec.files import write_json
-from llmrec.pages import drawing, environment, legend_above, line_colours, name_points, plot, svg
+from llmrec.pages import drawing, environment, legend_above, legend_beside, line_looks, name_points, plot, svg
 
 MAIN = "ndcg@10"
 """Metric of differences, of the cost chart, and of validation."""
@@ -197,8 +197,8 @@ def cost_chart(rows: Sequence[Compared], *, of: str = "training") -> str:
     """Quality against time, both as measured, SVG; ``of``: what the time was spent on."""
     points = {row.name: (row.minutes, row.test[MAIN]["mean"]) for row in rows if row.minutes is not None}
     figure, axes = plot(6, max(3, 0.6 + 0.17 * len(points)))
-    for point, colour in zip(points.values(), line_colours(len(points))):
-        axes.plot(*point, "o", markersize=5, color=colour)
+    for point in points.values():
+        axes.plot(*point, "o", markersize=5)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     # Times that are much alike would lie between two marks of a logarithmic axis.
@@ -215,13 +215,13 @@ def slice_chart(rows: Sequence[Compared], what: str, parts: Sequence[str]) -> st
     """recall@10 of every row in each slice of users; SVG."""
     figure, axes = plot(6, 2.8)
     place = np.arange(len(parts))
-    for row, colour in zip(rows, line_colours(len(rows))):
+    for row, look in zip(rows, line_looks(len(rows))):
         values = [row.slices[what][part] for part in parts]
-        axes.plot(place, values, marker="o", markersize=3, color=colour, label=row.name)
+        axes.plot(place, values, marker="o", markersize=3, label=row.name, **look)
     axes.set_xticks(place, list(parts))
     axes.set_xlabel(what)
     axes.set_ylabel("recall@10")
-    _legend_beside(axes)
+    legend_beside(axes)
     return svg(figure)
 
 
@@ -234,16 +234,11 @@ def validation_chart(rows: Sequence[Compared], along: str) -> str:
     """
     rows = [row for row in rows if row.validation]
     figure, axes = plot(6, 2.8)
-    for row, colour in zip(rows, line_colours(len(rows))):
+    for row, look in zip(rows, line_looks(len(rows))):
         few = len(row.validation) < 20
-        axes.plot(*zip(*row.validation), marker="." if few else None, color=colour, label=row.name)
+        axes.plot(*zip(*row.validation), marker="." if few else None, label=row.name, **look)
     axes.set_xlabel(along)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_ylabel(f"valid {MAIN}")
-    _legend_beside(axes)
+    legend_beside(axes)
     return svg(figure)
-
-
-def _legend_beside(axes: Any) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

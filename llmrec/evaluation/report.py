@@ -22,7 +22,9 @@ from llmrec.pages import (
     environment,
     epochs_along,
     legend_above,
+    legend_beside,
     line_colours,
+    line_looks,
     plot,
     svg,
     thumbnail,
@@ -242,16 +244,12 @@ def spectra_curve(adapter: Any) -> str:
     if not found:
         return ""
     figure_, axes = plot(6, 2.8)
-    for number, (name, values) in enumerate(found.items()):
+    for look, (name, values) in zip(line_looks(len(found)), found.items()):
         ratio = np.maximum(values["log10_ratio"], -8)
-        style = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
-        axes.plot(
-            np.arange(1, len(ratio) + 1), ratio, style, color=COLOURS[number % len(COLOURS)],
-            label=table_name(name),
-        )  # fmt: skip
+        axes.plot(np.arange(1, len(ratio) + 1), ratio, label=table_name(name), **look)
     axes.set_xlabel("place of the singular value")
     axes.set_ylabel("log10 of its share of the largest")
-    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend_beside(axes)
     return svg(figure_)
 
 

@@ -18,7 +18,17 @@ from llmrec.artifacts import CollabEmbeddings, ContentEmbeddings, SemanticIds, c
 from llmrec.files import read_json, write_json
 from llmrec.finished import manifest_of
 from llmrec.interactions import Interactions
-from llmrec.pages import COLOURS, drawing, environment, epochs_along, legend_above, plot, svg, thumbnail
+from llmrec.pages import (
+    COLOURS,
+    LINE_STYLES,
+    drawing,
+    environment,
+    epochs_along,
+    legend_above,
+    plot,
+    svg,
+    thumbnail,
+)
 from llmrec.semantic_ids.assign import Rebuilt, frozen, load_quantizer
 from llmrec.semantic_ids.config import ReportSemanticIdsConfig
 from llmrec.semantic_ids.diagnostics import (
@@ -269,10 +279,10 @@ def training_chart(log: list[dict[str, Any]]) -> str:
     if len(rows) < 2:
         return ""
     figure, axes = plot(6.8, 2.4)
-    styles: list[Any] = ["-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 5))]
     for colour, name in zip(COLOURS, rows[0]["parts"]):
         # An epoch may have had no batch with two vectors of a modality that few items have.
-        for style, part in zip(styles, dict.fromkeys(part for row in rows for part in row["parts"][name])):
+        parts = dict.fromkeys(part for row in rows for part in row["parts"][name])
+        for style, part in zip(LINE_STYLES, parts):
             values = [row["parts"][name].get(part, np.nan) for row in rows]
             epochs = [row["epoch"] for row in rows]
             axes.plot(epochs, values, linestyle=style, color=colour, label=f"{name}: {part}")
