@@ -1,5 +1,5 @@
-"""What Python and torch hold once for the whole process: random generators, default types, precision. A
-caller finds its own as they were."""
+"""What Python and torch hold once for the whole process: random generators, default types, precision. Inside
+`drawing_alone` and `usual_torch` they may be changed, and are as before afterwards."""
 
 from __future__ import annotations
 

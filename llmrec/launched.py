@@ -49,6 +49,7 @@ def uses_fsdp() -> bool:
 
 
 def launched_with_fsdp() -> bool:
+    """Whether the launcher asked for it, of however many processes."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 

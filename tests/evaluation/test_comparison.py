@@ -17,3 +17,10 @@ def test_the_axis_of_costs_has_several_numbers_however_alike_the_times_are(minut
     low, high = (page.index(f'id="matplotlib.axis_{number}"') for number in (1, 2))
     marks = [float(text) for text in re.findall(r">([\d.]+)</text>", page[low:high])]
     assert len(marks) >= 3 and min(marks) <= max(minutes) and max(marks) >= min(minutes)
+
+
+def test_a_comparison_whose_times_nobody_knows_has_an_empty_chart():
+    row = Compared(name="unknown", test={"ndcg@10": {"mean": 0.5}}, minutes=None)
+    with drawing():
+        page = cost_chart([row])
+    assert page.startswith("<svg") and "unknown" not in page

@@ -168,9 +168,7 @@ def test_health_readiness_metrics_and_the_description(address):
 
 def test_head_answers_as_get_would_without_the_body(address):
     picture = {"item_id": httpx.get(f"{address}/items", params={"limit": 1}).json()["items"][0]["item_id"]}
-    with (
-        httpx.Client() as client
-    ):  # one connection: a body that was sent after all would spoil the next answer
+    with httpx.Client() as client:  # one connection, where a body would spoil the next answer
         for path, asked in (("/health", {}), ("/", {}), ("/picture", picture), ("/no/such", {})):
             head, whole = (client.request(verb, address + path, params=asked) for verb in ("HEAD", "GET"))
             assert head.status_code == whole.status_code and not head.content and whole.content
